@@ -1,0 +1,31 @@
+# make reproduce   the main job on the embedded nano suite (FRESH=1 retrains every expert and the router)
+# make test        the tests
+# make lint        ruff, mypy
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: reproduce test lint docs clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dlplora needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Pass PYTHON=python3.11.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+reproduce: $(READY)
+	$(BIN)/dlplora reproduce nano $(if $(FRESH),--fresh) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf runs dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""``dlplora eval`` and ``dlplora reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dlplora.errors import ConfigError
+
+
+def say(text: str) -> None:
+    """Progress, to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_parameter(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` with the value read as YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--method-param must be KEY=VALUE, got '{text}'.")
+    return key, yaml.safe_load(value)
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Evaluate one method; the last line on standard output is JSON."""
+    from dlplora.evaluation.protocol import load_protocol
+    from dlplora.evaluation.runner import Artifacts, execute, finished, prepare
+    from dlplora.reporting.schema import read_record
+
+    overrides: dict[str, Any] = {}
+    if arguments.tasks:
+        overrides["tasks"] = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if arguments.pretrained:
+        overrides["backbone"] = arguments.pretrained
+    protocol = load_protocol(arguments.protocol, overrides)
+    folders = {role: Path(value) if value else None for role, value in vars(arguments).items() if role in {"pool", "router", "multitask"}}
+    run = prepare(
+        protocol,
+        Path(arguments.protocol).stem,
+        arguments.method,
+        arguments.seed,
+        artifacts=Artifacts(**folders),
+        method_params=dict(parse_parameter(text) for text in arguments.method_param),
+        limit=arguments.limit,
+    )
+    if arguments.dry_run:
+        print(json.dumps({"cell": run.cell(), **run.description(), "protocol": protocol.resolved()}, indent=2))
+        return 0
+    root = Path(arguments.out)
+    path = None if arguments.force else finished(run, root)
+    if path is None:
+        say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name} …")
+        path, record = execute(run, root)
+    else:
+        say(f"reusing {path} (--force evaluates again)")
+        record = read_record(path)
+    print(json.dumps({"record": str(path), "aggregates": record.aggregates, "routing": record.routing}))
+    return 0
+
+
+def run_reproduce(arguments: argparse.Namespace) -> int:
+    """The main job."""
+    from dlplora.evaluation import reproduce
+    from dlplora.evaluation.protocol import load_protocol
+    from dlplora.reporting import tables
+
+    protocol = load_protocol(arguments.suite)
+    methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(reproduce.METHODS)
+    runs, root = Path(arguments.runs), Path(arguments.out)
+    if arguments.fresh and not arguments.dry_run:
+        reproduce.begin_fresh(runs)
+    planned = reproduce.plan(protocol, methods, runs, fresh=arguments.fresh)
+    say(f"dlplora reproduce {arguments.suite}: Ctrl-C stops, the same command resumes.")
+    for line in planned.lines():
+        say(f"  * {line}")
+    if arguments.dry_run:
+        return 0
+    artefacts = reproduce.train_missing(planned, runs, say)
+    records = reproduce.evaluate_missing(reproduce.runs_of(planned, protocol, arguments.suite, artefacts, arguments.limit), root, say)
+    reproduce.finish(runs)
+    readme = Path("README.md")
+    has_block = readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
+    for path in reproduce.refresh_tables(arguments.suite, root, readme if has_block else None):
+        say(f"wrote {path}")
+    if any(not tables.is_publishable(record) for record in records):
+        say("note: limited runs, and runs of uncommitted code, are under scratch/ and not in the published table.")
+    print(tables.main_table(records))
+    print()
+    print(tables.caption(records))
+    return 0

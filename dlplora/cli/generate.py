@@ -1,0 +1,39 @@
+"""``dlplora generate``: text, and who spoke."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def _prompt_text(arguments: argparse.Namespace) -> str:
+    """Nano prompts end with ``Answer:``; the embedded experts were trained on that form."""
+    text = str(arguments.prompt).replace("\\n", "\n")
+    if arguments.raw or arguments.pretrained or not text.strip() or text.rstrip().endswith("Answer:"):
+        return text
+    return f"{text.rstrip()}\nAnswer:"
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Generate greedily and print the text; with ``--trace`` also each routed sentence."""
+    from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.types import PromptBatch
+
+    model = FusedCausalLM.from_pretrained(
+        arguments.pretrained,
+        pool=arguments.pool,
+        router=arguments.router,
+        multitask=arguments.multitask,
+        method=arguments.method,
+    )
+    prompts = PromptBatch.from_texts([_prompt_text(arguments)], model.tokenizer, task_names=[arguments.task])
+    trace: list[dict[str, Any]] = []
+    ids = model.generate(prompts=prompts, max_new_tokens=arguments.max_new_tokens, do_sample=False, trace=trace)
+    width = prompts.input_ids.shape[1]
+    print(model.tokenizer.decode(ids[0, -(ids.shape[1] - min(width, ids.shape[1])) :], skip_special_tokens=True).strip())
+    if arguments.trace:
+        for entry in trace:
+            weights = ", ".join(f"{name} {weight:.2f}" for name, weight in sorted(entry["weights"].items(), key=lambda pair: -pair[1]))
+            what = "prompt" if entry["sentence_idx"] == 0 else f"after sentence {entry['sentence_idx']}"
+            print(f"  {what}: {weights or 'no expert'}  (read: {' '.join(entry['view_text'].split())[-90:]!r})")
+    return 0

@@ -1,0 +1,90 @@
+"""``dlplora methods``, ``tasks`` and ``pool``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value).replace("|", "\\|").replace("\n", "⏎")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table with the keys of the first row as columns."""
+    if not rows:
+        return ""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _print(rows: Sequence[Mapping[str, Any]], style: str) -> None:
+    print(json.dumps(list(rows), indent=2) if style == "json" else markdown(rows))
+
+
+def run_methods(arguments: argparse.Namespace) -> int:
+    """Methods as their classes describe themselves."""
+    from dlplora.methods.registry import describe_methods
+
+    _print(describe_methods(), arguments.format)
+    return 0
+
+
+def run_tasks(arguments: argparse.Namespace) -> int:
+    """Tasks of a suite."""
+    from dlplora.tasks.suite import get_suite
+
+    rows = []
+    for task in get_suite(arguments.suite, arguments.data_root).tasks:
+        item = task.items("test" if not task.rows or "test" in task.rows else "train", 1)[0]
+        chance = round(100 / len(item.choices), 1) if item.choices else None
+        rows.append({"task": task.name, "kind": task.kind, "version": task.version, "chance %": chance, "example": item.prompt[:110], "answer": item.answer[:60]})
+    _print(rows, arguments.format)
+    return 0
+
+
+def run_pool_list(arguments: argparse.Namespace) -> int:
+    """Adapters of a pool."""
+    from dlplora.modules.pool import load_pool, read_pool
+
+    pool = load_pool(arguments.folder)
+    rows = [
+        {"adapter": name, "rank": spec.rank, "alpha": spec.alpha, "rsLoRA": spec.use_rslora, "targets": spec.target_modules, "base": spec.base_model}
+        for name, (spec, _) in read_pool(pool).items()
+    ]
+    print(markdown(rows))
+    return 0
+
+
+def run_pool_check(arguments: argparse.Namespace) -> int:
+    """Read every adapter; exit 2 if one cannot be fused, after naming all that cannot."""
+    import sys
+
+    from dlplora.errors import DLPLoRAError
+    from dlplora.modules.lora_bank import AdapterBank
+    from dlplora.modules.pool import load_pool
+
+    pool = load_pool(arguments.folder)
+    failed = 0
+    for name in pool.names:
+        try:
+            AdapterBank.from_peft({name: pool.folders[name]})
+        except DLPLoRAError as error:
+            failed += 1
+            print(f"dlplora: error: {error}", file=sys.stderr)
+    if failed:
+        print(f"{failed} of {len(pool.names)} adapters cannot be fused", file=sys.stderr)
+        return 2
+    bank = AdapterBank.from_pool(arguments.folder)
+    print(f"{bank.num_experts} adapters fit together: {len(bank.modules)} modules, largest rank {bank.rank}, {bank.nbytes / 1e6:.1f} MB in float32")
+    return 0

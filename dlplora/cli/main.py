@@ -1,0 +1,156 @@
+"""The ``dlplora`` command. Only argument parsing happens here; every subcommand imports what it needs when it runs.
+
+Exit codes: 0 done, 1 regression or stale table, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dlplora import __version__
+from dlplora.errors import DLPLoRAError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Accepts ``--data_root`` for ``--data-root``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        spelled = [self._dashed(argument) for argument in given]
+        return super().parse_known_args(spelled, namespace)
+
+    @staticmethod
+    def _dashed(argument: str) -> str:
+        if not isinstance(argument, str) or not argument.startswith("--"):
+            return argument
+        name, equals, value = argument.partition("=")
+        return name.replace("_", "-") + equals + value
+
+
+def _lazy(module: str, function: str) -> Command:
+    def run(arguments: argparse.Namespace) -> int:
+        from importlib import import_module
+
+        return int(getattr(import_module(f"dlplora.cli.{module}"), function)(arguments))
+
+    return run
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pretrained", metavar="MODEL", help="backbone: folder or hub id (default: the embedded nano backbone)")
+    parser.add_argument("--pool", metavar="DIR", help="folder of PEFT LoRA folders")
+    parser.add_argument("--router", metavar="DIR", help="folder of a trained router")
+    parser.add_argument("--multitask", metavar="DIR", help="folder of the adapter trained on all tasks")
+
+
+def _evaluation(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="evaluate one method under a protocol and write one record")
+    parser.add_argument("--protocol", default="nano", help="name in configs/protocol, or a YAML file (default: nano)")
+    parser.add_argument("--method", default="dlp", help="name in configs/method, or a YAML file (default: dlp)")
+    parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", help="some tasks of the suite, comma-separated (default: all)")
+    parser.add_argument("--limit", type=int, help="questions a task; such records go to results/scratch")
+    parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
+    parser.add_argument("--force", action="store_true", help="evaluate again even if a finished record exists")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
+    _add_model_options(parser)
+    parser.set_defaults(run=_lazy("evaluate", "run_eval"))
+
+    parser = commands.add_parser("reproduce", help="the main job: train what is missing, evaluate, write the tables")
+    parser.add_argument("suite", choices=["nano"])
+    parser.add_argument("--fresh", action="store_true", help="train every expert and the router again")
+    parser.add_argument("--methods", help="comma-separated (default: the six reference rows)")
+    parser.add_argument("--limit", type=int, help="questions a task; such records are in no table")
+    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--runs", default="runs/nano", metavar="DIR", help="folder of trained artefacts")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+    parser.set_defaults(run=_lazy("evaluate", "run_reproduce"))
+
+
+def _reports(commands: Any) -> None:
+    report = commands.add_parser("report", help="tables from records")
+    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate}")
+    for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
+        parser = inner.add_parser(name, help=text)
+        parser.add_argument("--out", default="results", metavar="DIR")
+        parser.add_argument("--suite", default="nano")
+        if name == "build":
+            parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
+            parser.add_argument("--readme", default="README.md", metavar="FILE")
+        parser.set_defaults(run=_lazy("report", f"run_{name}"))
+
+
+def _information(commands: Any) -> None:
+    parser = commands.add_parser("methods", help="list fusion methods and their presets")
+    parser.add_argument("--format", choices=["md", "json"], default="md")
+    parser.set_defaults(run=_lazy("information", "run_methods"))
+    parser = commands.add_parser("tasks", help="list the tasks of a suite with an example each")
+    parser.add_argument("--suite", default="nano", help="nano, or local:TASK,TASK")
+    parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
+    parser.add_argument("--format", choices=["md", "json"], default="md")
+    parser.set_defaults(run=_lazy("information", "run_tasks"))
+    parser = commands.add_parser("doctor", help="versions, machine, embedded assets, lm_eval command, hub reachability")
+    parser.set_defaults(run=_lazy("doctor", "run_doctor"))
+    pool = commands.add_parser("pool", help="look at a folder of adapters")
+    inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check}")
+    for name, text in (("list", "names, ranks and targets"), ("check", "read every adapter and say what does not fit")):
+        parser = inner.add_parser(name, help=text)
+        parser.add_argument("folder")
+        parser.set_defaults(run=_lazy("information", f"run_pool_{name}"))
+
+
+def _generation(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="generate text and show which experts spoke")
+    parser.add_argument("prompt")
+    parser.add_argument("--method", default="dlp")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--trace", action="store_true", help="sentence by sentence: experts and weights")
+    parser.add_argument("--raw", action="store_true", help="take the prompt as it is; nano prompts otherwise end with 'Answer:'")
+    parser.add_argument("--task", help="task name, for methods that need it (oracle)")
+    _add_model_options(parser)
+    parser.set_defaults(run=_lazy("generate", "run_generate"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; nothing heavy is imported."""
+    parser = _Parser(prog="dlplora", description="Train, route, fuse and compare LoRA adapters.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dlplora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, text in (("fit", "train what a YAML file describes"), ("validate", "validate a trained one"), ("test", "test a trained one")):
+        commands.add_parser(name, help=text, add_help=False)
+    _evaluation(commands)
+    _reports(commands)
+    _information(commands)
+    _generation(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] and given[0] in {"fit", "validate", "test"}:
+        from dlplora.cli.fit import main as fit_main
+
+        return fit_main(given)
+    arguments = build_parser().parse_args(given)
+    try:
+        return int(arguments.run(arguments))
+    except DLPLoRAError as error:
+        print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dlplora: error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dlplora: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Lightning data modules over the tasks of a suite: for experts, for pools of experts, for fusion methods and for routers.
+
+Items are drawn and encoded once, in ``setup``. Which rows make up a batch is a pure function of seed and step (``batching``);
+in a run of several processes every process takes its share of the same global batch, so their number changes nothing but the
+order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlplora.data.batching import BatchPlan, StepLoader
+from dlplora.data.encoding import EncodedItem, EncodedSet, collate, encode_items, encode_texts
+from dlplora.errors import ConfigError
+from dlplora.tasks.suite import Split, Suite, get_suite
+
+log = logging.getLogger(__name__)
+
+
+def select_tasks(suite: str, tasks: str | Sequence[str], data_root: str | None) -> Suite:
+    """The named tasks of a suite, in the order given; ``all`` keeps the suite's order. Text may list names with commas.
+
+    Raises:
+        TaskError: If the suite or a task is unknown.
+        ConfigError: If no task is named.
+    """
+    whole = get_suite(suite, data_root)
+    if tasks == "all":
+        return whole
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else [str(name) for name in tasks]
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise ConfigError(f"data: 'tasks' must be 'all' or distinct task names, got {tasks!r}.")
+    return whole.select(names)
+
+
+class _SuiteDataModule(L.LightningDataModule):
+    """What all data modules share: the suite, the tokenizer of the module being trained, and this process's share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.suite: Suite | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of items and order."""
+        return 0 if self.hparams["seed"] is None else int(self.hparams["seed"])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the Lightning module being trained."""
+        return self.trainer.lightning_module.tokenizer  # type: ignore[union-attr]
+
+    @property
+    def pad_id(self) -> int:
+        """Padding id; 0 if the tokenizer has none, since padded positions are never read."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def _require(self, name: str, minimum: int = 1) -> None:
+        value = self.hparams[name]
+        if value < minimum:
+            raise ConfigError(f"data: '{name}' must be at least {minimum}, got {value}.")
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that share a batch.
+
+        Raises:
+            ConfigError: If a batch has fewer rows than there are processes.
+        """
+        world = int(self.trainer.world_size) if self.trainer is not None else 1
+        if world > self.hparams["batch_size"]:
+            raise ConfigError(f"data: a batch of {self.hparams['batch_size']} rows cannot be shared by {world} processes. Raise batch_size.")
+        return world
+
+    def _share(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """This process's rows of a global batch."""
+        world = self.num_processes
+        return rows if world == 1 else rows[self.trainer.global_rank :: world]  # type: ignore[union-attr]
+
+    def _epoch(self) -> int:
+        return int(self.trainer.current_epoch) if self.trainer is not None else 0
+
+
+class ExpertDataModule(_SuiteDataModule):
+    """Prompts with answers, for one adapter trained on one or several tasks.
+
+    One Lightning epoch is ``num_steps`` batches; several tasks are sampled equally often, whatever their size.
+
+    Args:
+        suite: Name of the suite, as ``get_suite`` takes it.
+        tasks: ``all``, names separated by commas, or a list of names.
+        num_train: Training items of a task (fewer if a local file holds fewer).
+        num_validation: Validation items of a task.
+        num_test: Test items of a task (held-out phrasing).
+        batch_size: Rows a batch over all processes; of a pool, rows of each expert.
+        num_steps: Batches an epoch; of a pool, of each expert.
+        eval_batch_size: Rows a validation or test batch.
+        max_length: Longest sequence in tokens; longer prompts lose their beginning, which is counted and logged.
+        length_group: Batches cut from one window of rows sorted by length; 1 turns sorting off.
+        seed: Seed of the items and of their order. None: the seed of the run (``seed_everything``), 0 outside the command line.
+        data_root: Folder of the rows of a ``local:`` suite.
+    """
+
+    def __init__(
+        self,
+        suite: str = "nano",
+        tasks: str | list[str] = "all",
+        num_train: int = 3000,
+        num_validation: int = 64,
+        num_test: int = 100,
+        batch_size: int = 16,
+        num_steps: int = 800,
+        eval_batch_size: int = 64,
+        max_length: int = 512,
+        length_group: int = 8,
+        seed: int | None = None,
+        data_root: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name in ("num_train", "num_validation", "num_test", "batch_size", "num_steps", "eval_batch_size", "length_group"):
+            self._require(name)
+        self._require("max_length", 2)
+        self._sets: dict[Split, dict[str, EncodedSet]] = {}
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks trained on, in order."""
+        assert self.suite is not None, "setup comes first"
+        return self.suite.names
+
+    @property
+    def is_whole_suite(self) -> bool:
+        """Whether every task of the suite takes part."""
+        return set(self.task_names) == set(get_suite(self.hparams["suite"], self.hparams["data_root"]).names)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw and encode the splits that the stage needs."""
+        h = self.hparams
+        self.suite = select_tasks(h["suite"], h["tasks"], h["data_root"])
+        for split in self.splits(stage):
+            if split not in self._sets:
+                self._sets[split] = self._encode(split)
+
+    def splits(self, stage: str | None) -> tuple[Split, ...]:
+        """Splits that a stage needs."""
+        by_stage: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+        return by_stage.get(stage, ("train", "validation", "test"))
+
+    def _encode(self, split: Split) -> dict[str, EncodedSet]:
+        h = self.hparams
+        assert self.suite is not None
+        num = h[f"num_{split}"]
+        encoded = {task.name: encode_items(self.tokenizer, task.items(split, num, self.seed), h["max_length"]) for task in self.suite.tasks}
+        truncated = {name: one.num_truncated for name, one in encoded.items() if one.num_truncated}
+        if truncated:
+            log.warning("%s prompts shortened to max_length=%d at their beginning: %s", split, h["max_length"], truncated)
+        return encoded
+
+    def encoded(self, split: Split) -> Mapping[str, EncodedSet]:
+        """Encoded items of a split by task name."""
+        return self._sets[split]
+
+    def num_truncated(self, split: Split) -> int:
+        """Prompts of a split that had to be shortened."""
+        return sum(one.num_truncated for one in self._sets[split].values())
+
+    def plan(self, names: Sequence[str]) -> BatchPlan:
+        """The batches over some of the tasks."""
+        h = self.hparams
+        return BatchPlan({name: self._sets["train"][name].lengths for name in names}, h["batch_size"], self.seed, h["length_group"])
+
+    def rows(self, batch: Sequence[tuple[str, int]]) -> list[EncodedItem]:
+        """The training items a plan's batch names."""
+        return [self._sets["train"][name].items[index] for name, index in batch]
+
+    def batch(self, items: Sequence[EncodedItem], weights: Sequence[float] | None = None) -> dict[str, Any]:
+        """Tensors of some items; subclasses add what their module reads."""
+        return collate(items, self.pad_id, weights)
+
+    def train_dataloader(self) -> StepLoader:
+        """``num_steps`` batches; the loss weights make the sum over processes the mean over the global batch."""
+        plan = self.plan(self.task_names)
+
+        def make(step: int) -> dict[str, Any]:
+            rows = self.rows(plan.batch(step))
+            weight = self.num_processes / sum(len(item) - item.num_prompt for item in rows)
+            mine = self._share(rows)
+            return self.batch(mine, [weight] * len(mine))
+
+        return StepLoader(make, self.hparams["num_steps"], self._epoch)
+
+    def _eval_loader(self, split: Split) -> StepLoader:
+        """Batches of one task each, in order; the task's name is under ``task``."""
+        size = self.hparams["eval_batch_size"]
+        batches: list[tuple[str, Sequence[EncodedItem]]] = []
+        for name, encoded in self._sets[split].items():
+            ordered = sorted(encoded.items, key=len)
+            batches += [(name, ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        mine = self._share(batches)
+        return StepLoader(lambda step: {**self.batch(mine[step][1]), "task": mine[step][0]}, len(mine))
+
+    def val_dataloader(self) -> StepLoader:
+        """Validation items: phrasings of the training set, entities it never shows."""
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> StepLoader:
+        """Test items: the held-out phrasing."""
+        return self._eval_loader("test")
+
+
+class ExpertPoolDataModule(ExpertDataModule):
+    """Prompts with answers, for one adapter per task; used with ``LitExpertPool``, which says which experts train together.
+
+    The epoch runs through the groups of experts, ``num_steps`` batches each. A batch holds ``batch_size`` rows of every expert
+    of the group, expert by expert; every expert's loss is the mean over its own supervised tokens. Arguments as for
+    ``ExpertDataModule``.
+    """
+
+    def splits(self, stage: str | None) -> tuple[Split, ...]:
+        """The training split always: its lengths decide which experts train together."""
+        return tuple(dict.fromkeys(("train", *super().splits(stage))))
+
+    def train_dataloader(self) -> StepLoader:
+        """``num_steps`` batches for every group; the group's index is under ``group``."""
+        groups: Sequence[Sequence[str]] = self.trainer.lightning_module.groups  # type: ignore[union-attr]
+        plans = {name: self.plan([name]) for group in groups for name in group}
+        steps = self.hparams["num_steps"]
+
+        def make(step: int) -> dict[str, Any]:
+            index, local = divmod(step, steps)
+            items: list[EncodedItem] = []
+            weights: list[float] = []
+            for name in groups[index]:
+                rows = self.rows(plans[name].batch(local))
+                weight = self.num_processes / sum(len(item) - item.num_prompt for item in rows)
+                mine = self._share(rows)
+                items += mine
+                weights += [weight] * len(mine)
+            return {**self.batch(items, weights), "group": index}
+
+        return StepLoader(make, steps * len(groups))
+
+
+class FusionDataModule(ExpertDataModule):
+    """Prompts with answers and task labels, for fusion methods with trained parameters. Arguments as for ``ExpertDataModule``."""
+
+    def batch(self, items: Sequence[EncodedItem], weights: Sequence[float] | None = None) -> dict[str, Any]:
+        """Adds the prompts alone: ``prompt_ids`` and ``prompt_mask`` (B, T), ``prompt_texts``, and ``task_names``."""
+        prompts = pad_rows([item.ids[: item.num_prompt] for item in items], self.pad_id)
+        names = {"prompt_texts": tuple(item.prompt for item in items), "task_names": tuple(item.task for item in items)}
+        return {**super().batch(items, weights), "prompt_ids": prompts[0], "prompt_mask": prompts[1], **names}
+
+
+def pad_rows(rows: Sequence[Sequence[int] | np.ndarray[Any, Any]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Right-padded token ids and mask, each int64 (B, T)."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+class RouterDataModule(_SuiteDataModule):
+    """Prompts and the index of their task, for the router.
+
+    Training and validation show the phrasings the experts were trained on (validation with other entities); the test split
+    has the phrasing that nobody trained on.
+
+    Args:
+        suite, tasks, data_root: As for ``ExpertDataModule``; the order of the tasks is the order of the router's classes.
+        num_train, num_validation, num_test: Prompts of a task.
+        batch_size: Prompts a batch over all processes.
+        seed: Seed of the prompts and of their order; None as above.
+    """
+
+    def __init__(
+        self,
+        suite: str = "nano",
+        tasks: str | list[str] = "all",
+        num_train: int = 900,
+        num_validation: int = 100,
+        num_test: int = 100,
+        batch_size: int = 64,
+        seed: int | None = None,
+        data_root: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name in ("num_train", "num_validation", "num_test", "batch_size"):
+            self._require(name)
+        self._tensors: dict[Split, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Class names in order."""
+        assert self.suite is not None, "setup comes first"
+        return self.suite.names
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw and encode all splits; prompts are short and calibration needs validation in every stage."""
+        h = self.hparams
+        self.suite = select_tasks(h["suite"], h["tasks"], h["data_root"])
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        for split in splits:
+            if split not in self._tensors:
+                items = [(label, item) for label, task in enumerate(self.suite.tasks) for item in task.items(split, h[f"num_{split}"], self.seed)]
+                ids, mask = pad_rows(encode_texts(self.tokenizer, [item.prompt for _, item in items]), self.pad_id)
+                self._tensors[split] = (ids, mask, torch.tensor([label for label, _ in items]))
+
+    def tensors(self, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (n, T), mask (n, T) and labels (n,) of a whole split."""
+        return self._tensors[split]
+
+    def _batch(self, split: Split, rows: Sequence[int]) -> dict[str, Any]:
+        ids, mask, labels = self._tensors[split]
+        index = torch.tensor(rows)
+        return {"input_ids": ids[index], "attention_mask": mask[index], "labels": labels[index], "rows": index, "split": split}
+
+    def train_dataloader(self) -> StepLoader:
+        """One pass over the prompts an epoch, every task equally often; an incomplete last batch is left to the next pass."""
+        h = self.hparams
+        labels = self._tensors["train"][2]
+        start = {name: int((labels < label).sum()) for label, name in enumerate(self.task_names)}
+        lengths = {name: [1] * int((labels == label).sum()) for label, name in enumerate(self.task_names)}
+        plan = BatchPlan(lengths, h["batch_size"], self.seed, length_group=1)
+        steps = max(1, len(labels) // h["batch_size"])
+
+        def make(step: int) -> dict[str, Any]:
+            return self._batch("train", self._share([start[name] + row for name, row in plan.batch(step)]))
+
+        return StepLoader(make, steps, self._epoch)
+
+    def _eval_loader(self, split: Split) -> StepLoader:
+        rows = list(self._share(range(len(self._tensors[split][2]))))
+        chunks = [rows[first : first + 512] for first in range(0, len(rows), 512)]
+        return StepLoader(lambda step: self._batch(split, chunks[step]), len(chunks))
+
+    def val_dataloader(self) -> StepLoader:
+        """Known phrasings, unseen entities."""
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> StepLoader:
+        """The held-out phrasing."""
+        return self._eval_loader("test")

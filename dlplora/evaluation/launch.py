@@ -1,0 +1,64 @@
+"""Where a model runs: the processes of ``torchrun`` or ``accelerate launch``, and the device that lm-eval names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from dlplora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def accelerator_if_launched(device: str | None) -> Any:
+    """The process group that ``torchrun`` or ``accelerate launch`` started, or None in a single process.
+
+    Args:
+        device: What ``--device`` says. Each process takes the accelerator's device of its rank, or the CPU if that was asked
+            for or there is nothing else.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    # ranks wait for each other once an evaluation, however long the slowest takes
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+    return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available(), kwargs_handlers=[patience])
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, or the one that is there: lm-eval says ``cuda:0`` on every machine.
+
+    Raises:
+        ConfigError: If the name is no torch device.
+    """
+    wanted = name or "cuda"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{wanted}'. Use cpu, cuda, cuda:N or mps.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.info("no CUDA device here; using the CPU")
+        return torch.device("cpu")
+    return device
+
+
+@contextmanager
+def without_messages(beginnings: Sequence[str], logger_name: str) -> Iterator[None]:
+    """Drop log messages that begin in one of these ways, while open."""
+    target = logging.getLogger(logger_name)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(tuple(beginnings))
+
+    target.addFilter(keep)
+    try:
+        yield
+    finally:
+        target.removeFilter(keep)

@@ -1,0 +1,139 @@
+"""What may stand in ``--model_args`` of ``lm_eval --model dlplora``, parsed strictly.
+
+lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already
+converted. Settings of the method are given as dotted keys, ``method.p=0.6``, or as one mapping,
+``method_params={"p":0.6}``; folders of trained gates and the like as ``artifact.ROLE=FOLDER``; a list of experts as
+``names=[a,b]`` or ``names=a+b``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dlplora.config import build
+from dlplora.errors import ConfigError, nearest
+
+METHOD_PREFIX = "method."
+ARTIFACT_PREFIX = "artifact."
+HARNESS_OPTIONS = (
+    "batch_size",
+    "max_batch_size",
+    "max_length",
+    "softmax_dtype",
+    "mixed_precision_dtype",
+    "add_bos_token",
+    "prefix_token_id",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+)
+"""Options handed to lm-eval's own Hugging Face model unchanged; they mean what they mean for ``--model hf``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelArgs:
+    """The model to evaluate. Without any argument: the embedded nano backbone, its pool and router, method ``dlp``."""
+
+    method: str = "dlp"
+    """Name of a method configuration, or the path of a YAML file."""
+    method_params: dict[str, Any] = field(default_factory=dict)
+    """Settings that override the method file's."""
+    pretrained: str | None = None
+    """Folder or hub id of the backbone."""
+    pool: str | None = None
+    """Folder of the adapters."""
+    router: str | None = None
+    """Folder of the trained router."""
+    multitask: str | None = None
+    """Folder of the adapter trained on all tasks, for the methods that need it."""
+    artifacts: dict[str, Any] = field(default_factory=dict)
+    """Folders of whatever else a method needs, by role; given as ``artifact.ROLE=FOLDER``."""
+    names: tuple[str, ...] | None = None
+    """Experts to keep, in this order; None keeps the pool's."""
+    backend: str = "auto"
+    """Kernel backend."""
+    dtype: str = "float32"
+    """Type of base and adapter weights."""
+    device: str | None = None
+    """Torch device. ``cuda`` becomes ``cpu`` where there is no CUDA device: lm-eval itself always passes ``cuda:0``."""
+    revision: str | None = None
+    """Revision of the backbone on the hub."""
+    seed: int = 0
+    """Seed of methods that draw random numbers."""
+    trust_remote_code: bool = False
+    """Whether the backbone's repository may run its own code."""
+
+
+def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, Any]]:
+    """Split keyword arguments into the model's and the harness's.
+
+    Args:
+        values: Keyword arguments as lm-eval parsed them.
+
+    Returns:
+        The model's arguments, and the options of ``HARNESS_OPTIONS`` that were given.
+
+    Raises:
+        ConfigError: For an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    harness = {key: value for key, value in values.items() if key in HARNESS_OPTIONS}
+    model: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    artifacts: dict[str, str] = {}
+    for key, value in values.items():
+        if key in harness or value is None:
+            continue
+        if key.startswith(METHOD_PREFIX):
+            overrides[key.removeprefix(METHOD_PREFIX)] = value
+        elif key.startswith(ARTIFACT_PREFIX):
+            artifacts[key.removeprefix(ARTIFACT_PREFIX)] = str(value)
+        else:
+            model[key] = value
+    known = [option.name for option in fields(ModelArgs) if option.name != "artifacts"]
+    for key in model:
+        if key not in known and key != "adapters":
+            options = [*known, *HARNESS_OPTIONS, f"{METHOD_PREFIX}KEY", f"{ARTIFACT_PREFIX}ROLE"]
+            raise ConfigError(f"--model_args: unknown key '{key}'.{nearest(key, options)} Valid keys: {', '.join(options)}.")
+    model["method_params"] = _mapping(model.get("method_params")) | overrides
+    model["artifacts"] = artifacts
+    chosen = _chosen_names(model)
+    if chosen is not None:
+        model["names"] = chosen
+    for key in ("method", "pretrained", "pool", "router", "multitask", "revision", "device", "dtype"):
+        if key in model:
+            model[key] = str(model[key]).removeprefix("torch.")  # lm-eval turns a folder named 42 into a number
+    return build(ModelArgs, model, "--model_args"), harness
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """``method_params`` as a mapping; text must be JSON."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--model_args: method_params must be a JSON object, got {value!r} ({error.msg}).") from error
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"--model_args: method_params must map settings to values, got {value!r}.")
+    return {str(key): setting for key, setting in value.items()}
+
+
+def _chosen_names(model: dict[str, Any]) -> tuple[str, ...] | None:
+    """``names`` (or its other name ``adapters``, removed from ``model``) as expert names in order."""
+    other = model.pop("adapters", None)
+    if other is not None and model.get("names") is not None:
+        raise ConfigError("--model_args: names and adapters are the same option; give one of them.")
+    value = other if other is not None else model.get("names")
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return tuple(str(name) for name in value)
+    bare = str(value).strip().removeprefix("[").removesuffix("]").replace(",", "+")
+    names = tuple(name.strip().strip("\"'") for name in bare.split("+"))
+    if not all(names):
+        raise ConfigError(f"--model_args: names must be experts joined by '+', like names=alpha+beta, got {value!r}.")
+    return names

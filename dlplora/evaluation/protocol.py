@@ -1,0 +1,75 @@
+"""Evaluation protocols: everything that must be equal for two methods to be comparable, and nothing about a method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dlplora.config import build, config_hash, find_config, load_yaml
+from dlplora.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """Settings shared by all methods of a table."""
+
+    suite: str = "nano"
+    """Suite of tasks; their lm-eval names are ``dlplora_<suite>_<task>``."""
+    tasks: list[str] | None = None
+    """Tasks of the suite; null takes all of them. A table is made from complete suites only."""
+    backbone: str | None = None
+    """Model folder or hub id; null is the embedded nano backbone."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    dtype: str = "float32"
+    """Dtype of backbone and bank."""
+    num_fewshot: int = 0
+    """Worked examples in each prompt."""
+    batch_size: int = 64
+    """Rows a forward; fixed, because reduced-precision results depend on it."""
+    max_length: int | None = None
+    """Context in tokens; null takes the backbone's."""
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    """Seeds a complete table needs."""
+    bootstrap_iters: int = 100
+    """Resamples for the standard error of BLEU."""
+    apply_chat_template: bool = False
+    """Wrap prompts in the tokenizer's chat template."""
+    latency_prompt_tokens: int = 32
+    """Prompt length of the latency measurement."""
+    latency_new_tokens: int = 24
+    """Decoded tokens of the latency measurement."""
+    latency_repeats: int = 9
+    """Interleaved repeats; 0 measures no latency."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "latency_prompt_tokens", "latency_new_tokens", "bootstrap_iters"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}.")
+        if self.num_fewshot < 0 or self.latency_repeats < 0:
+            raise ConfigError("'num_fewshot' and 'latency_repeats' cannot be negative.")
+        if not self.seeds:
+            raise ConfigError("'seeds' must name at least one seed.")
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return dataclasses.asdict(self)
+
+    def hash(self) -> str:
+        """Hash of the settings that decide a run; the list of seeds is not one of them."""
+        return config_hash({key: value for key, value in self.resolved().items() if key != "seeds"})
+
+
+def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Protocol:
+    """A protocol by name or path, with overrides for single runs.
+
+    Raises:
+        ConfigError: If it is unknown, or holds a key that no protocol has.
+    """
+    path = find_config("protocol", name)
+    values = load_yaml(path)
+    if "method" in values:
+        raise ConfigError(f"{path}: 'method' is not a protocol key; a protocol is the same for all methods. Pass --method.")
+    return build(Protocol, {**values, **(overrides or {})}, str(path))

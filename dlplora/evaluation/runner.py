@@ -1,0 +1,278 @@
+"""One method under one protocol with one seed, to one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlplora import __version__
+from dlplora.config import config_hash
+from dlplora.errors import DLPLoRAError, TaskError
+from dlplora.evaluation.protocol import Protocol
+from dlplora.inference.loading import nano_asset, resolve_backbone
+from dlplora.methods.registry import MethodSpec, load_method_spec, resolved_params
+from dlplora.modules.adapter_files import file_sha256
+from dlplora.modules.pool import load_pool
+from dlplora.provenance import provenance
+from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
+from dlplora.reporting.store import RESULTS, find_cell, save
+from dlplora.tasks.suite import Suite, get_suite
+
+if TYPE_CHECKING:
+    from dlplora.evaluation.harness import HarnessResult
+    from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifacts:
+    """Folders a run is given; None means the embedded ones where the backbone is the embedded one."""
+
+    pool: Path | None = None
+    router: Path | None = None
+    multitask: Path | None = None
+    others: Mapping[str, Path] = field(default_factory=dict)
+
+    def resolved(self, embedded: bool) -> dict[str, Path]:
+        """Folder by role, embedded ones filled in."""
+        given: dict[str, Path | None] = {"pool": self.pool, "router": self.router, "multitask": self.multitask, **self.others}
+        found: dict[str, Path] = {}
+        for role, path in given.items():
+            if path is not None:
+                found[role] = Path(path)
+            elif embedded and nano_asset(role).is_dir():
+                found[role] = nano_asset(role)
+        return found
+
+
+def folder_hash(folder: Path) -> str:
+    """Hash over the weights and JSON files of an artefact folder, names included; notes beside them do not count."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name != "recipe.json")
+    return config_hash([[str(path.relative_to(folder)), file_sha256(path)] for path in files])
+
+
+def backbone_identity(name: str | None, revision: str | None) -> dict[str, Any]:
+    """Name and checksum of a local backbone, or hub id and revision; nothing is loaded."""
+    source = resolve_backbone(name)
+    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    label = "nano" if name is None else Path(source).name if weights else source
+    return {"name": label, "revision": revision, "sha256": config_hash([file_sha256(path) for path in weights]) if weights else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything a run depends on, resolved before anything is loaded."""
+
+    protocol: Protocol
+    protocol_name: str
+    spec: MethodSpec
+    seed: int
+    suite: Suite
+    folders: Mapping[str, Path]
+    limit: int | None = None
+
+    @property
+    def task_names(self) -> list[str]:
+        """Suite names of the tasks to evaluate."""
+        return list(self.protocol.tasks or self.suite.names)
+
+    def description(self) -> dict[str, Any]:
+        """What the cell hash covers; equal descriptions give equal numbers."""
+        pool = load_pool(self.folders["pool"]) if "pool" in self.folders else None
+        return {
+            "protocol": self.protocol.hash(),
+            "method": self.spec.method,
+            "params": resolved_params(self.spec),
+            "seed": self.seed,
+            "backbone": backbone_identity(self.protocol.backbone, self.protocol.revision),
+            "pool": pool.checksum() if pool else None,
+            "artifacts": self.artifact_hashes(),
+            "tasks": {task.name: task.version for task in self.suite.tasks},
+            "limit": self.limit,
+            "package": __version__,
+            "schema": SCHEMA_VERSION,
+        }
+
+    def artifact_hashes(self) -> dict[str, str]:
+        """Hashes of all artefacts but the pool, by role."""
+        return {role: folder_hash(path) for role, path in self.folders.items() if role != "pool"}
+
+    def cell(self) -> str:
+        """Hash of ``description``."""
+        return config_hash(self.description())
+
+
+def prepare(
+    protocol: Protocol,
+    protocol_name: str,
+    method: str,
+    seed: int,
+    *,
+    artifacts: Artifacts | None = None,
+    method_params: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+) -> Run:
+    """Resolve a run; every name and folder is checked here.
+
+    Raises:
+        DLPLoRAError: For an unknown suite, task or method, or a folder that does not exist.
+    """
+    spec = load_method_spec(method, method_params)
+    suite = get_suite(protocol.suite)
+    for name in protocol.tasks or ():
+        suite.task(name)
+    if limit is not None and limit < 1:
+        raise TaskError(f"limit must be at least 1 question a task, got {limit}.")
+    folders = (artifacts or Artifacts()).resolved(embedded=protocol.backbone is None)
+    for role, path in folders.items():
+        if not path.is_dir():
+            raise TaskError(f"{role} folder not found: {path}.")
+    return Run(protocol=protocol, protocol_name=protocol_name, spec=spec, seed=seed, suite=suite, folders=folders, limit=limit)
+
+
+def finished(run: Run, root: Path = RESULTS) -> Path | None:
+    """The record of an equal run that already finished, if there is one."""
+    return find_cell(run.cell(), run.seed, run.suite.name, run.spec.name, root, scratch=True)
+
+
+def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
+    """Evaluate and write the record; a failure is written to ``scratch`` and raised again.
+
+    Raises:
+        DLPLoRAError: What the evaluation raised.
+    """
+    started = time.perf_counter()
+    lm: DLPLoRALM | None = None
+    try:
+        lm = _load(run)
+        loaded = time.perf_counter()
+        result = _evaluate(run, lm)
+        evaluated = time.perf_counter()
+        latency = _latency(run, lm)
+        timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
+        record = _record(run, lm, result, latency, timings)
+    except DLPLoRAError as error:
+        save(dataclasses.replace(_blank(run), status="failed", error=str(error)), root)
+        raise
+    finally:
+        if lm is not None:
+            lm.close()
+    return save(record, root), record
+
+
+def _load(run: Run) -> DLPLoRALM:
+    from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+    from dlplora.inference.fused_model import FusedCausalLM
+
+    protocol = run.protocol
+    fused = FusedCausalLM.from_pretrained(
+        protocol.backbone,
+        pool=run.folders.get("pool"),
+        method=str(run.spec.path) if run.spec.path else run.spec.method,
+        method_params=dict(run.spec.params),
+        artifacts={role: path for role, path in run.folders.items() if role != "pool"},
+        dtype=protocol.dtype,
+        revision=protocol.revision,
+        seed=run.seed,
+    )
+    options: dict[str, Any] = {} if protocol.max_length is None else {"max_length": protocol.max_length}
+    return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)
+
+
+def _evaluate(run: Run, lm: DLPLoRALM) -> HarnessResult:
+    from dlplora.evaluation.harness import evaluate
+
+    names = [f"dlplora_{run.suite.name}_{task}" for task in run.task_names]
+    protocol = run.protocol
+    return evaluate(
+        lm,
+        names,
+        limit=run.limit,
+        num_fewshot=protocol.num_fewshot,
+        seed=run.seed,
+        log_samples=False,
+        bootstrap_iters=protocol.bootstrap_iters,
+        apply_chat_template=protocol.apply_chat_template,
+    )
+
+
+def _latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
+    """Decode and prefill time against PEFT with the pool's first adapter, interleaved in this process."""
+    protocol = run.protocol
+    if protocol.latency_repeats == 0 or "pool" not in run.folders:
+        return None
+    import torch
+
+    from dlplora.evaluation.latency import load_peft_reference, measure_decode_ratio
+
+    pool = load_pool(run.folders["pool"])
+    first = pool.names[0]
+    reference = load_peft_reference(resolve_backbone(protocol.backbone), pool.folders[first], dtype=lm.fused.dtype, device=str(lm.fused.device))
+    text = " ".join(item.prompt for item in run.suite.tasks[0].items("test", 16))
+    ids = lm.fused.tokenizer(text)["input_ids"][: protocol.latency_prompt_tokens]
+    result = measure_decode_ratio(
+        lm.fused,
+        reference,
+        input_ids=torch.tensor([ids]),
+        new_tokens=protocol.latency_new_tokens,
+        repeats=protocol.latency_repeats,
+        task_names=[first],
+    )
+    return {"reference": "PEFT, one unmerged adapter, same dtype", **result.as_record()}
+
+
+def _blank(run: Run) -> Record:
+    """A record with everything known before the run."""
+    return Record(
+        suite=run.suite.name,
+        protocol_name=run.protocol_name,
+        protocol=run.protocol.resolved(),
+        protocol_hash=run.protocol.hash(),
+        method_name=run.spec.name,
+        method={"method": run.spec.method, "params": resolved_params(run.spec)},
+        method_hash=config_hash([run.spec.method, resolved_params(run.spec)]),
+        seed=run.seed,
+        backbone=backbone_identity(run.protocol.backbone, run.protocol.revision),
+        pool_hash=load_pool(run.folders["pool"]).checksum() if "pool" in run.folders else "",
+        artifact_hashes=run.artifact_hashes(),
+        tasks={},
+        suite_tasks=list(run.suite.names),
+        routing={},
+        latency=None,
+        backend="",
+        timings_s={},
+        provenance=provenance(),
+        limit=run.limit,
+        cell=run.cell(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _record(run: Run, lm: DLPLoRALM, result: HarnessResult, latency: dict[str, Any] | None, timings: dict[str, float]) -> Record:
+    prefix = f"dlplora_{run.suite.name}_"
+    tasks = {
+        name.removeprefix(prefix): TaskResult(
+            kind=run.suite.task(name.removeprefix(prefix)).kind,
+            version=str(result.versions.get(name)),
+            num=result.num_samples[name],
+            metrics=metrics,
+            stderr=dict(result.stderr.get(name, {})),
+        )
+        for name, metrics in result.results.items()
+    }
+    fingerprint = lm.fused.fingerprint()
+    record = dataclasses.replace(
+        _blank(run),
+        tasks=tasks,
+        routing=lm.routing_statistics(),
+        latency=latency,
+        backend=lm.fused.backends_used(),
+        timings_s={name: round(value, 3) for name, value in timings.items()},
+        trained_parameters=sum(parameter.numel() for parameter in lm.fused.method.parameters() if parameter.requires_grad),
+    )
+    kinds = {task.name: task.kind for task in run.suite.tasks}
+    return dataclasses.replace(record, backbone={**record.backbone, "fingerprint": fingerprint}, aggregates=aggregate(record, kinds))

@@ -1,0 +1,426 @@
+"""A Hugging Face causal LM whose linear layers are fused with an adapter bank and routed by a method.
+
+Shapes: B rows, T tokens, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlplora.errors import ConfigError, GenerationError, MethodError, RoutingError
+from dlplora.inference.generation import SentenceRerouter, VocabularyTable, trace_entry
+from dlplora.inference.loading import base_fingerprint, check_fingerprint, load_backbone, nano_asset
+from dlplora.inference.patching import patch
+from dlplora.methods.base import FusionMethod, MethodContext
+from dlplora.methods.registry import build_method, load_method_spec
+from dlplora.modules.fused_linear import RoutingSlot, RoutingState
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.pool import load_pool, write_manifest
+from dlplora.types import PromptBatch
+
+CONFIG_NAME = "fused_config.json"
+
+
+class FusedCausalLM(nn.Module):
+    """Backbone, bank and method behind one ``forward`` and one ``generate``.
+
+    Args:
+        model: A causal LM; its target modules are wrapped until ``close``.
+        tokenizer: Its tokenizer.
+        bank: The experts, on the model's device.
+        method: A method; it is prepared and attached here.
+        backend: ``auto``, ``dense``, ``folded`` or ``reference``.
+        context: What the method may use; None builds one without artefacts.
+
+    Attributes:
+        model: The patched Hugging Face model.
+        bank: The bank in use (a static method may have merged it).
+        num_truncated_prompts: Prompts that ``generate`` cut on the left to fit the context.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: AdapterBank,
+        method: FusionMethod,
+        *,
+        backend: str = "auto",
+        context: MethodContext | None = None,
+    ) -> None:
+        super().__init__()
+        if context is None:
+            context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings(), device=model.device)
+        self._pool = bank
+        self.tokenizer = tokenizer
+        self.context = context
+        self.backend = backend
+        self.slot = RoutingSlot()
+        self.num_truncated_prompts = 0
+        self._vocabulary: VocabularyTable | None = None
+        self._source: dict[str, Any] = {}
+        self._backends_used: set[str] = set()
+        self.bank = method.prepare(bank, context)
+        self.model = model
+        self.method = method
+        self._patch = patch(model, self.bank, self.slot)
+        method.attach(self)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | Path | None = None,
+        *,
+        pool: str | Path | None = None,
+        method: str = "dlp",
+        router: str | Path | None = None,
+        multitask: str | Path | None = None,
+        method_params: Mapping[str, Any] | None = None,
+        artifacts: Mapping[str, str | Path] | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> FusedCausalLM:
+        """Load a backbone, a pool and a method.
+
+        Args:
+            pretrained: Model folder, hub id, or a folder written by ``save_pretrained``; None is the embedded nano backbone,
+                and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
+            pool: Folder of PEFT LoRA folders.
+            method: Name of a method configuration, or path of a method YAML.
+            router, multitask: Artefact folders.
+            method_params: Overrides of the method's parameters.
+            artifacts: Further artefacts by role.
+            dtype: ``float32``, ``float16`` or ``bfloat16``; the bank follows it.
+            device: None means CPU.
+            backend: See the class.
+            revision, trust_remote_code: As in transformers.
+            names: Experts to use, in this order; None takes the whole pool.
+            seed: Seed of methods that draw random numbers.
+
+        Raises:
+            DLPLoRAError: Its subclasses name the file, key or size that does not fit.
+        """
+        device = torch.device(device or "cpu")
+        saved = _read_saved(pretrained)
+        if saved is not None:
+            pretrained, pool = saved["pretrained"], pool or saved["pool"]
+            method = saved["method"] if method == "dlp" else method
+        roles: dict[str, str | Path | None] = {"router": router, "multitask": multitask, **(artifacts or {})}
+        if pretrained is None:
+            pool = pool or nano_asset("pool")
+            roles = {role: path or nano_asset(role) for role, path in roles.items()}
+        if pool is None:
+            raise ConfigError("a pool of adapters is needed for this backbone: pass pool=FOLDER.")
+        opened = load_pool(pool)
+        model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+        check_fingerprint(opened.base_model, model, opened.path)
+        bank = AdapterBank.from_pool(pool, names, dtype=model.dtype, device=device)
+        context = MethodContext(
+            tokenizer=tokenizer,
+            embedding=model.get_input_embeddings(),
+            artifacts={role: Path(path) for role, path in roles.items() if path is not None},
+            seed=seed,
+            device=device,
+        )
+        if saved is not None and saved["method_folder"] is not None and method == saved["method"] and not method_params:
+            built = _load_method(saved, bank, context)
+        else:
+            built = build_method(load_method_spec(method, method_params))
+        fused = cls(model, tokenizer, bank, built, backend=backend, context=context)
+        fused._source = {"pretrained": str(pretrained) if pretrained is not None else None, "revision": revision}
+        return fused
+
+    # ------------------------------------------------------------------ what users expect of a model
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the backbone."""
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def config(self) -> Any:
+        """The backbone's configuration."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's generation configuration."""
+        return self.model.generation_config
+
+    @property
+    def max_length(self) -> int:
+        """Positions the backbone supports, in tokens."""
+        config = self.model.config.get_text_config()
+        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if getattr(config, key, None):
+                return int(getattr(config, key))
+        return int(min(self.tokenizer.model_max_length, 1 << 20))
+
+    def train(self, mode: bool = True) -> FusedCausalLM:
+        """Switch the method's own modules; the backbone stays in eval mode, so no dropout is ever active in it."""
+        super().train(False)
+        self.method.train(mode)
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this backbone from another; see ``base_fingerprint``."""
+        return base_fingerprint(self.model)
+
+    def backends_used(self) -> str:
+        """Names of the kernel backends that plans have used so far, sorted; ``dense`` for gates."""
+        return ", ".join(sorted(self._backends_used)) or "dense"
+
+    # ------------------------------------------------------------------ routing
+
+    def plan(self, prompts: PromptBatch) -> RoutingState | None:
+        """Routing state for a batch of prompts, or None if gates inside the layers decide.
+
+        The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
+
+        Raises:
+            RoutingError: If the method returns weights of another shape, or not finite.
+        """
+        weights = self._route(prompts)
+        return None if weights is None else self._state(weights)
+
+    def _route(self, prompts: PromptBatch) -> Tensor | None:
+        if "task_id" not in self.method.metadata.needs:
+            prompts = prompts.without_task_names()
+        weights = self.method.route(prompts)
+        if weights is not None and tuple(weights.shape) != (len(prompts), self.bank.num_experts):
+            raise RoutingError(
+                f"method '{self.method.name}' returned routing weights of shape {tuple(weights.shape)}, "
+                f"expected {(len(prompts), self.bank.num_experts)} (rows, experts)."
+            )
+        return weights
+
+    def _state(self, weights: Tensor) -> RoutingState:
+        if weights.shape[-1] != self.bank.num_experts:
+            raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
+        state = RoutingState(weights.to(self.device), self.backend, rank=self.bank.rank)
+        self._backends_used.add(state.backend)
+        return state
+
+    @contextmanager
+    def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
+        """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block."""
+        state = weights if isinstance(weights, RoutingState) else self._state(weights)
+        with self.slot.bind(state):
+            yield state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's forward under the bound routing weights.
+
+        Raises:
+            RoutingError: If nothing is bound and no gate is installed.
+        """
+        return self.model(*args, **kwargs)
+
+    # ------------------------------------------------------------------ generation
+
+    def _prompts(self, texts: Any, input_ids: Tensor | None, mask: Tensor | None, prompts: PromptBatch | None) -> tuple[Tensor, Tensor, PromptBatch]:
+        """Left-padded ids (B, T) and mask, and the prompts a router reads."""
+        if texts is not None:
+            if prompts is not None or input_ids is not None:
+                raise GenerationError("give texts, or input_ids, or prompts; not several of them.")
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            prompts = PromptBatch.from_texts(texts, self.tokenizer, device=self.device)
+        if input_ids is None:
+            if prompts is None:
+                raise GenerationError("generate() needs a prompt: texts, input_ids or prompts.")
+            input_ids, mask = prompts.input_ids, prompts.attention_mask
+        input_ids = input_ids.to(self.device)
+        mask = torch.ones_like(input_ids) if mask is None else mask.to(self.device)
+        rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        special = set(self.tokenizer.all_special_ids)
+        for i, row in enumerate(rows):
+            if not any(token not in special for token in row):
+                raise GenerationError(f"prompt {i} is empty: it holds no token besides special ones.")
+        if prompts is None:
+            prompts = PromptBatch.from_ids(rows, self.tokenizer, device=self.device)
+        return *self._left_pad(rows), prompts
+
+    def _left_pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id or 0), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _fit(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keep the last tokens of prompts that leave no room for ``new_tokens``, and count them."""
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise GenerationError(f"{new_tokens} new tokens leave no room for a prompt in a context of {self.max_length}; lower max_new_tokens.")
+        if ids.shape[1] <= room:
+            return ids, mask
+        self.num_truncated_prompts += int((mask.sum(dim=1) > room).sum())
+        return ids[:, -room:], mask[:, -room:]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompts: PromptBatch | None = None,
+        trace: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hugging Face ``generate`` under the method's routing; rows of a batch are routed independently.
+
+        Weights bound with ``with model.routing(w)`` replace the method's plan. A prompt longer than the context minus
+        ``max_new_tokens`` keeps its last tokens and is counted in ``num_truncated_prompts``.
+
+        Args:
+            texts: One or several prompts as text, or give
+            input_ids, attention_mask: tokens (B, T), padded on either side.
+            prompts: What the router reads, if it differs from ``input_ids`` (longer, or with task names).
+            trace: A list that receives one dict per routed sentence.
+            kwargs: Anything ``generate`` takes.
+
+        Returns:
+            Token ids (B * num_return_sequences, prompt + new), the prompt left-padded.
+
+        Raises:
+            GenerationError: For an empty prompt, no room for new tokens, or beams with sentence-level routing.
+        """
+        ids, mask, prompts = self._prompts(texts, input_ids, attention_mask, prompts)
+        new_tokens = self._new_tokens(kwargs, ids.shape[1])
+        ids, mask = self._fit(ids, mask, new_tokens)
+        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        if self.slot.state is not None:
+            return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
+        state = self.plan(prompts)
+        if state is None:
+            return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
+        if trace is not None:
+            for row, text in enumerate(prompts.texts):
+                trace.append(trace_entry(row, 0, text, state.per_row()[row], self.bank.names))
+        copies = self._copies(kwargs)
+        state = state.expand(copies)
+        if self.method.granularity == "sentence":
+            watcher = self._rerouter(state, [text for text in prompts.texts for _ in range(copies)], ids.shape[1], trace)
+            kwargs["stopping_criteria"] = _with(watcher, kwargs.get("stopping_criteria"))
+        with self.slot.bind(state):
+            return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
+
+    def _new_tokens(self, kwargs: dict[str, Any], width: int) -> int:
+        """New tokens asked for; without a limit, the backbone's default (20)."""
+        config = kwargs.get("generation_config") or self.generation_config
+        count = kwargs.get("max_new_tokens", config.max_new_tokens)
+        if count is None:
+            limit = kwargs.get("max_length", config.max_length)
+            count = 20 if limit is None else limit - width
+        if count < 1:
+            raise GenerationError(f"max_new_tokens must be at least 1, got {count}.")
+        return int(count)
+
+    def _copies(self, kwargs: Mapping[str, Any]) -> int:
+        config = kwargs.get("generation_config") or self.generation_config
+        beams = kwargs.get("num_beams", config.num_beams) or 1
+        if beams > 1:
+            if self.method.granularity == "sentence":
+                raise GenerationError(
+                    "beam search re-orders rows between re-routes, so sentence-level routing cannot follow them exactly; "
+                    "use num_beams=1, or route once per prompt (dlp: reroute=prompt)."
+                )
+            return int(beams)
+        return int(kwargs.get("num_return_sequences", config.num_return_sequences) or 1)
+
+    def _rerouter(self, state: RoutingState, prompts: list[str], width: int, trace: list[dict[str, Any]] | None) -> SentenceRerouter:
+        if self._vocabulary is None:
+            self._vocabulary = VocabularyTable(self.tokenizer, self.config.get_text_config().vocab_size).to(self.device)
+
+        def route(texts: Sequence[str]) -> Tensor:
+            weights = self._route(PromptBatch.from_texts(texts, self.tokenizer, device=self.device))
+            assert weights is not None
+            return weights
+
+        return SentenceRerouter(state, route, prompts, self.tokenizer, self._vocabulary, width, self.method.view, trace, self.bank.names)
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write pool, method and references to the backbone; the folder appears whole or not at all.
+
+        The backbone itself is not copied: ``fused_config.json`` names it.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise ConfigError(f"{target} exists and is not empty; give a new folder.")
+        specs = {name: self._pool.specs[name] for name in self._pool.names if name in self._pool.specs}
+        if len(specs) != self._pool.num_experts:
+            raise ConfigError("only a bank that was loaded from adapter folders can be saved; this one was made from tensors.")
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "pool").mkdir(parents=True)
+        for name, spec in specs.items():
+            shutil.copytree(spec.path, temporary / "pool" / name)
+        write_manifest(temporary / "pool", list(specs), base_fingerprint(self.model))
+        self.method.save(temporary / "method")
+        for role, path in self.context.artifacts.items():
+            if path.is_dir():
+                shutil.copytree(path, temporary / "artifacts" / role)
+        pretrained = self._source.get("pretrained") or (None if self._source else self.model.config.name_or_path)
+        description = {"format": 1, "pretrained": pretrained, "method": self.method.name, "backend": self.backend, "names": list(specs)}
+        (temporary / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+
+    def close(self) -> None:
+        """Take the fused layers out of the backbone, which is as it was before."""
+        self._patch.restore()
+
+
+def _with(watcher: SentenceRerouter, given: Any) -> Any:
+    from transformers import StoppingCriteriaList
+
+    return StoppingCriteriaList([watcher, *(given or [])])
+
+
+def _read_saved(pretrained: str | Path | None) -> dict[str, Any] | None:
+    """The description of a folder written by ``save_pretrained``, with its paths; None for anything else."""
+    if pretrained is None or not (Path(pretrained) / CONFIG_NAME).is_file():
+        return None
+    folder = Path(pretrained)
+    try:
+        saved = json.loads((folder / CONFIG_NAME).read_text())
+        if saved["format"] != 1:
+            raise ConfigError(f"{folder / CONFIG_NAME}: format {saved['format']!r} is not known.")
+        return {"pretrained": saved["pretrained"], "pool": folder / "pool", "method": saved["method"], "method_folder": folder / "method"}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{folder / CONFIG_NAME} is damaged: {error}.") from error
+
+
+def _load_method(saved: Mapping[str, Any], bank: AdapterBank, context: MethodContext) -> FusionMethod:
+    from dlplora.methods.registry import available_methods
+
+    known = available_methods()
+    if saved["method"] not in known:
+        raise MethodError(f"the saved model uses method '{saved['method']}', which is not installed. Known: {', '.join(known)}.")
+    return known[saved["method"]].load(saved["method_folder"], bank, context)

@@ -1,0 +1,172 @@
+"""Sentence-level re-routing inside Hugging Face ``generate``.
+
+``SentenceRerouter`` is a stopping criterion that never stops anything: it is called when a token has been appended and before the
+next forward, so the first token of a new sentence is already processed under the new routing weights. A stop is known to end a
+sentence once the character behind it is known, and with BPE that comes with the next token, the first one of the new sentence.
+Keys and values already cached stay (``kv_policy = stale``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from dlplora.errors import GenerationError
+from dlplora.inference.sentences import STOP_CHARACTERS, last_question, questions, sentence_end_positions
+from dlplora.modules.fused_linear import RoutingState
+
+VIEWS = ("tail", "window", "whole", "segment")
+WINDOW_TOKENS = 64
+_LOOK_BACK = 3
+"""Tokens between a stop character and the white space that confirms it: closing quotes and brackets."""
+
+
+def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any) -> str:
+    """What the router reads at a sentence end.
+
+    Args:
+        view: ``tail``: the prompt's last question and everything generated since; ``window``: the last 64 tokens of prompt and
+            text; ``whole``: all of it; ``segment``: the i-th question of the prompt for the i-th generated sentence.
+        prompt: The prompt of the row.
+        generated: Text generated so far.
+        num_sentences: Sentences finished so far.
+        tokenizer: Counts the tokens of ``window``.
+
+    Raises:
+        GenerationError: If the view is unknown.
+    """
+    if view == "tail":
+        return last_question(prompt) + generated
+    if view == "whole":
+        return prompt + generated
+    if view == "window":
+        ids = tokenizer(prompt + generated, add_special_tokens=False)["input_ids"]
+        return str(tokenizer.decode(ids[-WINDOW_TOKENS:]))
+    if view == "segment":
+        asked = questions(prompt)
+        return asked[min(num_sentences, len(asked) - 1)] if asked else prompt
+    raise GenerationError(f"unknown view '{view}'; known: {', '.join(VIEWS)}.")
+
+
+@dataclass
+class _Row:
+    """Progress of one generated row."""
+
+    start: int
+    """Index, in generated tokens, where the running sentence began to be watched."""
+    finished: int = 0
+    seen: list[str] = field(default_factory=list)
+
+
+class VocabularyTable:
+    """Which tokens can end, or confirm the end of, a sentence; computed once per tokenizer."""
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        pieces = [str(tokenizer.decode([index])) for index in range(min(size, len(tokenizer)))]
+        # A piece alone may lose its leading space (SentencePiece marks it with a character of its own).
+        raw = tokenizer.convert_ids_to_tokens(list(range(len(pieces))))
+        stop = [any(character in piece for character in STOP_CHARACTERS) for piece in pieces]
+        space = [bool(piece) and (piece[0].isspace() or str(token)[:1] in "Ġ▁") for piece, token in zip(pieces, raw, strict=True)]
+        inner = [bool(sentence_end_positions(piece, final=False)) or "\n" in piece for piece in pieces]
+        pad = [False] * (size - len(pieces))
+        self.stop = torch.tensor(stop + pad)
+        self.space = torch.tensor(space + pad)
+        self.inner = torch.tensor(inner + pad)
+
+    def to(self, device: torch.device) -> VocabularyTable:
+        """Move the tables to a device in place."""
+        self.stop, self.space, self.inner = self.stop.to(device), self.space.to(device), self.inner.to(device)
+        return self
+
+    def candidates(self, new: Tensor, recent: Tensor) -> Tensor:
+        """Rows (N,) whose newest token may have ended a sentence.
+
+        Args:
+            new: Newest token of each row (B,).
+            recent: The tokens before it (B, at most 3).
+        """
+        confirmed = self.space[new] & self.stop[recent].any(dim=1) if recent.shape[1] else torch.zeros_like(self.space[new])
+        return (confirmed | self.inner[new]).nonzero()[:, 0]
+
+
+class SentenceRerouter(StoppingCriteria):
+    """Re-routes each row on its own when its generated text has ended a sentence. Greedy decoding and sampling only.
+
+    Args:
+        state: The routing state bound for this generation; updated in place.
+        route: Texts -> routing weights (N, E).
+        prompts: Prompt text of each row.
+        tokenizer: Decodes generated tokens.
+        table: Vocabulary table of the tokenizer.
+        prompt_width: Tokens of the padded prompt.
+        view: What the router reads.
+        trace: If a list, receives one dict per re-route.
+        names: Expert names, for the trace.
+    """
+
+    def __init__(
+        self,
+        state: RoutingState,
+        route: Callable[[Sequence[str]], Tensor],
+        prompts: Sequence[str],
+        tokenizer: Any,
+        table: VocabularyTable,
+        prompt_width: int,
+        view: str = "tail",
+        trace: list[dict[str, Any]] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.state, self.route, self.prompts, self.tokenizer, self.table = state, route, list(prompts), tokenizer, table
+        self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
+        self._rows = [_Row(start=0) for _ in prompts]
+        self.num_reroutes = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        """Look at the newest token of each row; always returns False (B,)."""
+        go_on = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        generated = input_ids[:, self.width :]
+        if generated.shape[1] == 0:
+            return go_on
+        rows, views, texts = [], [], []
+        for row in self.table.candidates(generated[:, -1], generated[:, -1 - _LOOK_BACK : -1]).tolist():
+            ended = self._ended(row, generated[row])
+            if ended is not None:
+                rows.append(row)
+                texts.append(ended)
+                views.append(view_text(self.view, self.prompts[row], ended, self._rows[row].finished, self.tokenizer))
+        if rows:
+            weights = self.route(views)
+            self.state.update_rows(torch.tensor(rows, device=self.state.weights.device), weights.to(self.state.weights))
+            self.num_reroutes += len(rows)
+            self._note(rows, views, weights)
+        return go_on
+
+    def _ended(self, row: int, tokens: Tensor) -> str | None:
+        """The text generated so far if a sentence has ended since the last look, else None."""
+        progress = self._rows[row]
+        ids = tokens.tolist()
+        running = str(self.tokenizer.decode(ids[progress.start :], skip_special_tokens=True))
+        ends = sentence_end_positions(running, final=False)
+        if not ends:
+            return None
+        progress.finished += len(ends)
+        # Text behind the last end belongs to the new sentence; it is shorter than the newest token, so watching from there is enough.
+        progress.start = len(ids) - 1 if running[ends[-1] :].strip() else len(ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _note(self, rows: list[int], views: list[str], weights: Tensor) -> None:
+        if self.trace is None:
+            return
+        for row, view, chosen in zip(rows, views, weights, strict=True):
+            self.trace.append(trace_entry(row, self._rows[row].finished, view, chosen, self.names))
+
+
+def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """One line of a routing trace: which experts speak from this sentence on, and what the router read."""
+    kept = {names[i]: round(float(weights[i]), 4) for i in weights.nonzero()[:, 0].tolist()}
+    return {"row": row, "sentence_idx": sentence_idx, "view_text": view, "weights": kept}

@@ -1,0 +1,75 @@
+"""Put fused layers into a Hugging Face model, and take them out again without a trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlplora.errors import IncompatibleAdapterError, RoutingError, nearest
+from dlplora.modules.fused_linear import FusedLinear, RoutingSlot
+from dlplora.modules.lora_bank import AdapterBank
+
+
+@dataclass
+class PatchHandle:
+    """The fused layers of one model.
+
+    Attributes:
+        layers: Module path -> fused layer.
+    """
+
+    model: nn.Module
+    layers: dict[str, FusedLinear]
+
+    def restore(self) -> None:
+        """Put the original modules back; they were never changed. A second call does nothing."""
+        for path, layer in self.layers.items():
+            _set(self.model, path, layer.base)
+        self.layers = {}
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot) -> PatchHandle:
+    """Replace every module the bank adapts by a ``FusedLinear`` around it.
+
+    Args:
+        model: A causal LM; changed in place until ``restore``.
+        bank: Experts; their module paths are looked up in ``model``.
+        slot: Shared by all layers of the model.
+
+    Raises:
+        IncompatibleAdapterError: If a module does not exist in the model, is not linear, or has other sizes. Nothing is
+            changed then.
+    """
+    known = dict(model.named_modules())
+    layers: dict[str, FusedLinear] = {}
+    for path, entry in bank.modules.items():
+        adapters = ", ".join(name for name, rank in zip(bank.names, entry.ranks, strict=True) if rank)
+        base = known.get(path)
+        if base is None:
+            raise IncompatibleAdapterError(
+                f"the backbone {type(model).__name__} has no module '{path}', which is adapted by: {adapters}.{nearest(path, known)} "
+                "The adapters were trained on another backbone."
+            )
+        if isinstance(base, FusedLinear):
+            raise IncompatibleAdapterError(f"module '{path}' is already fused; restore the model before patching it again.")
+        try:
+            layer = FusedLinear(base, entry, slot)
+        except RoutingError as error:
+            raise IncompatibleAdapterError(f"module '{path}' (adapted by: {adapters}) cannot be fused: {error}") from error
+        expected, found = (entry.lora_a.shape[-1], entry.lora_b.shape[1]), (layer.in_features, layer.out_features)
+        if expected != found:
+            raise IncompatibleAdapterError(
+                f"module '{path}' maps {found[0]} -> {found[1]} in the backbone, the adapters ({adapters}) expect {expected[0]} -> {expected[1]}; "
+                "they were trained on another backbone."
+            )
+        layers[path] = layer
+    for path, layer in layers.items():
+        layer.train(layer.base.training)
+        _set(model, path, layer)
+    return PatchHandle(model, layers)

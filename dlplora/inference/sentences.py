@@ -1,0 +1,89 @@
+"""Where sentences end. Pure text, no tokenizer.
+
+A newline always ends a sentence. So does ``.``, ``!`` or ``?`` (with closing quotes or brackets behind it) before white space or
+the end of the text, and ``。``, ``！``, ``？`` anywhere. A full stop of an abbreviation, an initial, a decimal or a list number does not.
+"""
+
+from __future__ import annotations
+
+import re
+
+_STOP = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s|$))|[。！？]+[”’」』）]*|\n+")  # noqa: RUF001
+_WORD_BEFORE = re.compile(r"(?:^|[\s(\[\"'“‘])([^\s(\[\"'“‘]+)$")  # noqa: RUF001
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof st mt jr sr vs etc e.g i.e cf al fig no vol ed approx dept inc ltd co corp gen col sgt rev hon a.m p.m u.s u.k".split()
+)
+STOP_CHARACTERS = ".!?…。！？"  # noqa: RUF001
+
+
+def _is_abbreviation(before: str) -> bool:
+    """Whether the full stop after ``before`` belongs to its last word."""
+    match = _WORD_BEFORE.search(before)
+    if match is None:
+        return False
+    word = match[1]
+    if word.lower().rstrip(".") in _ABBREVIATIONS:
+        return True
+    if re.fullmatch(r"(?:[A-Z]\.)*[A-Z]", word):  # initials; the pronoun "I" is the one capital that ends sentences
+        return word != "I"
+    line_start = before.rfind("\n") + 1
+    return word.isdigit() and before[line_start:].strip() == word  # "1. " opens a list item
+
+
+def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
+    """Indices just behind each sentence end, ascending.
+
+    Args:
+        text: Any text.
+        final: Whether nothing more follows. If not, a stop at the very end is still open: the next character decides.
+
+    >>> sentence_end_positions("Dr. Kim paid 3.5 coins. She left!")
+    [23, 33]
+    """
+    ends: list[int] = []
+    for match in _STOP.finditer(text):
+        stop = match.group()
+        if stop[0] == ".":
+            if set(stop) == {"."} and len(stop) == 1 and _is_abbreviation(text[: match.start()]):
+                continue
+        open_ended = match.end() == len(text) and "\n" not in stop and stop[0] not in "。！？"  # noqa: RUF001
+        if open_ended and not final:
+            continue
+        if text[: match.end()].strip():
+            ends.append(match.end())
+    return ends
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, stripped, without empty ones.
+
+    >>> split_sentences("One. Two? Three")
+    ['One.', 'Two?', 'Three']
+    """
+    cuts = [0, *sentence_end_positions(text), len(text)]
+    pieces = (text[start:end].strip() for start, end in zip(cuts, cuts[1:], strict=False))
+    return [piece for piece in pieces if piece]
+
+
+def questions(prompt: str) -> list[str]:
+    """The questions of a prompt in order: a blank line or a question mark closes one; a text without either is one question.
+
+    What follows the last question mark (``Answer:``) belongs to the last question.
+    """
+    found: list[str] = []
+    for block in re.split(r"\n\s*\n", prompt):
+        start = 0
+        ends = [end for end in sentence_end_positions(block) if block[:end].rstrip("\"'”’»)]").endswith(("?", "？"))]  # noqa: RUF001
+        for i, end in enumerate(ends):
+            stop = len(block) if i == len(ends) - 1 else end
+            found.append(block[start:stop].strip())
+            start = stop
+        if not ends and block.strip():
+            found.append(block.strip())
+    return found
+
+
+def last_question(prompt: str) -> str:
+    """The last question of a prompt with whatever follows it; the whole prompt if it has no parts."""
+    found = questions(prompt)
+    return found[-1] if found else prompt.strip()

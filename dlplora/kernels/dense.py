@@ -1,0 +1,25 @@
+"""All experts side by side: two matrix products, any granularity of routing weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dlplora.kernels.reference import per_token
+
+
+def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:
+    """Same operation as ``reference.fused_delta``; weights are applied in rank space, so no (B, T, E, O) tensor is built.
+
+    Args:
+        x: Layer input (B, T, I); cast to the dtype of ``lora_a`` for the computation.
+        lora_a: (E, R, I). lora_b: (E, O, R).
+        weights: Routing weight times scaling: (E,), (B, E) or (B, T, E).
+
+    Returns:
+        The delta (B, T, O) in the dtype of ``x``.
+    """
+    experts, rank, _ = lora_a.shape
+    low = x.to(lora_a.dtype) @ lora_a.reshape(experts * rank, -1).T
+    low = low.unflatten(-1, (experts, rank)) * per_token(weights).to(low.dtype).unsqueeze(-1)
+    up = lora_b.transpose(0, 1).reshape(lora_b.shape[1], experts * rank)
+    return (low.flatten(-2) @ up.T).to(x.dtype)

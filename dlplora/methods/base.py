@@ -1,0 +1,222 @@
+"""What a fusion method is: a rule for where routing weights come from.
+
+The bank, the fused layer, generation, scoring and timing are shared by all methods; a method only says which experts speak
+for a prompt (or installs gates that say so for every token). Shapes: B rows, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dlplora.errors import MethodError
+from dlplora.types import PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.modules.lora_bank import AdapterBank
+
+Granularity = Literal["none", "task", "prompt", "sentence", "token"]
+Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter"]
+WeightSum = Literal["one", "at_most_one", "zero", "any"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metadata:
+    """Facts about a method, printed by ``dlplora methods`` and beside every result; typed once, here."""
+
+    title: str
+    paper: str | None = None
+    """URL of the paper, or None for a reference row of our own."""
+    granularity: Granularity
+    """How often routing weights may change. ``none`` = never (static)."""
+    depth: Literal["model", "layer", "module"] = "model"
+    combine: Literal["delta", "factor"] = "delta"
+    """``delta``: sum of scaling * B @ A. ``factor``: A and B are summed first, which adds cross terms."""
+    needs: tuple[Need, ...] = ()
+    """What the method must be given beyond prompts. Only ``task_id`` methods see the protocol's task name."""
+    trainable: bool = False
+    weight_sum: WeightSum = "one"
+    """The documented sum of the routing weights of a row (conformance test T8)."""
+    heterogeneous: bool = True
+    """Whether rows of one batch may be routed differently."""
+    exempt: tuple[str, ...] = ()
+    """Conformance lines (``"T2"``) that the method breaks by its definition; the suite then checks that it does break them.
+    ``combine="factor"`` implies T12 and need not be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodContext:
+    """What a method may use when it is prepared: the backbone's frozen embeddings, the tokenizer, named artefacts."""
+
+    tokenizer: PreTrainedTokenizerBase
+    embedding: nn.Module
+    """The backbone's input embedding; frozen, read by routers."""
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
+    """Folders by role: ``router``, ``multitask``, or a method's own name for its trained gates."""
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def artifact(self, role: str, method: str) -> Path:
+        """The folder of one artefact.
+
+        Raises:
+            MethodError: If it was not supplied or does not exist.
+        """
+        path = self.artifacts.get(role)
+        if path is None:
+            raise MethodError(f"method '{method}' needs a {role}; none was given. Pass {role}=FOLDER.")
+        if not Path(path).is_dir():
+            raise MethodError(f"method '{method}': {role} folder not found: {path}.")
+        return Path(path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoConfig:
+    """The configuration of a method without settings."""
+
+
+class FusionMethod(nn.Module):
+    """Base class of every method. A method author overrides ``route`` (or ``attach``) and, where needed, the rest.
+
+    Life cycle: ``Method(config)`` -> ``prepare(bank, context)`` -> ``attach(model)`` -> ``route(prompts)`` per request.
+    A loaded method is prepared a second time by the fused model, so ``prepare`` must keep parameters it already has.
+    """
+
+    name: ClassVar[str]
+    metadata: ClassVar[Metadata]
+    Config: ClassVar[type] = NoConfig
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self.config = self.Config() if config is None else config
+        self.expert_names: tuple[str, ...] = ()
+
+    @property
+    def granularity(self) -> Granularity:
+        """Granularity of this instance; a method whose configuration decides overrides it."""
+        return self.metadata.granularity
+
+    @property
+    def view(self) -> str:
+        """What a sentence-level method reads at a sentence end: ``tail``, ``window``, ``whole`` or ``segment``."""
+        return "tail"
+
+    @property
+    def weight_sum(self) -> WeightSum:
+        """Documented sum of a row of routing weights; a method whose configuration decides overrides it."""
+        return self.metadata.weight_sum
+
+    def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
+        """Bind to a pool's bank and return the bank to run, which for static methods may be a merged one.
+
+        ``expert_names`` are the names of the pool, in its order; ``route`` answers in the order of the returned bank.
+        """
+        self.expert_names = tuple(bank.names)
+        return bank
+
+    def merge(self, bank: AdapterBank, weights: Tensor) -> AdapterBank:
+        """Static methods that combine more than deltas: the bank of one expert that stands for ``weights`` (E,).
+
+        Such a method calls it from ``prepare``; the conformance suite calls it with weights of its own.
+
+        Raises:
+            MethodError: If the method routes at run time and merges nothing.
+        """
+        raise MethodError(f"method '{self.name}' merges nothing; its weights are applied at run time.")
+
+    @classmethod
+    def example_artifacts(cls, folder: Path, bank: AdapterBank, context: MethodContext) -> dict[str, Path]:
+        """Write untrained stand-ins for the artefacts the method needs and return their folders by role.
+
+        For the conformance suite and for timing, which do not depend on training. Default: nothing is needed.
+        """
+        return {}
+
+    def fit(self, context: MethodContext) -> None:
+        """Gradient-free search, before evaluation. Default: nothing to do."""
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Scalar training loss of one batch; the Lightning shell does the rest.
+
+        Args:
+            batch: ``prompts`` (``PromptBatch`` with the task names of the training rows), ``expert_idx`` (B,) the index of each row's own
+                expert; ``input_ids``, ``attention_mask``, ``labels`` (B, T), -100 where there is no target; ``answer_loss(weights)``, the
+                mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model. A method
+                reads what it needs.
+
+        Raises:
+            MethodError: If the method is not trained by gradients.
+        """
+        raise MethodError(f"method '{self.name}' has no trained parameters; there is nothing to fit.")
+
+    def route(self, prompts: PromptBatch) -> Tensor | None:
+        """Routing weights (B, E), float32, from the context only; None if gates inside the layers decide."""
+        return None
+
+    def attach(self, model: FusedCausalLM) -> None:
+        """Install token-level gates on the fused layers. Default: nothing to install."""
+
+    def saved_state(self) -> Mapping[str, Tensor]:
+        """Tensors that ``save`` writes; a method that stores a part in files of its own leaves that part out."""
+        return self.state_dict()
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``method.json`` and, if anything is trained, ``method.safetensors``."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().contiguous().cpu() for key, value in self.saved_state().items()}
+        weights = folder / "method.safetensors"
+        if state:
+            save_file(state, weights)
+        else:
+            weights.unlink(missing_ok=True)  # a stale file of an earlier save would be loaded
+        description = {"method": self.name, "params": asdict(self.config), "experts": list(self.expert_names)}
+        (folder / "method.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def saved_config(cls, folder: str | Path, bank: AdapterBank) -> Any:
+        """The configuration that ``save`` wrote, after checking that the folder belongs to this method and this pool.
+
+        Raises:
+            MethodError: If the folder is missing, or belongs to another method or to another pool.
+        """
+        from dlplora.config import build
+
+        file = Path(folder) / "method.json"
+        if not file.is_file():
+            raise MethodError(f"no saved method in {folder}: method.json is missing. Point to a folder written by save().")
+        description = json.loads(file.read_text())
+        if description["method"] != cls.name:
+            raise MethodError(f"{folder} holds method '{description['method']}', expected '{cls.name}'.")
+        if tuple(description["experts"]) != tuple(bank.names):
+            raise MethodError(
+                f"{folder} was made for experts {description['experts']}, the bank has {list(bank.names)}. Retrain it for this pool."
+            )
+        return build(cls.Config, description["params"], str(file))
+
+    @classmethod
+    def load(cls, folder: str | Path, bank: AdapterBank, context: MethodContext) -> FusionMethod:
+        """Rebuild what ``save`` wrote, bound to ``bank``.
+
+        Raises:
+            MethodError: As ``saved_config``.
+        """
+        from safetensors.torch import load_file
+
+        method = cls(cls.saved_config(folder, bank))
+        method.prepare(bank, context)
+        weights = Path(folder) / "method.safetensors"
+        if weights.is_file():
+            method.load_state_dict(load_file(weights))
+        return method

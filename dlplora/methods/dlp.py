@@ -1,0 +1,192 @@
+"""DLP-LoRA: a small classifier reads each sentence and several adapters answer together.
+
+Source: Zhang et al., *DLP-LoRA: Efficient Task-Specific LoRA Fusion with a Dynamic, Lightweight Plugin*, arXiv:2410.01497;
+released code MeCuping/DLP-LoRA@d68fd38. The two disagree, and the paper leaves things open, so every choice is a switch:
+
+=============== ================================= ================================== ===========================================
+switch          paper                             released code                      presets
+=============== ================================= ================================== ===========================================
+``selector``    "top-p", read by its reviewers as nucleus: sorted, the crossing item ``dlp`` threshold, ``dlp_code`` nucleus
+                keep i where p_i >= p             is kept
+``p``           never stated                      0.6                                ``dlp`` 0.2 (**ours**), ``dlp_code`` 0.6
+``renormalize`` softmax of the kept probabilities the same                           both ``softmax``; ``dlp_renorm`` uses ``sum``
+``reroute``     first token of every new sentence once for the whole prompt          ``dlp`` sentence, ``dlp_code`` prompt
+``view``        not stated                        the whole question                 ``tail`` (**ours**)
+=============== ================================= ================================== ===========================================
+
+A softmax of probabilities flattens: at most a factor e lies between two kept experts, and two experts kept at p = 0.6 differ by less
+than 1.83. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
+code's top-k mode, which equals ``"sum"`` up to rounding; ``"none"`` leaves the probabilities as they are; ``"uniform"`` shares equally.
+
+Deviations: the router is a mini-MLP on the backbone's token embeddings (the paper: "mini-MLP", ALBERT tokenizer; the released
+code: an ALBERT or RoBERTa encoder, no MLP); its probabilities are calibrated by a temperature; every adapter keeps its own scaling
+(the released code takes the first adapter's for all); classes and adapters are matched by name (the released code relies on
+the order of a directory listing).
+
+Shapes: B rows, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import ConfigError, MethodError
+from dlplora.methods.base import FusionMethod, Granularity, Metadata, MethodContext, WeightSum
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.router import MiniMLPRouter, RouterConfig
+from dlplora.modules.routing import nucleus_mask, renormalize, threshold_mask, top_k_mask
+from dlplora.types import PromptBatch
+
+
+class DLP(FusionMethod):
+    """Dynamic fusion by a mini-MLP router. Needs the artefact ``router``, a folder written by ``MiniMLPRouter.save``."""
+
+    name = "dlp"
+    metadata = Metadata(
+        title="DLP-LoRA",
+        paper="https://arxiv.org/abs/2410.01497",
+        granularity="sentence",
+        needs=("inputs",),
+        trainable=True,
+    )
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config:
+        """Switches of DLP-LoRA; the module docstring says where each value comes from."""
+
+        selector: Literal["nucleus", "threshold", "topk", "argmax"] = "threshold"
+        """Which experts are kept. ``nucleus``: the fewest whose probabilities exceed p together, the crossing one included;
+        ``threshold``: every expert with probability >= p; ``topk``: the k best; ``argmax``: the best."""
+        p: float = 0.2
+        """Bound of ``nucleus`` and ``threshold``, a probability. The paper does not state it; 0.2 is ours and keeps at most
+        five experts, one when the router is sure."""
+        k: int = 2
+        """Experts kept by ``topk``; all of them if the pool holds fewer."""
+        renormalize: Literal["softmax", "sum", "logits", "none", "uniform"] = "softmax"
+        """How kept probabilities become routing weights. ``softmax`` is the softmax of probabilities of paper and released code."""
+        reroute: Literal["prompt", "sentence"] = "sentence"
+        """When to route: once for the prompt, or again after every generated sentence."""
+        view: Literal["tail", "window", "whole", "segment"] = "tail"
+        """What the router reads at a sentence end. ``tail``: the prompt's last question and the text since."""
+        min_keep: int = 1
+        """Experts kept by ``nucleus`` and ``threshold`` even if no probability reaches p."""
+        router: str | None = None
+        """Folder of a trained router; None takes the one that came with the pool (the artefact ``router``)."""
+
+        def __post_init__(self) -> None:
+            if not self.p >= 0.0:
+                raise ConfigError(f"'p' must be a probability of at least 0, got {self.p}.")
+            if self.k < 1:
+                raise ConfigError(f"'k' must be at least 1, got {self.k}.")
+            if self.min_keep < 1:
+                raise ConfigError(f"'min_keep' must be at least 1, got {self.min_keep}.")
+
+    config: Config
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__(config)
+        self.router: MiniMLPRouter | None = None
+        self._columns: Tensor | None = None
+
+    @property
+    def granularity(self) -> Granularity:
+        """``prompt`` or ``sentence``, as configured."""
+        return self.config.reroute
+
+    @property
+    def view(self) -> str:
+        """What the router reads at a sentence end, as configured."""
+        return self.config.view
+
+    @property
+    def weight_sum(self) -> WeightSum:
+        """One, unless probabilities are used as they are."""
+        return "at_most_one" if self.config.renormalize == "none" else "one"
+
+    def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
+        """Load the router (unless ``use_router`` gave one) and match its classes to the bank's experts by name.
+
+        Raises:
+            MethodError: If there is no router, or its classes are not the bank's experts.
+        """
+        if self.router is None:
+            folder = Path(self.config.router) if self.config.router is not None else context.artifact("router", self.name)
+            self.router = MiniMLPRouter.load(folder, context.embedding)
+        self.router.to(context.device).eval()
+        self._columns = self.router.column_order(bank.names).to(context.device)
+        return super().prepare(bank, context)
+
+    def use_router(self, router: MiniMLPRouter) -> None:
+        """Take a router from memory instead of a folder; call it before ``prepare``."""
+        self.router = router
+        self._columns = None
+
+    def _ready(self) -> tuple[MiniMLPRouter, Tensor]:
+        if self.router is None or self._columns is None:
+            raise MethodError("method 'dlp' has no router yet; call prepare(bank, context) first.")
+        return self.router, self._columns
+
+    def probabilities(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Calibrated ``(probabilities, logits)`` of the experts, in the bank's order, each float32 (B, E)."""
+        router, columns = self._ready()
+        probs, logits = router.probabilities(prompts.input_ids, prompts.attention_mask)
+        return probs[:, columns], logits[:, columns]
+
+    def select(self, probs: Tensor) -> Tensor:
+        """Boolean mask (B, E) of the kept experts."""
+        config = self.config
+        if config.selector == "nucleus":
+            return nucleus_mask(probs, config.p, min_keep=config.min_keep)
+        if config.selector == "threshold":
+            return threshold_mask(probs, config.p, min_keep=config.min_keep)
+        return top_k_mask(probs, 1 if config.selector == "argmax" else min(config.k, probs.shape[-1]))
+
+    @torch.no_grad()
+    def route(self, prompts: PromptBatch) -> Tensor:
+        """Routing weights (B, E), float32, on the device of the prompts."""
+        probs, logits = self.probabilities(prompts)
+        weights = renormalize(probs, self.select(probs), self.config.renormalize, logits=logits)
+        return weights.to(prompts.input_ids.device)
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Cross-entropy of the task of each prompt; reads ``prompts`` and ``expert_idx`` only."""
+        router, columns = self._ready()
+        prompts = batch["prompts"]
+        labels = columns[batch["expert_idx"].to(columns.device)]
+        return router.loss({"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, "labels": labels})
+
+    def saved_state(self) -> Mapping[str, Tensor]:
+        """Nothing: the router has its own files."""
+        return {}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``method.json`` and the router under ``router/``."""
+        router, _ = self._ready()
+        super().save(folder)
+        router.save(Path(folder) / "router")
+
+    @classmethod
+    def load(cls, folder: str | Path, bank: AdapterBank, context: MethodContext) -> FusionMethod:
+        """Rebuild what ``save`` wrote; the saved router is used, whatever the context or the configuration names."""
+        method = cls(replace(cls.saved_config(folder, bank), router=None))
+        method.use_router(MiniMLPRouter.load(Path(folder) / "router", context.embedding))
+        method.prepare(bank, context)
+        return method
+
+    @classmethod
+    def example_artifacts(cls, folder: Path, bank: AdapterBank, context: MethodContext) -> dict[str, Path]:
+        """A random router for the bank's experts, spread enough that prompts are routed differently."""
+        generator = torch.Generator().manual_seed(context.seed)
+        router = MiniMLPRouter(bank.names, RouterConfig(hidden=(16, 16, 16)), embedding=context.embedding)
+        with torch.no_grad():
+            for parameter in router.parameters():  # no biases: they would favour the same expert for every prompt
+                scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        router.save(folder / "router")
+        return {"router": folder / "router"}

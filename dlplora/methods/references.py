@@ -1,0 +1,89 @@
+"""Reference rows: what fusion is measured against.
+
+``base`` no adapter, ``oracle`` the task's own adapter, ``multitask`` one adapter trained on all tasks, ``avg_delta`` the uniform
+average. Shapes: B rows, E experts. Definitions: PEFT's ``adapter_names`` for one adapter a row; the mean of the weight deltas
+for the average.
+
+Deviations: none in the formulas. All four run through the same fused layers as every other method, so that accuracy and latency
+differ by the rule alone; none merges into the base weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import MethodError, nearest
+from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.types import PromptBatch
+
+
+class Base(FusionMethod):
+    """The backbone without any adapter: all routing weights are zero."""
+
+    name = "base"
+    metadata = Metadata(title="Base model", granularity="none", weight_sum="zero")
+
+    def route(self, prompts: PromptBatch) -> Tensor:
+        """Zeros (B, E)."""
+        return torch.zeros(len(prompts), len(self.expert_names), device=prompts.input_ids.device)
+
+
+class Oracle(FusionMethod):
+    """The adapter of the prompt's own task. A point of reference, not a bound: another adapter may do better."""
+
+    name = "oracle"
+    metadata = Metadata(title="Single LoRA (oracle)", granularity="task", needs=("task_id",))
+
+    def route(self, prompts: PromptBatch) -> Tensor:
+        """One-hot rows (B, E).
+
+        Raises:
+            MethodError: If a row has no task name, or none of the experts bears it.
+        """
+        known = ", ".join(self.expert_names)
+        if prompts.task_names is None:
+            raise MethodError(f"method 'oracle' needs the task name of every prompt; none was given. Known tasks: {known}.")
+        weights = torch.zeros(len(prompts), len(self.expert_names))
+        position = {name: index for index, name in enumerate(self.expert_names)}
+        for row, task in enumerate(prompts.task_names):
+            if task is None:
+                raise MethodError(f"method 'oracle' needs the task name of every prompt; prompt {row} has none. Known tasks: {known}.")
+            if task not in position:
+                raise MethodError(f"method 'oracle': no adapter for task '{task}'.{nearest(task, position)} Known tasks: {known}.")
+            weights[row, position[task]] = 1.0
+        return weights.to(prompts.input_ids.device)
+
+
+class MultiTask(FusionMethod):
+    """One adapter trained on the mixture of all tasks; the pool is set aside and this adapter always speaks."""
+
+    name = "multitask"
+    metadata = Metadata(title="Multi-task LoRA", granularity="none", needs=("all_tasks_adapter",))
+
+    def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
+        """A bank of the one adapter in ``context.artifact("multitask")``, with the dtype and device of the pool's bank."""
+        super().prepare(bank, context)
+        folder = context.artifact("multitask", self.name)
+        like = next(iter(bank.modules.values())).lora_a
+        return AdapterBank.from_peft({"multitask": folder}).to(dtype=like.dtype, device=like.device)
+
+    def route(self, prompts: PromptBatch) -> Tensor:
+        """Ones (B, 1)."""
+        return torch.ones(len(prompts), 1, device=prompts.input_ids.device)
+
+
+class AvgDelta(FusionMethod):
+    """Uniform average of the weight deltas: ``dW = (1/N) sum_i s_i B_i A_i``, every adapter with its own scaling.
+
+    Not the product of averaged factors, and not PEFT's ``linear`` combination: both add cross terms ``B_i A_j``.
+    """
+
+    name = "avg_delta"
+    metadata = Metadata(title="Uniform average of deltas", granularity="none")
+
+    def route(self, prompts: PromptBatch) -> Tensor:
+        """``1 / N`` for every expert, (B, E)."""
+        num_experts = len(self.expert_names)
+        return torch.full((len(prompts), num_experts), 1.0 / num_experts, device=prompts.input_ids.device)

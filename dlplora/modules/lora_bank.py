@@ -1,0 +1,189 @@
+"""The adapter bank: every expert of a pool, stacked per adapted module.
+
+Shapes: E experts, R largest rank in the bank for that module, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
+from dlplora.modules.adapter_files import AdapterSpec, LoraWeights, read_adapter
+from dlplora.modules.pool import load_pool, read_pool
+
+
+@dataclass(frozen=True, slots=True)
+class BankEntry:
+    """Stacked experts of one module.
+
+    Args:
+        lora_a: (E, R, I), zero rows beyond an expert's own rank.
+        lora_b: (E, O, R), zero columns beyond an expert's own rank.
+        scaling: (E,) float32; 0 for an expert that does not adapt this module.
+        ranks: Own rank of each expert, 0 where it does not adapt this module.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+    ranks: tuple[int, ...]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BankEntry:
+        """The entry on another device or in another dtype; scaling stays float32."""
+        scaling = self.scaling if device is None else self.scaling.to(device)
+        return BankEntry(self.lora_a.to(device=device, dtype=dtype), self.lora_b.to(device=device, dtype=dtype), scaling, self.ranks)
+
+    def index(self, indices: Sequence[int]) -> BankEntry:
+        """The entry with other experts or another order."""
+        chosen = list(indices)
+        return BankEntry(self.lora_a[chosen], self.lora_b[chosen], self.scaling[chosen], tuple(self.ranks[i] for i in chosen))
+
+
+class AdapterBank:
+    """Experts in a fixed order, named; loaded from PEFT folders or given as tensors.
+
+    Attributes:
+        names: Expert index -> name.
+        modules: Module path in the backbone -> stacked experts.
+        specs: Facts about each adapter's folder, where it came from one.
+    """
+
+    def __init__(self, names: Sequence[str], modules: Mapping[str, BankEntry], specs: Mapping[str, AdapterSpec] | None = None) -> None:
+        if not names:
+            raise AdapterError("a bank needs at least one adapter.")
+        if len(set(names)) != len(names):
+            raise AdapterError(f"adapter names must be unique, got {', '.join(names)}.")
+        self.names = tuple(names)
+        self.modules = dict(modules)
+        self.specs = dict(specs or {})
+
+    @classmethod
+    def from_tensors(
+        cls,
+        names: Sequence[str],
+        weights: Mapping[str, Sequence[LoraWeights | None]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        specs: Mapping[str, AdapterSpec] | None = None,
+    ) -> AdapterBank:
+        """Stack one ``(A (R, I), B (O, R), scaling)`` per expert and module; None where an expert does not adapt a module.
+
+        Raises:
+            IncompatibleAdapterError: If two experts disagree on the sizes of a module.
+        """
+        modules = {}
+        for module, experts in weights.items():
+            if len(experts) != len(names):
+                raise AdapterError(f"module '{module}': {len(experts)} adapters for {len(names)} names.")
+            modules[module] = _stack(module, names, experts, dtype, device)
+        return cls(names, modules, specs)
+
+    @classmethod
+    def from_peft(
+        cls, folders: Mapping[str, str | Path], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> AdapterBank:
+        """Load PEFT folders under the names given, in that order."""
+        return cls._from_read({name: read_adapter(path, name) for name, path in folders.items()}, dtype, device)
+
+    @classmethod
+    def from_pool(
+        cls,
+        folder: str | Path,
+        names: Sequence[str] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> AdapterBank:
+        """Load a pool folder; ``names`` selects and orders, None takes all in the pool's order."""
+        return cls._from_read(read_pool(load_pool(folder), names), dtype, device)
+
+    @classmethod
+    def _from_read(
+        cls, read: Mapping[str, tuple[AdapterSpec, dict[str, LoraWeights]]], dtype: torch.dtype, device: torch.device | str
+    ) -> AdapterBank:
+        names = tuple(read)
+        paths = sorted({module for _, weights in read.values() for module in weights})
+        weights = {module: [read[name][1].get(module) for name in names] for module in paths}
+        return cls.from_tensors(names, weights, dtype=dtype, device=device, specs={name: read[name][0] for name in names})
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.names)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank in the bank."""
+        return max((max(entry.ranks) for entry in self.modules.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all factors in bytes, padding included."""
+        return sum(entry.lora_a.nbytes + entry.lora_b.nbytes + entry.scaling.nbytes for entry in self.modules.values())
+
+    def index(self, name: str) -> int:
+        """Index of an expert.
+
+        Raises:
+            AdapterError: If no expert has that name.
+        """
+        if name not in self.names:
+            raise AdapterError(f"no expert named '{name}'.{nearest(name, self.names)} Known: {', '.join(self.names)}.")
+        return self.names.index(name)
+
+    def select(self, names: Sequence[str]) -> AdapterBank:
+        """The bank with only these experts, in this order."""
+        indices = [self.index(name) for name in names]
+        modules = {module: entry.index(indices) for module, entry in self.modules.items()}
+        return AdapterBank(tuple(names), modules, {name: self.specs[name] for name in names if name in self.specs})
+
+    def permute(self, order: Sequence[int]) -> AdapterBank:
+        """The bank with experts in another order; ``order[i]`` is the old index of the new expert i."""
+        if sorted(order) != list(range(self.num_experts)):
+            raise AdapterError(f"order must be a permutation of 0 to {self.num_experts - 1}, got {list(order)}.")
+        return self.select([self.names[i] for i in order])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
+        """The bank on another device or in another dtype."""
+        return AdapterBank(self.names, {module: entry.to(device, dtype) for module, entry in self.modules.items()}, self.specs)
+
+    def checksum(self) -> str:
+        """SHA-256 over names, module paths, factors and scalings, in order."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for module, entry in sorted(self.modules.items()):
+            digest.update(module.encode())
+            for tensor in (entry.lora_a, entry.lora_b, entry.scaling):
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _stack(
+    module: str, names: Sequence[str], experts: Sequence[LoraWeights | None], dtype: torch.dtype, device: torch.device | str
+) -> BankEntry:
+    present = [(name, expert) for name, expert in zip(names, experts, strict=True) if expert is not None]
+    first_name, first = present[0]
+    d_in, d_out = first[0].shape[1], first[1].shape[0]
+    for name, (lora_a, lora_b, _) in present:
+        if (lora_a.shape[1], lora_b.shape[0]) != (d_in, d_out):
+            raise IncompatibleAdapterError(
+                f"adapter '{name}' has sizes {lora_a.shape[1]} -> {lora_b.shape[0]} at '{module}', adapter '{first_name}' has "
+                f"{d_in} -> {d_out}; they were trained on different backbones."
+            )
+    ranks = tuple(0 if expert is None else expert[0].shape[0] for expert in experts)
+    stacked_a = torch.zeros((len(experts), max(ranks), d_in), dtype=dtype, device=device)
+    stacked_b = torch.zeros((len(experts), d_out, max(ranks)), dtype=dtype, device=device)
+    scaling = torch.zeros(len(experts), dtype=torch.float32, device=device)
+    for i, expert in enumerate(experts):
+        if expert is not None:
+            lora_a, lora_b, scale = expert
+            stacked_a[i, : ranks[i]] = lora_a.to(dtype)
+            stacked_b[i, :, : ranks[i]] = lora_b.to(dtype)
+            scaling[i] = scale
+    return BankEntry(stacked_a, stacked_b, scaling, ranks)

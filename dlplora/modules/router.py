@@ -1,0 +1,340 @@
+"""The mini-MLP that reads a prompt and says which experts should speak.
+
+Two variants of one network, pooled token embeddings followed by four linear layers with GELU between them:
+
+* ``backbone`` reads the backbone's own frozen input embeddings (Figure 1 of the paper). They belong to the backbone: they
+  are looked up, never trained, counted or saved.
+* ``table`` has its own 30000 x 128 embedding and stands for the paper's "5 M parameters, 4 layers"; the split into layers is
+  our guess, since the paper gives only the total (4,936,730 at 26 experts).
+
+Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
+nor the layer sizes, nor a calibration; those are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlplora.config import build
+from dlplora.errors import ConfigError, MethodError, RoutingError
+
+MAX_TRAINED_PARAMETERS = 5_000_000
+"""The paper's size of the router, taken as an upper bound."""
+
+DEFAULT_HIDDEN: dict[str, tuple[int, ...]] = {"backbone": (512, 512, 256), "table": (768, 768, 512)}
+TEMPERATURE_RANGE = (0.05, 20.0)
+FILE_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """Shape of the router."""
+
+    variant: Literal["backbone", "table"] = "backbone"
+    """Where token features come from: the backbone's frozen embeddings, or a table of the router's own."""
+    hidden: tuple[int, ...] | None = None
+    """Widths between the four linear layers, so three numbers. None: 512-512-256 (backbone), 768-768-512 (table)."""
+    max_tokens: int = 256
+    """Longest input in tokens. Of a longer prompt the first and the last half are read: instructions stand at either end."""
+    dropout: float = 0.0
+    """Dropout after each GELU, in training only."""
+    table_rows: int = 30_000
+    """Rows of the own table. Token ids beyond it share rows (id modulo rows)."""
+    table_width: int = 128
+    """Columns of the own table."""
+
+    def __post_init__(self) -> None:
+        hidden = DEFAULT_HIDDEN[self.variant] if self.hidden is None else tuple(self.hidden)
+        object.__setattr__(self, "hidden", hidden)
+        if len(hidden) != 3 or any(width < 1 for width in hidden):
+            raise ConfigError(f"router: 'hidden' must be three positive widths (four linear layers), got {list(hidden)}.")
+        if self.max_tokens < 2:
+            raise ConfigError(f"router: 'max_tokens' must be at least 2, got {self.max_tokens}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"router: 'dropout' must be in [0, 1), got {self.dropout}.")
+        if self.table_rows < 1 or self.table_width < 1:
+            raise ConfigError(f"router: the table must have rows and columns, got {self.table_rows} x {self.table_width}.")
+
+
+def select_tokens(attention_mask: Tensor, max_tokens: int) -> Tensor:
+    """Which real tokens are read: all, or the first and the last half of ``max_tokens`` of a longer row.
+
+    Positions are counted over real tokens, so the answer depends neither on the side nor on the amount of padding.
+
+    Args:
+        attention_mask: (B, T), non-zero for real tokens.
+        max_tokens: Most tokens kept in a row.
+
+    Returns:
+        Boolean mask (B, T).
+    """
+    real = attention_mask != 0
+    position = real.long().cumsum(dim=1) - 1
+    length = real.sum(dim=1, keepdim=True)
+    head = (max_tokens + 1) // 2
+    tail = max_tokens - head
+    in_window = (length <= max_tokens) | (position < head) | (position >= length - tail)
+    return real & in_window
+
+
+def mean_of_rows(features: Tensor, lengths: Tensor) -> Tensor:
+    """Mean token feature of each row of a packed list.
+
+    Padding is absent rather than multiplied by zero and every row is summed on its own, in token order, so neither the
+    padding nor the other rows can change the last bit of the result.
+
+    Args:
+        features: Features of all real tokens of all rows, one after another, (sum of lengths, D).
+        lengths: Number of tokens of each row, int64 (B,), all positive.
+
+    Returns:
+        (B, D).
+    """
+    rows = torch.arange(features.shape[0], device=features.device)
+    return F.embedding_bag(rows, features, lengths.cumsum(0) - lengths, mode="mean")
+
+
+class MiniMLPRouter(nn.Module):
+    """Token ids -> logits over experts.
+
+    Args:
+        names: Class order; the name of an expert is the name of its task.
+        config: Shape of the network.
+        embedding: The backbone's input embedding, for ``variant="backbone"`` only. It is called, never registered: it is
+            not among this module's parameters and stays where the backbone put it.
+
+    Raises:
+        ConfigError: If names repeat, the embedding is missing, or more than 5 M parameters would be trained.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, names: Sequence[str], config: RouterConfig | None = None, *, embedding: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = RouterConfig() if config is None else config
+        self.names = tuple(names)
+        if not self.names or len(set(self.names)) != len(self.names):
+            raise ConfigError(f"router: class names must be given and distinct, got {list(self.names)}.")
+        self.table: nn.Embedding | None = None
+        if self.config.variant == "table":
+            width = self.config.table_width
+            self.table = nn.Embedding(self.config.table_rows, width)
+            self._borrowed: tuple[nn.Module, ...] = ()
+            self.embedding_shape: tuple[int, int] | None = None
+        else:
+            if embedding is None:
+                raise ConfigError(
+                    "router: variant 'backbone' needs the backbone's input embedding; pass embedding=model.get_input_embeddings()."
+                )
+            weight: Any = embedding.weight
+            self.embedding_shape = (int(weight.shape[0]), int(weight.shape[1]))
+            width = self.embedding_shape[1]
+            self._borrowed = (embedding,)  # inside a tuple, so that nn.Module does not register it
+        self.mlp = self._build_mlp(width)
+        self.register_buffer("temperature", torch.ones(()))
+        self.metrics: dict[str, Any] = {}
+        if self.num_trained_parameters > MAX_TRAINED_PARAMETERS:
+            raise ConfigError(
+                f"router: {self.num_trained_parameters:,} trained parameters, at most {MAX_TRAINED_PARAMETERS:,} are allowed "
+                f"(input width {width}, hidden {list(self.config.hidden or ())}). Choose smaller 'hidden' widths."
+            )
+
+    def _build_mlp(self, width: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for hidden in self.config.hidden or ():
+            layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(self.config.dropout)]
+            width = hidden
+        return nn.Sequential(*layers, nn.Linear(width, len(self.names)))
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Trained parameters; the borrowed embedding is not one of them."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled token features, float32 (B, D); independent of padding to the last bit.
+
+        Backbones differ a hundredfold in the scale of their embeddings, hence the parameter-free layer normalisation of the
+        ``backbone`` variant; the ``table`` variant learns its own scale.
+
+        Args:
+            input_ids: Ids of the backbone's tokenizer, int64 (B, T).
+            attention_mask: Non-zero for real tokens, (B, T); padding may stand on either side.
+
+        Raises:
+            RoutingError: If a row holds no real token.
+        """
+        keep = select_tokens(attention_mask, self.config.max_tokens)
+        lengths = keep.sum(dim=1)
+        if int(lengths.min()) == 0:
+            row = int(lengths.argmin())
+            raise RoutingError(f"router: prompt {row} of the batch has no tokens; a prompt needs at least one, for instance the bos token.")
+        packed = input_ids[keep]
+        device = self.temperature.device
+        if self.table is not None:
+            tokens = self.table(packed.to(device) % self.config.table_rows)
+        else:
+            embedding = self._borrowed[0]
+            weight: Any = embedding.weight
+            with torch.no_grad():
+                tokens = embedding(packed.to(weight.device)).to(device=device, dtype=torch.float32)
+        pooled = mean_of_rows(tokens, lengths.to(device))
+        return pooled if self.table is not None else F.layer_norm(pooled, pooled.shape[-1:])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (B, E) in the order of ``names``, before the temperature."""
+        return self.mlp(self.features(input_ids, attention_mask))
+
+    def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Calibrated ``(probabilities, logits)``, each float32 (B, E): logits divided by the temperature, then softmax."""
+        logits = self(input_ids, attention_mask).float() / self.temperature
+        return logits.softmax(dim=-1), logits
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean cross-entropy of ``batch["labels"]`` (int64 (B,), index into ``names``).
+
+        Also reads ``input_ids`` and ``attention_mask`` (B, T). The temperature is left out: it is fitted afterwards.
+        """
+        return F.cross_entropy(self(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    @torch.no_grad()
+    def calibrate(self, logits: Tensor, labels: Tensor) -> float:
+        """Set the temperature that minimises the negative log-likelihood of held-out logits.
+
+        The likelihood has one optimum in 1/T, so a golden-section search over log T finds it: no start value, no
+        step size, the same bits every time. The search stays within 0.05..20; a router that makes no mistake at all on the
+        held-out data would otherwise drive T to zero.
+
+        Args:
+            logits: Validation logits (n, E), before any temperature.
+            labels: Class indices (n,).
+
+        Returns:
+            The temperature.
+
+        Source: Guo et al., arXiv:1706.04599 (temperature scaling). Top-p selection depends on calibration, hence ours.
+        """
+        if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[0] == 0:
+            raise ConfigError(
+                f"router: calibration needs logits (n, E) and labels (n,), got {tuple(logits.shape)} and {tuple(labels.shape)}."
+            )
+        scores, gold = logits.double(), labels.long()
+
+        def negative_log_likelihood(log_temperature: float) -> float:
+            return float(F.cross_entropy(scores / math.exp(log_temperature), gold))
+
+        temperature = math.exp(golden_section(negative_log_likelihood, math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1])))
+        self.temperature.fill_(temperature)
+        return float(self.temperature)
+
+    def column_order(self, names: Sequence[str]) -> Tensor:
+        """Columns of the logits in the order of ``names``: ``logits[:, order][:, j]`` belongs to ``names[j]``.
+
+        Raises:
+            MethodError: If the two sets of names differ; both differences are named.
+        """
+        unknown_to_router = sorted(set(names) - set(self.names))
+        without_adapter = sorted(set(self.names) - set(names))
+        if unknown_to_router or without_adapter:
+            raise MethodError(
+                f"the router and the adapter pool disagree: adapters without a router class {unknown_to_router}, "
+                f"router classes without an adapter {without_adapter}. Train a router for this pool or load the pool it was trained for."
+            )
+        position = {name: column for column, name in enumerate(self.names)}
+        return torch.tensor([position[name] for name in names], dtype=torch.long)
+
+    def save(self, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None) -> None:
+        """Write ``router.safetensors`` and ``router.json``, each to a temporary name first, then renamed.
+
+        Args:
+            folder: Made if it does not exist.
+            metrics: What was measured on held-out data (JSON values); kept for readers, never read back into behaviour.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if metrics is not None:
+            self.metrics = dict(metrics)
+        description = {
+            "format": FILE_FORMAT,
+            "names": list(self.names),
+            "config": {**asdict(self.config), "hidden": list(self.config.hidden or ())},
+            "embedding_shape": None if self.embedding_shape is None else list(self.embedding_shape),
+            "temperature": float(self.temperature),
+            "num_trained_parameters": self.num_trained_parameters,
+            "metrics": self.metrics,
+        }
+        tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
+        save_file(tensors, folder / "router.safetensors.tmp")
+        (folder / "router.json.tmp").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(folder / "router.safetensors.tmp", folder / "router.safetensors")
+        os.replace(folder / "router.json.tmp", folder / "router.json")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], embedding: nn.Module | None = None) -> MiniMLPRouter:
+        """Read a router, in evaluation mode, on the CPU.
+
+        Args:
+            folder: What ``save`` wrote.
+            embedding: The backbone's input embedding; ignored by the ``table`` variant.
+
+        Raises:
+            MethodError: If a file is missing or damaged, or the router was trained on embeddings of another shape.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for file in ("router.json", "router.safetensors"):
+            if not (folder / file).is_file():
+                raise MethodError(f"no router in {folder}: {file} is missing. Point to a folder written by router training.")
+        try:
+            description = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+            names, config, shape = description["names"], description["config"], description["embedding_shape"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise MethodError(f"cannot read {folder / 'router.json'}: {error}. Train the router again.") from error
+        router = cls(names, build(RouterConfig, config, str(folder / "router.json")), embedding=embedding)
+        if shape is not None and tuple(shape) != router.embedding_shape:
+            raise MethodError(
+                f"the router in {folder} was trained on backbone embeddings of shape {tuple(shape)}, this backbone has "
+                f"{router.embedding_shape}. Train a router for this backbone."
+            )
+        try:
+            router.load_state_dict(load_file(folder / "router.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            first_line = str(error).splitlines()[0]
+            raise MethodError(f"cannot read {folder / 'router.safetensors'}: {first_line} Train the router again.") from error
+        router.metrics = dict(description.get("metrics") or {})
+        return router.eval()
+
+
+def golden_section(function: Any, low: float, high: float, tolerance: float = 1e-6) -> float:
+    """Where a one-valley function is smallest in [low, high], to within ``tolerance``.
+
+    >>> round(golden_section(lambda x: (x - 2.0) ** 2, -5.0, 5.0), 4)
+    2.0
+    """
+    ratio = (math.sqrt(5.0) - 1.0) / 2.0
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > tolerance:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = function(right)
+    return (low + high) / 2.0

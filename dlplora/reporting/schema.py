@@ -1,0 +1,194 @@
+"""The results record: one evaluation of one method under one protocol with one seed.
+
+Reading and reporting need no deep-learning package. Fractions are 0 to 1, BLEU is 0 to 100 as sacreBLEU gives it; a
+measurement that was not made is null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dlplora.errors import RecordError, nearest
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task's numbers."""
+
+    kind: Literal["mcq", "gen"]
+    version: str
+    num: int
+    """Questions evaluated."""
+    metrics: dict[str, float]
+    stderr: dict[str, float | None]
+    """Standard error over questions; null where none is defined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One run."""
+
+    suite: str
+    protocol_name: str
+    protocol: dict[str, Any]
+    protocol_hash: str
+    method_name: str
+    """Name of the method configuration; ``method["method"]`` is the class behind it."""
+    method: dict[str, Any]
+    method_hash: str
+    seed: int
+    backbone: dict[str, Any]
+    """Name and fingerprint."""
+    pool_hash: str
+    artifact_hashes: dict[str, str]
+    """Hashes of router and other trained artefacts the method was given, by role."""
+    tasks: dict[str, TaskResult]
+    suite_tasks: list[str]
+    """Every task of the suite; an aggregate exists only if all of a kind are in ``tasks``."""
+    routing: dict[str, float | int | None]
+    latency: dict[str, Any] | None
+    backend: str
+    timings_s: dict[str, float]
+    provenance: dict[str, Any]
+    status: Literal["ok", "failed", "interrupted"] = "ok"
+    limit: int | None = None
+    """Questions a task if the run was cut short by ``--limit``; such runs are never in a table."""
+    trained_parameters: int | None = None
+    error: str | None = None
+    cell: str = ""
+    """Hash of everything the numbers depend on; equal cells are the same experiment."""
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+    aggregates: dict[str, float | None] = field(default_factory=dict)
+    """Means over tasks, written for readers of the file; recomputed when a record is read."""
+
+
+AGGREGATES: dict[str, tuple[str, str]] = {
+    "mcq_acc": ("mcq", "acc"),
+    "gen_exact_match": ("gen", "exact_match"),
+    "gen_bleu": ("gen", "bleu"),
+    "gen_rouge1": ("gen", "rouge1"),
+    "gen_rougeL": ("gen", "rougeL"),
+}
+"""Aggregate -> kind of task and metric."""
+
+
+def aggregate(record: Record, kinds: Mapping[str, str]) -> dict[str, float | None]:
+    """Unweighted means over the suite's tasks of a kind with their standard errors; null unless every task is there.
+
+    Args:
+        record: Its ``tasks`` and ``suite_tasks`` are read.
+        kinds: Kind of every suite task.
+
+    Returns:
+        Each key of ``AGGREGATES``, and the same with ``_stderr`` (root of the summed squared errors over the number of tasks).
+    """
+    out: dict[str, float | None] = {}
+    for name, (kind, metric) in AGGREGATES.items():
+        wanted = [task for task in record.suite_tasks if kinds[task] == kind]
+        rows = [record.tasks.get(task) for task in wanted]
+        complete = bool(rows) and all(row is not None and metric in row.metrics for row in rows)
+        out[name] = sum(row.metrics[metric] for row in rows if row) / len(rows) if complete else None
+        errors = [row.stderr.get(metric) for row in rows if row]
+        known = complete and all(error is not None for error in errors)
+        out[f"{name}_stderr"] = math.sqrt(sum(error**2 for error in errors if error is not None)) / len(rows) if known else None
+    return out
+
+
+def to_json(record: Record) -> str:
+    """The record as indented JSON; refuses NaN and infinities.
+
+    Raises:
+        RecordError: If a value is not finite.
+    """
+    try:
+        return json.dumps(dataclasses.asdict(record), indent=2, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise RecordError(f"record of method '{record.method_name}': {error}; NaN and infinities are not results.") from error
+
+
+def read_record(path: str | Path) -> Record:
+    """Read one record file strictly.
+
+    Raises:
+        RecordError: Naming the file and the field for anything missing, unknown, of another type, or not finite.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: float(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
+    if not isinstance(raw, dict):
+        raise RecordError(f"{path}: expected an object, got {type(raw).__name__}.")
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise RecordError(f"{path}: schema_version {version!r} is not known; this version reads {SCHEMA_VERSION}.")
+    _refuse_not_finite(raw, str(path), "")
+    record = _parse(Record, raw, str(path), "")
+    unknown = [task for task in record.tasks if task not in record.suite_tasks]
+    if unknown:
+        raise RecordError(f"{path}: tasks.{unknown[0]} is not a task of suite '{record.suite}'.")
+    return record  # type: ignore[no-any-return]
+
+
+def _refuse_not_finite(value: Any, where: str, field_path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{where}: field '{field_path}' is {value}; a missing measurement is null.")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        _refuse_not_finite(inner, where, f"{field_path}.{key}" if field_path else str(key))
+
+
+def _parse(cls: type, raw: Any, where: str, prefix: str) -> Any:
+    if not isinstance(raw, dict):
+        raise RecordError(f"{where}: field '{prefix}' must be an object, got {type(raw).__name__}.")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            raise RecordError(f"{where}: unknown field '{prefix}{key}'.{nearest(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, item in fields.items():
+        if name not in raw:
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise RecordError(f"{where}: field '{prefix}{name}' is missing.")
+            continue
+        if name == "tasks":
+            rows = raw[name] if isinstance(raw[name], dict) else {}
+            values[name] = {task: _parse(TaskResult, row, where, f"tasks.{task}.") for task, row in rows.items()}
+            continue
+        if not _fits(hints[name], raw[name]):
+            raise RecordError(f"{where}: field '{prefix}{name}' has the wrong type: {json.dumps(raw[name])[:60]}.")
+        values[name] = raw[name]
+    return cls(**values)
+
+
+def _fits(annotation: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(option, value) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(arguments[1], inner) for inner in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], inner) for inner in value)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)

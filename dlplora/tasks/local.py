@@ -1,0 +1,87 @@
+"""Tasks read from local JSONL files, one folder a task: ``ROOT/TASK/train.jsonl`` and ``ROOT/TASK/test.jsonl``.
+
+One object a line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``; generation:
+``{"question", "answer"}``. The root is given, or taken from ``DLPLORA_DATA``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlplora.errors import TaskError, nearest
+from dlplora.tasks.suite import Item, Suite, Task, parse_row
+
+ENV_ROOT = "DLPLORA_DATA"
+VALIDATION_SHARE = 0.1
+
+
+def data_root(given: str | None) -> Path:
+    """The folder of local rows.
+
+    Raises:
+        TaskError: If none is given or it does not exist.
+    """
+    root = given or os.environ.get(ENV_ROOT)
+    if not root:
+        raise TaskError(f"local tasks need a folder of rows: pass --data-root DIR or set {ENV_ROOT}.")
+    if not Path(root).is_dir():
+        raise TaskError(f"data root not found: {root}. It must hold TASK/train.jsonl and TASK/test.jsonl.")
+    return Path(root)
+
+
+def read_rows(path: Path, task: str) -> list[Item]:
+    """All rows of one JSONL file.
+
+    Raises:
+        TaskError: With file and line for text that is not JSON, a missing field, or an index out of range.
+    """
+    items: list[Item] = []
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{where}: expected an object, got {type(row).__name__}.")
+            items.append(parse_row(row, task, where))
+    if not items:
+        raise TaskError(f"{path}: no rows.")
+    return items
+
+
+def _local_task(root: Path, name: str) -> Task:
+    if "/" in name or name in {"", ".", ".."} or "\\" in name:
+        raise TaskError(f"'{name}' is not a task name.")
+    folder = root / name
+    if not folder.is_dir():
+        known = sorted(path.parent.name for path in root.glob("*/test.jsonl"))
+        raise TaskError(f"no task '{name}' under {root}.{nearest(name, known)} Known: {', '.join(known) or 'none'}.")
+    rows = {split: tuple(read_rows(folder / f"{split}.jsonl", name)) for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()}
+    if not rows:
+        raise TaskError(f"{folder} has neither train.jsonl nor test.jsonl.")
+    kinds = {item.choices is None for split in rows.values() for item in split}
+    if len(kinds) > 1:
+        raise TaskError(f"{folder}: some rows have 'choices' and some do not; a task is one or the other.")
+    train = rows.get("train", ())
+    cut = len(train) - max(1, round(len(train) * VALIDATION_SHARE)) if len(train) > 1 else len(train)
+    # The end of the training file is the validation split; both readers of the file cut it at the same place.
+    splits = {"train": train[:cut], "validation": train[cut:], "test": rows.get("test", ())}
+    return Task(name=name, kind="gen" if kinds == {True} else "mcq", rows={key: value for key, value in splits.items() if value})
+
+
+def local_suite(names: Sequence[str], root: str | None) -> Suite:
+    """A suite of local tasks in the order named; ``all`` takes every folder with a ``test.jsonl``, sorted."""
+    folder = data_root(root)
+    wanted = list(names)
+    if wanted == ["all"]:
+        wanted = sorted(path.parent.name for path in folder.glob("*/test.jsonl") if path.parent.name != "composite_10")
+    if len(set(wanted)) != len(wanted):
+        raise TaskError(f"duplicate task names: {', '.join(wanted)}.")
+    return Suite("local", tuple(_local_task(folder, name) for name in wanted))

@@ -1,0 +1,195 @@
+"""Tasks and suites: what an item is, and how a suite is found by name.
+
+A task is one seeded generator (or one local file) with three disjoint splits. The text convention of every suite:
+``prompt + " " + answer``; a prompt never ends with a space.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from dlplora.errors import TaskError, nearest
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question.
+
+    Args:
+        task: Name of its task, which is also the name of the expert trained on it.
+        prompt: What the model reads; never ends with a space.
+        answer: The right continuation, without the leading space.
+        choices: All options in presentation order, or None for generation.
+        gold: Index of ``answer`` in ``choices``, or None for generation.
+        phrasing: Index of the wording used; the last one of a generated task never occurs in training.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] | None = None
+    gold: int | None = None
+    phrasing: int = 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a generator returns: the fields of a phrasing, the answer, and the options of a multiple-choice item."""
+
+    fields: Mapping[str, str]
+    answer: str
+    choices: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named source of items.
+
+    Args:
+        name: Task name, also the expert's name.
+        kind: ``mcq`` (scored by the log-likelihood of the options) or ``gen`` (scored by the generated text).
+        version: Raised whenever an item changes.
+        phrasings: Templates; all but the last are used in training and validation, the last one in the test split.
+        draw: ``draw(rng, held_out)``; ``held_out`` selects the entities that training never shows.
+        rows: Fixed rows per split instead of a generator (local files).
+    """
+
+    name: str
+    kind: Literal["mcq", "gen"]
+    version: int = 1
+    phrasings: tuple[str, ...] = ()
+    draw: Callable[[random.Random, bool], Draw] | None = None
+    rows: Mapping[str, tuple[Item, ...]] = field(default_factory=dict)
+
+    def items(self, split: Split, num: int, seed: int = 0) -> list[Item]:
+        """``num`` items of a split (fewer if a file holds fewer), a pure function of task, split, number and seed.
+
+        Train and validation use the known phrasings; validation and test use entities that training never shows; the test
+        split uses the held-out phrasing only. No prompt occurs in two splits: the entities differ, and duplicates within
+        a split are avoided as far as the task has enough distinct prompts.
+
+        Raises:
+            TaskError: If the split is unknown or empty.
+        """
+        if split not in SPLITS:
+            raise TaskError(f"unknown split '{split}' of task '{self.name}'. Known: {', '.join(SPLITS)}.")
+        if self.draw is None:
+            rows = self.rows.get(split, ())
+            if not rows:
+                raise TaskError(f"task '{self.name}' has no {split} rows.")
+            order = list(rows)
+            random.Random(f"{self.name}/{split}/{seed}").shuffle(order)
+            return order[:num]
+        rng = random.Random(f"{self.name}/{split}/{seed}/v{self.version}")
+        known = range(len(self.phrasings) - 1) if split != "test" else range(len(self.phrasings) - 1, len(self.phrasings))
+        items: list[Item] = []
+        seen: set[str] = set()
+        attempts = 0
+        while len(items) < num:
+            item = self._item(rng, split != "train", rng.choice(list(known)), len(items))
+            attempts += 1
+            if item.prompt in seen and attempts < 20 * num:
+                continue
+            seen.add(item.prompt)
+            items.append(item)
+        return items
+
+    def _item(self, rng: random.Random, held_out: bool, phrasing: int, position: int) -> Item:
+        assert self.draw is not None
+        drawn = self.draw(rng, held_out)
+        prompt = self.phrasings[phrasing].format(**drawn.fields)
+        if drawn.choices is None:
+            return Item(self.name, prompt, drawn.answer, phrasing=phrasing)
+        others = [choice for choice in drawn.choices if choice != drawn.answer]
+        rng.shuffle(others)
+        gold = position % len(drawn.choices)  # answer positions are balanced exactly, not only in expectation
+        choices = (*others[:gold], drawn.answer, *others[gold:])
+        return Item(self.name, prompt, drawn.answer, choices, gold, phrasing)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An ordered set of tasks."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Task names in order."""
+        return tuple(task.name for task in self.tasks)
+
+    def task(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            TaskError: If there is none; the message holds the nearest name.
+        """
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise TaskError(f"suite '{self.name}' has no task '{name}'.{nearest(name, self.names)} Known: {', '.join(self.names)}.")
+
+    def select(self, names: Sequence[str] | None) -> Suite:
+        """The same suite with only the named tasks, in the order given (None keeps all)."""
+        if names is None:
+            return self
+        return Suite(self.name, tuple(self.task(name) for name in names))
+
+
+@lru_cache(maxsize=8)
+def get_suite(name: str, data_root: str | None = None) -> Suite:
+    """A suite by name: ``nano``, or ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``.
+
+    Raises:
+        TaskError: If the suite is unknown, or local rows are missing or malformed.
+    """
+    if name == "nano":
+        from dlplora.tasks.nano import nano_suite
+
+        return nano_suite()
+    if name.startswith("local:"):
+        from dlplora.tasks.local import local_suite
+
+        return local_suite(name.removeprefix("local:").split(","), data_root)
+    raise TaskError(f"unknown suite '{name}'. Known: nano, local:TASK,TASK (rows under --data-root).")
+
+
+def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
+    """One JSON row of the local schema to an item.
+
+    Args:
+        row: ``{"question", "choices": [...], "answer": index}`` or ``{"question", "answer": text}``.
+        task: Task name.
+        where: File and line, for errors.
+
+    Raises:
+        TaskError: Naming the file, the line and the field that is missing or wrong.
+    """
+    for key in ("question", "answer"):
+        if key not in row:
+            raise TaskError(f"{where}: field '{key}' is missing; a row needs question, answer and, for multiple choice, choices.")
+    question = str(row["question"]).rstrip()
+    if not question:
+        raise TaskError(f"{where}: 'question' is empty.")
+    choices = row.get("choices")
+    if choices is None:
+        if not isinstance(row["answer"], (str, int, float)):
+            raise TaskError(f"{where}: 'answer' must be text, got {json.dumps(row['answer'])[:60]}.")
+        return Item(task, question, str(row["answer"]).strip())
+    gold = row["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise TaskError(f"{where}: 'choices' must be a list of at least two options.")
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+        raise TaskError(f"{where}: 'answer' must be an index from 0 to {len(choices) - 1}, got {json.dumps(gold)[:60]}.")
+    options = tuple(str(choice).strip() for choice in choices)
+    return Item(task, question, options[gold], options, gold)

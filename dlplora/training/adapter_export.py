@@ -1,0 +1,58 @@
+"""Write trained adapters as ordinary PEFT folders, each atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import AdapterError
+
+EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def save_adapter(folder: str | os.PathLike[str], config: Any, tensors: Mapping[str, Tensor], dtype: str = "float32") -> Path:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; an older folder of that name is replaced whole.
+
+    Args:
+        folder: The adapter's folder.
+        config: A ``peft.LoraConfig``.
+        tensors: PEFT state-dict names (``base_model.model.<module>.lora_A.weight``) to tensors.
+        dtype: Stored precision.
+
+    Raises:
+        AdapterError: If a tensor is not finite: the training diverged, and nothing is written.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ready[name] = tensor.detach().to("cpu", EXPORT_DTYPES[dtype]).contiguous()
+        if not torch.isfinite(ready[name]).all():
+            raise AdapterError(f"adapter '{folder.name}': {name} is not finite in {dtype}; the training diverged. Lower the learning rate.")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    config.inference_mode = True
+    config.save_pretrained(str(temporary))
+    save_file(ready, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    return folder
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write JSON to a temporary name and rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

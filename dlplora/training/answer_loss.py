@@ -1,0 +1,89 @@
+"""Cross-entropy on answer tokens, with the vocabulary projection computed only where there is a target.
+
+A prompt of thirty tokens may have two answer tokens; projecting all positions onto the vocabulary would cost more than the
+rest of a small model. Shapes: B rows, T tokens, S supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+
+def causal_lm(model: Any) -> Any:
+    """The Hugging Face causal LM inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Whether the logits are ``lm_head(last hidden state)`` and nothing else, found out by running four tokens.
+
+    Some families scale or cap their logits afterwards; a list of names would be wrong for the next one.
+    """
+    model = causal_lm(model)
+    head = model.get_output_embeddings()
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    whole = model(input_ids=ids, use_cache=False).logits
+    direct = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return whole.shape == direct.shape and torch.allclose(whole.float(), direct.float(), rtol=1e-4, atol=1e-5)
+
+
+def answer_logits(model: Any, batch: Mapping[str, Any], plain_head: bool) -> Tensor:
+    """Logits (S, V) at the supervised positions of a batch from ``collate``.
+
+    Args:
+        model: Causal LM, possibly wrapped by PEFT, possibly with fused layers.
+        batch: ``input_ids`` (B, T), right-padded, and ``hidden_index`` (S,).
+        plain_head: As ``has_plain_head`` found. If false, the model's own forward computes the logits of every position.
+    """
+    model = causal_lm(model)
+    if plain_head:
+        hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        return model.get_output_embeddings()(hidden.flatten(0, 1)[batch["hidden_index"]])
+    return model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)[batch["hidden_index"]]
+
+
+def weighted_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Sum over supervised tokens of ``weights`` times cross-entropy, in float32."""
+    return F.cross_entropy(logits.float(), batch["targets"], reduction="none") @ batch["weights"]
+
+
+class AnswerMetrics(nn.Module):
+    """Loss, perplexity and next-token accuracy on answer tokens, per task and averaged over tasks.
+
+    Teacher-forced; these watch a training run and are no benchmark scores.
+
+    Args:
+        task_names: Tasks in order.
+    """
+
+    def __init__(self, task_names: Sequence[str]) -> None:
+        super().__init__()
+        self.task_names = tuple(task_names)
+        self.losses = nn.ModuleList(MeanMetric() for _ in self.task_names)
+        self.accuracies = nn.ModuleList(MeanMetric() for _ in self.task_names)
+
+    def update(self, task: str, logits: Tensor, targets: Tensor) -> None:
+        """Count the supervised tokens of one batch of one task; logits (S, V), targets (S,)."""
+        index = self.task_names.index(task)
+        self.losses[index].update(F.cross_entropy(logits.float(), targets, reduction="none"))
+        self.accuracies[index].update((logits.argmax(dim=-1) == targets).float())
+
+    def compute(self) -> dict[str, float]:
+        """``loss``, ``perplexity`` and ``accuracy`` as the mean over tasks, and ``accuracy/<task>``; resets the counts.
+
+        In a run of several processes the counts of all are added first.
+        """
+        losses = torch.stack([metric.compute() for metric in self.losses])  # type: ignore[operator]
+        accuracies = torch.stack([metric.compute() for metric in self.accuracies])  # type: ignore[operator]
+        for metric in (*self.losses, *self.accuracies):
+            metric.reset()  # type: ignore[operator]
+        summary = {"loss": losses.mean(), "perplexity": losses.exp().mean(), "accuracy": accuracies.mean()}
+        per_task = {f"accuracy/{name}": value for name, value in zip(self.task_names, accuracies, strict=True)}
+        return {key: float(value) for key, value in (summary | per_task).items()}

@@ -1,0 +1,45 @@
+"""The frozen backbone of a training run: found by name, loaded, and never trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlplora.config import ASSETS_ROOT
+from dlplora.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def backbone_source(backbone: str | None) -> str:
+    """Folder or hub name of a backbone; None is the embedded nano backbone.
+
+    Raises:
+        ConfigError: If a local folder is meant and missing, or the package holds no nano backbone.
+    """
+    if backbone is None:
+        folder = ASSETS_ROOT / "nano" / "backbone"
+        if not folder.is_dir():
+            raise ConfigError(f"the embedded nano backbone is not installed ({folder}). Set model.init_args.backbone to a folder or a hub name.")
+        return str(folder)
+    looks_local = backbone.startswith((".", "/", "~", "runs/")) or backbone.count("/") > 1
+    if looks_local and not Path(backbone).expanduser().is_dir():
+        raise ConfigError(f"backbone folder not found: {backbone}. Set model.init_args.backbone to a folder or a hub name.")
+    return str(Path(backbone).expanduser()) if looks_local else backbone
+
+
+def load_tokenizer(backbone: str | None) -> Any:
+    """The backbone's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(backbone_source(backbone))
+
+
+def load_frozen(backbone: str | None, dtype: str = "float32") -> Any:
+    """The backbone in evaluation mode, with no parameter that trains."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(backbone_source(backbone), dtype=DTYPES[dtype])
+    return model.requires_grad_(False).eval()

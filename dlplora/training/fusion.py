@@ -1,0 +1,180 @@
+"""Training of a fusion method: a Lightning shell around ``FusionMethod.loss``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlplora.errors import MethodError
+from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
+from dlplora.training.checkpoints import ResumableModule
+from dlplora.training.settings import OptimizerSettings, step_rng
+from dlplora.types import PromptBatch
+
+
+class LitFusion(ResumableModule):
+    """Trains the parameters of one fusion method; backbone and experts stay as they are.
+
+    The method's ``loss`` receives a mapping with
+
+    * ``prompts``: the contexts as a ``PromptBatch`` with the task names of the training rows;
+    * ``expert_idx``: index of each row's own expert in the bank, int64 (B,);
+    * ``input_ids``, ``attention_mask``, ``labels``: whole sequences (B, T), right-padded, -100 where there is no target;
+    * ``answer_loss``: ``answer_loss(weights)`` runs the fused model under routing weights (E,), (B, E) or (B, T, E) and returns
+      the mean cross-entropy of the answer tokens; ``answer_loss(None)`` when gates inside the layers decide;
+    * ``model``: the ``FusedCausalLM``.
+
+    Args:
+        method: Name of the method or path of its YAML file.
+        method_params: Overrides of the method's parameters.
+        pretrained, pool, multitask, router, names: As for ``FusedCausalLM.from_pretrained``; None means the embedded assets.
+        optimizer: AdamW and its schedule.
+        seed: Of dropout, where a method has any; None as for ``LitExpert``.
+        export_folder: Where ``method.save`` writes when training ends.
+        dtype: Precision of the backbone.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        method_params: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        pool: str | None = None,
+        router: str | None = None,
+        multitask: str | None = None,
+        names: list[str] | None = None,
+        optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.9, 0.999)),  # noqa: B008 (frozen)
+        seed: int | None = None,
+        export_folder: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        self.method_name = method
+        self.optimizer_settings = optimizer
+        self.seed = 0 if seed is None else seed
+        self.export_folder = export_folder
+        self._options: dict[str, Any] = {
+            "pretrained": pretrained, "pool": pool, "method": method, "router": router, "multitask": multitask,
+            "method_params": method_params, "names": names, "dtype": dtype,
+        }  # fmt: skip
+        self.fused: Any = None
+        self.method: nn.Module | None = None
+        self.metrics: AnswerMetrics | None = None
+        self.plain_head = True
+
+    def build(self) -> Any:
+        """The fused model on the CPU, with a backend that passes gradients to the routing weights."""
+        from dlplora.inference.fused_model import FusedCausalLM
+
+        return FusedCausalLM.from_pretrained(**self._options, device="cpu", backend="dense")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's tokenizer."""
+        return self._fused().tokenizer
+
+    def _fused(self) -> Any:
+        """The fused model, built on first use: the data module asks for the tokenizer before the model is configured."""
+        if self.fused is None:
+            self.fused = self.build()
+            self.fused.requires_grad_(False)
+            self.method = self.fused.method
+            self.method.requires_grad_(True)
+        return self.fused
+
+    def setup(self, stage: str) -> None:
+        """Make the metrics; check that the bank has an expert for every task of the data.
+
+        Raises:
+            MethodError: If a task has no expert.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.metrics is None:
+            self.metrics = AnswerMetrics(datamodule.task_names)
+        missing = [name for name in datamodule.task_names if name not in self._fused().bank.names]
+        if missing:
+            raise MethodError(f"tasks without an expert in the pool: {', '.join(missing)}. Train them first or leave them out of data.init_args.tasks.")
+
+    def configure_model(self) -> None:
+        """Build the fused model, freeze all but the method, and check that something trains.
+
+        Raises:
+            MethodError: If the method has no parameters.
+        """
+        if not any(parameter.requires_grad for parameter in self._fused().parameters()):
+            raise MethodError(f"method '{self.method_name}' has no trained parameters; there is nothing to fit.")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on the method's parameters."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return self.optimizer_settings.build(parameters, int(self.trainer.estimated_stepping_batches))
+
+    def on_fit_start(self) -> None:
+        """Find out once how the logits are made."""
+        with self.fused.routing(torch.zeros(self.fused.bank.num_experts, device=self.device)):
+            self.plain_head = has_plain_head(self.fused.model)
+
+    def method_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the method's ``loss`` receives, made from a batch of ``FusionDataModule``."""
+        names = batch["task_names"]
+        index = {name: position for position, name in enumerate(self.fused.bank.names)}
+        return {
+            "prompts": PromptBatch(batch["prompt_ids"], batch["prompt_mask"], tuple(batch["prompt_texts"]), tuple(names)),
+            "expert_idx": torch.tensor([index[name] for name in names], device=self.device),
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": batch["labels"],
+            "answer_loss": lambda weights: weighted_loss(self.routed_logits(batch, weights), batch),
+            "model": self.fused,
+        }
+
+    def routed_logits(self, batch: Mapping[str, Any], weights: Tensor | None) -> Tensor:
+        """Logits (S, V) at the supervised positions under routing weights, or under the method's gates."""
+        if weights is None:
+            return answer_logits(self.fused.model, batch, self.plain_head)
+        with self.fused.routing(weights):
+            return answer_logits(self.fused.model, batch, self.plain_head)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The method's own loss."""
+        step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        with step_rng(self.seed, step, self.global_rank, self.device):
+            loss = self.fused.method.loss(self.method_batch(batch))
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        """Route by the prompts alone, as in evaluation, and score the answers."""
+        assert self.metrics is not None
+        prompts = self.method_batch(batch)["prompts"]
+        if "task_id" not in self.fused.method.metadata.needs:
+            prompts = prompts.without_task_names()
+        logits = self.routed_logits(batch, self.fused.method.route(prompts))
+        self.metrics.update(batch["task"], logits, batch["targets"])
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count loss and accuracy."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count loss and accuracy on the held-out phrasing."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss``, ``val_perplexity``, ``val_accuracy`` and ``val_accuracy/<task>``."""
+        assert self.metrics is not None
+        self.log_dict({f"val_{key}": value for key, value in self.metrics.compute().items()}, rank_zero_only=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same with the prefix ``test_``."""
+        assert self.metrics is not None
+        self.log_dict({f"test_{key}": value for key, value in self.metrics.compute().items()}, rank_zero_only=True)
+
+    def on_train_end(self) -> None:
+        """Write the method's folder from the first process."""
+        if self.export_folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.fused.method.save(self.export_folder)

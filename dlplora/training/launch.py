@@ -1,0 +1,172 @@
+"""``dlplora fit | validate | test``: LightningCLI with our defaults, short errors, and resuming from the latest valid file.
+
+Everything of a run is in its YAML file and the overrides; the resolved configuration is written beside the logs. Progress goes
+to standard error, and the last line on standard output is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dlplora.errors import ConfigError
+from dlplora.training.checkpoints import AtomicCheckpointIO, ResumeCheckpoint, find_latest
+from dlplora.training.config_check import check_command_line, first_reason
+
+COMMANDS = ("fit", "validate", "test")
+REFRESH_STEPS = 20
+
+
+class PlainProgress(L.Callback):
+    """A line on standard error every so many steps, for logs and pipes."""
+
+    def __init__(self, every_n_steps: int = 200) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Step, number of steps and the last logged loss."""
+        if (batch_idx + 1) % self.every_n_steps == 0 and trainer.is_global_zero:
+            loss = trainer.callback_metrics.get("train_loss")
+            shown = "" if loss is None else f"  train_loss {float(loss):.4f}"
+            print(f"epoch {trainer.current_epoch}  step {batch_idx + 1}/{trainer.num_training_batches}{shown}", file=sys.stderr, flush=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The averaged validation metrics."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_") and "/" not in key}
+            print("  ".join(f"{key} {value:.4f}" for key, value in values.items()), file=sys.stderr, flush=True)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI whose configuration alone defines the run: a checkpoint never overrides it."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Commands and the arguments of the trainer's methods that are not options."""
+        skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
+        return {command: skipped for command in COMMANDS}
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not read hyper-parameters from checkpoints."""
+
+    def before_instantiate_classes(self) -> None:
+        """Give the run's seed to every part that has none of its own; add progress, loggers and resume files."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        seed = config.get("seed_everything")
+        for part in ("model", "data"):
+            arguments = config.get(f"{part}.init_args")
+            if arguments is not None and "seed" in arguments and arguments["seed"] is None:
+                arguments["seed"] = int(seed) if seed is not None else 0
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The configured trainer with an atomic checkpoint writer; loggers and progress as the terminal allows."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        root = Path(trainer.get("default_root_dir") or ".")
+        callbacks = trainer.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if trainer.get("logger") in (None, True):
+            fitting = self.subcommand == "fit" and not trainer.get("fast_dev_run")
+            kwargs["logger"] = [CSVLogger(root, name="logs"), TensorBoardLogger(root, name="tensorboard")] if fitting else False
+        if trainer.get("enable_progress_bar") is not False:
+            if sys.stderr.isatty():
+                callbacks.append(RichProgressBar(refresh_rate=REFRESH_STEPS))
+            else:
+                kwargs["enable_progress_bar"] = False
+                callbacks.append(PlainProgress())
+        plugins = trainer.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and kwargs.get("ckpt_path") != "last":
+            return kwargs
+        if kwargs.get("ckpt_path") in (None, "last"):
+            kwargs["ckpt_path"] = self._latest(subcommand)
+        return kwargs
+
+    def _latest(self, subcommand: str) -> str | None:
+        """The newest readable checkpoint of the run's folder; without one ``fit`` starts afresh and the others stop."""
+        resume = next((one for one in self.trainer.callbacks if isinstance(one, ResumeCheckpoint)), ResumeCheckpoint())  # type: ignore[attr-defined]
+        folder = resume.directory(self.trainer)
+        path = find_latest(folder)
+        if path is None and subcommand != "fit":
+            raise ConfigError(f"no readable checkpoint in {folder}. Train first (dlplora fit), or pass --ckpt_path FILE.")
+        print(f"resuming from {path}" if path else f"no checkpoint in {folder} yet: starting afresh", file=sys.stderr)
+        return None if path is None else str(path)
+
+
+def quieten() -> None:
+    """Keep other packages' advice off the terminal; warnings and errors of our own stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for message in (
+        "LightningCLI's args parameter",  # the command's own arguments are handed on
+        "`isinstance\\(treespec",
+        "The number of training batches",
+        "Found .* module\\(s\\) in eval mode",  # the frozen backbone is meant to be
+        "The '.*_dataloader' does not have many workers",  # batches are ready-made tensors
+    ):
+        warnings.filterwarnings("ignore", message=".*" + message)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; ``arguments`` begins with ``fit``, ``validate`` or ``test``.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        ConfigError: For bad configuration, with a text of one line.
+    """
+    check_command_line(arguments)
+    quieten()
+    options: dict[str, Any] = {"parser_mode": "omegaconf", "exit_on_error": False, "prog": "dlplora"}
+    try:
+        cli = TrainingCLI(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": 1},
+            parser_kwargs={**options, **{command: {**options, "prog": f"dlplora {command}"} for command in COMMANDS}},
+            save_config_kwargs={"overwrite": True},
+            load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,
+            args=list(arguments),
+        )
+    except ArgumentError as error:
+        raise ConfigError(first_reason(str(error))) from error
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if cli.trainer.is_global_zero:
+        print(json.dumps(summary(cli)))
+    return 0
+
+
+def summary(cli: TrainingCLI) -> dict[str, Any]:
+    """What a finished command reports: steps, metrics averaged over tasks, and where things were written."""
+    metrics = {key: round(float(value), 6) for key, value in cli.trainer.callback_metrics.items() if "/" not in key}
+    export = getattr(cli.model, "export_folder", None)
+    return {
+        "command": cli.subcommand,
+        "steps": cli.trainer.global_step if cli.subcommand == "fit" else None,
+        "metrics": metrics,
+        "export": str(export) if export and cli.subcommand == "fit" else None,
+        "root": str(cli.trainer.default_root_dir),
+    }

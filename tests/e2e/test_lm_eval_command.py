@@ -1,0 +1,115 @@
+"""The lm_eval command from arguments to results, offline, on a tiny backbone with a random router."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlplora import lm_eval as command
+
+TASK = "dlplora_nano_object_counting"
+
+
+@pytest.fixture(scope="module")
+def router(tiny_llama_folder: Path, tiny_pool: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    from dlplora.methods.base import MethodContext
+    from dlplora.methods.dlp import DLP
+    from dlplora.modules.lora_bank import AdapterBank
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    context = MethodContext(tokenizer=tiny_tokenizer, embedding=model.get_input_embeddings())
+    return DLP.example_artifacts(tmp_path_factory.mktemp("router"), AdapterBank.from_pool(tiny_pool), context)["router"]
+
+
+@pytest.fixture
+def model_args(tiny_llama_folder: Path, tiny_pool: Path, router: Path) -> str:
+    return f"method=dlp,pretrained={tiny_llama_folder},pool={tiny_pool},router={router}"
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    (found,) = folder.rglob("results_*.json")
+    return json.loads(found.read_text())
+
+
+def test_the_whole_command(model_args: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "dlplora", "--model_args", f"{model_args},method.renormalize=sum"]
+    arguments += ["--tasks", f"{TASK},dlplora_nano_topical_chat", "--limit", "3", "--batch_size", "4", "--device", "cpu"]
+    arguments += ["--gen_kwargs", "max_gen_toks=6", "--output_path", str(tmp_path), "--log_samples"]
+    assert command.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert TASK in shown
+    saved = results_in(tmp_path)
+    assert saved["n-samples"][TASK]["effective"] == 3
+    assert saved["config"]["dlplora_method"] == "dlp"
+    assert saved["config"]["dlplora_routing"]["num_plans"] == 6
+    (samples,) = tmp_path.rglob(f"samples_{TASK}_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 3
+
+
+def test_a_group_and_the_user_s_own_task(model_args: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "tasks"
+    mine.mkdir()
+    (mine / "docs.py").write_text(
+        "import datasets\n\n\ndef build(**_):\n"
+        "    return datasets.DatasetDict({'test': datasets.Dataset.from_list([{'q': 'the cat', 'a': 'sees'}] * 3)})\n"
+    )
+    (mine / "mine.yaml").write_text(
+        "task: my_task\ncustom_dataset: !function docs.build\noutput_type: loglikelihood\ntest_split: test\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: '{{a}}'\nmetric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
+    )
+    arguments = ["run", "--model", "dlplora", "--model_args", model_args, "--tasks", "my_task", "--device", "cpu"]
+    arguments += ["--output_path", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:  # lm-eval's own thousands of tasks take 20 s to index and are not under test
+        patch.setattr(command, "_only_our_tasks", lambda options: True)
+        assert command.main([*arguments, "--include_path", str(mine)]) == 0
+    assert results_in(tmp_path)["results"]["my_task"]["perplexity,none"] > 1
+    assert "my_task" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("method=dlp", "method=dpl"), "unknown method 'dpl'. Did you mean 'dlp'"),
+        (("method=dlp", "method=dlp,method.pp=0.3"), "unknown key 'pp'"),
+        (("pool=", "pools="), "unknown key 'pools'. Did you mean 'pool'"),
+        (("pool=", "pool=/nowhere"), "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(change: tuple[str, str], message: str, model_args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "dlplora", "--model_args", model_args.replace(*change), "--tasks", TASK, "--limit", "1", "--device", "cpu"]
+    assert command.main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lm_eval: ")
+    assert message in last
+
+
+def test_the_module_runs_as_a_program(model_args: str) -> None:
+    arguments = ["--model", "dlplora", "--model_args", model_args, "--tasks", TASK, "--limit", "1", "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "dlplora.lm_eval"]
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert TASK in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions(model_args: str, tmp_path: Path) -> None:
+    """``accelerate launch``: the questions are divided, the results and the routing statistics cover all of them."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dlplora.lm_eval"]
+    arguments = ["--model", "dlplora", "--model_args", model_args, "--tasks", TASK, "--limit", "5", "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command_line = [*launch, *arguments, "--output_path", str(tmp_path)]
+    done = subprocess.run(command_line, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    saved = results_in(tmp_path)
+    assert saved["n-samples"][TASK]["effective"] == 5
+    assert saved["config"]["dlplora_routing"]["num_plans"] == 5

@@ -1,0 +1,224 @@
+"""Finding methods, reading presets, refusing what a method file may not say."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dlplora.config import list_configs
+from dlplora.errors import ConfigError, MethodError
+from dlplora.methods import registry
+from dlplora.methods.base import FusionMethod, Metadata
+from dlplora.methods.dlp import DLP
+from dlplora.methods.references import AvgDelta, Base, MultiTask, Oracle
+
+OURS = {"base": Base, "oracle": Oracle, "multitask": MultiTask, "avg_delta": AvgDelta, "dlp": DLP}
+
+
+class Outside(FusionMethod):
+    """A third party's method."""
+
+    name = "outside"
+    metadata = Metadata(title="Outside", granularity="prompt")
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, str]) -> None:
+    """Pretend that an installed package declares these entry points."""
+    points = [importlib.metadata.EntryPoint(name, value, registry.ENTRY_POINT_GROUP) for name, value in pairs]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: points if group == registry.ENTRY_POINT_GROUP else [])
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+def test_our_methods_are_found_without_a_list() -> None:
+    methods = registry.available_methods()
+    assert {name: methods[name] for name in OURS} == OURS
+    assert list(methods) == sorted(methods)
+
+
+def test_baselines_are_found_by_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "more_baselines"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    source = """
+        from dlplora.methods.base import FusionMethod, Metadata
+        from dlplora.methods.references import Oracle
+        class Helper(FusionMethod):
+            pass
+        class Foo(Helper):
+            name = "foo"
+            metadata = Metadata(title="Foo", granularity="prompt")
+    """
+    write(package / "foo.py", source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "SCANNED_PACKAGES", ("dlplora.methods", "more_baselines"))
+    methods = registry.available_methods()
+    assert methods["foo"].__module__ == "more_baselines.foo"
+    assert methods["oracle"] is Oracle
+    write(package / "again.py", source)
+    with pytest.raises(MethodError, match="two methods are called 'foo'"):
+        registry.available_methods()
+    for name in [name for name in sys.modules if name.startswith("more_baselines")]:
+        del sys.modules[name]
+
+
+def test_a_missing_package_is_skipped_but_a_broken_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "SCANNED_PACKAGES", ("dlplora.methods", "no_such_package_here"))
+    assert set(OURS) <= set(registry.available_methods())
+    package = tmp_path / "broken_baselines"
+    package.mkdir()
+    (package / "__init__.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "SCANNED_PACKAGES", ("broken_baselines",))
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        registry.available_methods()
+
+
+def test_entry_points_of_third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, ("outside", f"{__name__}:Outside"))
+    assert registry.available_methods()["outside"] is Outside
+    spec = registry.load_method_spec("outside")
+    assert (spec.name, spec.method, spec.params, spec.path) == ("outside", "outside", {}, None)
+    assert isinstance(registry.build_method(spec), Outside)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("outside", "no_such_module_here:Thing", "cannot be imported"),
+        ("outside", f"{__name__}:Missing", "cannot be imported"),
+        ("outside", f"{__name__}:OURS", "must name a FusionMethod subclass"),
+        ("other", f"{__name__}:Outside", "whose name is 'outside'"),
+        ("dlp", f"{__name__}:Impostor", "two methods are called 'dlp'"),
+        ("bare", f"{__name__}:Bare", "has no metadata"),
+    ],
+)
+def test_bad_entry_points_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    offer(monkeypatch, (name, value))
+    with pytest.raises(MethodError, match=message):
+        registry.available_methods()
+
+
+class Impostor(FusionMethod):
+    """Takes another method's name."""
+
+    name = "dlp"
+    metadata = Metadata(title="Impostor", granularity="prompt")
+
+
+class Bare(FusionMethod):
+    """Says nothing about itself."""
+
+    name = "bare"
+
+
+@pytest.mark.parametrize("preset", list_configs("method"))
+def test_every_shipped_preset_builds(preset: str) -> None:
+    spec = registry.load_method_spec(preset)
+    method = registry.build_method(spec)
+    assert method.name == spec.method
+    assert spec.name == preset
+    for key, value in spec.params.items():
+        built = getattr(method.config, key)
+        assert (list(built) if isinstance(built, tuple) else built) == value
+    assert set(spec.params) <= set(registry.resolved_params(spec))
+
+
+def test_presets_mean_what_they_say() -> None:
+    wanted = {
+        "dlp": ("threshold", 0.2, "softmax", "sentence", "tail"),
+        "dlp_code": ("nucleus", 0.6, "softmax", "prompt", "tail"),
+        "dlp_top1": ("argmax", 0.2, "sum", "sentence", "tail"),
+        "dlp_renorm": ("nucleus", 0.6, "sum", "prompt", "tail"),
+        "dlp_threshold": ("threshold", 0.2, "softmax", "prompt", "tail"),
+    }
+    for preset, values in wanted.items():
+        params = registry.resolved_params(registry.load_method_spec(preset))
+        assert tuple(params[key] for key in ("selector", "p", "renormalize", "reroute", "view")) == values, preset
+
+
+def test_overrides_replace_the_file_and_are_checked() -> None:
+    method = registry.build_method("dlp_code", {"p": 0.9})
+    assert (method.config.p, method.config.selector) == (0.9, "nucleus")
+    assert registry.build_method(registry.load_method_spec("dlp_code"), {"p": 0.8}).config.p == 0.8
+    with pytest.raises(ConfigError, match=r"dlp_code\.yaml: unknown key 'selektor'\. Did you mean 'selector'\?"):
+        registry.load_method_spec("dlp_code", {"selektor": "argmax"})
+    with pytest.raises(ConfigError, match="'selector' must be"):
+        registry.load_method_spec("dlp_code", {"selector": "best"})
+    with pytest.raises(ConfigError, match="'batch_size' belongs to the evaluation protocol"):
+        registry.load_method_spec("dlp_code", {"batch_size": 4})
+    with pytest.raises(ConfigError, match="unknown key 'p'"):
+        registry.load_method_spec("base", {"p": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"p": -0.1}, "'p' must be"),
+        ({"k": 0}, "'k' must be"),
+        ({"min_keep": 0}, "'min_keep' must be"),
+        ({"p": float("nan")}, "'p' must be"),
+    ],
+)
+def test_values_out_of_range_are_refused(params: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        registry.load_method_spec("dlp", params)
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "method: dlp\nparams:\n  selector: topk\n  k: 3\n")
+    spec = registry.load_method_spec(path)
+    assert (spec.name, spec.method, spec.params, str(spec.path)) == ("mine", "dlp", {"selector": "topk", "k": 3}, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("method: dlp\nparam: {p: 1}\n", ConfigError, r"mine\.yaml: unknown key 'param'\. Did you mean 'params'\?"),
+        ("method: dlp\nselector: topk\n", ConfigError, r"mine\.yaml: unknown key 'selector'\. It is a parameter: indent it"),
+        ("method: dlp\nparams: {thresold: 1}\n", ConfigError, r"mine\.yaml: unknown key 'thresold'"),
+        ("method: dlp\nmax_length: 10\n", ConfigError, r"mine\.yaml: 'max_length' belongs to the evaluation protocol"),
+        ("method: dlp\nparams: {seed: 0}\n", ConfigError, r"mine\.yaml: params: 'seed' belongs to the evaluation protocol"),
+        ("params: {p: 1}\n", ConfigError, r"mine\.yaml: 'method' must name a method, got None"),
+        ("method: dpl\n", MethodError, r"mine\.yaml: unknown method 'dpl'\. Did you mean 'dlp'\? Known methods: .*avg_delta, base.*oracle"),
+        ("method: dlp\nparams: [p]\n", ConfigError, r"mine\.yaml: 'params' must be a mapping"),
+        ("method: dlp\nparams: {p: high}\n", ConfigError, r"mine\.yaml: 'p' must be float, got 'high'"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    path = write(tmp_path / "mine.yaml", text)
+    with pytest.raises(error, match=message):
+        registry.load_method_spec(path)
+
+
+def test_unknown_names_get_a_hint_and_the_list(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=r"unknown method 'orakle'\. Did you mean 'oracle'\? Known: .*dlp_code.*multitask"):
+        registry.load_method_spec("orakle")
+    with pytest.raises(MethodError, match=r"unknown method 'avg'"):
+        registry.method_class("avg")
+    with pytest.raises(ConfigError, match="not found"):
+        registry.load_method_spec(str(tmp_path / "none.yaml"))
+
+
+def test_described_rows_come_from_the_classes() -> None:
+    rows = {row["name"]: row for row in registry.describe_methods()}
+    assert set(rows) == set(registry.available_methods())
+    assert rows["dlp"] == {
+        "name": "dlp",
+        "title": "DLP-LoRA",
+        "paper": "https://arxiv.org/abs/2410.01497",
+        "granularity": "sentence",
+        "depth": "model",
+        "combine": "delta",
+        "needs": ["inputs"],
+        "trainable": True,
+        "heterogeneous": True,
+    }
+    assert [name for name, row in rows.items() if "task_id" in row["needs"]] == ["oracle"]
