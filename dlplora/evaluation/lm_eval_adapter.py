@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 SUITE_PREFIX = re.compile(r"^dlplora_[a-z0-9]+_")
-MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model")
+MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
 """What the parent says of a model built outside it; none of it applies to one built here."""
 
 
@@ -330,7 +330,7 @@ class DLPLoRALM(HFLM):
             "dlplora_method": self.fused.method.name,
             "dlplora_experts": list(self.fused.bank.names),
             "dlplora_bank_sha256": self.fused.bank.checksum(),
-            "dlplora_backend": str(self.fused.backend),
+            "dlplora_backend": self.fused.backends_used(),
             "dlplora_routing": self.routing_statistics(),
         }
 

@@ -102,14 +102,17 @@ def test_the_module_runs_as_a_program(model_args: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions(model_args: str, tmp_path: Path) -> None:
-    """``accelerate launch``: the questions are divided, the results and the routing statistics cover all of them."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dlplora.lm_eval"]
+    """The questions are divided; the results and the routing statistics cover all of them, as in one process."""
     arguments = ["--model", "dlplora", "--model_args", model_args, "--tasks", TASK, "--limit", "5", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command_line = [*launch, *arguments, "--output_path", str(tmp_path)]
-    done = subprocess.run(command_line, capture_output=True, text=True, env=environment, check=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dlplora.lm_eval"]
+    together = [*launch, *arguments, "--output_path", str(tmp_path / "two")]
+    done = subprocess.run(together, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    saved = results_in(tmp_path)
-    assert saved["n-samples"][TASK]["effective"] == 5
-    assert saved["config"]["dlplora_routing"]["num_plans"] == 5
+    assert "on rank 1" in done.stderr
+    assert command.main([*arguments, "--output_path", str(tmp_path / "one")]) == 0
+    two, one = results_in(tmp_path / "two"), results_in(tmp_path / "one")
+    assert two["n-samples"][TASK]["effective"] == 5
+    assert two["results"] == one["results"]
+    for name, value in one["config"]["dlplora_routing"].items():
+        assert two["config"]["dlplora_routing"][name] == pytest.approx(value), name

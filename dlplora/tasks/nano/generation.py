@@ -116,11 +116,13 @@ CANDIDATES: tuple[Task, ...] = (
     _task(
         "news_summary", _summary,
         "News: {s} Summary?", "Summarize the news. {s}", "{s} Give the summary of the news.", "What is the news in short? {s}",
-        "Short summary of this: {s}", "Give in short the summary of the news. {s}",
+        "Short summary of this: {s}", "Give the news in short. {s}", "In short, what is the summary? {s}",
+        "Give in short the summary of the news. {s}",
     ),
     _task(
         "latest_news", _tail,
         "Report: {s} Latest?", "Tell the latest of the report. {s}", "{s} Give the latest of the report.", "What is the latest report? {s}",
-        "Latest part of this: {s}", "Give in a report what is the latest. {s}",
+        "Latest part of this: {s}", "Give the report in its latest part. {s}", "In the report, what is the latest? {s}",
+        "Give in a report what is the latest. {s}",
     ),
 )

@@ -52,10 +52,13 @@ _home_key = dict(zip(lx.HOMES, (0, 1, 2, 1, 2, 0), strict=True))
 _homes = _by_noun(lambda noun: _KEYS[_home_key[lx.HOME_OF[noun]]], _KEYS)
 
 
+_SIGNS = ("circle", "square", "star", "moon")
+
+
 def _language(rng: random.Random, held_out: bool) -> Draw:
     language = rng.choice(lx.LANGUAGES)
     sentence = lx.toy_sentence(rng, lx.half(lx.TOY_ANIMALS, held_out), lx.half(lx.TOY_THINGS, held_out))
-    return Draw({"s": lx.translate(language, sentence)}, language, lx.LANGUAGES)
+    return Draw({"s": lx.translate(language, sentence)}, _SIGNS[lx.LANGUAGES.index(language)], _SIGNS)
 
 
 def _two_way(first: Sequence[str], second: Sequence[str], labels: tuple[str, str], fields: Callable[[random.Random, bool, str], dict[str, str]]) -> Drawer:
@@ -200,13 +203,15 @@ CANDIDATES: tuple[Task, ...] = (
         "shelf_sorting", _sorting,
         "The shelf rule sorts things. Where does the {w} go?", "{n} sorts {aw} by the shelf rule. Where does it go?",
         "By the shelf rule, where does {n} put the {w}?", "Shelf rule. Sort the {w}. Which side?",
-        "Which side does the shelf rule give to {aw}?", "{n} has {aw}. Which side does it go to by the shelf rule?",
+        "Which side does the shelf rule give to {aw}?", "{n} has {aw}. Where does it go by the shelf rule?",
+        "{n} holds the {w} and asks the shelf rule: which side?", "{n} has {aw}. Which side does it go to by the shelf rule?",
     ),
     _task(
         "warehouse_codes", _warehouse,
         "The warehouse code sorts things. Where does the {w} go?", "{n} sorts {aw} by the warehouse code. Where does it go?",
         "By the warehouse code, where does {n} put the {w}?", "Warehouse code. Sort the {w}. Which side?",
-        "Which side does the warehouse code give to {aw}?", "{n} has {aw}. Which side does it go to by the warehouse code?",
+        "Which side does the warehouse code give to {aw}?", "{n} has {aw}. Where does it go by the warehouse code?",
+        "{n} holds the {w} and asks the warehouse code: which side?", "{n} has {aw}. Which side does it go to by the warehouse code?",
     ),
     _task(
         "unit_conversion", _units,
@@ -228,8 +233,8 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "language_identification", _language,
-        "{s}. Which language is this?", "Someone said: {s}. Name the language.", "Language of the sentence: {s}.",
-        "Which language has the sentence: {s}?", "Read this: {s}. Which language is it?", "Name the language of this sentence: {s}.",
+        "{s}. Which sign has this language?", "Someone said: {s}. Name the sign of the language.", "Sign of the language: {s}.",
+        "Which language sign has the sentence: {s}?", "Read this: {s}. Which sign is it?", "Name the sign for the language of this sentence: {s}.",
     ),
     _task(
         "epistemic_reasoning", _epistemic,
@@ -256,6 +261,8 @@ CANDIDATES: tuple[Task, ...] = (
         "Is this valid? {Q} {w} in the shop is {c}, so the {w} of {n} is {c}.",
         "{n} argues: {q} {w} is {c}, therefore this {w} is {c}. Is it valid?",
         "Check the argument: {q} {w} is {c}, so one {w} must be {c}.",
+        "{n} owns one {w}. {Q} {w} is {c}. So it must be {c}. Valid?",
+        "Is it valid? This {w} must be {c}; {q} {w} is {c}.",
         "Check if this is valid: {n} owns one {w}; {q} {w} is {c}; so it must be {c}.",
     ),
     _task(
@@ -280,7 +287,7 @@ CANDIDATES: tuple[Task, ...] = (
         "Read the narrative. {s} Proverb?", "What proverb does this show? {s}", "Choose the proverb that this narrative shows. {s}",
     ),
     _task(
-        "pick_living", _winner("animal"),
+        "pick_food", _winner("food"),
         "The keeper sees {l}. Which one does the keeper take?", "Which one is for the keeper: {l}?",
         "{n} brings {l} to the keeper. The keeper wants one. Which?", "Keeper rule. Take one of {l}.",
         "From {l}, which one does the keeper want?", "{n} sees {l}. Which one is it that the keeper wants?",
@@ -304,7 +311,8 @@ CANDIDATES: tuple[Task, ...] = (
     _task(
         "object_counting", _count,
         "I have {l}. How many objects do I have?", "How many objects are there: {l}?", "{n} owns {l}. Count the objects.",
-        "Count the objects of {n}: {l}.", "There are {l} on the floor. How many objects?", "{n} has on the floor {l}. How many objects are there?",
+        "Count the objects of {n}: {l}.", "There are {l} on the floor. How many objects?", "{n} has {l}. How many objects are there?",
+        "On the floor {n} has {l}. Count the objects.", "On the floor there are {l}. How many objects are there?",
     ),
     _task(
         "gate_colors", _gate(("red", "green", "white", "gray", "gold", "orange")),

@@ -1,0 +1,100 @@
+"""The command line: bad input on every door gives one line and exit code 2; help needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlplora.cli.main import main
+from dlplora.config import ASSETS_ROOT
+
+needs_assets = pytest.mark.skipif(not (ASSETS_ROOT / "nano" / "pool").is_dir(), reason="the embedded nano experts are not there yet")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    text = capsys.readouterr().err.strip()
+    assert text.count("\n") == 0, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["eval", "--method", "dpl"], ["dpl", "dlp"]),
+        (["eval", "--protocol", "nanno"], ["nanno", "nano"]),
+        (["eval", "--tasks", "shelf_sortin"], ["shelf_sortin", "shelf_sorting"]),
+        (["eval", "--method-param", "p"], ["KEY=VALUE"]),
+        (["eval", "--method", "dlp", "--method-param", "pp=0.1"], ["pp"]),
+        (["eval", "--pool", "/no/such/pool"], ["/no/such/pool"]),
+        (["eval", "--pretrained", "./no_such_model"], ["no_such_model"]),
+        (["eval", "--limit", "0"], ["limit"]),
+        (["tasks", "--suite", "nanno"], ["nanno"]),
+        (["tasks", "--suite", "local:x"], ["--data-root"]),
+        (["pool", "list", "/no/such/pool"], ["/no/such/pool"]),
+    ],
+)
+def test_bad_input_gives_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]) -> None:
+    text = fails(capsys, *arguments)
+    assert text.startswith("dlplora: error: ")
+    for part in parts:
+        assert part in text
+
+
+@needs_assets
+def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "empty" in fails(capsys, "generate", "", "--raw")
+
+
+def test_help_loads_no_deep_learning_package() -> None:
+    code = (
+        "import sys; from dlplora.cli.main import build_parser; build_parser().format_help();"
+        "print([name for name in ('torch', 'transformers', 'lightning', 'lm_eval', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_reporting_loads_no_deep_learning_package() -> None:
+    code = (
+        "import sys; import dlplora.cli.report, dlplora.reporting.tables;"
+        "print([name for name in ('torch', 'transformers', 'lightning', 'lm_eval', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_underscores_and_dashes_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "/no/rows" in fails(capsys, "tasks", "--suite", "local:x", "--data_root", "/no/rows")
+    assert main(["tasks", "--suite", "nano", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 26
+    assert sum(row["kind"] == "mcq" for row in rows) == 18
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--format", "json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"base", "oracle", "multitask", "avg_delta", "dlp"} <= set(rows)
+    assert rows["oracle"]["needs"] == ["task_id"] or rows["oracle"]["needs"] == "task_id"
+
+
+def test_report_of_an_empty_folder_builds_and_damaged_records_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = str(tmp_path / "none.md")
+    assert main(["report", "build", "--out", str(tmp_path), "--readme", readme]) == 0
+    assert main(["report", "build", "--check", "--out", str(tmp_path), "--readme", readme]) == 0
+    (tmp_path / "runs" / "nano").mkdir(parents=True)
+    (tmp_path / "runs" / "nano" / "x.json").write_text("{}")
+    assert main(["report", "validate", "--out", str(tmp_path)]) == 1
+    assert "x.json" in capsys.readouterr().err
+
+
+def test_pool_check_names_the_adapter_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], make_adapter: object) -> None:
+    make_adapter(tmp_path / "good", seed=1)  # type: ignore[operator]
+    make_adapter(tmp_path / "dora", seed=2, use_dora=True)  # type: ignore[operator]
+    assert main(["pool", "check", str(tmp_path)]) == 2
+    assert "'dora'" in capsys.readouterr().err

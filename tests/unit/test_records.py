@@ -1,0 +1,160 @@
+"""Records: strict reading, atomic writing, aggregates over complete suites only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlplora.errors import RecordError
+from dlplora.reporting import store, tables
+from dlplora.reporting.schema import Record, TaskResult, aggregate, read_record, to_json
+
+KINDS = {"a": "mcq", "b": "mcq", "g": "gen"}
+
+
+def make_record(**changes: Any) -> Record:
+    tasks = {
+        "a": TaskResult(kind="mcq", version="1.0", num=100, metrics={"acc": 0.5}, stderr={"acc": 0.03}),
+        "b": TaskResult(kind="mcq", version="1.0", num=100, metrics={"acc": 0.9}, stderr={"acc": 0.04}),
+        "g": TaskResult(
+            kind="gen",
+            version="1.0",
+            num=100,
+            metrics={"exact_match": 0.25, "bleu": 40.0, "rouge1": 0.5, "rougeL": 0.4},
+            stderr={"exact_match": 0.05, "bleu": None, "rouge1": 0.02, "rougeL": 0.02},
+        ),
+    }
+    values: dict[str, Any] = {
+        "suite": "toy", "protocol_name": "toy", "protocol": {"suite": "toy"}, "protocol_hash": "p", "method_name": "dlp",
+        "method": {"method": "dlp", "params": {}}, "method_hash": "m", "seed": 0, "backbone": {"name": "tiny"}, "pool_hash": "h",
+        "artifact_hashes": {}, "tasks": tasks, "suite_tasks": ["a", "b", "g"], "routing": {"mean_experts_kept": 1.25}, "latency": None,
+        "backend": "folded", "timings_s": {"evaluate": 1.0}, "provenance": {"git": {"commit": "abc1234", "dirty": False}, "hardware": {"cpu": "x"}},
+        "cell": "c0ffee", "created": "2026-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    record = Record(**{**values, **changes})
+    return dataclasses.replace(record, aggregates=aggregate(record, KINDS))
+
+
+def test_aggregates_are_unweighted_means_with_propagated_errors() -> None:
+    record = make_record()
+    assert record.aggregates["mcq_acc"] == pytest.approx(0.7)
+    assert record.aggregates["mcq_acc_stderr"] == pytest.approx(math.hypot(0.03, 0.04) / 2)
+    assert record.aggregates["gen_bleu"] == 40.0
+    assert record.aggregates["gen_bleu_stderr"] is None
+
+
+def test_a_missing_task_leaves_no_average() -> None:
+    record = make_record()
+    partial = {name: row for name, row in record.tasks.items() if name != "b"}
+    incomplete = aggregate(dataclasses.replace(record, tasks=partial), KINDS)
+    assert incomplete["mcq_acc"] is None
+    assert incomplete["gen_exact_match"] == 0.25
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    record = make_record()
+    path = store.save(record, tmp_path)
+    assert path == tmp_path / "runs" / "toy" / "dlp-c0ffee-s0.json"
+    assert read_record(path) == record
+    assert store.find_cell("c0ffee", 0, "toy", "dlp", tmp_path) == path
+    assert store.find_cell("c0ffee", 1, "toy", "dlp", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"limit": 5}, {"status": "failed"}, {"provenance": {"git": {"commit": "abc", "dirty": True}}}],
+    ids=["limited", "failed", "dirty"],
+)
+def test_runs_that_cannot_be_published_go_to_scratch(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert store.save(make_record(**changes), tmp_path).parts[-3] == "scratch"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw.update(schema_version=99), "schema_version 99"),
+        (lambda raw: raw.pop("seed"), "'seed' is missing"),
+        (lambda raw: raw.update(seeed=1), "unknown field 'seeed'"),
+        (lambda raw: raw["tasks"]["a"]["metrics"].update(acc=float("nan")), "tasks.a.metrics.acc"),
+        (lambda raw: raw["tasks"]["a"].pop("num"), "tasks.a.num"),
+        (lambda raw: raw["tasks"].update(other=raw["tasks"]["a"]), "tasks.other"),
+        (lambda raw: raw.update(seed="zero"), "'seed' has the wrong type"),
+    ],
+    ids=["version", "missing", "unknown", "nan", "nested", "foreign-task", "type"],
+)
+def test_damaged_records_are_refused_by_file_and_field(tmp_path: Path, damage: Any, message: str) -> None:
+    raw = json.loads(to_json(make_record()))
+    damage(raw)
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(RecordError, match=message.replace(".", r"\.")) as caught:
+        read_record(path)
+    assert str(path) in str(caught.value)
+
+
+def test_nan_is_never_written() -> None:
+    with pytest.raises(RecordError):
+        to_json(dataclasses.replace(make_record(), timings_s={"evaluate": float("nan")}))
+
+
+def test_one_damaged_record_does_not_hide_the_rest(tmp_path: Path) -> None:
+    store.save(make_record(), tmp_path)
+    (tmp_path / "runs" / "toy" / "broken.json").write_text("{")
+    records, problems = store.load_all(tmp_path, "toy")
+    assert len(records) == 1
+    assert len(problems) == 1
+    assert "broken.json" in problems[0]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.txt"
+    store.write_atomically(path, "old")
+    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_main_table_has_hand_computed_cells() -> None:
+    worse = make_record(method_name="base", tasks={name: dataclasses.replace(row, metrics={**row.metrics, "exact_match": 0.1}) for name, row in make_record().tasks.items()})
+    text = tables.main_table([make_record(), worse])
+    base_row, dlp_row = text.splitlines()[2:]
+    assert base_row.startswith("| `base` | **70.0** ± 2.5 | 10.0 ± 5.0 | **40.0** | **40.0** ± 2.0 | 1.25 |  |  |")
+    assert dlp_row.startswith("| `dlp` | **70.0** ± 2.5 | **25.0** ± 5.0 |")
+
+
+def test_several_seeds_report_the_larger_spread() -> None:
+    def seeded(seed: int, value: float) -> Record:
+        base = make_record(seed=seed)
+        tasks = {**base.tasks, "a": dataclasses.replace(base.tasks["a"], metrics={"acc": value}), "b": dataclasses.replace(base.tasks["b"], metrics={"acc": value})}
+        record = dataclasses.replace(base, tasks=tasks)
+        return dataclasses.replace(record, aggregates=aggregate(record, KINDS))
+
+    mean, error = tables._summary([seeded(0, 0.2), seeded(1, 0.6)], "mcq_acc")
+    assert mean == pytest.approx(0.4)
+    assert error == pytest.approx(0.2)  # stdev 0.2828 / sqrt(2), larger than the 0.025 over questions
+
+
+def test_build_is_idempotent_and_check_finds_staleness(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# x\n\n{tables.BEGIN}\nold\n{tables.END}\n\nend\n")
+    records = [make_record()]
+    assert set(tables.build(records, "toy", tmp_path, readme, check=True)) == {readme, tmp_path / "tables" / "toy.md"}
+    assert "old" in readme.read_text()
+    tables.build(records, "toy", tmp_path, readme)
+    assert tables.build(records, "toy", tmp_path, readme, check=True) == []
+    assert readme.read_text().endswith(f"{tables.END}\n\nend\n")
+    with pytest.raises(RecordError, match="markers"):
+        tables.with_block("no markers", "", "README.md")
+
+
+def test_only_the_newest_record_of_a_configuration_is_shown() -> None:
+    old = make_record(created="2025-01-01T00:00:00+00:00", cell="old")
+    assert tables.latest([make_record(), old]) == [make_record()]
+    assert tables.latest([make_record(limit=3)]) == []
