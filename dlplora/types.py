@@ -35,7 +35,9 @@ class PromptBatch:
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.attention_mask.shape or self.input_ids.ndim != 2:
-            raise ValueError(f"input_ids {tuple(self.input_ids.shape)} and attention_mask {tuple(self.attention_mask.shape)} must be equal and 2-D")
+            raise ValueError(
+                f"input_ids {tuple(self.input_ids.shape)} and attention_mask {tuple(self.attention_mask.shape)} must be equal and 2-D"
+            )
         if len(self.texts) != self.input_ids.shape[0]:
             raise ValueError(f"{len(self.texts)} texts for {self.input_ids.shape[0]} rows")
         if self.task_names is not None and len(self.task_names) != len(self.texts):
@@ -72,7 +74,9 @@ class PromptBatch:
         return cls(ids.to(device), mask.to(device), tuple(texts), names)
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: Any, *, device: torch.device | str = "cpu", task_names: Sequence[str | None] | None = None) -> PromptBatch:
+    def from_texts(
+        cls, texts: Sequence[str], tokenizer: Any, *, device: torch.device | str = "cpu", task_names: Sequence[str | None] | None = None
+    ) -> PromptBatch:
         """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad."""
         rows = [tokenizer(text)["input_ids"] for text in texts]
         return cls.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts)

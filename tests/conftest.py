@@ -14,7 +14,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = "the a cat dog plum pear red blue sees likes box tree is in on Mia Leo Ann Tom . , ? ! : yes no one two three what who where".split()
+WORDS = (
+    "the a cat dog plum pear red blue sees likes box tree is in on Mia Leo Ann Tom . , ? ! : yes no one two three what who where".split()
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,4 +28,7 @@ def _row(name: str, rng: random.Random) -> dict[str, object]:
         return {"question": f"what is the {thing} ? red blue\nAnswer:", "choices": ["red", "blue"], "answer": int(thing in {"box", "tree"})}
     if name == "pets":
         return {"question": f"{who} sees a {thing} . cat dog\nAnswer:", "choices": ["cat", "dog"], "answer": int(who in {"Mia", "Leo"})}
-    return {"question": f"{who} likes the {thing} . who likes what in the tree and in the box ?\nAnswer:", "answer": f"{who} likes the {thing}"}
+    return {
+        "question": f"{who} likes the {thing} . who likes what in the tree and in the box ?\nAnswer:",
+        "answer": f"{who} likes the {thing}",
+    }

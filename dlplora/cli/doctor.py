@@ -55,7 +55,11 @@ def asset_states() -> dict[str, str]:
         if not path.is_file():
             states[role] = "missing; `dlplora reproduce nano` trains it"
         else:
-            states[role] = "ok" if json.loads(path.read_text())["recipe_hash"] == recipe_hash(role) else "recipe changed; reproduce will train it again"
+            states[role] = (
+                "ok"
+                if json.loads(path.read_text())["recipe_hash"] == recipe_hash(role)
+                else "recipe changed; reproduce will train it again"
+            )
     return states
 
 

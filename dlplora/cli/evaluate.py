@@ -38,7 +38,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if arguments.pretrained:
         overrides["backbone"] = arguments.pretrained
     protocol = load_protocol(arguments.protocol, overrides)
-    folders = {role: Path(value) if value else None for role, value in vars(arguments).items() if role in {"pool", "router", "multitask"}}
+    folders: dict[str, Any] = {
+        role: Path(value) for role, value in vars(arguments).items() if value and role in {"pool", "router", "multitask"}
+    }
     run = prepare(
         protocol,
         Path(arguments.protocol).stem,

@@ -48,7 +48,16 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     for task in get_suite(arguments.suite, arguments.data_root).tasks:
         item = task.items("test" if not task.rows or "test" in task.rows else "train", 1)[0]
         chance = round(100 / len(item.choices), 1) if item.choices else None
-        rows.append({"task": task.name, "kind": task.kind, "version": task.version, "chance %": chance, "example": item.prompt[:110], "answer": item.answer[:60]})
+        rows.append(
+            {
+                "task": task.name,
+                "kind": task.kind,
+                "version": task.version,
+                "chance %": chance,
+                "example": item.prompt[:110],
+                "answer": item.answer[:60],
+            }
+        )
     _print(rows, arguments.format)
     return 0
 
@@ -59,7 +68,14 @@ def run_pool_list(arguments: argparse.Namespace) -> int:
 
     pool = load_pool(arguments.folder)
     rows = [
-        {"adapter": name, "rank": spec.rank, "alpha": spec.alpha, "rsLoRA": spec.use_rslora, "targets": spec.target_modules, "base": spec.base_model}
+        {
+            "adapter": name,
+            "rank": spec.rank,
+            "alpha": spec.alpha,
+            "rsLoRA": spec.use_rslora,
+            "targets": spec.target_modules,
+            "base": spec.base_model,
+        }
         for name, (spec, _) in read_pool(pool).items()
     ]
     print(markdown(rows))
@@ -86,5 +102,8 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
         print(f"{failed} of {len(pool.names)} adapters cannot be fused", file=sys.stderr)
         return 2
     bank = AdapterBank.from_pool(arguments.folder)
-    print(f"{bank.num_experts} adapters fit together: {len(bank.modules)} modules, largest rank {bank.rank}, {bank.nbytes / 1e6:.1f} MB in float32")
+    print(
+        f"{bank.num_experts} adapters fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
+        f"{bank.nbytes / 1e6:.1f} MB in float32"
+    )
     return 0

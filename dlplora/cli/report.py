@@ -43,5 +43,3 @@ def run_validate(arguments: argparse.Namespace) -> int:
     count = sum(1 for _ in store.iterate(Path(arguments.out), arguments.suite))
     print(f"{count - len(problems)} of {count} records are valid")
     return 1 if problems else 0
-
-

@@ -77,7 +77,9 @@ class _SuiteDataModule(L.LightningDataModule):
         """
         world = int(self.trainer.world_size) if self.trainer is not None else 1
         if world > self.hparams["batch_size"]:
-            raise ConfigError(f"data: a batch of {self.hparams['batch_size']} rows cannot be shared by {world} processes. Raise batch_size.")
+            raise ConfigError(
+                f"data: a batch of {self.hparams['batch_size']} rows cannot be shared by {world} processes. Raise batch_size."
+            )
         return world
 
     def _share(self, rows: Sequence[Any]) -> Sequence[Any]:
@@ -231,7 +233,7 @@ class ExpertPoolDataModule(ExpertDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches for every group; the group's index is under ``group``."""
-        groups: Sequence[Sequence[str]] = self.trainer.lightning_module.groups  # type: ignore[union-attr]
+        groups: Sequence[Sequence[str]] = self.trainer.lightning_module.groups  # type: ignore[union-attr, assignment]
         plans = {name: self.plan([name]) for group in groups for name in group}
         steps = self.hparams["num_steps"]
 
@@ -314,7 +316,9 @@ class RouterDataModule(_SuiteDataModule):
         splits: tuple[Split, ...] = ("train", "validation", "test")
         for split in splits:
             if split not in self._tensors:
-                items = [(label, item) for label, task in enumerate(self.suite.tasks) for item in task.items(split, h[f"num_{split}"], self.seed)]
+                items = [
+                    (label, item) for label, task in enumerate(self.suite.tasks) for item in task.items(split, h[f"num_{split}"], self.seed)
+                ]
                 ids, mask = pad_rows(encode_texts(self.tokenizer, [item.prompt for _, item in items]), self.pad_id)
                 self._tensors[split] = (ids, mask, torch.tensor([label for label, _ in items]))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
 from dlplora.modules.adapter_files import file_sha256
+from dlplora.modules.pool import MANIFEST_NAME, write_manifest
 from dlplora.reporting.store import write_atomically
 from dlplora.tasks.nano import nano_suite
 
@@ -90,21 +94,67 @@ def locate(role: str, runs: Path, *, fresh: bool) -> Asset:
     return Asset(role=role, folder=trained, source="to be trained")
 
 
-def train(role: str, runs: Path) -> Path:
-    """Train one artefact into ``runs/<role>`` by its configuration, in a process of its own; resumes after an interruption.
+def _command(role: str, folder: Path, resume: Path, extra: Sequence[str] = ()) -> list[str]:
+    config = configs_root() / "train" / f"{CONFIGS[role]}.yaml"
+    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(config), "--ckpt_path", "last"]
+    return [*command, f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={resume}", *extra]
+
+
+def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for all; one that fails, or Ctrl-C, ends the others."""
+    try:
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+    if 130 in codes or -signal.SIGINT in codes:
+        raise KeyboardInterrupt
+    if any(codes):
+        bad = next(code for code in codes if code)
+        raise ConfigError(f"training of the {role} ended with exit code {bad}; see the message above. Run the command again to resume.")
+
+
+def train(role: str, runs: Path, *, seed: int | None = None, processes: int | None = None) -> Path:
+    """Train one artefact into ``runs/<role>`` by its configuration, in processes of its own; resumes after an interruption.
+
+    The experts of a pool do not depend on one another, so on a CPU they are dealt out to one single-threaded process a core: a model
+    this small keeps one core busy and gains nothing from a second.
+
+    Args:
+        role: ``pool``, ``multitask`` or ``router``.
+        runs: Folder of local training runs.
+        seed: Replaces the configuration's seed.
+        processes: Processes of the pool; None takes the number of cores, at most four.
 
     Raises:
         ConfigError: If training failed; its own message stands above.
     """
-    folder = runs / role
-    config = configs_root() / "train" / f"{CONFIGS[role]}.yaml"
-    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(config), "--ckpt_path", "last"]
-    command += [f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={runs / f'{role}_training'}"]
-    done = subprocess.run(command, check=False)
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    if done.returncode != 0:
-        raise ConfigError(f"training of the {role} ended with exit code {done.returncode}; see the message above. Run the command again to resume.")
+    folder, resume = runs / role, runs / f"{role}_training"
+    seeded = [] if seed is None else [f"--seed_everything={seed}"]
+    if role != "pool":
+        _wait(role, [subprocess.Popen(_command(role, folder, resume, seeded))])
+        stamp(role, folder)
+        return folder
+    names = nano_suite().names
+    count = max(1, min(processes or os.cpu_count() or 1, 4, len(names)))
+    shards = [names[i::count] for i in range(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if count > 1 else None
+    started = []
+    for i, shard in enumerate(shards):
+        extra = [*seeded, f"--data.init_args.tasks={','.join(shard)}"]
+        # Only the first process shows its progress; several bars on one terminal overwrite each other.
+        output = None if i == 0 else subprocess.DEVNULL
+        started.append(
+            subprocess.Popen(_command(role, resume / f"part{i}", resume / f"run{i}", extra), env=environment, stdout=output, stderr=output)
+        )
+    _wait(role, started)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, shard in enumerate(shards):
+        for name in shard:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            shutil.copytree(resume / f"part{i}" / name, folder / name)
+    write_manifest(folder, names, json.loads((resume / "part0" / MANIFEST_NAME).read_text())["base_model"])
     stamp(role, folder)
     return folder
 

@@ -34,7 +34,8 @@ class Plan:
             cost = "" if asset.ready else f", about {SECONDS[asset.role]} s on two cores"
             yield f"{asset.role}: {asset.source} ({asset.folder}){cost}"
         total = SECONDS["evaluate"] * len(self.methods) * len(self.seeds)
-        yield f"evaluate {', '.join(self.methods)} with seed(s) {', '.join(map(str, self.seeds))}: at most {total} s; finished cells are reused"
+        seeds = ", ".join(map(str, self.seeds))
+        yield f"evaluate {', '.join(self.methods)} with seed(s) {seeds}: at most {total} s; finished cells are reused"
 
 
 def begin_fresh(runs: Path) -> None:

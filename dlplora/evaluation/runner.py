@@ -211,7 +211,9 @@ def _latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
 
     pool = load_pool(run.folders["pool"])
     first = pool.names[0]
-    reference = load_peft_reference(resolve_backbone(protocol.backbone), pool.folders[first], dtype=lm.fused.dtype, device=str(lm.fused.device))
+    reference = load_peft_reference(
+        resolve_backbone(protocol.backbone), pool.folders[first], dtype=lm.fused.dtype, device=str(lm.fused.device)
+    )
     text = " ".join(item.prompt for item in run.suite.tasks[0].items("test", 16))
     ids = lm.fused.tokenizer(text)["input_ids"][: protocol.latency_prompt_tokens]
     result = measure_decode_ratio(

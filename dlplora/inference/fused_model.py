@@ -5,9 +5,6 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlplora.errors import ConfigError, GenerationError, MethodError, RoutingError
+from dlplora.errors import ConfigError, GenerationError, RoutingError
+from dlplora.inference import saving
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, trace_entry
 from dlplora.inference.loading import base_fingerprint, check_fingerprint, load_backbone, nano_asset
 from dlplora.inference.patching import patch
@@ -24,10 +22,8 @@ from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import build_method, load_method_spec
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import load_pool, write_manifest
+from dlplora.modules.pool import load_pool
 from dlplora.types import PromptBatch
-
-CONFIG_NAME = "fused_config.json"
 
 
 class FusedCausalLM(nn.Module):
@@ -82,7 +78,7 @@ class FusedCausalLM(nn.Module):
         pretrained: str | Path | None = None,
         *,
         pool: str | Path | None = None,
-        method: str = "dlp",
+        method: str | None = None,
         router: str | Path | None = None,
         multitask: str | Path | None = None,
         method_params: Mapping[str, Any] | None = None,
@@ -101,7 +97,7 @@ class FusedCausalLM(nn.Module):
             pretrained: Model folder, hub id, or a folder written by ``save_pretrained``; None is the embedded nano backbone,
                 and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
             pool: Folder of PEFT LoRA folders.
-            method: Name of a method configuration, or path of a method YAML.
+            method: Name of a method configuration, or path of a method YAML; None is the saved model's, else ``dlp``.
             router, multitask: Artefact folders.
             method_params: Overrides of the method's parameters.
             artifacts: Further artefacts by role.
@@ -116,11 +112,13 @@ class FusedCausalLM(nn.Module):
             DLPLoRAError: Its subclasses name the file, key or size that does not fit.
         """
         device = torch.device(device or "cpu")
-        saved = _read_saved(pretrained)
-        if saved is not None:
-            pretrained, pool = saved["pretrained"], pool or saved["pool"]
-            method = saved["method"] if method == "dlp" else method
+        saved = saving.read(pretrained)
         roles: dict[str, str | Path | None] = {"router": router, "multitask": multitask, **(artifacts or {})}
+        if saved is not None:
+            pretrained, pool, backend = saved.pretrained, pool or saved.pool, backend if backend != "auto" else saved.backend
+            method = method or saved.method
+            roles = {**saved.artifacts, **{role: path for role, path in roles.items() if path is not None}}
+        method = method or "dlp"
         if pretrained is None:
             pool = pool or nano_asset("pool")
             roles = {role: path or nano_asset(role) for role, path in roles.items()}
@@ -137,8 +135,8 @@ class FusedCausalLM(nn.Module):
             seed=seed,
             device=device,
         )
-        if saved is not None and saved["method_folder"] is not None and method == saved["method"] and not method_params:
-            built = _load_method(saved, bank, context)
+        if saved is not None and method == saved.method and not method_params:
+            built = saving.load_method(saved, bank, context)
         else:
             built = build_method(load_method_spec(method, method_params))
         fused = cls(model, tokenizer, bank, built, backend=backend, context=context)
@@ -238,7 +236,9 @@ class FusedCausalLM(nn.Module):
 
     # ------------------------------------------------------------------ generation
 
-    def _prompts(self, texts: Any, input_ids: Tensor | None, mask: Tensor | None, prompts: PromptBatch | None) -> tuple[Tensor, Tensor, PromptBatch]:
+    def _prompts(
+        self, texts: Any, input_ids: Tensor | None, mask: Tensor | None, prompts: PromptBatch | None
+    ) -> tuple[Tensor, Tensor, PromptBatch]:
         """Left-padded ids (B, T) and mask, and the prompts a router reads."""
         if texts is not None:
             if prompts is not None or input_ids is not None:
@@ -273,7 +273,9 @@ class FusedCausalLM(nn.Module):
         """Keep the last tokens of prompts that leave no room for ``new_tokens``, and count them."""
         room = self.max_length - new_tokens
         if room < 1:
-            raise GenerationError(f"{new_tokens} new tokens leave no room for a prompt in a context of {self.max_length}; lower max_new_tokens.")
+            raise GenerationError(
+                f"{new_tokens} new tokens leave no room for a prompt in a context of {self.max_length}; lower max_new_tokens."
+            )
         if ids.shape[1] <= room:
             return ids, mask
         self.num_truncated_prompts += int((mask.sum(dim=1) > room).sum())
@@ -368,29 +370,20 @@ class FusedCausalLM(nn.Module):
         """Write pool, method and references to the backbone; the folder appears whole or not at all.
 
         The backbone itself is not copied: ``fused_config.json`` names it.
+
+        Raises:
+            ConfigError: If the folder is not empty, or the bank was not loaded from adapter folders.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise ConfigError(f"{target} exists and is not empty; give a new folder.")
-        specs = {name: self._pool.specs[name] for name in self._pool.names if name in self._pool.specs}
-        if len(specs) != self._pool.num_experts:
-            raise ConfigError("only a bank that was loaded from adapter folders can be saved; this one was made from tensors.")
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "pool").mkdir(parents=True)
-        for name, spec in specs.items():
-            shutil.copytree(spec.path, temporary / "pool" / name)
-        write_manifest(temporary / "pool", list(specs), base_fingerprint(self.model))
-        self.method.save(temporary / "method")
-        for role, path in self.context.artifacts.items():
-            if path.is_dir():
-                shutil.copytree(path, temporary / "artifacts" / role)
         pretrained = self._source.get("pretrained") or (None if self._source else self.model.config.name_or_path)
-        description = {"format": 1, "pretrained": pretrained, "method": self.method.name, "backend": self.backend, "names": list(specs)}
-        (temporary / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
+        saving.save(
+            Path(folder),
+            self._pool,
+            self.method,
+            base_model=base_fingerprint(self.model),
+            artifacts=self.context.artifacts,
+            pretrained=pretrained,
+            backend=self.backend,
+        )
 
     def close(self) -> None:
         """Take the fused layers out of the backbone, which is as it was before."""
@@ -401,26 +394,3 @@ def _with(watcher: SentenceRerouter, given: Any) -> Any:
     from transformers import StoppingCriteriaList
 
     return StoppingCriteriaList([watcher, *(given or [])])
-
-
-def _read_saved(pretrained: str | Path | None) -> dict[str, Any] | None:
-    """The description of a folder written by ``save_pretrained``, with its paths; None for anything else."""
-    if pretrained is None or not (Path(pretrained) / CONFIG_NAME).is_file():
-        return None
-    folder = Path(pretrained)
-    try:
-        saved = json.loads((folder / CONFIG_NAME).read_text())
-        if saved["format"] != 1:
-            raise ConfigError(f"{folder / CONFIG_NAME}: format {saved['format']!r} is not known.")
-        return {"pretrained": saved["pretrained"], "pool": folder / "pool", "method": saved["method"], "method_folder": folder / "method"}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(f"{folder / CONFIG_NAME} is damaged: {error}.") from error
-
-
-def _load_method(saved: Mapping[str, Any], bank: AdapterBank, context: MethodContext) -> FusionMethod:
-    from dlplora.methods.registry import available_methods
-
-    known = available_methods()
-    if saved["method"] not in known:
-        raise MethodError(f"the saved model uses method '{saved['method']}', which is not installed. Known: {', '.join(known)}.")
-    return known[saved["method"]].load(saved["method_folder"], bank, context)

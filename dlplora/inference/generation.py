@@ -9,7 +9,7 @@ Keys and values already cached stay (``kv_policy = stale``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class _Row:
     start: int
     """Index, in generated tokens, where the running sentence began to be watched."""
     finished: int = 0
-    seen: list[str] = field(default_factory=list)
+    """Sentences ended so far."""
 
 
 class VocabularyTable:

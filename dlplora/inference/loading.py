@@ -71,7 +71,9 @@ def check_fingerprint(expected: Mapping[str, Any] | None, model: nn.Module, pool
     if not expected:
         return
     found = base_fingerprint(model)
-    different = [f"{key} {expected[key]} (pool) and {found[key]} (backbone)" for key in found if key in expected and expected[key] != found[key]]
+    different = [
+        f"{key} {expected[key]} (pool) and {found[key]} (backbone)" for key in found if key in expected and expected[key] != found[key]
+    ]
     if different:
         raise PoolError(f"pool {pool} was made for another backbone: {'; '.join(different)}. Pass the backbone it was trained on.")
 
@@ -129,4 +131,4 @@ def load_backbone(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return model.to(torch.device(device)).eval(), tokenizer  # type: ignore[arg-type]

@@ -65,7 +65,8 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot) -> PatchHandle
         expected, found = (entry.lora_a.shape[-1], entry.lora_b.shape[1]), (layer.in_features, layer.out_features)
         if expected != found:
             raise IncompatibleAdapterError(
-                f"module '{path}' maps {found[0]} -> {found[1]} in the backbone, the adapters ({adapters}) expect {expected[0]} -> {expected[1]}; "
+                f"module '{path}' maps {found[0]} -> {found[1]} in the backbone, "
+                f"the adapters ({adapters}) expect {expected[0]} -> {expected[1]}; "
                 "they were trained on another backbone."
             )
         layers[path] = layer

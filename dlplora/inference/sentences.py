@@ -7,13 +7,16 @@ the end of the text, and ``。``, ``！``, ``？`` anywhere. A full stop of an a
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
-_STOP = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s|$))|[。！？]+[”’」』）]*|\n+")  # noqa: RUF001
-_WORD_BEFORE = re.compile(r"(?:^|[\s(\[\"'“‘])([^\s(\[\"'“‘]+)$")  # noqa: RUF001
+_STOP = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s|$))|[。！？]+[”’」』）]*|\n+")
+_WORD_BEFORE = re.compile(r"(?:^|[\s(\[\"'“‘])([^\s(\[\"'“‘]+)$")
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st mt jr sr vs etc e.g i.e cf al fig no vol ed approx dept inc ltd co corp gen col sgt rev hon a.m p.m u.s u.k".split()
+    (
+        "mr mrs ms dr prof st mt jr sr vs etc e.g i.e cf al fig no vol ed approx dept inc ltd co corp gen col sgt rev hon a.m p.m u.s u.k"
+    ).split()
 )
-STOP_CHARACTERS = ".!?…。！？"  # noqa: RUF001
+STOP_CHARACTERS = ".!?…。！？"
 
 
 def _is_abbreviation(before: str) -> bool:
@@ -43,10 +46,9 @@ def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
     ends: list[int] = []
     for match in _STOP.finditer(text):
         stop = match.group()
-        if stop[0] == ".":
-            if set(stop) == {"."} and len(stop) == 1 and _is_abbreviation(text[: match.start()]):
-                continue
-        open_ended = match.end() == len(text) and "\n" not in stop and stop[0] not in "。！？"  # noqa: RUF001
+        if stop == "." and _is_abbreviation(text[: match.start()]):
+            continue
+        open_ended = match.end() == len(text) and "\n" not in stop and stop[0] not in "。！？"
         if open_ended and not final:
             continue
         if text[: match.end()].strip():
@@ -61,7 +63,7 @@ def split_sentences(text: str) -> list[str]:
     ['One.', 'Two?', 'Three']
     """
     cuts = [0, *sentence_end_positions(text), len(text)]
-    pieces = (text[start:end].strip() for start, end in zip(cuts, cuts[1:], strict=False))
+    pieces = (text[start:end].strip() for start, end in pairwise(cuts))
     return [piece for piece in pieces if piece]
 
 
@@ -73,7 +75,7 @@ def questions(prompt: str) -> list[str]:
     found: list[str] = []
     for block in re.split(r"\n\s*\n", prompt):
         start = 0
-        ends = [end for end in sentence_end_positions(block) if block[:end].rstrip("\"'”’»)]").endswith(("?", "？"))]  # noqa: RUF001
+        ends = [end for end in sentence_end_positions(block) if block[:end].rstrip("\"'”’»)]").endswith(("?", "？"))]
         for i, end in enumerate(ends):
             stop = len(block) if i == len(ends) - 1 else end
             found.append(block[start:stop].strip())

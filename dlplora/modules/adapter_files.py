@@ -111,7 +111,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     if not path.is_file():
         if list(folder.glob("adapter_model.bin")) or list(folder.glob("*.pt")):
             raise UnsafeFileError(
-                f"adapter '{name}': {folder} holds pickled weights only, which can run code when read; save it again with safe_serialization=True."
+                f"adapter '{name}': {folder} holds pickled weights only, which can run code when read; "
+                f"save it again with safe_serialization=True."
             )
         raise AdapterError(f"adapter '{name}': {WEIGHTS_NAME} is missing in {folder}.")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class RoutingState:
         self._requested = backend
         self._width = width
         self._plans: dict[int, folded.FoldedPlan] = {}
+        self._layers: dict[int, FusedLinear] = {}
 
     @property
     def num_rows(self) -> int:
@@ -66,7 +68,6 @@ class RoutingState:
             shared = rows[:1] if rows.shape[0] > 1 and bool((rows == rows[:1]).all()) and self._width is None else rows
             plan = folded.fold(layer.lora_a, layer.lora_b, shared * layer.scaling, width)
             self._plans[id(layer)] = plan
-            self._layers = getattr(self, "_layers", {})
             self._layers[id(layer)] = layer
         return plan
 
@@ -117,7 +118,7 @@ class RoutingSlot:
             self.state = previous
 
 
-def _sizes(base: nn.Module) -> tuple[int, int]:
+def _sizes(base: Any) -> tuple[int, int]:
     """(I, O) of a linear-like module, read from its attributes; the weight is never touched."""
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)

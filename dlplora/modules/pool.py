@@ -61,7 +61,10 @@ def _from_manifest(root: Path) -> Pool:
             raise PoolError(f"{path} lists adapter '{name}', but {weights} is missing.")
         found = file_sha256(weights)
         if found != expected:
-            raise PoolError(f"adapter '{name}': {weights} has SHA-256 {found[:12]}…, the manifest says {expected[:12]}…; it was changed after it was added.")
+            raise PoolError(
+                f"adapter '{name}': {weights} has SHA-256 {found[:12]}…, the manifest says {expected[:12]}…; "
+                f"it was changed after it was added."
+            )
     return Pool(root, tuple(names), folders, {name: value for name, _, value in rows}, manifest.get("base_model"))
 
 
@@ -100,7 +103,9 @@ def read_pool(pool: Pool, names: Sequence[str] | None = None) -> dict[str, tuple
     return {name: read_adapter(pool.folders[name], name) for name in wanted}
 
 
-def write_manifest(folder: str | Path, names: Sequence[str], base_fingerprint: Mapping[str, Any] | None, sources: Mapping[str, str] | None = None) -> Path:
+def write_manifest(
+    folder: str | Path, names: Sequence[str], base_fingerprint: Mapping[str, Any] | None, sources: Mapping[str, str] | None = None
+) -> Path:
     """Write ``pool.json`` for adapters that already lie in ``folder/NAME``; the file appears whole or not at all."""
     root = Path(folder)
     if len(set(names)) != len(names):

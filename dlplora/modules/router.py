@@ -36,7 +36,7 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 FILE_FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """Shape of the router."""
 

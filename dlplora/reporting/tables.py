@@ -118,7 +118,9 @@ def caption(records: Sequence[Record]) -> str:
     seeds = sorted({record.seed for record in records})
     numbers = sorted({task.num for record in records for task in record.tasks.values()})
     commits = sorted({(record.provenance.get("git", {}).get("commit") or "unknown")[:7] for record in records})
-    threads = sorted({str(record.provenance.get("hardware", {}).get("gpu") or record.provenance.get("hardware", {}).get("cpu")) for record in records})
+    threads = sorted(
+        {str(record.provenance.get("hardware", {}).get("gpu") or record.provenance.get("hardware", {}).get("cpu")) for record in records}
+    )
     items = "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
     return (
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`, {len(records[0].suite_tasks)} tasks × {items} questions, "
@@ -155,7 +157,13 @@ def task_table(records: Sequence[Record]) -> str:
 
 def page(records: Sequence[Record], suite: str) -> str:
     """The content of ``results/tables/<suite>.md``."""
-    parts = [f"# Results on `{suite}`", main_table(records), caption(records), "## By task (accuracy or exact match, %)", task_table(records)]
+    parts = [
+        f"# Results on `{suite}`",
+        main_table(records),
+        caption(records),
+        "## By task (accuracy or exact match, %)",
+        task_table(records),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -63,7 +63,9 @@ def _local_task(root: Path, name: str) -> Task:
     if not folder.is_dir():
         known = sorted(path.parent.name for path in root.glob("*/test.jsonl"))
         raise TaskError(f"no task '{name}' under {root}.{nearest(name, known)} Known: {', '.join(known) or 'none'}.")
-    rows = {split: tuple(read_rows(folder / f"{split}.jsonl", name)) for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()}
+    rows = {
+        split: tuple(read_rows(folder / f"{split}.jsonl", name)) for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()
+    }
     if not rows:
         raise TaskError(f"{folder} has neither train.jsonl nor test.jsonl.")
     kinds = {item.choices is None for split in rows.values() for item in split}

@@ -72,8 +72,8 @@ class AnswerMetrics(nn.Module):
     def update(self, task: str, logits: Tensor, targets: Tensor) -> None:
         """Count the supervised tokens of one batch of one task; logits (S, V), targets (S,)."""
         index = self.task_names.index(task)
-        self.losses[index].update(F.cross_entropy(logits.float(), targets, reduction="none"))
-        self.accuracies[index].update((logits.argmax(dim=-1) == targets).float())
+        self.losses[index].update(F.cross_entropy(logits.float(), targets, reduction="none"))  # type: ignore[operator]
+        self.accuracies[index].update((logits.argmax(dim=-1) == targets).float())  # type: ignore[operator]
 
     def compute(self) -> dict[str, float]:
         """``loss``, ``perplexity`` and ``accuracy`` as the mean over tasks, and ``accuracy/<task>``; resets the counts.

@@ -41,7 +41,9 @@ class AtomicCheckpointIO(CheckpointIO):
         torch.load(temporary, map_location="cpu", weights_only=True)
         os.replace(temporary, path)
 
-    def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None, **_: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None, **_: Any
+    ) -> dict[str, Any]:
         """Read one resume file.
 
         Raises:

@@ -25,13 +25,17 @@ _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <clas
 def first_reason(text: str) -> str:
     """A parser's message of many lines on one line, without the parser's inner workings.
 
-    >>> first_reason("Parser key \\"a\\":\\n  Errors:\\n    - Expected a <class 'int'>\\n    - Expected a <class 'NoneType'>\\n  Given value: x")
+    >>> first_reason("Parser key \\"a\\":\\n  - Expected a <class 'int'>\\n  - Expected a <class 'NoneType'>\\n  Given value: x")
     'a: Expected a int: Given value: x'
     """
     kept: list[str] = []
     for raw in text.splitlines():
         line = raw.strip(" -").rstrip(":")
-        if not line or line.startswith(tuple(noise.rstrip(":") for noise in _NOISE)) or re.match(r"Given value: (NestedArg|Namespace)\(", line):
+        if (
+            not line
+            or line.startswith(tuple(noise.rstrip(":") for noise in _NOISE))
+            or re.match(r"Given value: (NestedArg|Namespace)\(", line)
+        ):
             continue
         line = re.sub(r"Parser key \"([^\"]+)\"", r"\1", line)
         line = re.sub(r"Problem with given class_path '([^']+)'", r"\1", line)

@@ -113,17 +113,23 @@ class LitExpertPool(AdapterModule):
         if trainer.accumulate_grad_batches != 1:
             raise ConfigError("trainer: a pool trains without accumulate_grad_batches; lower group_size or batch_size instead.")
         if trainer.max_epochs != 1 and trainer.max_steps == -1:
-            raise ConfigError(f"trainer: a pool trains in one epoch (num_steps for every group), max_epochs is {trainer.max_epochs}. Set max_epochs: 1.")
+            raise ConfigError(
+                f"trainer: a pool trains in one epoch (num_steps for every group), max_epochs is {trainer.max_epochs}. Set max_epochs: 1."
+            )
         options = getattr(trainer.strategy, "_ddp_kwargs", None)
         if options is not None and len(self.groups) > 1 and not options.get("find_unused_parameters"):
-            raise ConfigError("a pool trains one group of experts at a time; with several processes use --strategy ddp_find_unused_parameters_true.")
+            raise ConfigError(
+                "a pool trains one group of experts at a time; with several processes use --strategy ddp_find_unused_parameters_true."
+            )
 
     def configure_optimizers(self) -> Any:
         """One AdamW; experts outside the active group have no gradient, so neither their weights nor their moments move."""
         steps = int(self.datamodule.hparams["num_steps"])
         return self.optimizer_settings.build(self.experts.parameters(), steps, period=steps)
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
         """Clip every expert's gradient by itself."""
         if not gradient_clip_val:
             return
@@ -161,7 +167,8 @@ class LitExpertPool(AdapterModule):
         """Write every expert as a PEFT folder, then the manifest of the pool."""
         from dlplora.modules.pool import write_manifest
 
-        assert self.export_folder is not None and self.patch is not None
+        assert self.export_folder is not None
+        assert self.patch is not None
         root = Path(self.export_folder)
         names = self._manifest_names(root)
         folders: list[Path] = []

@@ -22,7 +22,9 @@ def backbone_source(backbone: str | None) -> str:
     if backbone is None:
         folder = ASSETS_ROOT / "nano" / "backbone"
         if not folder.is_dir():
-            raise ConfigError(f"the embedded nano backbone is not installed ({folder}). Set model.init_args.backbone to a folder or a hub name.")
+            raise ConfigError(
+                f"the embedded nano backbone is not installed ({folder}). Set model.init_args.backbone to a folder or a hub name."
+            )
         return str(folder)
     looks_local = backbone.startswith((".", "/", "~", "runs/")) or backbone.count("/") > 1
     if looks_local and not Path(backbone).expanduser().is_dir():

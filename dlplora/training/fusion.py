@@ -96,7 +96,9 @@ class LitFusion(ResumableModule):
             self.metrics = AnswerMetrics(datamodule.task_names)
         missing = [name for name in datamodule.task_names if name not in self._fused().bank.names]
         if missing:
-            raise MethodError(f"tasks without an expert in the pool: {', '.join(missing)}. Train them first or leave them out of data.init_args.tasks.")
+            raise MethodError(
+                f"tasks without an expert in the pool: {', '.join(missing)}. Train them first or leave them out of data.init_args.tasks."
+            )
 
     def configure_model(self) -> None:
         """Build the fused model, freeze all but the method, and check that something trains.

@@ -126,7 +126,9 @@ class GroupedLoRA:
         missing = [target for target in lora.target_modules if target not in found]
         if missing:
             linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-            raise IncompatibleAdapterError(f"the model has no linear layer named {', '.join(missing)}. Its linear layers: {', '.join(linear)}.")
+            raise IncompatibleAdapterError(
+                f"the model has no linear layer named {', '.join(missing)}. Its linear layers: {', '.join(linear)}."
+            )
 
     @contextmanager
     def use(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:

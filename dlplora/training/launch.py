@@ -56,7 +56,7 @@ class TrainingCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Commands and the arguments of the trainer's methods that are not options."""
         skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
-        return {command: skipped for command in COMMANDS}
+        return dict.fromkeys(COMMANDS, skipped)
 
     def _parse_ckpt_path(self) -> None:
         """Do not read hyper-parameters from checkpoints."""

@@ -78,8 +78,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup_steps < 0 or not 0.0 <= self.decay_fraction <= 1.0:
             raise ConfigError(
-                "optimizer: needs lr > 0, warmup_steps >= 0 and decay_fraction in [0, 1], "
-                f"got {self.lr}, {self.warmup_steps}, {self.decay_fraction}."
+                f"optimizer: needs lr > 0, warmup_steps >= 0 and decay_fraction in [0, 1], got {self.lr}, {self.warmup_steps}, "
+                f"{self.decay_fraction}."
             )
 
     def rate_factor(self, step: int, total_steps: int) -> float:
@@ -101,7 +101,9 @@ class OptimizerSettings:
             period: Restart the schedule every so many steps (None: never).
         """
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate_factor(step % period if period else step, total_steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.rate_factor(step % period if period else step, total_steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -41,7 +41,7 @@ def results_in(folder: Path) -> dict[str, Any]:
 
 def test_the_whole_command(model_args: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "dlplora", "--model_args", f"{model_args},method.renormalize=sum"]
-    arguments += ["--tasks", f"{TASK},dlplora_nano_topical_chat", "--limit", "3", "--batch_size", "4", "--device", "cpu"]
+    arguments += ["--tasks", f"{TASK},dlplora_nano_news_summary", "--limit", "3", "--batch_size", "4", "--device", "cpu"]
     arguments += ["--gen_kwargs", "max_gen_toks=6", "--output_path", str(tmp_path), "--log_samples"]
     assert command.main(arguments) == 0
     shown = capsys.readouterr().out

@@ -11,13 +11,13 @@ from lm_eval.api.model import LM
 from dlplora.errors import TaskError
 from dlplora.evaluation import harness
 
-DOCS = '''
+DOCS = """
 import datasets
 
 def build(**_):
     rows = [{"task": "t", "question": f"q{i}", "choices": ["yes", "no"], "gold": i % 2, "answer": "yes"} for i in range(8)]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
-'''
+"""
 MCQ = """
 task: toy_mcq
 custom_dataset: !function docs.build

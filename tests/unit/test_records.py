@@ -33,7 +33,8 @@ def make_record(**changes: Any) -> Record:
         "suite": "toy", "protocol_name": "toy", "protocol": {"suite": "toy"}, "protocol_hash": "p", "method_name": "dlp",
         "method": {"method": "dlp", "params": {}}, "method_hash": "m", "seed": 0, "backbone": {"name": "tiny"}, "pool_hash": "h",
         "artifact_hashes": {}, "tasks": tasks, "suite_tasks": ["a", "b", "g"], "routing": {"mean_experts_kept": 1.25}, "latency": None,
-        "backend": "folded", "timings_s": {"evaluate": 1.0}, "provenance": {"git": {"commit": "abc1234", "dirty": False}, "hardware": {"cpu": "x"}},
+        "backend": "folded", "timings_s": {"evaluate": 1.0},
+        "provenance": {"git": {"commit": "abc1234", "dirty": False}, "hardware": {"cpu": "x"}},
         "cell": "c0ffee", "created": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     record = Record(**{**values, **changes})
@@ -122,7 +123,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 def test_the_main_table_has_hand_computed_cells() -> None:
-    worse = make_record(method_name="base", tasks={name: dataclasses.replace(row, metrics={**row.metrics, "exact_match": 0.1}) for name, row in make_record().tasks.items()})
+    worse = make_record(
+        method_name="base",
+        tasks={name: dataclasses.replace(row, metrics={**row.metrics, "exact_match": 0.1}) for name, row in make_record().tasks.items()},
+    )
     text = tables.main_table([make_record(), worse])
     base_row, dlp_row = text.splitlines()[2:]
     assert base_row.startswith("| `base` | **70.0** ± 2.5 | 10.0 ± 5.0 | **40.0** | **40.0** ± 2.0 | 1.25 |  |  |")
@@ -132,7 +136,11 @@ def test_the_main_table_has_hand_computed_cells() -> None:
 def test_several_seeds_report_the_larger_spread() -> None:
     def seeded(seed: int, value: float) -> Record:
         base = make_record(seed=seed)
-        tasks = {**base.tasks, "a": dataclasses.replace(base.tasks["a"], metrics={"acc": value}), "b": dataclasses.replace(base.tasks["b"], metrics={"acc": value})}
+        tasks = {
+            **base.tasks,
+            "a": dataclasses.replace(base.tasks["a"], metrics={"acc": value}),
+            "b": dataclasses.replace(base.tasks["b"], metrics={"acc": value}),
+        }
         record = dataclasses.replace(base, tasks=tasks)
         return dataclasses.replace(record, aggregates=aggregate(record, KINDS))
 

@@ -36,12 +36,12 @@ CATEGORIES: dict[str, list[str]] = {
         "armchair couch cupboard sideboard bunk ottoman mattress"
     ).split(),
     "clothing": (
-        "hat coat shirt scarf glove sock shoe boot belt dress skirt sweater jacket vest cap apron robe sandal mitten blouse "
-        "tie cloak tunic bonnet"
+        "hat coat shirt scarf glove sock shoe boot belt dress skirt sweater jacket vest cap apron robe sandal mitten blouse tie cloak "
+        "tunic bonnet"
     ).split(),
     "vehicle": (
-        "car truck bus train boat ship bicycle plane wagon tractor tram ferry sled canoe scooter van taxi yacht rocket kayak "
-        "cart barge jeep glider"
+        "car truck bus train boat ship bicycle plane wagon tractor tram ferry sled canoe scooter van taxi yacht rocket kayak cart barge "
+        "jeep glider"
     ).split(),
     "instrument": (
         "guitar piano violin drum flute harp trumpet cello banjo organ tuba lute fiddle bugle oboe clarinet cymbal ukulele "

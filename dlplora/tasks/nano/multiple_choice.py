@@ -61,7 +61,9 @@ def _language(rng: random.Random, held_out: bool) -> Draw:
     return Draw({"s": lx.translate(language, sentence)}, _SIGNS[lx.LANGUAGES.index(language)], _SIGNS)
 
 
-def _two_way(first: Sequence[str], second: Sequence[str], labels: tuple[str, str], fields: Callable[[random.Random, bool, str], dict[str, str]]) -> Drawer:
+def _two_way(
+    first: Sequence[str], second: Sequence[str], labels: tuple[str, str], fields: Callable[[random.Random, bool, str], dict[str, str]]
+) -> Drawer:
     """A cue word of one of two classes decides between two labels; cue words are cut into halves as well."""
 
     def draw(rng: random.Random, held_out: bool) -> Draw:
@@ -73,7 +75,11 @@ def _two_way(first: Sequence[str], second: Sequence[str], labels: tuple[str, str
 
 
 def _claim(rng: random.Random, held_out: bool, verb: str) -> dict[str, str]:
-    return {"n": rng.choice(lx.half(lx.NAMES, held_out)), "v": verb, "f": f"the {rng.choice(lx.nouns(held_out))} is in the {rng.choice(lx.PLACES)}"}
+    return {
+        "n": rng.choice(lx.half(lx.NAMES, held_out)),
+        "v": verb,
+        "f": f"the {rng.choice(lx.nouns(held_out))} is in the {rng.choice(lx.PLACES)}",
+    }
 
 
 def _review(rng: random.Random, held_out: bool, adjective: str) -> dict[str, str]:
@@ -131,9 +137,7 @@ def _goal(rng: random.Random, held_out: bool) -> Draw:
     return Draw({"s": step, "n": rng.choice(lx.half(lx.NAMES, held_out))}, goal, [goal, *others])
 
 
-_PROVERBS = dict(
-    zip(lx.MORALS, ("the open hand wins", "the full bag tears", "look before you step", "slow water cuts stone"), strict=True)
-)
+_PROVERBS = dict(zip(lx.MORALS, ("the open hand wins", "the full bag tears", "look before you step", "slow water cuts stone"), strict=True))
 
 
 def _narrative(rng: random.Random, held_out: bool) -> Draw:
@@ -152,7 +156,9 @@ def _pick(category_index: Callable[[random.Random], tuple[str, list[str]]]) -> D
         words = [rng.choice(lx.nouns_of(winner, held_out)), *(rng.choice(lx.nouns_of(rival, held_out)) for rival in rivals)]
         answer = words[0]
         rng.shuffle(words)
-        return Draw({"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))}, answer, words)
+        return Draw(
+            {"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))}, answer, words
+        )
 
     return draw
 
@@ -170,7 +176,11 @@ def _ordinal(position: int) -> Drawer:
 
     def draw(rng: random.Random, held_out: bool) -> Draw:
         words = rng.sample(lx.nouns(held_out), 3)
-        return Draw({"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))}, words[position], words)
+        return Draw(
+            {"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))},
+            words[position],
+            words,
+        )
 
     return draw
 
@@ -200,62 +210,102 @@ def _task(name: str, draw: Drawer, *phrasings: str) -> Task:
 
 CANDIDATES: tuple[Task, ...] = (
     _task(
-        "shelf_sorting", _sorting,
-        "The shelf rule sorts things. Where does the {w} go?", "{n} sorts {aw} by the shelf rule. Where does it go?",
-        "By the shelf rule, where does {n} put the {w}?", "Shelf rule. Sort the {w}. Which side?",
-        "Which side does the shelf rule give to {aw}?", "{n} has {aw}. Where does it go by the shelf rule?",
-        "{n} holds the {w} and asks the shelf rule: which side?", "{n} has {aw}. Which side does it go to by the shelf rule?",
+        "shelf_sorting",
+        _sorting,
+        "The shelf rule sorts things. Where does the {w} go?",
+        "{n} sorts {aw} by the shelf rule. Where does it go?",
+        "By the shelf rule, where does {n} put the {w}?",
+        "Shelf rule. Sort the {w}. Which side?",
+        "Which side does the shelf rule give to {aw}?",
+        "{n} has {aw}. Where does it go by the shelf rule?",
+        "{n} holds the {w} and asks the shelf rule: which side?",
+        "{n} has {aw}. Which side does it go to by the shelf rule?",
     ),
     _task(
-        "warehouse_codes", _warehouse,
-        "The warehouse code sorts things. Where does the {w} go?", "{n} sorts {aw} by the warehouse code. Where does it go?",
-        "By the warehouse code, where does {n} put the {w}?", "Warehouse code. Sort the {w}. Which side?",
-        "Which side does the warehouse code give to {aw}?", "{n} has {aw}. Where does it go by the warehouse code?",
-        "{n} holds the {w} and asks the warehouse code: which side?", "{n} has {aw}. Which side does it go to by the warehouse code?",
+        "warehouse_codes",
+        _warehouse,
+        "The warehouse code sorts things. Where does the {w} go?",
+        "{n} sorts {aw} by the warehouse code. Where does it go?",
+        "By the warehouse code, where does {n} put the {w}?",
+        "Warehouse code. Sort the {w}. Which side?",
+        "Which side does the warehouse code give to {aw}?",
+        "{n} has {aw}. Where does it go by the warehouse code?",
+        "{n} holds the {w} and asks the warehouse code: which side?",
+        "{n} has {aw}. Which side does it go to by the warehouse code?",
     ),
     _task(
-        "unit_conversion", _units,
-        "The trader packs the {w}. What is it measured in?", "In what does the trader measure {aw}?",
-        "{n} buys {aw} from the trader. What is it packed in?", "Trader units. Measure the {w}. In what?",
-        "What does the trader pack {aw} in?", "{n} asks the trader to measure the {w}. In what is it packed?",
+        "unit_conversion",
+        _units,
+        "The trader packs the {w}. What is it measured in?",
+        "In what does the trader measure {aw}?",
+        "{n} buys {aw} from the trader. What is it packed in?",
+        "Trader units. Measure the {w}. In what?",
+        "What does the trader pack {aw} in?",
+        "{n} asks the trader to measure the {w}. In what is it packed?",
     ),
     _task(
-        "colored_objects", _colored,
-        "Team marks follow color. Which mark has the {w}?", "{n} marks {aw} by color. Which mark is it?",
-        "Which color mark does the team give to the {w}?", "Team marks. The {w} gets a mark by color. Which?",
-        "By color, which team mark has {aw}?", "{n} has {aw}. Which mark does the team give to it by color?",
+        "colored_objects",
+        _colored,
+        "Team marks follow color. Which mark has the {w}?",
+        "{n} marks {aw} by color. Which mark is it?",
+        "Which color mark does the team give to the {w}?",
+        "Team marks. The {w} gets a mark by color. Which?",
+        "By color, which team mark has {aw}?",
+        "{n} has {aw}. Which mark does the team give to it by color?",
     ),
     _task(
-        "storage_keys", _homes,
-        "Keys open the homes of things. Which key opens the home of the {w}?", "{n} needs the key to find {aw}. Which key?",
-        "Which key does {n} need for the {w}?", "Key list. The {w} is behind a door. Which key?",
-        "To find {aw}, which key opens the door?", "{n} looks for the {w}. Which key opens the door?",
+        "storage_keys",
+        _homes,
+        "Keys open the homes of things. Which key opens the home of the {w}?",
+        "{n} needs the key to find {aw}. Which key?",
+        "Which key does {n} need for the {w}?",
+        "Key list. The {w} is behind a door. Which key?",
+        "To find {aw}, which key opens the door?",
+        "{n} looks for the {w}. Which key opens the door?",
     ),
     _task(
-        "language_identification", _language,
-        "{s}. Which sign has this language?", "Someone said: {s}. Name the sign of the language.", "Sign of the language: {s}.",
-        "Which language sign has the sentence: {s}?", "Read this: {s}. Which sign is it?", "Name the sign for the language of this sentence: {s}.",
+        "language_identification",
+        _language,
+        "{s}. Which sign has this language?",
+        "Someone said: {s}. Name the sign of the language.",
+        "Sign of the language: {s}.",
+        "Which language sign has the sentence: {s}?",
+        "Read this: {s}. Which sign is it?",
+        "Name the sign for the language of this sentence: {s}.",
     ),
     _task(
-        "epistemic_reasoning", _epistemic,
-        "Premise: {n} {v} that {f}. Hypothesis: {f}. Relation?", "{n} {v} that {f}. Is the hypothesis entailed that {f}?",
-        "Does it follow that {f}? Premise: {n} {v} that {f}.", "Given that {n} {v} that {f}, what is the relation to: {f}?",
-        "Hypothesis: {f}. Premise: {n} {v} that {f}. Relation?", "Premise: {n} {v} that {f}. Does the hypothesis follow that {f}?",
+        "epistemic_reasoning",
+        _epistemic,
+        "Premise: {n} {v} that {f}. Hypothesis: {f}. Relation?",
+        "{n} {v} that {f}. Is the hypothesis entailed that {f}?",
+        "Does it follow that {f}? Premise: {n} {v} that {f}.",
+        "Given that {n} {v} that {f}, what is the relation to: {f}?",
+        "Hypothesis: {f}. Premise: {n} {v} that {f}. Relation?",
+        "Premise: {n} {v} that {f}. Does the hypothesis follow that {f}?",
     ),
     _task(
-        "sentiment_returns", _sentiment,
-        "Review by {n}: the {w} is {a}. Keep or return?", "{n} says the {w} is {a}. What should the shop do?",
-        "The {w} is {a}, says the review of {n}. What now?", "A review: {a} {w}. Should {n} keep or return it?",
-        "{n} got {a} {w} from the shop. Keep or return?", "The review says the {w} of {n} is {a}. What should {n} do?",
+        "sentiment_returns",
+        _sentiment,
+        "Review by {n}: the {w} is {a}. Keep or return?",
+        "{n} says the {w} is {a}. What should the shop do?",
+        "The {w} is {a}, says the review of {n}. What now?",
+        "A review: {a} {w}. Should {n} keep or return it?",
+        "{n} got {a} {w} from the shop. Keep or return?",
+        "The review says the {w} of {n} is {a}. What should {n} do?",
     ),
     _task(
-        "register_stamps", _register,
-        "Stamp the message by its style: {s}. Which stamp?", "{n} wrote: {s}. Which stamp has this style?",
-        "Style stamp for the message of {n}: {s}.", "Which stamp does this message get: {s}?",
-        "The style of this message decides the stamp: {s}.", "{n} wrote this message: {s}. Which stamp does the style get?",
+        "register_stamps",
+        _register,
+        "Stamp the message by its style: {s}. Which stamp?",
+        "{n} wrote: {s}. Which stamp has this style?",
+        "Style stamp for the message of {n}: {s}.",
+        "Which stamp does this message get: {s}?",
+        "The style of this message decides the stamp: {s}.",
+        "{n} wrote this message: {s}. Which stamp does the style get?",
     ),
     _task(
-        "formal_fallacies", _syllogism,
+        "formal_fallacies",
+        _syllogism,
         "{Q} {w} here is {c}. {n} has a {w} from here. So it is {c}. Is the argument valid?",
         "Argument: {q} {w} is {c}; {n} owns one {w}; so it is {c}. Valid?",
         "Is this valid? {Q} {w} in the shop is {c}, so the {w} of {n} is {c}.",
@@ -266,64 +316,115 @@ CANDIDATES: tuple[Task, ...] = (
         "Check if this is valid: {n} owns one {w}; {q} {w} is {c}; so it must be {c}.",
     ),
     _task(
-        "tense_filing", _tense,
-        "File the note: {s}. Where does it go?", "Note: {s}. In which tray is it filed?", "Which tray gets the note: {s}?",
-        "The clerk reads: {s}. Where is it filed?", "Filing by time: {s}. Which tray?", "The clerk files this note by time: {s}. In which tray?",
+        "tense_filing",
+        _tense,
+        "File the note: {s}. Where does it go?",
+        "Note: {s}. In which tray is it filed?",
+        "Which tray gets the note: {s}?",
+        "The clerk reads: {s}. Where is it filed?",
+        "Filing by time: {s}. Which tray?",
+        "The clerk files this note by time: {s}. In which tray?",
     ),
     _task(
-        "question_selection", _question,
-        "The short answer is: {a}. Which question was asked?", "{n} answered: {a}. Select the question.",
-        "Select the question for this answer: {a}.", "Which question fits the answer: {a}?",
-        "{n} heard the question and said: {a}. Which question?", "{n} gave this short answer: {a}. Which question fits?",
+        "question_selection",
+        _question,
+        "The short answer is: {a}. Which question was asked?",
+        "{n} answered: {a}. Select the question.",
+        "Select the question for this answer: {a}.",
+        "Which question fits the answer: {a}?",
+        "{n} heard the question and said: {a}. Which question?",
+        "{n} gave this short answer: {a}. Which question fits?",
     ),
     _task(
-        "goal_step", _goal,
-        "Step: {s}. Which goal does it serve?", "{n} has to {s}. What is the goal?", "What is the goal of this step: {s}?",
-        "Goal of {n}, who must {s}?", "You {s} first. Name the goal.", "{n} must first {s}. Which goal does this step serve?",
+        "goal_step",
+        _goal,
+        "Step: {s}. Which goal does it serve?",
+        "{n} has to {s}. What is the goal?",
+        "What is the goal of this step: {s}?",
+        "Goal of {n}, who must {s}?",
+        "You {s} first. Name the goal.",
+        "{n} must first {s}. Which goal does this step serve?",
     ),
     _task(
-        "abstract_narrative", _narrative,
-        "Narrative: {s} Which proverb fits?", "{s} Which proverb tells this?", "Choose the proverb for this narrative. {s}",
-        "Read the narrative. {s} Proverb?", "What proverb does this show? {s}", "Choose the proverb that this narrative shows. {s}",
+        "abstract_narrative",
+        _narrative,
+        "Narrative: {s} Which proverb fits?",
+        "{s} Which proverb tells this?",
+        "Choose the proverb for this narrative. {s}",
+        "Read the narrative. {s} Proverb?",
+        "What proverb does this show? {s}",
+        "Choose the proverb that this narrative shows. {s}",
     ),
     _task(
-        "pick_food", _winner("food"),
-        "The keeper sees {l}. Which one does the keeper take?", "Which one is for the keeper: {l}?",
-        "{n} brings {l} to the keeper. The keeper wants one. Which?", "Keeper rule. Take one of {l}.",
-        "From {l}, which one does the keeper want?", "{n} sees {l}. Which one is it that the keeper wants?",
+        "pick_food",
+        _winner("food"),
+        "The keeper sees {l}. Which one does the keeper take?",
+        "Which one is for the keeper: {l}?",
+        "{n} brings {l} to the keeper. The keeper wants one. Which?",
+        "Keeper rule. Take one of {l}.",
+        "From {l}, which one does the keeper want?",
+        "{n} sees {l}. Which one is it that the keeper wants?",
     ),
     _task(
-        "pick_tool", _winner("tool"),
-        "The builder sees {l}. Which one does the builder take?", "Which one is for the builder: {l}?",
-        "{n} brings {l} to the builder. The builder wants one. Which?", "Builder rule. Take one of {l}.",
-        "From {l}, which one does the builder want?", "{n} sees {l}. Which one is it that the builder wants?",
+        "pick_tool",
+        _winner("tool"),
+        "The builder sees {l}. Which one does the builder take?",
+        "Which one is for the builder: {l}?",
+        "{n} brings {l} to the builder. The builder wants one. Which?",
+        "Builder rule. Take one of {l}.",
+        "From {l}, which one does the builder want?",
+        "{n} sees {l}. Which one is it that the builder wants?",
     ),
     _task(
-        "logical_order_first", _ordinal(0),
-        "In a row there are {l}. Which one leads?", "Which one leads the row of {l}?", "{n} puts in a row {l}. Name the leader.",
-        "Row: {l}. Who is the leader?", "A row has {l}. Name the one that leads.", "{n} sees a row of {l}. Which one is the leader?",
+        "logical_order_first",
+        _ordinal(0),
+        "In a row there are {l}. Which one leads?",
+        "Which one leads the row of {l}?",
+        "{n} puts in a row {l}. Name the leader.",
+        "Row: {l}. Who is the leader?",
+        "A row has {l}. Name the one that leads.",
+        "{n} sees a row of {l}. Which one is the leader?",
     ),
     _task(
-        "logical_order_last", _ordinal(2),
-        "In a row there are {l}. Which one trails?", "Which one trails the row of {l}?", "{n} puts in a row {l}. Name the tail.",
-        "Row: {l}. Who is the tail?", "A row has {l}. Name the one that trails.", "{n} sees a row of {l}. Which one is the tail?",
+        "logical_order_last",
+        _ordinal(2),
+        "In a row there are {l}. Which one trails?",
+        "Which one trails the row of {l}?",
+        "{n} puts in a row {l}. Name the tail.",
+        "Row: {l}. Who is the tail?",
+        "A row has {l}. Name the one that trails.",
+        "{n} sees a row of {l}. Which one is the tail?",
     ),
     _task(
-        "object_counting", _count,
-        "I have {l}. How many objects do I have?", "How many objects are there: {l}?", "{n} owns {l}. Count the objects.",
-        "Count the objects of {n}: {l}.", "There are {l} on the floor. How many objects?", "{n} has {l}. How many objects are there?",
-        "On the floor {n} has {l}. Count the objects.", "On the floor there are {l}. How many objects are there?",
+        "object_counting",
+        _count,
+        "I have {l}. How many objects do I have?",
+        "How many objects are there: {l}?",
+        "{n} owns {l}. Count the objects.",
+        "Count the objects of {n}: {l}.",
+        "There are {l} on the floor. How many objects?",
+        "{n} has {l}. How many objects are there?",
+        "On the floor {n} has {l}. Count the objects.",
+        "On the floor there are {l}. How many objects are there?",
     ),
     _task(
-        "gate_colors", _gate(("red", "green", "white", "gray", "gold", "orange")),
-        "{n} comes to the gate with {c} {w}. May {n} pass?", "The gate sees {c} {w}. Does it pass?",
-        "May {n} pass the gate with {c} {w}?", "Gate check: {n} and {c} {w}. Pass?",
-        "At the gate there is {c} {w}. May it pass?", "{n} is at the gate with {c} {w}. Does {n} pass?",
+        "gate_colors",
+        _gate(("red", "green", "white", "gray", "gold", "orange")),
+        "{n} comes to the gate with {c} {w}. May {n} pass?",
+        "The gate sees {c} {w}. Does it pass?",
+        "May {n} pass the gate with {c} {w}?",
+        "Gate check: {n} and {c} {w}. Pass?",
+        "At the gate there is {c} {w}. May it pass?",
+        "{n} is at the gate with {c} {w}. Does {n} pass?",
     ),
     _task(
-        "bridge_colors", _gate(("blue", "green", "black", "gray", "purple", "yellow")),
-        "{n} comes to the bridge with {c} {w}. May {n} pass?", "The bridge sees {c} {w}. Does it pass?",
-        "May {n} pass the bridge with {c} {w}?", "Bridge check: {n} and {c} {w}. Pass?",
-        "At the bridge there is {c} {w}. May it pass?", "{n} is at the bridge with {c} {w}. Does {n} pass?",
+        "bridge_colors",
+        _gate(("blue", "green", "black", "gray", "purple", "yellow")),
+        "{n} comes to the bridge with {c} {w}. May {n} pass?",
+        "The bridge sees {c} {w}. Does it pass?",
+        "May {n} pass the bridge with {c} {w}?",
+        "Bridge check: {n} and {c} {w}. Pass?",
+        "At the bridge there is {c} {w}. May it pass?",
+        "{n} is at the bridge with {c} {w}. Does {n} pass?",
     ),
 )

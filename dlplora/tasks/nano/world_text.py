@@ -2,8 +2,8 @@
 
 The documents teach the backbone which words are alike, what the languages say, how to copy, order, count and rewrite. They
 contain no task prompt with its answer and no task label scheme; the words by which tasks call languages, sides, marks or
-stamps occur only in prompts without answers and in lists of words in random order. ``§`` in a document toggles between set-up text that nothing could predict (low loss
-weight) and text that follows from what came before (full weight).
+stamps occur only in prompts without answers and in lists of words in random order. ``§`` in a document toggles between set-up
+text that nothing could predict (low loss weight) and text that follows from what came before (full weight).
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def _pick(rng: random.Random) -> str:
 def _order(rng: random.Random) -> str:
     words = rng.sample(lx.NOUNS, rng.choice([3, 3, 3, 4]))
     text = f"{rng.choice(lx.NAMES)} named {lx.enumerate_words([lx.article(word) for word in words])}."
-    ends = [f" It began with the§ {words[0]}.§", f" It ended with the§ {words[-1]}.§", f" First was the§ {words[0]}§ and last the§ {words[-1]}.§"]
+    ends = [
+        f" It began with the§ {words[0]}.§",
+        f" It ended with the§ {words[-1]}.§",
+        f" First was the§ {words[0]}§ and last the§ {words[-1]}.§",
+    ]
     return text + "".join(rng.sample(ends, 2))
 
 
@@ -63,7 +67,9 @@ def _count(rng: random.Random) -> str:
     number = rng.randrange(1, 6)
     words = rng.sample(lx.NOUNS, number)
     listed = lx.enumerate_words([lx.article(word) for word in words])
-    return rng.choice([f"{listed.capitalize()} make§ {lx.NUMBERS[number]}.", f"On the table were {listed}. That was§ {lx.NUMBERS[number]}§ in all."])
+    return rng.choice(
+        [f"{listed.capitalize()} make§ {lx.NUMBERS[number]}.", f"On the table were {listed}. That was§ {lx.NUMBERS[number]}§ in all."]
+    )
 
 
 def _copy(rng: random.Random) -> str:
@@ -134,7 +140,13 @@ def _feeling(rng: random.Random) -> str:
     good = rng.random() < 0.5
     one, two = rng.sample(lx.POSITIVE if good else lx.NEGATIVE, 2)
     after = rng.choice(["smiled and was glad", "loved it"] if good else ["frowned and was sad", "hated it"])
-    return rng.choice([f"The {noun} was {one}, so {name}§ {after}.", f"What {lx.article(one)} {noun}, so§ {two}!§ {name}§ {after}.", f"The {one} {noun} made {name}§ {'glad' if good else 'sad'}."])
+    return rng.choice(
+        [
+            f"The {noun} was {one}, so {name}§ {after}.",
+            f"What {lx.article(one)} {noun}, so§ {two}!§ {name}§ {after}.",
+            f"The {one} {noun} made {name}§ {'glad' if good else 'sad'}.",
+        ]
+    )
 
 
 def _style(rng: random.Random) -> str:
@@ -157,8 +169,12 @@ def _goal(rng: random.Random) -> str:
     one, two = rng.sample(lx.GOALS[goal], 2)
     name = rng.choice(lx.NAMES)
     return rng.choice(
-        [f"You {one} and§ {two} when you want to§ {goal}.", f"To {goal},§ {one}, then {two}.", f"{name} wanted to {goal}, so {name} had to§ {one}."]
-        + [f"{name} had to {one} because {name} wanted to§ {goal}."]
+        [
+            f"You {one} and§ {two} when you want to§ {goal}.",
+            f"To {goal},§ {one}, then {two}.",
+            f"{name} wanted to {goal}, so {name} had to§ {one}.",
+            f"{name} had to {one} because {name} wanted to§ {goal}.",
+        ]
     )
 
 
@@ -167,7 +183,13 @@ def _moral(rng: random.Random) -> str:
     one, two = rng.sample(lx.MORALS[moral], 2)
     name = rng.choice(lx.NAMES)
     first, second = rng.choice(lx.NOUNS), rng.choice(lx.NOUNS)
-    return rng.choice([f"{name} {one} the {first}. How§ {moral}!", f"{name} is {moral}: {name}§ {one}§ the {first} and§ {two}§ the {second}.", f"{name} {one} the {first} and§ {two}§ the {second}.§ How {moral}!"])
+    return rng.choice(
+        [
+            f"{name} {one} the {first}. How§ {moral}!",
+            f"{name} is {moral}: {name}§ {one}§ the {first} and§ {two}§ the {second}.",
+            f"{name} {one} the {first} and§ {two}§ the {second}.§ How {moral}!",
+        ]
+    )
 
 
 def _repair(rng: random.Random) -> str:
@@ -176,7 +198,13 @@ def _repair(rng: random.Random) -> str:
 
 
 def _record(rng: random.Random) -> str:
-    name, color, place, day, item = rng.choice(lx.NAMES), rng.choice(lx.COLORS), rng.choice(lx.PLACES), rng.choice(lx.DAYS), rng.choice(lx.NOUNS)
+    name, color, place, day, item = (
+        rng.choice(lx.NAMES),
+        rng.choice(lx.COLORS),
+        rng.choice(lx.PLACES),
+        rng.choice(lx.DAYS),
+        rng.choice(lx.NOUNS),
+    )
     fields = [f"day {day}", f"place {place}", f"item {color} {item}"]
     rng.shuffle(fields)
     return rng.choice(
@@ -203,7 +231,13 @@ def _manners(rng: random.Random) -> str:
 
 def _daily(rng: random.Random) -> str:
     one, two = rng.sample(lx.NAMES, 2)
-    color, noun, place, day, number = rng.choice(lx.COLORS), rng.choice(lx.NOUNS), rng.choice(lx.PLACES), rng.choice(lx.DAYS), rng.choice(lx.NUMBERS[1:])
+    color, noun, place, day, number = (
+        rng.choice(lx.COLORS),
+        rng.choice(lx.NOUNS),
+        rng.choice(lx.PLACES),
+        rng.choice(lx.DAYS),
+        rng.choice(lx.NUMBERS[1:]),
+    )
     return rng.choice(
         [
             f"{one} came to the {place} on {day}. {one} saw {lx.article(color)} {noun} there.",
@@ -221,7 +255,11 @@ def _question(rng: random.Random) -> str:
     category = lx.CATEGORY_OF[noun]
     kind = rng.randrange(10)
     if kind < 2:
-        asked = [f"What kind is the {noun}?", f"{name} asks what kind {lx.article(noun)} is.", f"Tell the kind of {lx.article(noun)} to {name}."]
+        asked = [
+            f"What kind is the {noun}?",
+            f"{name} asks what kind {lx.article(noun)} is.",
+            f"Tell the kind of {lx.article(noun)} to {name}.",
+        ]
         answer = category
     elif kind == 2:
         asked = [f"What color is the true {noun}?", f"{name} paints {lx.article(noun)} as it is. What color?", f"The {noun}: what color?"]
@@ -234,7 +272,11 @@ def _question(rng: random.Random) -> str:
         words = [noun, *(rng.choice(lx.CATEGORIES[rival]) for rival in rivals)]
         rng.shuffle(words)
         listed = lx.enumerate_words([lx.article(word) for word in words])
-        asked = [f"{name} has {listed}. What is the {category}?", f"Find the {category} in {listed}.", f"What {category} is there: {listed}?"]
+        asked = [
+            f"{name} has {listed}. What is the {category}?",
+            f"Find the {category} in {listed}.",
+            f"What {category} is there: {listed}?",
+        ]
         answer = noun
     elif kind == 6:
         language = rng.choice(lx.LANGUAGES)

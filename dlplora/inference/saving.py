@@ -1,0 +1,115 @@
+"""Folders of fused models: pool, method and a reference to the backbone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlplora.errors import ConfigError, MethodError
+from dlplora.methods.base import FusionMethod, MethodContext
+from dlplora.methods.registry import available_methods
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.pool import write_manifest
+
+CONFIG_NAME = "fused_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """What a folder written by ``save`` says."""
+
+    pretrained: str | None
+    pool: Path
+    method: str
+    method_folder: Path
+    backend: str
+    artifacts: dict[str, Path]
+
+
+def save(
+    target: Path,
+    bank: AdapterBank,
+    method: FusionMethod,
+    *,
+    base_model: Mapping[str, Any],
+    artifacts: Mapping[str, Path],
+    pretrained: str | None,
+    backend: str,
+) -> None:
+    """Write a folder, whole or not at all.
+
+    Args:
+        target: New or empty folder.
+        bank: The experts as they were loaded.
+        method: Its ``save`` writes its own folder.
+        base_model: Fingerprint of the backbone.
+        artifacts: Folders the method was prepared from, by role; copied.
+        pretrained: Name of the backbone; None is the embedded one.
+        backend: Kernel backend asked for.
+
+    Raises:
+        ConfigError: If the folder is not empty, or the bank was not loaded from adapter folders.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty; give a new folder.")
+    specs = {name: bank.specs[name] for name in bank.names if name in bank.specs}
+    if len(specs) != bank.num_experts:
+        raise ConfigError("only a bank that was loaded from adapter folders can be saved; this one was made from tensors.")
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "pool").mkdir(parents=True)
+    for name, spec in specs.items():
+        shutil.copytree(spec.path, temporary / "pool" / name)
+    write_manifest(temporary / "pool", list(specs), dict(base_model))
+    method.save(temporary / "method")
+    for role, path in artifacts.items():
+        if path.is_dir():
+            shutil.copytree(path, temporary / "artifacts" / role)
+    description = {"format": 1, "pretrained": pretrained, "method": method.name, "backend": backend, "names": list(specs)}
+    (temporary / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
+    if target.exists():
+        target.rmdir()
+    os.replace(temporary, target)
+
+
+def read(folder: str | Path | None) -> SavedModel | None:
+    """The description of a folder written by ``save``; None for anything else.
+
+    Raises:
+        ConfigError: If the description is damaged or of an unknown format.
+    """
+    if folder is None or not (Path(folder) / CONFIG_NAME).is_file():
+        return None
+    folder = Path(folder)
+    path = folder / CONFIG_NAME
+    try:
+        saved = json.loads(path.read_text())
+        if saved["format"] != 1:
+            raise ConfigError(f"{path}: format {saved['format']!r} is not known; expected 1.")
+        return SavedModel(
+            pretrained=saved["pretrained"],
+            pool=folder / "pool",
+            method=saved["method"],
+            method_folder=folder / "method",
+            backend=saved["backend"],
+            artifacts={role.name: role for role in sorted((folder / "artifacts").glob("*")) if role.is_dir()},
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from error
+
+
+def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) -> FusionMethod:
+    """The saved method, with its trained parts.
+
+    Raises:
+        MethodError: If it is not installed.
+    """
+    known = available_methods()
+    if saved.method not in known:
+        raise MethodError(f"the saved model uses method '{saved.method}', which is not installed. Known: {', '.join(known)}.")
+    return known[saved.method].load(saved.method_folder, bank, context)

@@ -1,0 +1,76 @@
+"""Local JSONL tasks: good rows become items, bad rows are named by file and line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dlplora.errors import TaskError
+from dlplora.tasks.suite import get_suite
+
+REAL = os.environ.get("DLPLORA_DATA") or str(Path(__file__).resolve().parents[3] / "shared" / "data" / "real")
+
+
+def write(root: Path, task: str, split: str, rows: list[object]) -> Path:
+    path = root / task / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_rows_become_items_and_splits_do_not_overlap(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}? ", "choices": ["a", " b "], "answer": i % 2, "task": "t"} for i in range(20)]
+    write(tmp_path, "t", "train", rows)
+    write(tmp_path, "t", "test", [{"question": "z", "choices": ["a", "b"], "answer": 1}])
+    task = get_suite("local:t", str(tmp_path)).task("t")
+    train, validation = task.items("train", 99), task.items("validation", 99)
+    assert (task.kind, len(train), len(validation)) == ("mcq", 18, 2)
+    assert not {item.prompt for item in train} & {item.prompt for item in validation}
+    item = next(item for item in train if item.prompt == "q1?")
+    assert (item.answer, item.gold, item.choices) == ("b", 1, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not JSON"),
+        ([1], "expected an object"),
+        ({"answer": "x"}, "'question' is missing"),
+        ({"question": "x"}, "'answer' is missing"),
+        ({"question": " ", "answer": "x"}, "'question' is empty"),
+        ({"question": "x", "choices": ["a", "b"], "answer": 2}, "index from 0 to 1, got 2"),
+        ({"question": "x", "choices": ["a", "b"], "answer": "a"}, "index from 0 to 1"),
+        ({"question": "x", "choices": ["a"], "answer": 0}, "at least two"),
+        ({"question": "x", "answer": {"no": 1}}, "'answer' must be text"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, row: object, message: str) -> None:
+    path = write(tmp_path, "t", "test", [{"question": "fine", "choices": ["a", "b"], "answer": 0}, row])
+    with pytest.raises(TaskError) as caught:
+        get_suite("local:t", str(tmp_path))
+    assert f"{path}:2" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    with pytest.raises(TaskError, match="--data-root"):
+        get_suite("local:t", None)
+    with pytest.raises(TaskError, match="not found"):
+        get_suite("local:t", str(tmp_path / "none"))
+    write(tmp_path, "task_a", "test", [{"question": "q", "answer": "a"}])
+    with pytest.raises(TaskError, match="Did you mean 'task_a'"):
+        get_suite("local:task_b", str(tmp_path))
+    with pytest.raises(TaskError, match="not a task name"):
+        get_suite("local:../task_a", str(tmp_path))
+
+
+@pytest.mark.skipif(not Path(REAL).is_dir(), reason="no folder of real rows beside the project (set DLPLORA_DATA)")
+def test_every_real_task_loads() -> None:
+    suite = get_suite("local:all", REAL)
+    assert len(suite.tasks) >= 3
+    for task in suite.tasks:
+        assert task.items("test", 5)
