@@ -1,6 +1,6 @@
 """The mini-MLP that reads a prompt and says which experts should speak.
 
-Two variants of one network, pooled token embeddings followed by four linear layers with GELU between them:
+Four linear layers with GELU between them, over pooled token embeddings, in two variants:
 
 * ``backbone`` reads the backbone's own frozen input embeddings (Figure 1 of the paper). They belong to the backbone: they
   are looked up, never trained, counted or saved.
@@ -8,7 +8,9 @@ Two variants of one network, pooled token embeddings followed by four linear lay
   our guess, since the paper gives only the total (4,936,730 at 26 experts).
 
 Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
-nor the layer sizes, nor a calibration; those are ours.
+nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or behind it
+(``tokens``, which also takes the maximum): a mean over embeddings blurs the one word that tells two tasks apart, and wordings that
+nobody trained on are then routed worse (``docs/nano_suite.md`` has the numbers).
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from dlplora.errors import ConfigError, MethodError, RoutingError
 MAX_TRAINED_PARAMETERS = 5_000_000
 """The paper's size of the router, taken as an upper bound."""
 
-DEFAULT_HIDDEN: dict[str, tuple[int, ...]] = {"backbone": (512, 512, 256), "table": (768, 768, 512)}
+DEFAULT_HIDDEN: dict[str, tuple[int, ...]] = {"backbone": (256, 512, 256), "table": (768, 768, 512)}
+DEFAULT_POOLING: dict[str, Literal["embeddings", "tokens"]] = {"backbone": "tokens", "table": "embeddings"}
 TEMPERATURE_RANGE = (0.05, 20.0)
-FILE_FORMAT = 1
+FILE_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,10 @@ class RouterConfig:
     variant: Literal["backbone", "table"] = "backbone"
     """Where token features come from: the backbone's frozen embeddings, or a table of the router's own."""
     hidden: tuple[int, ...] | None = None
-    """Widths between the four linear layers, so three numbers. None: 512-512-256 (backbone), 768-768-512 (table)."""
+    """Widths between the four linear layers, so three numbers. None: 256-512-256 (backbone), 768-768-512 (table)."""
+    pooling: Literal["embeddings", "tokens"] | None = None
+    """``embeddings``: the mean over a prompt's token embeddings enters the first layer. ``tokens``: the first layer runs on every
+    token, and the mean and the maximum over tokens enter the second. None: tokens (backbone), embeddings (table)."""
     max_tokens: int = 256
     """Longest input in tokens. Of a longer prompt the first and the last half are read: instructions stand at either end."""
     dropout: float = 0.0
@@ -56,6 +62,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         hidden = DEFAULT_HIDDEN[self.variant] if self.hidden is None else tuple(self.hidden)
         object.__setattr__(self, "hidden", hidden)
+        object.__setattr__(self, "pooling", self.pooling or DEFAULT_POOLING[self.variant])
         if len(hidden) != 3 or any(width < 1 for width in hidden):
             raise ConfigError(f"router: 'hidden' must be three positive widths (four linear layers), got {list(hidden)}.")
         if self.max_tokens < 2:
@@ -104,6 +111,13 @@ def mean_of_rows(features: Tensor, lengths: Tensor) -> Tensor:
     return F.embedding_bag(rows, features, lengths.cumsum(0) - lengths, mode="mean")
 
 
+def max_of_rows(features: Tensor, lengths: Tensor) -> Tensor:
+    """Largest value of each feature over the tokens of each row of a packed list; arguments and shape as ``mean_of_rows``."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=features.device), lengths)
+    start = features.new_full((len(lengths), features.shape[1]), -torch.inf)
+    return start.scatter_reduce(0, rows[:, None].expand_as(features), features, "amax")
+
+
 class MiniMLPRouter(nn.Module):
     """Token ids -> logits over experts.
 
@@ -140,7 +154,10 @@ class MiniMLPRouter(nn.Module):
             self.embedding_shape = (int(weight.shape[0]), int(weight.shape[1]))
             width = self.embedding_shape[1]
             self._borrowed = (embedding,)  # inside a tuple, so that nn.Module does not register it
-        self.mlp = self._build_mlp(width)
+        first = (self.config.hidden or ())[0]
+        by_token = self.config.pooling == "tokens"
+        self.token_layer = nn.Sequential(nn.Linear(width, first), nn.GELU()) if by_token else None
+        self.mlp = self._build_mlp(2 * first, 1) if by_token else self._build_mlp(width, 0)
         self.register_buffer("temperature", torch.ones(()))
         self.metrics: dict[str, Any] = {}
         if self.num_trained_parameters > MAX_TRAINED_PARAMETERS:
@@ -149,9 +166,9 @@ class MiniMLPRouter(nn.Module):
                 f"(input width {width}, hidden {list(self.config.hidden or ())}). Choose smaller 'hidden' widths."
             )
 
-    def _build_mlp(self, width: int) -> nn.Sequential:
+    def _build_mlp(self, width: int, start: int) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for hidden in self.config.hidden or ():
+        for hidden in (self.config.hidden or ())[start:]:
             layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(self.config.dropout)]
             width = hidden
         return nn.Sequential(*layers, nn.Linear(width, len(self.names)))
@@ -165,7 +182,7 @@ class MiniMLPRouter(nn.Module):
         """Pooled token features, float32 (B, D); independent of padding to the last bit.
 
         Backbones differ a hundredfold in the scale of their embeddings, hence the parameter-free layer normalisation of the
-        ``backbone`` variant; the ``table`` variant learns its own scale.
+        ``backbone`` variant; the ``table`` variant learns its own scale. With ``pooling="tokens"`` D is twice the first width.
 
         Args:
             input_ids: Ids of the backbone's tokenizer, int64 (B, T).
@@ -188,8 +205,13 @@ class MiniMLPRouter(nn.Module):
             weight: Any = embedding.weight
             with torch.no_grad():
                 tokens = embedding(packed.to(weight.device)).to(device=device, dtype=torch.float32)
-        pooled = mean_of_rows(tokens, lengths.to(device))
-        return pooled if self.table is not None else F.layer_norm(pooled, pooled.shape[-1:])
+        lengths = lengths.to(device)
+        if self.token_layer is None:
+            pooled = mean_of_rows(tokens, lengths)
+            return pooled if self.table is not None else F.layer_norm(pooled, pooled.shape[-1:])
+        normal = tokens if self.table is not None else F.layer_norm(tokens, tokens.shape[-1:])
+        hidden = self.token_layer(normal)
+        return torch.cat([mean_of_rows(hidden, lengths), max_of_rows(hidden, lengths)], dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, E) in the order of ``names``, before the temperature."""
@@ -301,9 +323,11 @@ class MiniMLPRouter(nn.Module):
                 raise MethodError(f"no router in {folder}: {file} is missing. Point to a folder written by router training.")
         try:
             description = json.loads((folder / "router.json").read_text(encoding="utf-8"))
-            names, config, shape = description["names"], description["config"], description["embedding_shape"]
+            found, names, config, shape = (description[key] for key in ("format", "names", "config", "embedding_shape"))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise MethodError(f"cannot read {folder / 'router.json'}: {error}. Train the router again.") from error
+        if found != FILE_FORMAT:
+            raise MethodError(f"{folder / 'router.json'} has format {found!r}, expected {FILE_FORMAT}. Train the router again.")
         router = cls(names, build(RouterConfig, config, str(folder / "router.json")), embedding=embedding)
         if shape is not None and tuple(shape) != router.embedding_shape:
             raise MethodError(

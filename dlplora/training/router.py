@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from dlplora.errors import ConfigError
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.training.checkpoints import ResumableModule
 from dlplora.training.frozen import load_frozen, load_tokenizer
@@ -20,12 +21,16 @@ from dlplora.training.settings import OptimizerSettings, derive_seed, step_rng
 class LitRouter(ResumableModule):
     """Cross-entropy on the task of a prompt; the best epoch on validation wins and is calibrated there.
 
-    With frozen backbone embeddings the pooled features of every prompt are computed once, and an epoch only runs the MLP.
+    Training prompts are disturbed: every prompt loses some tokens and has others replaced by random ones, at rates drawn for it
+    between zero and the given ones. Only a handful of wordings of a task are seen; without this the router learns them by heart, and
+    a single token it has never seen sends a prompt astray.
 
     Args:
         backbone: Whose tokenizer and input embeddings the router reads; None is the embedded nano backbone.
         router: Shape of the router.
-        optimizer: AdamW; the rate is constant after warm-up by default, since early stopping ends the run.
+        token_drop: Largest share of a prompt's tokens that is left out in training.
+        token_noise: Largest share of a prompt's tokens that is replaced by random tokens in training.
+        optimizer: AdamW.
         seed: Of the initial weights and of dropout; None as for ``LitExpert``.
         export_folder: The router's folder (``router.safetensors``, ``router.json``), written when training ends.
         dtype: Precision the backbone is loaded in.
@@ -35,12 +40,17 @@ class LitRouter(ResumableModule):
         self,
         backbone: str | None = None,
         router: RouterConfig = RouterConfig(),  # noqa: B008 (frozen)
-        optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, decay_fraction=0.0),  # noqa: B008
+        optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01),  # noqa: B008
         seed: int | None = None,
         export_folder: str | None = None,
         dtype: str = "float32",
+        token_drop: float = 0.5,
+        token_noise: float = 0.3,
     ) -> None:
         super().__init__()
+        if not (0.0 <= token_drop < 1.0 and 0.0 <= token_noise < 1.0):
+            raise ConfigError(f"router: token_drop and token_noise must lie in [0, 1), got {token_drop} and {token_noise}.")
+        self.token_drop, self.token_noise = token_drop, token_noise
         self.backbone = backbone
         self.router_config = router
         self.optimizer_settings = optimizer
@@ -51,7 +61,6 @@ class LitRouter(ResumableModule):
         self.loss_metric = MeanMetric()
         self.accuracy_metric = MeanMetric()
         self._best: dict[str, Any] = {}
-        self._features: dict[str, Tensor] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -84,27 +93,23 @@ class LitRouter(ResumableModule):
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, E) before the temperature."""
-        if self.router.table is not None:
-            return self.router(batch["input_ids"], batch["attention_mask"])
-        return self.router.mlp(self._split_features(batch["split"])[batch["rows"]])
+        return self.router(batch["input_ids"], batch["attention_mask"])
 
-    def _split_features(self, split: str) -> Tensor:
-        """Pooled features (n, D) of a whole split; computed on first use."""
-        if split not in self._features:
-            ids, mask, _ = self.datamodule.tensors(split)
-            with torch.no_grad():
-                chunks = [self.router.features(ids[i : i + 512], mask[i : i + 512]) for i in range(0, len(ids), 512)]
-            self._features[split] = torch.cat(chunks).to(self.device)
-        return self._features[split]
+    def disturbed(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The batch with tokens left out and replaced; the first token of a prompt always stays."""
+        ids, mask = batch["input_ids"], batch["attention_mask"] != 0
+        movable = mask & (mask.long().cumsum(dim=1) > 1)
+        rate = torch.rand(2, len(ids), 1, device=ids.device)
+        dropped = movable & (torch.rand(ids.shape, device=ids.device) < rate[0] * self.token_drop)
+        replaced = movable & (torch.rand(ids.shape, device=ids.device) < rate[1] * self.token_noise)
+        random_ids = torch.randint(len(self.tokenizer), ids.shape, device=ids.device)
+        return {"input_ids": torch.where(replaced, random_ids, ids), "attention_mask": mask & ~dropped, "labels": batch["labels"]}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy of one batch."""
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        if self.router_config.dropout > 0:
-            with step_rng(self.seed, step, self.global_rank, self.device):
-                loss = F.cross_entropy(self.logits(batch), batch["labels"])
-        else:
-            loss = F.cross_entropy(self.logits(batch), batch["labels"])
+        with step_rng(self.seed, step, self.global_rank, self.device):
+            loss = F.cross_entropy(self.logits(self.disturbed(batch)), batch["labels"])
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
@@ -125,7 +130,7 @@ class LitRouter(ResumableModule):
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` and ``val_accuracy``; keep the weights of the best epoch."""
         loss = self._log_metrics("val_")
-        if self.trainer.sanity_checking or not self.trainer.training:
+        if self.trainer.sanity_checking or self.trainer.state.fn != "fit":  # `trainer.training` is False while validating
             return
         if not self._best or loss < self._best["loss"]:
             weights = {name: tensor.detach().clone() for name, tensor in self.router.state_dict().items()}
@@ -157,8 +162,9 @@ class LitRouter(ResumableModule):
         if self._best:
             self.router.load_state_dict(self._best["weights"])
         self.router.eval()
-        validation_logits, validation_labels = self._all_logits("validation")
-        self.router.calibrate(validation_logits, validation_labels)
+        # Undisturbed validation prompts may all be right, and the best temperature would then be the smallest one allowed.
+        with step_rng(self.seed, 0, 0, torch.device("cpu")):
+            self.router.calibrate(*self._all_logits("validation", disturb=True))
         if not self.export_folder or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         metrics: dict[str, Any] = {"best_epoch": self._best.get("epoch"), "steps": self.trainer.global_step, "seed": self.seed}
@@ -170,10 +176,11 @@ class LitRouter(ResumableModule):
         self.router.save(self.export_folder, metrics)
 
     @torch.no_grad()
-    def _all_logits(self, split: str) -> tuple[Tensor, Tensor]:
+    def _all_logits(self, split: str, disturb: bool = False) -> tuple[Tensor, Tensor]:
         ids, mask, labels = self.datamodule.tensors(split)
-        if self.router.table is None:
-            return self.router.mlp(self._split_features(split)).cpu(), labels
+        if disturb:
+            changed = self.disturbed({"input_ids": ids, "attention_mask": mask, "labels": labels})
+            ids, mask = changed["input_ids"], changed["attention_mask"]
         chunks = [self.router(ids[i : i + 512].to(self.device), mask[i : i + 512].to(self.device)) for i in range(0, len(ids), 512)]
         return torch.cat(chunks).cpu(), labels
 
