@@ -28,10 +28,12 @@ def parse_parameter(text: str) -> tuple[str, Any]:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate one method; the last line on standard output is JSON."""
+    from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation.protocol import load_protocol
     from dlplora.evaluation.runner import Artifacts, execute, finished, prepare
     from dlplora.reporting.schema import read_record
 
+    quiet_loading(arguments.pretrained)
     overrides: dict[str, Any] = {}
     if arguments.tasks:
         overrides["tasks"] = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
@@ -67,10 +69,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
 def run_reproduce(arguments: argparse.Namespace) -> int:
     """The main job."""
+    from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce
     from dlplora.evaluation.protocol import load_protocol
     from dlplora.reporting import tables
 
+    quiet_loading(None)
     protocol = load_protocol(arguments.suite)
     methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(reproduce.METHODS)
     runs, root = Path(arguments.runs), Path(arguments.out)

@@ -16,9 +16,11 @@ def _prompt_text(arguments: argparse.Namespace) -> str:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Generate greedily and print the text; with ``--trace`` also each routed sentence."""
+    from dlplora.cli.terminal import quiet_loading
     from dlplora.inference.fused_model import FusedCausalLM
     from dlplora.types import PromptBatch
 
+    quiet_loading(arguments.pretrained)
     model = FusedCausalLM.from_pretrained(
         arguments.pretrained,
         pool=arguments.pool,

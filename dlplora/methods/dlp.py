@@ -183,7 +183,7 @@ class DLP(FusionMethod):
     def example_artifacts(cls, folder: Path, bank: AdapterBank, context: MethodContext) -> dict[str, Path]:
         """A random router for the bank's experts, spread enough that prompts are routed differently."""
         generator = torch.Generator().manual_seed(context.seed)
-        router = MiniMLPRouter(bank.names, RouterConfig(hidden=(16, 16, 16)), embedding=context.embedding)
+        router = MiniMLPRouter(bank.names, RouterConfig(hidden=(16, 16, 16), pooling="embeddings"), embedding=context.embedding)
         with torch.no_grad():
             for parameter in router.parameters():  # no biases: they would favour the same expert for every prompt
                 scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.0

@@ -35,7 +35,7 @@ TEXTS = ("Mia sees the red box.", "the cat", "Ann likes a dog and Tom likes a pe
 def random_router(embedding: Any, names: tuple[str, ...] = NAMES, seed: int = 1, scale: float = 2.2) -> MiniMLPRouter:
     """Wide weights and no biases, so that prompts are routed differently and some keep several experts."""
     generator = torch.Generator().manual_seed(seed)
-    router = MiniMLPRouter(names, RouterConfig(hidden=(9, 8, 7)), embedding=embedding)
+    router = MiniMLPRouter(names, RouterConfig(hidden=(9, 8, 7), pooling="embeddings"), embedding=embedding)
     with torch.no_grad():
         for parameter in router.parameters():
             wide = scale * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.0

@@ -1,0 +1,17 @@
+"""What other packages write to the terminal while a model loads."""
+
+from __future__ import annotations
+
+import sys
+
+
+def quiet_loading(pretrained: str | None) -> None:
+    """Switch off transformers' loading bars where they say nothing: for the embedded backbone, and where nobody watches.
+
+    Args:
+        pretrained: The backbone asked for; None is the embedded one.
+    """
+    if pretrained is None or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
