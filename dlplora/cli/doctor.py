@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
+import sysconfig
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -63,6 +65,16 @@ def asset_states() -> dict[str, str]:
     return states
 
 
+def lightning_command_state() -> str:
+    """Whether the ``lightning`` command of this environment is the one that starts our training."""
+    found = shutil.which("lightning", path=sysconfig.get_path("scripts")) or shutil.which("lightning")
+    if found is None:
+        return "not found; use `dlplora fit --config FILE`"
+    if b"dlplora.cli.lightning_run" in Path(found).read_bytes():
+        return f"ours ({found})"
+    return f"NOT ours ({found} belongs to another package); use `dlplora fit --config FILE`"
+
+
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print one block to paste into a bug report; always exits 0."""
     from dlplora.config import configs_root
@@ -79,6 +91,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     print(f"cuda: {torch.version.cuda or 'not built in'}")
     ours, reason = console_command_is_ours()
     print(f"lm_eval command: {'ours' if ours else 'NOT ours'} ({reason})")
+    print(f"lightning command: {lightning_command_state()}")
     for role, state in asset_states().items():
         print(f"nano {role}: {state}")
     print(f"configs: {configs_root()}")

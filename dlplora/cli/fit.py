@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 USAGE = """usage: dlplora {fit,validate,test} --config FILE.yaml [--KEY VALUE ...]
 
@@ -46,4 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A launcher runs this file as a script, which puts its folder first on the path, where modules bear names of other packages.
+    sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
     sys.exit(main())

@@ -44,8 +44,11 @@ def first_reason(text: str) -> str:
     return reason if len(reason) <= 400 else reason[:397] + "..."
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
+def check_command_line(arguments: Sequence[str]) -> dict[str, Any]:
     """Check the YAML files of a command line, then its overrides.
+
+    Returns:
+        The classes of ``model`` and ``data`` that the files name, as far as they are ours.
 
     Raises:
         ConfigError: If a file is missing or no YAML mapping, or a key of file or override is unknown.
@@ -59,10 +62,11 @@ def check_command_line(arguments: Sequence[str]) -> None:
                 raise ConfigError("--config needs the path of a YAML file.")
             classes |= _check_config(Path(path))
     if any(argument.startswith(("--model.class_path", "--data.class_path", "--model=", "--data=")) for argument in arguments):
-        return  # another class than the file's: the parser's business
+        return classes  # another class than the file's: the parser's business
     for argument in arguments:
         if argument.startswith("--"):
             _check_override(argument[2:].partition("=")[0].split("."), classes)
+    return classes
 
 
 def _check_config(path: Path) -> dict[str, Any]:

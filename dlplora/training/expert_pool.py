@@ -56,6 +56,9 @@ class LitExpertPool(AdapterModule):
             Training a part of a suite's tasks adds to, or replaces in, a pool that is already there.
     """
 
+    multi_process_strategy = "ddp_find_unused_parameters_true"
+    """What ``lightning run`` takes for several devices: one group of experts trains at a time, the others are unused in a step."""
+
     def __init__(
         self,
         backbone: str | None = None,
@@ -119,7 +122,7 @@ class LitExpertPool(AdapterModule):
         options = getattr(trainer.strategy, "_ddp_kwargs", None)
         if options is not None and len(self.groups) > 1 and not options.get("find_unused_parameters"):
             raise ConfigError(
-                "a pool trains one group of experts at a time; with several processes use --strategy ddp_find_unused_parameters_true."
+                f"a pool trains one group of experts at a time; with several processes use --strategy {self.multi_process_strategy}."
             )
 
     def configure_optimizers(self) -> Any:

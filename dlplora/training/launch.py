@@ -113,12 +113,18 @@ def quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.pytorch.accelerators.cuda"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for message in (
         "LightningCLI's args parameter",  # the command's own arguments are handed on
         "`isinstance\\(treespec",
+        "It is recommended to use `self.log.*sync_dist",  # the metrics are TorchMetrics, which have summed over processes already
         "The number of training batches",
         "Found .* module\\(s\\) in eval mode",  # the frozen backbone is meant to be
         "The '.*_dataloader' does not have many workers",  # batches are ready-made tensors

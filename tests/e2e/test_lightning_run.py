@@ -1,0 +1,113 @@
+"""``lightning run``: one process or several train the same thing; bad arguments give one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dlplora.cli import lightning_run
+from tests.toy_tasks import NAMES, write_tasks
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from dlplora.cli.lightning_run import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, "run", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+
+
+def overrides(rows: Path, out: Path, *more: str) -> list[str]:
+    data = ["--data.init_args.suite", "local:" + ",".join(NAMES), "--data.init_args.data_root", str(rows)]
+    return [*data, "--model.init_args.export_folder", str(out / "export"), "--trainer.default_root_dir", str(out / "logs"), *more]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_router_that_one_process_trains(tmp_path: Path) -> None:
+    """Without disturbed prompts every random number is the same, and only the order of sums differs."""
+    rows = write_tasks(tmp_path / "rows")
+    same = ["--model.init_args.token_drop", "0", "--model.init_args.token_noise", "0", "--data.init_args.batch_size", "8"]
+    done = {}
+    for name, options in (("one", []), ("two", ["--devices", "2", "--accelerator", "cpu"])):
+        result = run(*options, "configs/train/router.yaml", *overrides(rows, tmp_path / name, *same, "--trainer.max_epochs", "1"))
+        assert result.returncode == 0, result.stderr
+        lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+        assert len(lines) == 1  # only the first process reports
+        assert result.stderr.count("GLOBAL_RANK") == (2 if options else 0)
+        done[name] = json.loads(lines[0])
+    assert done["one"]["steps"] == done["two"]["steps"]
+    assert done["one"]["metrics"]["val_loss"] == pytest.approx(done["two"]["metrics"]["val_loss"], rel=1e-3)
+    first, second = (load_file(tmp_path / name / "export" / "router.safetensors") for name in done)
+    initial = [key for key in first if key.endswith("weight")]
+    for key in initial:
+        torch.testing.assert_close(first[key], second[key], atol=2e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_pool_one_group_at_a_time(tmp_path: Path) -> None:
+    rows = write_tasks(tmp_path / "rows")
+    small = ["--data.init_args.num_steps", "3", "--data.init_args.batch_size", "4", "--model.init_args.lora.lora_dropout", "0"]
+    losses = []
+    for name, options in (("one", []), ("two", ["--devices=2", "--accelerator=cpu"])):
+        result = run(*options, "configs/train/experts.yaml", *overrides(rows, tmp_path / name, *small))
+        assert result.returncode == 0, result.stderr
+        losses.append(json.loads(result.stdout.splitlines()[-1])["metrics"]["val_loss"])
+        assert sorted(path.name for path in (tmp_path / name / "export").iterdir() if path.is_dir()) == sorted(NAMES)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_process_that_fails_gives_its_exit_code(tmp_path: Path) -> None:
+    rows = write_tasks(tmp_path / "rows")
+    result = run(
+        "--devices", "2", "--accelerator", "cpu", "--strategy", "ddp", "configs/train/experts.yaml", *overrides(rows, tmp_path / "out")
+    )
+    assert result.returncode == 2
+    assert "ddp_find_unused_parameters_true" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run"], "required: CONFIG.yaml"),
+        (["run", "train.py"], "no YAML file"),
+        (["run", "no/such.yaml"], "config file not found"),
+        (["run", "--devices", "none", "configs/train/router.yaml"], "--devices none"),
+        (["run", "--devices", "2", "--accelerator", "cuda", "configs/train/router.yaml"], "--devices 2"),
+        (["run", "--devices", "2", "--accelerator", "cpu", "configs/train/router.yaml", "--trainer.max_epoch", "1"], "max_epochs"),
+        (["run", "configs/train/router.yaml", "--trainer.max_epoch", "1"], "max_epochs"),
+        (["fly"], "fly"),
+    ],
+)
+def test_bad_arguments_give_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], part: str) -> None:
+    if "cuda" in arguments and torch.cuda.device_count() >= 2:
+        pytest.skip("this machine has the two devices that the test expects to be missing")
+    try:
+        code = lightning_run.main(arguments)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    text = capsys.readouterr().err.strip()
+    assert code == 2
+    assert part in text
+    assert text.count("\n") == 0, text
+
+
+def test_options_become_trainer_keys_and_overrides_win() -> None:
+    options = lightning_run._parser().parse_args(
+        ["run", "--devices", "2", "--precision", "32-true", "x.yaml", "--trainer.devices", "1", "--seed_everything", "3"]
+    )
+    assert lightning_run.fit_arguments(options, "ddp") == (
+        "fit --config x.yaml --trainer.devices 2 --trainer.precision 32-true --trainer.strategy ddp --trainer.devices 1 --seed_everything 3"
+    ).split()
+    assert "--trainer.strategy" not in lightning_run.fit_arguments(options, None)
