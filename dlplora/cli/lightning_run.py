@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
         if Path(options.config).suffix not in {".yaml", ".yml"}:
-            raise ConfigError(f"'{options.config}' is no YAML file; the configuration comes first, then --KEY VALUE. Scripts: `fabric run`.")
+            raise ConfigError(f"'{options.config}' is no YAML file: the configuration comes first, then --KEY VALUE.")
         if count_devices(options.accelerator, options.devices) == 1 and options.num_nodes == 1:
             from dlplora.cli.fit import main as fit
 
