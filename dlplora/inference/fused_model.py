@@ -19,7 +19,6 @@ from dlplora.inference.generation import SentenceRerouter, VocabularyTable, trac
 from dlplora.inference.loading import base_fingerprint, check_fingerprint, load_backbone, nano_asset
 from dlplora.inference.patching import patch
 from dlplora.methods.base import FusionMethod, MethodContext
-from dlplora.methods.registry import build_method, load_method_spec
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.pool import load_pool
@@ -40,6 +39,7 @@ class FusedCausalLM(nn.Module):
     Attributes:
         model: The patched Hugging Face model.
         bank: The bank in use (a static method may have merged it).
+        patched: The fused layers by module path (``patched.layers``) and a method's own hooks (``patched.hooks``).
         num_truncated_prompts: Prompts that ``generate`` cut on the left to fit the context.
     """
 
@@ -68,7 +68,7 @@ class FusedCausalLM(nn.Module):
         self.bank = method.prepare(bank, context)
         self.model = model
         self.method = method
-        self._patch = patch(model, self.bank, self.slot)
+        self.patched = patch(model, self.bank, self.slot, method.metadata.combine)
         method.attach(self)
         self.eval()
 
@@ -90,6 +90,7 @@ class FusedCausalLM(nn.Module):
         trust_remote_code: bool = False,
         names: Sequence[str] | None = None,
         seed: int = 0,
+        untrained: bool = False,
     ) -> FusedCausalLM:
         """Load a backbone, a pool and a method.
 
@@ -100,13 +101,14 @@ class FusedCausalLM(nn.Module):
             method: Name of a method configuration, or path of a method YAML; None is the saved model's, else ``dlp``.
             router, multitask: Artefact folders.
             method_params: Overrides of the method's parameters.
-            artifacts: Further artefacts by role.
+            artifacts: Further artefacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.
             dtype: ``float32``, ``float16`` or ``bfloat16``; the bank follows it.
             device: None means CPU.
             backend: See the class.
             revision, trust_remote_code: As in transformers.
             names: Experts to use, in this order; None takes the whole pool.
             seed: Seed of methods that draw random numbers.
+            untrained: Whether a method may be loaded that needs training and has none yet, in order to train it.
 
         Raises:
             DLPLoRAError: Its subclasses name the file, key or size that does not fit.
@@ -135,10 +137,7 @@ class FusedCausalLM(nn.Module):
             seed=seed,
             device=device,
         )
-        if saved is not None and method == saved.method and not method_params:
-            built = saving.load_method(saved, bank, context)
-        else:
-            built = build_method(load_method_spec(method, method_params))
+        built = saving.choose_method(saved, method, method_params, bank, context, untrained=untrained)
         fused = cls(model, tokenizer, bank, built, backend=backend, context=context)
         fused._source = {"pretrained": str(pretrained) if pretrained is not None else None, "revision": revision}
         return fused
@@ -215,7 +214,10 @@ class FusedCausalLM(nn.Module):
     def _state(self, weights: Tensor) -> RoutingState:
         if weights.shape[-1] != self.bank.num_experts:
             raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
-        state = RoutingState(weights.to(self.device), self.backend, rank=self.bank.rank)
+        factor = self.method.metadata.combine == "factor"
+        if factor and self.backend not in {"auto", "dense"}:
+            raise RoutingError(f"backend '{self.backend}' sums deltas, method '{self.method.name}' sums factors; use dense or auto.")
+        state = RoutingState(weights.to(self.device), "dense" if factor else self.backend, rank=self.bank.rank)
         self._backends_used.add(state.backend)
         return state
 
@@ -387,7 +389,7 @@ class FusedCausalLM(nn.Module):
 
     def close(self) -> None:
         """Take the fused layers out of the backbone, which is as it was before."""
-        self._patch.restore()
+        self.patched.restore()
 
 
 def _with(watcher: SentenceRerouter, given: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,16 +18,21 @@ class PatchHandle:
 
     Attributes:
         layers: Module path -> fused layer.
+        hooks: Handles of forward hooks that a method put on the model; removed with the layers.
     """
 
     model: nn.Module
     layers: dict[str, FusedLinear]
+    hooks: list[Any] = field(default_factory=list)
 
     def restore(self) -> None:
         """Put the original modules back; they were never changed. A second call does nothing."""
         for path, layer in self.layers.items():
             _set(self.model, path, layer.base)
         self.layers = {}
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -34,13 +40,14 @@ def _set(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot) -> PatchHandle:
+def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Literal["delta", "factor"] = "delta") -> PatchHandle:
     """Replace every module the bank adapts by a ``FusedLinear`` around it.
 
     Args:
         model: A causal LM; changed in place until ``restore``.
         bank: Experts; their module paths are looked up in ``model``.
         slot: Shared by all layers of the model.
+        combine: What the layers sum; see ``FusedLinear``.
 
     Raises:
         IncompatibleAdapterError: If a module does not exist in the model, is not linear, or has other sizes. Nothing is
@@ -59,7 +66,7 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot) -> PatchHandle
         if isinstance(base, FusedLinear):
             raise IncompatibleAdapterError(f"module '{path}' is already fused; restore the model before patching it again.")
         try:
-            layer = FusedLinear(base, entry, slot)
+            layer = FusedLinear(base, entry, slot, combine)
         except RoutingError as error:
             raise IncompatibleAdapterError(f"module '{path}' (adapted by: {adapters}) cannot be fused: {error}") from error
         expected, found = (entry.lora_a.shape[-1], entry.lora_b.shape[1]), (layer.in_features, layer.out_features)

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, MethodContext
-from dlplora.methods.registry import available_methods
+from dlplora.methods.registry import available_methods, build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.pool import write_manifest
 
@@ -113,3 +113,43 @@ def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) ->
     if saved.method not in known:
         raise MethodError(f"the saved model uses method '{saved.method}', which is not installed. Known: {', '.join(known)}.")
     return known[saved.method].load(saved.method_folder, bank, context)
+
+
+def choose_method(
+    saved: SavedModel | None, name: str, params: Mapping[str, Any] | None, bank: AdapterBank, context: MethodContext, *, untrained: bool
+) -> FusionMethod:
+    """The method of a saved model, a trained one from the folder ``context.artifacts["trained"]``, or a new one.
+
+    Args:
+        saved: The saved model, if one is loaded; its method is taken unless another name or other parameters are asked for.
+        name: Preset, path or method.
+        params: Overrides.
+        bank, context: As for ``FusionMethod.prepare``.
+        untrained: Whether a method that needs training may be returned without it, in order to train it.
+
+    Raises:
+        MethodError: If the trained folder is missing, belongs to another method or pool, or was trained with other parameters.
+    """
+    if saved is not None and name == saved.method and not params:
+        return load_method(saved, bank, context)
+    spec = load_method_spec(name, params)
+    cls = method_class(spec.method)
+    folder = context.artifacts.get("trained")
+    if folder is None or "trained" not in cls.metadata.needs:
+        if "trained" in cls.metadata.needs and not untrained:
+            raise MethodError(
+                f"method '{spec.name}' has to be trained first: dlplora fit --config configs/train/fusion.yaml "
+                f"--model.init_args.method={spec.name}. Then pass trained=FOLDER."
+            )
+        return build_method(spec)
+    known = cls.saved_config(folder, bank)
+    other = {key for key, value in spec.params.items() if getattr(known, key) != getattr(build_method(spec).config, key)}
+    if other - set(cls.evaluation_params):
+        key = sorted(other - set(cls.evaluation_params))[0]
+        raise MethodError(
+            f"{folder} was trained with {key}={getattr(known, key)!r}, '{spec.name}' asks for {spec.params[key]!r}. "
+            "Train it with that value, or leave the parameter out."
+        )
+    method = cls.load(folder, bank, context)
+    method.config = replace(method.config, **{key: getattr(build_method(spec).config, key) for key in other})
+    return method

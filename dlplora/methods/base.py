@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dlplora.modules.lora_bank import AdapterBank
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
-Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter"]
+Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
 
 
@@ -42,7 +42,8 @@ class Metadata:
     combine: Literal["delta", "factor"] = "delta"
     """``delta``: sum of scaling * B @ A. ``factor``: A and B are summed first, which adds cross terms."""
     needs: tuple[Need, ...] = ()
-    """What the method must be given beyond prompts. Only ``task_id`` methods see the protocol's task name."""
+    """What the method must be given beyond prompts. Only ``task_id`` methods see the protocol's task name. ``trained``: a folder that
+    ``LitFusion`` exported, given as ``trained=FOLDER``."""
     trainable: bool = False
     weight_sum: WeightSum = "one"
     """The documented sum of the routing weights of a row (conformance test T8)."""
@@ -94,11 +95,14 @@ class FusionMethod(nn.Module):
     name: ClassVar[str]
     metadata: ClassVar[Metadata]
     Config: ClassVar[type] = NoConfig
+    evaluation_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that may differ between training and evaluation, a temperature for instance."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()
         self.config = self.Config() if config is None else config
         self.expert_names: tuple[str, ...] = ()
+        self.pool_checksum: str | None = None
 
     @property
     def granularity(self) -> Granularity:
@@ -121,6 +125,8 @@ class FusionMethod(nn.Module):
         ``expert_names`` are the names of the pool, in its order; ``route`` answers in the order of the returned bank.
         """
         self.expert_names = tuple(bank.names)
+        if "trained" in self.metadata.needs:
+            self.pool_checksum = bank.checksum()
         return bank
 
     def merge(self, bank: AdapterBank, weights: Tensor) -> AdapterBank:
@@ -181,7 +187,9 @@ class FusionMethod(nn.Module):
             save_file(state, weights)
         else:
             weights.unlink(missing_ok=True)  # a stale file of an earlier save would be loaded
-        description = {"method": self.name, "params": asdict(self.config), "experts": list(self.expert_names)}
+        description = {
+            "method": self.name, "params": asdict(self.config), "experts": list(self.expert_names), "pool_sha256": self.pool_checksum,
+        }  # fmt: skip
         (folder / "method.json").write_text(json.dumps(description, indent=2) + "\n")
 
     @classmethod
@@ -202,6 +210,12 @@ class FusionMethod(nn.Module):
         if tuple(description["experts"]) != tuple(bank.names):
             raise MethodError(
                 f"{folder} was made for experts {description['experts']}, the bank has {list(bank.names)}. Retrain it for this pool."
+            )
+        made_for = description.get("pool_sha256")
+        if made_for is not None and made_for != bank.checksum():
+            raise MethodError(
+                f"{folder} was made for a pool with checksum {made_for[:12]}, this pool has {bank.checksum()[:12]}: the same names, other "
+                "adapters. Retrain it for this pool."
             )
         return build(cls.Config, description["params"], str(file))
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dlplora.errors import RoutingError
-from dlplora.kernels import dense, folded, reference
+from dlplora.kernels import dense, factor, folded, reference
 from dlplora.kernels.backends import select_backend
 from dlplora.modules.lora_bank import BankEntry
 
@@ -135,12 +135,15 @@ class FusedLinear(nn.Module):
         entry: The bank's experts for this module.
         slot: Where the routing state is found.
 
+        combine: ``delta``: weighted sum of the experts' deltas. ``factor``: of their A and B apart (``kernels.factor``).
+
     Attributes:
         gate: A token-level gate; if set, it decides and the slot is not read.
     """
 
-    def __init__(self, base: nn.Module, entry: BankEntry, slot: RoutingSlot) -> None:
+    def __init__(self, base: nn.Module, entry: BankEntry, slot: RoutingSlot, combine: Literal["delta", "factor"] = "delta") -> None:
         super().__init__()
+        self.combine = combine
         self.base = base
         self.in_features, self.out_features = _sizes(base)
         self.register_buffer("lora_a", entry.lora_a, persistent=False)
@@ -159,7 +162,7 @@ class FusedLinear(nn.Module):
             RoutingError: If no routing weights are bound and no gate is installed, or their rows do not fit the batch.
         """
         if self.gate is not None:
-            return self.base(x) + dense.fused_delta(x, self.lora_a, self.lora_b, self.gate(x) * self.scaling)
+            return self.base(x) + self._token_delta(x, self.gate(x))
         state = self.slot.state
         if state is None:
             raise RoutingError("no routing weights are bound: call the model inside `with model.routing(weights):`, or use generate().")
@@ -168,11 +171,18 @@ class FusedLinear(nn.Module):
             return out
         return out + self._delta(x, state)
 
+    def _token_delta(self, x: Tensor, weights: Tensor) -> Tensor:
+        if self.combine == "factor":
+            return factor.fused_delta(x, self.lora_a, self.lora_b, weights, self.scaling)
+        return dense.fused_delta(x, self.lora_a, self.lora_b, weights * self.scaling)
+
     def _delta(self, x: Tensor, state: RoutingState) -> Tensor:
         if x.ndim == 3 and state.num_rows not in (1, x.shape[0]):
             raise RoutingError(f"routing weights were made for {state.num_rows} rows, the batch has {x.shape[0]}.")
         if state.weights.shape[-1] != self.lora_a.shape[0]:
             raise RoutingError(f"routing weights are for {state.weights.shape[-1]} experts, the bank has {self.lora_a.shape[0]}.")
+        if self.combine == "factor":
+            return self._token_delta(x, state.weights)
         if state.backend == "folded":
             return folded.apply(x, state.folded_plan(self))
         kernel = dense if state.backend == "dense" else reference

@@ -150,6 +150,23 @@ class AdapterBank:
             raise AdapterError(f"order must be a permutation of 0 to {self.num_experts - 1}, got {list(order)}.")
         return self.select([self.names[i] for i in order])
 
+    def require_equal_ranks(self, method: str) -> None:
+        """Check that the factors of all experts can be summed: same modules, same rank.
+
+        Args:
+            method: Who needs it, for the error.
+
+        Raises:
+            IncompatibleAdapterError: Names the first module where they differ, and the rank of every adapter there.
+        """
+        for path, entry in self.modules.items():
+            if len(set(entry.ranks)) > 1:
+                shown = ", ".join(f"{name} {rank or 'not adapted'}" for name, rank in zip(self.names, entry.ranks, strict=True))
+                raise IncompatibleAdapterError(
+                    f"method '{method}' sums the factors A and B of all adapters, which needs one rank; module '{path}' has: {shown}. "
+                    "Use a method that sums deltas, or adapters of one rank and one set of target modules."
+                )
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
         """The bank on another device or in another dtype."""
         return AdapterBank(self.names, {module: entry.to(device, dtype) for module, entry in self.modules.items()}, self.specs)

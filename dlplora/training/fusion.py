@@ -69,7 +69,7 @@ class LitFusion(ResumableModule):
         """The fused model on the CPU, with a backend that passes gradients to the routing weights."""
         from dlplora.inference.fused_model import FusedCausalLM
 
-        return FusedCausalLM.from_pretrained(**self._options, device="cpu", backend="dense")
+        return FusedCausalLM.from_pretrained(**self._options, device="cpu", backend="dense", untrained=True)
 
     @property
     def tokenizer(self) -> Any:
