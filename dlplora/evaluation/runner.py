@@ -178,6 +178,7 @@ def _load(run: Run) -> DLPLoRALM:
         dtype=protocol.dtype,
         revision=protocol.revision,
         seed=run.seed,
+        few_shot=lambda task, num: run.suite.task(task).items("train", num),
     )
     options: dict[str, Any] = {} if protocol.max_length is None else {"max_length": protocol.max_length}
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)

@@ -5,17 +5,17 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dlplora.errors import ConfigError, GenerationError, RoutingError
 from dlplora.inference import saving
-from dlplora.inference.generation import SentenceRerouter, VocabularyTable, trace_entry
+from dlplora.inference.generation import SentenceRerouter, VocabularyTable, trace_entry, with_watcher
 from dlplora.inference.loading import base_fingerprint, check_fingerprint, load_backbone, nano_asset
 from dlplora.inference.patching import patch
 from dlplora.methods.base import FusionMethod, MethodContext
@@ -23,6 +23,9 @@ from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.pool import load_pool
 from dlplora.types import PromptBatch
+
+if TYPE_CHECKING:
+    from dlplora.tasks.suite import Item
 
 
 class FusedCausalLM(nn.Module):
@@ -91,6 +94,7 @@ class FusedCausalLM(nn.Module):
         names: Sequence[str] | None = None,
         seed: int = 0,
         untrained: bool = False,
+        few_shot: Callable[[str, int], Sequence[Item]] | None = None,
     ) -> FusedCausalLM:
         """Load a backbone, a pool and a method.
 
@@ -109,6 +113,7 @@ class FusedCausalLM(nn.Module):
             names: Experts to use, in this order; None takes the whole pool.
             seed: Seed of methods that draw random numbers.
             untrained: Whether a method may be loaded that needs training and has none yet, in order to train it.
+            few_shot: Training items of a task, for methods that need some; see ``MethodContext``.
 
         Raises:
             DLPLoRAError: Its subclasses name the file, key or size that does not fit.
@@ -136,6 +141,7 @@ class FusedCausalLM(nn.Module):
             artifacts={role: Path(path) for role, path in roles.items() if path is not None},
             seed=seed,
             device=device,
+            few_shot=few_shot,
         )
         built = saving.choose_method(saved, method, method_params, bank, context, untrained=untrained)
         fused = cls(model, tokenizer, bank, built, backend=backend, context=context)
@@ -328,7 +334,7 @@ class FusedCausalLM(nn.Module):
         state = state.expand(copies)
         if self.method.granularity == "sentence":
             watcher = self._rerouter(state, [text for text in prompts.texts for _ in range(copies)], ids.shape[1], trace)
-            kwargs["stopping_criteria"] = _with(watcher, kwargs.get("stopping_criteria"))
+            kwargs["stopping_criteria"] = with_watcher(watcher, kwargs.get("stopping_criteria"))
         with self.slot.bind(state):
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
 
@@ -390,9 +396,3 @@ class FusedCausalLM(nn.Module):
     def close(self) -> None:
         """Take the fused layers out of the backbone, which is as it was before."""
         self.patched.restore()
-
-
-def _with(watcher: SentenceRerouter, given: Any) -> Any:
-    from transformers import StoppingCriteriaList
-
-    return StoppingCriteriaList([watcher, *(given or [])])

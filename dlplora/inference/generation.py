@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import GenerationError
 from dlplora.inference.sentences import STOP_CHARACTERS, last_question, questions, sentence_end_positions
@@ -170,3 +170,8 @@ def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: 
     """One line of a routing trace: which experts speak from this sentence on, and what the router read."""
     kept = {names[i]: round(float(weights[i]), 4) for i in weights.nonzero()[:, 0].tolist()}
     return {"row": row, "sentence_idx": sentence_idx, "view_text": view, "weights": kept}
+
+
+def with_watcher(watcher: SentenceRerouter, given: Any) -> StoppingCriteriaList:
+    """The caller's stopping criteria after ours, which never stops anything."""
+    return StoppingCriteriaList([watcher, *(given or [])])

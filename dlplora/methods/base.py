@@ -7,7 +7,7 @@ for a prompt (or installs gates that say so for every token). Shapes: B rows, T 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dlplora.inference.fused_model import FusedCausalLM
     from dlplora.modules.lora_bank import AdapterBank
+    from dlplora.tasks.suite import Item
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
@@ -65,6 +66,26 @@ class MethodContext:
     """Folders by role: ``router``, ``multitask``, or a method's own name for its trained gates."""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    few_shot: Callable[[str, int], Sequence[Item]] | None = None
+    """``few_shot(task, num)``: the first ``num`` training items of a task, for methods that need a few examples or inputs of each
+    task; None where no suite is known. Never test items."""
+
+    def examples(self, task: str, num: int, method: str) -> Sequence[Item]:
+        """Training items of one task.
+
+        Args:
+            task: Name of the task, which is the name of its expert.
+            num: How many.
+            method: Who asks, for the error.
+
+        Raises:
+            MethodError: If no suite is known, or it has no training items for the task.
+        """
+        items = () if self.few_shot is None else self.few_shot(task, num)
+        if not items:
+            reason = "no suite was given" if self.few_shot is None else f"the suite has no training items for '{task}'"
+            raise MethodError(f"method '{method}' needs {num} training examples a task, but {reason}. Use a suite with a train split.")
+        return items
 
     def artifact(self, role: str, method: str) -> Path:
         """The folder of one artefact.
