@@ -26,6 +26,33 @@ def parse_parameter(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
+def chosen_methods(text: str | None) -> list[str]:
+    """Methods of a comparison: the reference rows, ``all`` presets, or names separated by commas."""
+    from dlplora.evaluation.reproduce import METHODS
+    from dlplora.methods.registry import available_presets
+
+    if text is None:
+        return list(METHODS)
+    if text == "all":
+        return list(dict.fromkeys([*METHODS, *available_presets()]))
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def chosen_seeds(text: str) -> list[int]:
+    """Seeds from ``0,1,2``.
+
+    Raises:
+        ConfigError: If one is not a whole number, or negative.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--seeds takes whole numbers separated by commas, got '{text}'.") from error
+    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds takes different numbers from 0 on, got '{text}'.")
+    return seeds
+
+
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate one method; the last line on standard output is JSON."""
     from dlplora.cli.terminal import quiet_loading
@@ -43,6 +70,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     folders: dict[str, Any] = {
         role: Path(value) for role, value in vars(arguments).items() if value and role in {"pool", "router", "multitask"}
     }
+    if arguments.trained:
+        folders["others"] = {"trained": Path(arguments.trained)}
     run = prepare(
         protocol,
         Path(arguments.protocol).stem,
@@ -76,21 +105,24 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
 
     quiet_loading(None)
     protocol = load_protocol(arguments.suite)
-    methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(reproduce.METHODS)
+    methods = chosen_methods(arguments.methods)
+    seeds = chosen_seeds(arguments.seeds) if arguments.seeds else list(protocol.seeds)
     runs, root = Path(arguments.runs), Path(arguments.out)
     if arguments.fresh and not arguments.dry_run:
-        reproduce.begin_fresh(runs)
-    planned = reproduce.plan(protocol, methods, runs, fresh=arguments.fresh)
+        reproduce.begin_fresh(methods, seeds, runs)
+    planned = reproduce.plan(methods, seeds, runs, fresh=arguments.fresh)
     say(f"dlplora reproduce {arguments.suite}: Ctrl-C stops, the same command resumes.")
     for line in planned.lines():
         say(f"  * {line}")
     if arguments.dry_run:
         return 0
-    artefacts = reproduce.train_missing(planned, runs, say)
-    records = reproduce.evaluate_missing(reproduce.runs_of(planned, protocol, arguments.suite, artefacts, arguments.limit), root, say)
+    folders = reproduce.train_missing(planned, runs, say)
+    records = reproduce.evaluate_missing(reproduce.runs_of(planned, protocol, arguments.suite, folders, arguments.limit), root, say)
     reproduce.finish(runs)
     readme = Path("README.md")
-    has_block = readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
+    # A trial run (limited, of uncommitted code, or written elsewhere) must not replace the published table.
+    published = root == Path("results") and any(tables.is_publishable(record) for record in records)
+    has_block = published and readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
     for path in reproduce.refresh_tables(arguments.suite, root, readme if has_block else None):
         say(f"wrote {path}")
     if any(not tables.is_publishable(record) for record in records):

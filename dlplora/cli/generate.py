@@ -27,6 +27,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         router=arguments.router,
         multitask=arguments.multitask,
         method=arguments.method,
+        artifacts={"trained": arguments.trained} if arguments.trained else None,
     )
     prompts = PromptBatch.from_texts([_prompt_text(arguments)], model.tokenizer, task_names=[arguments.task])
     trace: list[dict[str, Any]] = []

@@ -46,6 +46,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", metavar="DIR", help="folder of PEFT LoRA folders")
     parser.add_argument("--router", metavar="DIR", help="folder of a trained router")
     parser.add_argument("--multitask", metavar="DIR", help="folder of the adapter trained on all tasks")
+    parser.add_argument("--trained", metavar="DIR", help="folder of the method's own trained gates")
 
 
 def _evaluation(commands: Any) -> None:
@@ -65,7 +66,8 @@ def _evaluation(commands: Any) -> None:
     parser = commands.add_parser("reproduce", help="the main job: train what is missing, evaluate, write the tables")
     parser.add_argument("suite", choices=["nano"])
     parser.add_argument("--fresh", action="store_true", help="train every expert and the router again")
-    parser.add_argument("--methods", help="comma-separated (default: the six reference rows)")
+    parser.add_argument("--methods", help="comma-separated, or 'all' (default: the six reference rows)")
+    parser.add_argument("--seeds", help="comma-separated; every seed has its own experts (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="questions a task; such records are in no table")
     parser.add_argument("--out", default="results", metavar="DIR")
     parser.add_argument("--runs", default="runs/nano", metavar="DIR", help="folder of trained artefacts")

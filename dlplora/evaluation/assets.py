@@ -1,4 +1,8 @@
-"""Trained artefacts of the nano suite: shipped ones while their recipe still matches, else trained here, once."""
+"""Trained artefacts of the nano suite: shipped ones while their recipe still matches, else trained here, once.
+
+Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), and ``trained/PRESET`` for the gates of
+a method that ``LitFusion`` trains.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from typing import Any
 from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
+from dlplora.methods.registry import build_method, load_method_spec, resolved_params
 from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import MANIFEST_NAME, write_manifest
 from dlplora.reporting.store import write_atomically
@@ -23,7 +28,9 @@ from dlplora.tasks.nano import nano_suite
 
 RECIPE = "recipe.json"
 CONFIGS = {"pool": "experts", "multitask": "multitask", "router": "router"}
-"""Artefact -> training configuration, in the order they are made."""
+"""Role -> training configuration where the two differ or the artefact is shipped; another role's configuration bears its name."""
+TRAINED = "trained/"
+"""Prefix of the roles of trained methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class Asset:
     """One artefact and where it comes from."""
 
     role: str
+    seed: int
     folder: Path
     source: str
     """``shipped``, ``trained before`` or ``to be trained``."""
@@ -41,27 +49,45 @@ class Asset:
         return self.source != "to be trained"
 
 
-def recipe(role: str) -> dict[str, Any]:
-    """Everything the artefact is a function of: its training configuration, the backbone, the tasks' text."""
+def roles_of(preset: str) -> tuple[str, ...]:
+    """Roles a method needs, in the order they are made; every method needs the pool."""
+    wanted = build_method(load_method_spec(preset)).artifact_roles
+    return ("pool", *(f"{TRAINED}{preset}" if role == "trained" else role for role in wanted))
+
+
+def _config_path(role: str) -> Path:
+    name = "fusion" if role.startswith(TRAINED) else CONFIGS.get(role, role)
+    path = configs_root() / "train" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"nothing says how to train '{role}': {path} is missing.")
+    return path
+
+
+def recipe(role: str, seed: int = 0) -> dict[str, Any]:
+    """Everything the artefact is a function of: its training configuration, the backbone, the tasks' text; for gates also the
+    method's parameters and the pool's recipe; the seed if it is not the configuration's own."""
     backbone = nano_asset("backbone") / "model.safetensors"
     if not backbone.is_file():
         raise ConfigError(f"the embedded backbone is missing ({backbone}); this installation is incomplete.")
-    config = load_yaml(configs_root() / "train" / f"{CONFIGS[role]}.yaml")
     tasks = {
         task.name: config_hash([task.version, task.phrasings, [[item.prompt, item.answer] for item in task.items("train", 20)]])
         for task in nano_suite().tasks
     }
-    return {"config": config, "backbone_sha256": file_sha256(backbone), "tasks": tasks}
+    described: dict[str, Any] = {"config": load_yaml(_config_path(role)), "backbone_sha256": file_sha256(backbone), "tasks": tasks}
+    if role.startswith(TRAINED):
+        spec = load_method_spec(role.removeprefix(TRAINED))
+        described |= {"method": spec.method, "params": resolved_params(spec), "pool": recipe_hash("pool", seed)}
+    return described | ({"seed": seed} if seed else {})
 
 
-def recipe_hash(role: str) -> str:
+def recipe_hash(role: str, seed: int = 0) -> str:
     """Hash of ``recipe``."""
-    return config_hash(recipe(role))
+    return config_hash(recipe(role, seed))
 
 
-def stamp(role: str, folder: Path) -> None:
+def stamp(role: str, folder: Path, seed: int = 0) -> None:
     """Write the recipe beside a finished artefact; its presence says that training ended."""
-    described = recipe(role)
+    described = recipe(role, seed)
     write_atomically(folder / RECIPE, json.dumps({"recipe_hash": config_hash(described), **described}, indent=2) + "\n")
 
 
@@ -75,28 +101,33 @@ def _matches(folder: Path, wanted: str) -> bool:
         return False
 
 
-def locate(role: str, runs: Path, *, fresh: bool) -> Asset:
+def home(runs: Path, seed: int) -> Path:
+    """The folder of one seed's artefacts."""
+    return runs / f"seed{seed}" if seed else runs
+
+
+def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0) -> Asset:
     """Where an artefact is, or will be.
 
     The router is always trained in ``runs`` rather than taken from the package: it is the method's own part, and cheap.
 
     Args:
-        role: ``pool``, ``multitask`` or ``router``.
+        role: As above.
         runs: Folder of local training runs.
         fresh: Whether shipped artefacts are ignored.
+        seed: Seed of the training; only seed 0 is shipped.
     """
-    wanted = recipe_hash(role)
-    trained = runs / role
+    wanted = recipe_hash(role, seed)
+    trained = home(runs, seed) / role
     if _matches(trained, wanted):
-        return Asset(role=role, folder=trained, source="trained before")
+        return Asset(role=role, seed=seed, folder=trained, source="trained before")
     if not fresh and role != "router" and _matches(nano_asset(role), wanted):
-        return Asset(role=role, folder=nano_asset(role), source="shipped")
-    return Asset(role=role, folder=trained, source="to be trained")
+        return Asset(role=role, seed=seed, folder=nano_asset(role), source="shipped")
+    return Asset(role=role, seed=seed, folder=trained, source="to be trained")
 
 
 def _command(role: str, folder: Path, resume: Path, extra: Sequence[str] = ()) -> list[str]:
-    config = configs_root() / "train" / f"{CONFIGS[role]}.yaml"
-    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(config), "--ckpt_path", "last"]
+    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(_config_path(role)), "--ckpt_path", "last"]
     return [*command, f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={resume}", *extra]
 
 
@@ -112,30 +143,37 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         raise KeyboardInterrupt
     if any(codes):
         bad = next(code for code in codes if code)
-        raise ConfigError(f"training of the {role} ended with exit code {bad}; see the message above. Run the command again to resume.")
+        raise ConfigError(f"training of {role} ended with exit code {bad}; see the message above. Run the command again to resume.")
 
 
-def train(role: str, runs: Path, *, seed: int | None = None, processes: int | None = None) -> Path:
-    """Train one artefact into ``runs/<role>`` by its configuration, in processes of its own; resumes after an interruption.
-
-    The experts of a pool do not depend on one another, so on a CPU they are dealt out to one single-threaded process a core: a model
-    this small keeps one core busy and gains nothing from a second.
+def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None) -> Path:
+    """Train one artefact into its folder by its configuration, in processes of its own; resumes after an interruption.
 
     Args:
-        role: ``pool``, ``multitask`` or ``router``.
+        role: As above.
         runs: Folder of local training runs.
-        seed: Replaces the configuration's seed.
-        processes: Processes of the pool; None takes the number of cores, at most four.
+        seed: Of the training.
+        pool: The pool that gates are trained over.
+        processes: Processes of a pool; None takes the number of cores, at most four.
 
     Raises:
         ConfigError: If training failed; its own message stands above.
     """
-    folder, resume = runs / role, runs / f"{role}_training"
-    seeded = [] if seed is None else [f"--seed_everything={seed}"]
-    if role != "pool":
-        _wait(role, [subprocess.Popen(_command(role, folder, resume, seeded))])
-        stamp(role, folder)
-        return folder
+    folder, resume = home(runs, seed) / role, home(runs, seed) / f"{role}_training"
+    extra = [f"--seed_everything={seed}"] if seed else []
+    if role == "pool":
+        _train_pool(folder, resume, extra, processes)
+    else:
+        if role.startswith(TRAINED):
+            extra += [f"--model.init_args.method={role.removeprefix(TRAINED)}", f"--model.init_args.pool={pool}"]
+        _wait(role, [subprocess.Popen(_command(role, folder, resume, extra))])
+    stamp(role, folder, seed)
+    return folder
+
+
+def _train_pool(folder: Path, resume: Path, seeded: Sequence[str], processes: int | None) -> None:
+    """The experts of a pool do not depend on one another, so on a CPU they are dealt out to one single-threaded process a core: a
+    model this small keeps one core busy and gains nothing from a second."""
     names = nano_suite().names
     count = max(1, min(processes or os.cpu_count() or 1, 4, len(names)))
     shards = [names[i::count] for i in range(count)]
@@ -145,22 +183,19 @@ def train(role: str, runs: Path, *, seed: int | None = None, processes: int | No
         extra = [*seeded, f"--data.init_args.tasks={','.join(shard)}"]
         # Only the first process shows its progress; several bars on one terminal overwrite each other.
         output = None if i == 0 else subprocess.DEVNULL
-        started.append(
-            subprocess.Popen(_command(role, resume / f"part{i}", resume / f"run{i}", extra), env=environment, stdout=output, stderr=output)
-        )
-    _wait(role, started)
+        command = _command("pool", resume / f"part{i}", resume / f"run{i}", extra)
+        started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    _wait("the pool", started)
     folder.mkdir(parents=True, exist_ok=True)
     for i, shard in enumerate(shards):
         for name in shard:
             shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(resume / f"part{i}" / name, folder / name)
     write_manifest(folder, names, json.loads((resume / "part0" / MANIFEST_NAME).read_text())["base_model"])
-    stamp(role, folder)
-    return folder
 
 
-def forget(runs: Path) -> None:
+def forget(runs: Path, roles: Sequence[str], seed: int = 0) -> None:
     """Remove local artefacts so that the next training starts anew."""
-    for role in CONFIGS:
-        for folder in (runs / role, runs / f"{role}_training"):
+    for role in roles:
+        for folder in (home(runs, seed) / role, home(runs, seed) / f"{role}_training"):
             shutil.rmtree(folder, ignore_errors=True)

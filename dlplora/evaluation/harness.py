@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,22 +94,23 @@ def evaluate(
     tasks = _matching(task_names, manager)
     if batch_size is not None:
         lm.batch_size_per_gpu = batch_size if batch_size == "auto" else int(batch_size)  # type: ignore[attr-defined]
-    raw = simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        log_samples=log_samples,
-        bootstrap_iters=bootstrap_iters,
-        task_manager=manager,
-        gen_kwargs=dict(gen_kwargs) if gen_kwargs else None,
-        apply_chat_template=apply_chat_template,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with redirect_stdout(sys.stderr):  # the harness prints notes; standard output belongs to the caller
+        raw = simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=log_samples,
+            bootstrap_iters=bootstrap_iters,
+            task_manager=manager,
+            gen_kwargs=dict(gen_kwargs) if gen_kwargs else None,
+            apply_chat_template=apply_chat_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     if raw is None:  # another rank of a data-parallel run reports
         return HarnessResult(results={}, stderr={})
     return clean_results(dict(raw))

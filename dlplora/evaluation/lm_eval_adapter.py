@@ -354,7 +354,7 @@ def _load(args: ModelArgs, device: torch.device) -> FusedCausalLM:
         router=args.router,
         multitask=args.multitask,
         method_params=args.method_params or None,
-        artifacts=args.artifacts,
+        artifacts=args.artifacts | ({"trained": args.trained} if args.trained else {}),
         dtype=args.dtype,
         device=device,
         backend=args.backend,

@@ -49,6 +49,8 @@ class ModelArgs:
     """Folder of the trained router."""
     multitask: str | None = None
     """Folder of the adapter trained on all tasks, for the methods that need it."""
+    trained: str | None = None
+    """Folder of the method's own trained gates, as ``LitFusion`` exports it."""
     artifacts: dict[str, Any] = field(default_factory=dict)
     """Folders of whatever else a method needs, by role; given as ``artifact.ROLE=FOLDER``."""
     names: tuple[str, ...] | None = None
@@ -102,7 +104,7 @@ def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, An
     chosen = _chosen_names(model)
     if chosen is not None:
         model["names"] = chosen
-    for key in ("method", "pretrained", "pool", "router", "multitask", "revision", "device", "dtype"):
+    for key in ("method", "pretrained", "pool", "router", "multitask", "trained", "revision", "device", "dtype"):
         if key in model:
             model[key] = str(model[key]).removeprefix("torch.")  # lm-eval turns a folder named 42 into a number
     return build(ModelArgs, model, "--model_args"), harness

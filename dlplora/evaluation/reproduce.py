@@ -15,9 +15,12 @@ from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.store import RESULTS, load_all
 
 METHODS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
-SECONDS = {"pool": 600, "multitask": 420, "router": 45, "evaluate": 25}
+SECONDS = {"pool": 600, "router": 45, "evaluate": 25}
 """What a step took on two cores of a server CPU, for the announcement only."""
+SECONDS_OF_ANOTHER_TRAINING = 420
 UNFINISHED = ".fresh_unfinished"
+Folders = dict[tuple[int, str], Path]
+"""Seed and role -> folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,42 +34,55 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The announcement, one line a step."""
         for asset in self.artefacts:
-            cost = "" if asset.ready else f", about {SECONDS[asset.role]} s on two cores"
-            yield f"{asset.role}: {asset.source} ({asset.folder}){cost}"
+            cost = "" if asset.ready else f", about {SECONDS.get(asset.role, SECONDS_OF_ANOTHER_TRAINING)} s on two cores"
+            seed = f", seed {asset.seed}" if asset.seed else ""
+            yield f"{asset.role}{seed}: {asset.source} ({asset.folder}){cost}"
         total = SECONDS["evaluate"] * len(self.methods) * len(self.seeds)
         seeds = ", ".join(map(str, self.seeds))
         yield f"evaluate {', '.join(self.methods)} with seed(s) {seeds}: at most {total} s; finished cells are reused"
 
 
-def begin_fresh(runs: Path) -> None:
+def roles_of(methods: Sequence[str]) -> list[str]:
+    """Artefacts that the methods read, each once; the pool first, since gates are trained over it."""
+    return list(dict.fromkeys(role for method in methods for role in assets.roles_of(method)))
+
+
+def begin_fresh(methods: Sequence[str], seeds: Sequence[int], runs: Path) -> None:
     """Start a fresh training, or go on with one that was interrupted."""
     marker = runs / UNFINISHED
     if not marker.exists():
-        assets.forget(runs)
+        for seed in seeds:
+            assets.forget(runs, roles_of(methods), seed)
         runs.mkdir(parents=True, exist_ok=True)
         marker.touch()
 
 
-def plan(protocol: Protocol, methods: Sequence[str], runs: Path, *, fresh: bool) -> Plan:
+def plan(methods: Sequence[str], seeds: Sequence[int], runs: Path, *, fresh: bool) -> Plan:
     """What has to be trained and evaluated."""
-    artefacts = tuple(assets.locate(role, runs, fresh=fresh) for role in assets.CONFIGS)
-    return Plan(artefacts=artefacts, methods=tuple(methods), seeds=tuple(protocol.seeds))
+    artefacts = tuple(assets.locate(role, runs, fresh=fresh, seed=seed) for seed in seeds for role in roles_of(methods))
+    return Plan(artefacts=artefacts, methods=tuple(methods), seeds=tuple(seeds))
 
 
-def train_missing(planned: Plan, runs: Path, say: Callable[[str], None]) -> Artifacts:
-    """Train what is missing, in order; returns the folders to evaluate."""
-    folders: dict[str, Path] = {}
+def train_missing(planned: Plan, runs: Path, say: Callable[[str], None]) -> Folders:
+    """Train what is missing, in order; returns the folder of each seed and role."""
+    folders: Folders = {}
     for asset in planned.artefacts:
         if not asset.ready:
-            say(f"training the {asset.role} …")
-            assets.train(asset.role, runs)
-        folders[asset.role] = asset.folder
-    return Artifacts(pool=folders["pool"], router=folders["router"], multitask=folders["multitask"])
+            say(f"training {asset.role}{f', seed {asset.seed}' if asset.seed else ''} …")
+            assets.train(asset.role, runs, seed=asset.seed, pool=folders.get((asset.seed, "pool")))
+        folders[asset.seed, asset.role] = asset.folder
+    return folders
 
 
-def runs_of(planned: Plan, protocol: Protocol, name: str, artefacts: Artifacts, limit: int | None) -> list[Run]:
+def runs_of(planned: Plan, protocol: Protocol, name: str, folders: Folders, limit: int | None) -> list[Run]:
     """One run per method and seed; names and folders are checked before the first one starts."""
-    return [prepare(protocol, name, method, seed, artifacts=artefacts, limit=limit) for method in planned.methods for seed in planned.seeds]
+    runs = []
+    for method in planned.methods:
+        for seed in planned.seeds:
+            own = {role.partition("/")[0]: folders[seed, role] for role in assets.roles_of(method)}
+            artefacts = Artifacts(pool=own.pop("pool"), others=own)
+            runs.append(prepare(protocol, name, method, seed, artifacts=artefacts, limit=limit))
+    return runs
 
 
 def evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None]) -> list[Record]:

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-COUNTERS = ("plans", "judged", "right", "kept", "entropy_nats", "several", "reroutes", "truncated")
+COUNTERS = ("plans", "preferring", "judged", "right", "kept", "entropy_nats", "several", "reroutes", "truncated")
 
 
 class RoutingStatistics:
     """Sums over the distinct prompts of a run; sums of several processes add up.
 
     A prompt is judged right when the expert of largest weight is the one trained on its task; prompts of tasks that no
-    expert was trained on are not judged, and a plan of zeros names no expert.
+    expert was trained on are not judged, and a plan of zeros names no expert. A method none of whose plans prefers an expert
+    (no adapter, an average) does not route, and has no accuracy.
 
     Args:
         expert_names: Expert index to name, which is the name of the task it was trained on.
@@ -40,8 +41,9 @@ class RoutingStatistics:
         self.sums["kept"] += kept
         self.sums["several"] += kept > 1
         self.sums["entropy_nats"] += _entropy_nats(values)
+        best = int(values.argmax())
+        self.sums["preferring"] += int((values == values[best]).sum()) == 1
         if task in self.expert_names:
-            best = int(values.argmax())
             self.sums["judged"] += 1
             self.sums["right"] += bool(values[best] > 0) and self.expert_names[best] == task
 
@@ -63,7 +65,7 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float | int | None]:
     """
     plans, judged = sums["plans"], sums["judged"]
     return {
-        "router_accuracy": sums["right"] / judged if judged else None,
+        "router_accuracy": sums["right"] / judged if judged and sums["preferring"] else None,
         "mean_experts_kept": sums["kept"] / plans if plans else None,
         "mean_entropy_nats": sums["entropy_nats"] / plans if plans else None,
         "fraction_multi": sums["several"] / plans if plans else None,

@@ -15,7 +15,7 @@ from dlplora.config import config_hash
 from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import nano_asset, resolve_backbone
-from dlplora.methods.registry import MethodSpec, load_method_spec, resolved_params
+from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
 from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import load_pool
 from dlplora.provenance import provenance
@@ -98,8 +98,9 @@ class Run:
         }
 
     def artifact_hashes(self) -> dict[str, str]:
-        """Hashes of all artefacts but the pool, by role."""
-        return {role: folder_hash(path) for role, path in self.folders.items() if role != "pool"}
+        """Hashes of the artefacts the method reads, by role; the pool has its own checksum."""
+        wanted = build_method(self.spec).artifact_roles
+        return {role: folder_hash(self.folders[role]) for role in wanted if role in self.folders}
 
     def cell(self) -> str:
         """Hash of ``description``."""

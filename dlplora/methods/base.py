@@ -140,6 +140,11 @@ class FusionMethod(nn.Module):
         """Documented sum of a row of routing weights; a method whose configuration decides overrides it."""
         return self.metadata.weight_sum
 
+    @property
+    def artifact_roles(self) -> tuple[str, ...]:
+        """Roles of the folders this instance reads; a record names their hashes and no others."""
+        return ("trained",) if "trained" in self.metadata.needs else ()
+
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Bind to a pool's bank and return the bank to run, which for static methods may be a merged one.
 

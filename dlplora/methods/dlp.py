@@ -109,6 +109,11 @@ class DLP(FusionMethod):
         """One, unless probabilities are used as they are."""
         return "at_most_one" if self.config.renormalize == "none" else "one"
 
+    @property
+    def artifact_roles(self) -> tuple[str, ...]:
+        """The router, unless the configuration names its folder."""
+        return ("router",) if self.config.router is None else ()
+
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Load the router (unless ``use_router`` gave one) and match its classes to the bank's experts by name.
 

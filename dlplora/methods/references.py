@@ -62,6 +62,11 @@ class MultiTask(FusionMethod):
     name = "multitask"
     metadata = Metadata(title="Multi-task LoRA", granularity="none", needs=("all_tasks_adapter",))
 
+    @property
+    def artifact_roles(self) -> tuple[str, ...]:
+        """The folder of the adapter."""
+        return (getattr(self.config, "artifact", "multitask"),)
+
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """A bank of the one adapter in ``context.artifact("multitask")``, with the dtype and device of the pool's bank."""
         super().prepare(bank, context)

@@ -96,6 +96,14 @@ def test_statistics_by_hand() -> None:
     assert (figures["num_plans"], figures["num_reroutes"], figures["num_truncated_prompts"]) == (4, 3, 0)
 
 
+@pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0], [0.25, 0.25, 0.25]])
+def test_a_method_that_prefers_nobody_has_no_router_accuracy(weights: list[float]) -> None:
+    statistics = RoutingStatistics(("a", "b", "c"))
+    for task in "aabc":
+        statistics.add_plan(torch.tensor(weights), task)
+    assert summarize(statistics.sums)["router_accuracy"] is None
+
+
 def test_nothing_measured_is_none_not_zero() -> None:
     figures = summarize(RoutingStatistics(("a",)).sums)
     assert figures["router_accuracy"] is None
