@@ -15,7 +15,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def register() -> None:
 
 @contextmanager
 def tasks_included(*, include_defaults: bool = True) -> Iterator[None]:
-    """While open, every ``TaskManager`` also knows our tasks; lm-eval has no public hook for that.
+    """While open, every ``TaskManager`` also knows our tasks and those of the folder ``DLPLORA_DATA``; lm-eval has no hook for that.
 
     Our folder is read before the user's ``--include_path``, so a user's task of the same name wins.
 
@@ -51,6 +51,7 @@ def tasks_included(*, include_defaults: bool = True) -> Iterator[None]:
     from lm_eval.tasks import TaskManager
 
     from dlplora.tasks import lm_eval_dir
+    from dlplora.tasks.export import local_tasks
 
     original: Callable[..., None] = TaskManager.__init__
     signature = inspect.signature(original)
@@ -61,17 +62,19 @@ def tasks_included(*, include_defaults: bool = True) -> Iterator[None]:
         paths = list(given) if isinstance(given, (list, tuple)) else [given]
         ours = lm_eval_dir()
         if all(Path(path).resolve() not in {ours, *ours.parents} for path in paths):
-            paths.insert(0, ours)
+            paths[:0] = [ours] if local is None else [ours, local]
         bound.arguments["include_path"] = paths
         if not include_defaults:
             bound.arguments["include_defaults"] = False
         original(*bound.args, **bound.kwargs)
 
-    TaskManager.__init__ = with_ours  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TaskManager.__init__ = original  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        local = stack.enter_context(local_tasks())
+        TaskManager.__init__ = with_ours  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            TaskManager.__init__ = original  # type: ignore[method-assign]
 
 
 def _peek(argv: Sequence[str]) -> argparse.Namespace:

@@ -62,6 +62,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     quiet_loading(arguments.pretrained)
     overrides: dict[str, Any] = {}
+    for key in ("suite", "data_root"):
+        if getattr(arguments, key):
+            overrides[key] = getattr(arguments, key)
     if arguments.tasks:
         overrides["tasks"] = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if arguments.pretrained:

@@ -44,6 +44,8 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     """Tasks of a suite."""
     from dlplora.tasks.suite import get_suite
 
+    if arguments.export:
+        return _export(arguments.suite, arguments.data_root, arguments.export)
     rows = []
     for task in get_suite(arguments.suite, arguments.data_root).tasks:
         item = task.items("test" if not task.rows or "test" in task.rows else "train", 1)[0]
@@ -59,6 +61,17 @@ def run_tasks(arguments: argparse.Namespace) -> int:
             }
         )
     _print(rows, arguments.format)
+    return 0
+
+
+def _export(suite: str, root: str | None, folder: str) -> int:
+    from dlplora.errors import TaskError
+    from dlplora.tasks.export import export_local
+
+    if not suite.startswith("local:"):
+        raise TaskError(f"only local tasks are exported, the suite is '{suite}'. Pass --suite local:all or local:TASK,TASK.")
+    for path in export_local(suite.removeprefix("local:").split(","), root, folder):
+        print(path)
     return 0
 
 
@@ -88,9 +101,11 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
 
     from dlplora.errors import DLPLoRAError
     from dlplora.modules.lora_bank import AdapterBank
-    from dlplora.modules.pool import load_pool
+    from dlplora.modules.pool import load_pool, unlisted
 
     pool = load_pool(arguments.folder)
+    for name in unlisted(pool):
+        print(f"note: {name} is not listed in pool.json and takes no part; `dlplora pool add` lists it", file=sys.stderr)
     failed = 0
     for name in pool.names:
         try:
@@ -106,4 +121,13 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
         f"{bank.num_experts} adapters fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
         f"{bank.nbytes / 1e6:.1f} MB in float32"
     )
+    return 0
+
+
+def run_pool_add(arguments: argparse.Namespace) -> int:
+    """Add one adapter to a pool."""
+    from dlplora.modules.pool import add_adapter
+
+    pool = add_adapter(arguments.folder, arguments.adapter, arguments.name)
+    print(f"{pool.path}: {len(pool.names)} adapters, the last one is {pool.names[-1]}")
     return 0

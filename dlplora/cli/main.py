@@ -55,6 +55,8 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--method", default="dlp", help="name in configs/method, or a YAML file (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suite", help="nano, or local:TASK,TASK (default: the protocol's)")
+    parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     parser.add_argument("--tasks", help="some tasks of the suite, comma-separated (default: all)")
     parser.add_argument("--limit", type=int, help="questions a task; such records go to results/scratch")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
@@ -96,15 +98,21 @@ def _information(commands: Any) -> None:
     parser.add_argument("--suite", default="nano", help="nano, or local:TASK,TASK")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     parser.add_argument("--format", choices=["md", "json"], default="md")
+    parser.add_argument("--export", metavar="DIR", help="write local tasks as lm-eval YAML files, for `lm_eval --include_path DIR`")
     parser.set_defaults(run=_lazy("information", "run_tasks"))
     parser = commands.add_parser("doctor", help="versions, machine, embedded assets, lm_eval command, hub reachability")
     parser.set_defaults(run=_lazy("doctor", "run_doctor"))
-    pool = commands.add_parser("pool", help="look at a folder of adapters")
-    inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check}")
+    pool = commands.add_parser("pool", help="look at a folder of adapters, or add one to it")
+    inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check,add}")
     for name, text in (("list", "names, ranks and targets"), ("check", "read every adapter and say what does not fit")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("folder")
         parser.set_defaults(run=_lazy("information", f"run_pool_{name}"))
+    parser = inner.add_parser("add", help="check a PEFT LoRA folder, copy it into the pool and list it in pool.json")
+    parser.add_argument("folder", help="the pool; made if it does not exist")
+    parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--name", help="name of the expert, which is the name of its task (default: the folder's)")
+    parser.set_defaults(run=_lazy("information", "run_pool_add"))
 
 
 def _generation(commands: Any) -> None:

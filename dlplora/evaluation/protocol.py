@@ -17,6 +17,8 @@ class Protocol:
 
     suite: str = "nano"
     """Suite of tasks; their lm-eval names are ``dlplora_<suite>_<task>``."""
+    data_root: str | None = None
+    """Folder of the rows of a ``local:`` suite; null reads ``DLPLORA_DATA``. Records name the rows by checksum, not by place."""
     tasks: list[str] | None = None
     """Tasks of the suite; null takes all of them. A table is made from complete suites only."""
     backbone: str | None = None
@@ -58,8 +60,8 @@ class Protocol:
         return dataclasses.asdict(self)
 
     def hash(self) -> str:
-        """Hash of the settings that decide a run; the list of seeds is not one of them."""
-        return config_hash({key: value for key, value in self.resolved().items() if key != "seeds"})
+        """Hash of the settings that decide a run; the list of seeds and the place of the rows are not among them."""
+        return config_hash({key: value for key, value in self.resolved().items() if key not in {"seeds", "data_root"}})
 
 
 def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Protocol:

@@ -21,7 +21,8 @@ from dlplora.modules.pool import load_pool
 from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
 from dlplora.reporting.store import RESULTS, find_cell, save
-from dlplora.tasks.suite import Suite, get_suite
+from dlplora.tasks.export import local_tasks, rows_sha256
+from dlplora.tasks.suite import Suite, Task, get_suite
 
 if TYPE_CHECKING:
     from dlplora.evaluation.harness import HarnessResult
@@ -91,11 +92,15 @@ class Run:
             "backbone": backbone_identity(self.protocol.backbone, self.protocol.revision),
             "pool": pool.checksum() if pool else None,
             "artifacts": self.artifact_hashes(),
-            "tasks": {task.name: task.version for task in self.suite.tasks},
+            "tasks": {task.name: self.task_version(task) for task in self.suite.tasks},
             "limit": self.limit,
             "package": __version__,
             "schema": SCHEMA_VERSION,
         }
+
+    def task_version(self, task: Task) -> int | str:
+        """Version of a generated task, checksum of the rows of a local one."""
+        return rows_sha256(self.protocol.data_root, task.name) if task.rows else task.version
 
     def artifact_hashes(self) -> dict[str, str]:
         """Hashes of the artefacts the method reads, by role; the pool has its own checksum."""
@@ -123,7 +128,7 @@ def prepare(
         DLPLoRAError: For an unknown suite, task or method, or a folder that does not exist.
     """
     spec = load_method_spec(method, method_params)
-    suite = get_suite(protocol.suite)
+    suite = get_suite(protocol.suite, protocol.data_root)
     for name in protocol.tasks or ():
         suite.task(name)
     if limit is not None and limit < 1:
@@ -186,20 +191,23 @@ def _load(run: Run) -> DLPLoRALM:
 
 
 def _evaluate(run: Run, lm: DLPLoRALM) -> HarnessResult:
-    from dlplora.evaluation.harness import evaluate
+    from dlplora.evaluation.harness import evaluate, fast_task_manager
 
     names = [f"dlplora_{run.suite.name}_{task}" for task in run.task_names]
     protocol = run.protocol
-    return evaluate(
-        lm,
-        names,
-        limit=run.limit,
-        num_fewshot=protocol.num_fewshot,
-        seed=run.seed,
-        log_samples=False,
-        bootstrap_iters=protocol.bootstrap_iters,
-        apply_chat_template=protocol.apply_chat_template,
-    )
+    local = [task.name for task in run.suite.tasks if task.rows]
+    with local_tasks(local, protocol.data_root) as folder:
+        return evaluate(
+            lm,
+            names,
+            limit=run.limit,
+            num_fewshot=protocol.num_fewshot,
+            seed=run.seed,
+            log_samples=False,
+            bootstrap_iters=protocol.bootstrap_iters,
+            task_manager=fast_task_manager([] if folder is None else folder),
+            apply_chat_template=protocol.apply_chat_template,
+        )
 
 
 def _latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,3 +137,46 @@ def write_manifest(
 def pool_hash(folder: str | Path) -> str:
     """Checksum of a pool folder: names and weight files in order."""
     return load_pool(folder).checksum()
+
+
+def unlisted(pool: Pool) -> list[str]:
+    """PEFT folders that lie in the pool's folder but that its manifest does not list, sorted."""
+    listed = {folder.resolve() for folder in pool.folders.values()}
+    found = (path for path in pool.path.iterdir() if (path / CONFIG_NAME).is_file() and path.resolve() not in listed)
+    return sorted(path.name for path in found)
+
+
+def add_adapter(folder: str | Path, adapter: str | Path, name: str | None = None) -> Pool:
+    """Copy a PEFT LoRA folder into a pool and list it last in the manifest; one that lies in the pool already is only listed.
+
+    Args:
+        folder: The pool; made if it does not exist.
+        adapter: PEFT folder.
+        name: Name of the expert; None takes the folder's.
+
+    Raises:
+        PoolError: If the name is taken or no name for a folder.
+        AdapterError: If the adapter cannot be fused; nothing is copied then.
+    """
+    root, source = Path(folder), Path(adapter)
+    name = name or source.resolve().name
+    if name in {"", ".", ".."} or Path(name).name != name:
+        raise PoolError(f"'{name}' cannot name an adapter: it must be the name of one folder.")
+    read_adapter(source, name)
+    pool = load_pool(root) if root.is_dir() and any(root.iterdir()) else None
+    known = () if pool is None else tuple(listed for listed in pool.names if pool.folders[listed].resolve() != source.resolve())
+    if name in known:
+        raise PoolError(f"pool {root} already has an adapter '{name}'. Pass another --name.")
+    target = root / name
+    if target.resolve() != source.resolve():
+        if target.exists():
+            raise PoolError(f"{target} exists and is not listed in the pool; move it away or pass another --name.")
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = root / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for file in (CONFIG_NAME, WEIGHTS_NAME):
+            shutil.copy2(source / file, temporary / file)
+        os.replace(temporary, target)
+    write_manifest(root, [*known, name], None if pool is None else pool.base_model, {name: str(source)})
+    return load_pool(root)

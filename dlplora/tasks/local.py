@@ -78,12 +78,24 @@ def _local_task(root: Path, name: str) -> Task:
     return Task(name=name, kind="gen" if kinds == {True} else "mcq", rows={key: value for key, value in splits.items() if value})
 
 
+def readable_tasks(root: str | None) -> list[str]:
+    """Tasks of the data folder that have test rows in our schema, sorted; others are passed over."""
+    names = []
+    for path in sorted(data_root(root).glob("*/test.jsonl")):
+        try:
+            _local_task(path.parent.parent, path.parent.name)
+        except TaskError:
+            continue
+        names.append(path.parent.name)
+    return names
+
+
 def local_suite(names: Sequence[str], root: str | None) -> Suite:
     """A suite of local tasks in the order named; ``all`` takes every folder with a ``test.jsonl``, sorted."""
     folder = data_root(root)
     wanted = list(names)
     if wanted == ["all"]:
-        wanted = sorted(path.parent.name for path in folder.glob("*/test.jsonl") if path.parent.name != "composite_10")
+        wanted = readable_tasks(root)
     if len(set(wanted)) != len(wanted):
         raise TaskError(f"duplicate task names: {', '.join(wanted)}.")
     return Suite("local", tuple(_local_task(folder, name) for name in wanted))
