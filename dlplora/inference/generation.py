@@ -70,9 +70,12 @@ class VocabularyTable:
         pieces = [str(tokenizer.decode([index])) for index in range(min(size, len(tokenizer)))]
         # A piece alone may lose its leading space (SentencePiece marks it with a character of its own).
         raw = tokenizer.convert_ids_to_tokens(list(range(len(pieces))))
-        stop = [any(character in piece for character in STOP_CHARACTERS) for piece in pieces]
-        space = [bool(piece) and (piece[0].isspace() or str(token)[:1] in "Ġ▁") for piece, token in zip(pieces, raw, strict=True)]
-        inner = [bool(sentence_end_positions(piece, final=False)) or "\n" in piece for piece in pieces]
+        # A character spelt byte by byte (。 and … often are) shows up as U+FFFD until its last byte; only the text can tell.
+        torn = ["\ufffd" in piece for piece in pieces]
+        stop = [part or any(character in piece for character in STOP_CHARACTERS) for piece, part in zip(pieces, torn, strict=True)]
+        space = [piece[:1].isspace() or str(token)[:1] in {"Ġ", "▁"} for piece, token in zip(pieces, raw, strict=True)]
+        inner = ["\n" in piece or bool(sentence_end_positions(piece, final=False)) for piece in pieces]
+        inner = [part or whole for part, whole in zip(torn, inner, strict=True)]
         pad = [False] * (size - len(pieces))
         self.stop = torch.tensor(stop + pad)
         self.space = torch.tensor(space + pad)

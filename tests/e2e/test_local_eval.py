@@ -118,7 +118,11 @@ def test_exported_tasks_say_where_an_answer_ends(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     ("line", "part"),
-    [("{", "test.jsonl:9: not JSON"), ('{"question": "q"}', "test.jsonl:9: field 'answer'"), ('{"question": "q", "answer": "a"}', "some rows")],
+    [
+        ("{", "test.jsonl:9: not JSON"),
+        ('{"question": "q"}', "test.jsonl:9: field 'answer'"),
+        ('{"question": "q", "answer": "a"}', "some rows"),
+    ],
 )
 def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, part: str) -> None:
     rows = write_tasks(tmp_path / "rows")

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from dlplora.tasks.nano import lexicon as lx
+from dlplora.tasks.nano import picking
 from dlplora.tasks.suite import Draw, Task
 
 Drawer = Callable[[random.Random, bool], Draw]
@@ -146,62 +147,6 @@ def _narrative(rng: random.Random, held_out: bool) -> Draw:
     name, names = rng.choice(lx.half(lx.NAMES, held_out)), lx.nouns(held_out)
     story = f"{name} {first} the {rng.choice(names)}. Later {name} {second} the {rng.choice(names)}."
     return Draw({"s": story}, _PROVERBS[moral], list(_PROVERBS.values()))
-
-
-def _pick(category_index: Callable[[random.Random], tuple[str, list[str]]]) -> Drawer:
-    """Three things of three categories; the rule names the category that wins."""
-
-    def draw(rng: random.Random, held_out: bool) -> Draw:
-        winner, rivals = category_index(rng)
-        words = [rng.choice(lx.nouns_of(winner, held_out)), *(rng.choice(lx.nouns_of(rival, held_out)) for rival in rivals)]
-        answer = words[0]
-        rng.shuffle(words)
-        return Draw(
-            {"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))}, answer, words
-        )
-
-    return draw
-
-
-_PICK_POOL = ["animal", "tool", "food", "instrument"]
-
-
-def _winner(category: str) -> Drawer:
-    rivals = [other for other in _PICK_POOL if other != category]
-    return _pick(lambda rng: (category, rng.sample(rivals, 2)))
-
-
-def _ordinal(position: int) -> Drawer:
-    """Three things; the one at a fixed position is the answer."""
-
-    def draw(rng: random.Random, held_out: bool) -> Draw:
-        words = rng.sample(lx.nouns(held_out), 3)
-        return Draw(
-            {"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))},
-            words[position],
-            words,
-        )
-
-    return draw
-
-
-def _count(rng: random.Random, held_out: bool) -> Draw:
-    number = rng.randrange(1, 5)
-    words = rng.sample(lx.nouns(held_out), number)
-    fields = {"l": lx.enumerate_words([lx.article(word) for word in words]), "n": rng.choice(lx.half(lx.NAMES, held_out))}
-    return Draw(fields, lx.NUMBERS[number], lx.NUMBERS[1:5])
-
-
-def _gate(allowed: Sequence[str]) -> Drawer:
-    """A colour convention: which colours may pass."""
-
-    def draw(rng: random.Random, held_out: bool) -> Draw:
-        passes = rng.random() < 0.5
-        color = rng.choice(list(allowed) if passes else [color for color in lx.COLORS if color not in allowed])
-        fields = {"c": lx.article(color), "w": rng.choice(lx.nouns(held_out)), "n": rng.choice(lx.half(lx.NAMES, held_out))}
-        return Draw(fields, "yes" if passes else "no", ("yes", "no"))
-
-    return draw
 
 
 def _task(name: str, draw: Drawer, *phrasings: str) -> Task:
@@ -357,7 +302,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "pick_food",
-        _winner("food"),
+        picking.winner("food"),
         "The keeper sees {l}. Which one does the keeper take?",
         "Which one is for the keeper: {l}?",
         "{n} brings {l} to the keeper. The keeper wants one. Which?",
@@ -367,7 +312,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "pick_tool",
-        _winner("tool"),
+        picking.winner("tool"),
         "The builder sees {l}. Which one does the builder take?",
         "Which one is for the builder: {l}?",
         "{n} brings {l} to the builder. The builder wants one. Which?",
@@ -377,7 +322,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "logical_order_first",
-        _ordinal(0),
+        picking.ordinal(0),
         "In a row there are {l}. Which one leads?",
         "Which one leads the row of {l}?",
         "{n} puts in a row {l}. Name the leader.",
@@ -387,7 +332,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "logical_order_last",
-        _ordinal(2),
+        picking.ordinal(2),
         "In a row there are {l}. Which one trails?",
         "Which one trails the row of {l}?",
         "{n} puts in a row {l}. Name the tail.",
@@ -397,7 +342,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "object_counting",
-        _count,
+        picking.count,
         "I have {l}. How many objects do I have?",
         "How many objects are there: {l}?",
         "{n} owns {l}. Count the objects.",
@@ -409,7 +354,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "gate_colors",
-        _gate(("red", "green", "white", "gray", "gold", "orange")),
+        picking.gate(("red", "green", "white", "gray", "gold", "orange")),
         "{n} comes to the gate with {c} {w}. May {n} pass?",
         "The gate sees {c} {w}. Does it pass?",
         "May {n} pass the gate with {c} {w}?",
@@ -419,7 +364,7 @@ CANDIDATES: tuple[Task, ...] = (
     ),
     _task(
         "bridge_colors",
-        _gate(("blue", "green", "black", "gray", "purple", "yellow")),
+        picking.gate(("blue", "green", "black", "gray", "purple", "yellow")),
         "{n} comes to the bridge with {c} {w}. May {n} pass?",
         "The bridge sees {c} {w}. Does it pass?",
         "May {n} pass the bridge with {c} {w}?",

@@ -1,0 +1,77 @@
+"""The house rules that a reader cannot check by eye: sizes, names, import directions, loadable configurations."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlplora.config import configs_root, list_configs
+from dlplora.evaluation.protocol import load_protocol
+from dlplora.methods.registry import build_method, load_method_spec
+from dlplora.training.config_check import check_command_line
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted(path for room in ("dlplora", "baselines", "benchmarks") for path in (ROOT / room).rglob("*.py"))
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(MODULES) > 50
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_MODULE_LINES
+    assert path.name not in {"utils.py", "helpers.py", "misc.py", "common.py"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            docstring = ast.get_docstring(node, clean=False)
+            body = lines - (len(docstring.splitlines()) if docstring else 0)
+            assert body <= MAX_FUNCTION_LINES, f"{node.name} has {body} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_names_are_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name != "__init__.py":
+        assert ast.get_docstring(tree), "the module has no docstring"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_") and not _overrides(inner):
+                    assert ast.get_docstring(inner), f"{node.name}.{inner.name} has no docstring"
+
+
+def _overrides(node: ast.FunctionDef) -> bool:
+    """Setters and overloads repeat a documented name."""
+    return any("setter" in ast.unparse(decorator) or "overload" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def test_imports_point_one_way() -> None:
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("name", list_configs("method"))
+def test_every_method_file_builds(name: str) -> None:
+    assert build_method(load_method_spec(name)).name
+
+
+@pytest.mark.parametrize("name", list_configs("protocol"))
+def test_every_protocol_loads(name: str) -> None:
+    assert load_protocol(name).hash()
+
+
+@pytest.mark.parametrize("name", list_configs("train"))
+def test_every_training_file_names_known_classes_and_keys(name: str) -> None:
+    classes = check_command_line(["--config", str(configs_root() / "train" / f"{name}.yaml")])
+    assert set(classes) == {"model", "data"}
