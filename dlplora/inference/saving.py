@@ -12,7 +12,7 @@ from typing import Any
 
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, MethodContext
-from dlplora.methods.registry import available_methods, build_method, load_method_spec, method_class
+from dlplora.methods.registry import build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.pool import write_manifest
 
@@ -109,10 +109,11 @@ def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) ->
     Raises:
         MethodError: If it is not installed.
     """
-    known = available_methods()
-    if saved.method not in known:
-        raise MethodError(f"the saved model uses method '{saved.method}', which is not installed. Known: {', '.join(known)}.")
-    return known[saved.method].load(saved.method_folder, bank, context)
+    try:
+        cls = method_class(saved.method)
+    except MethodError as error:
+        raise MethodError(f"the saved model uses a method that is not installed: {error}") from error
+    return cls.load(saved.method_folder, bank, context)
 
 
 def choose_method(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from dlplora.training.checkpoints import planned_steps
 from dlplora.training.muon import MuonWithAdamW
 
 
@@ -108,7 +109,7 @@ class LitBackbone(L.LightningModule):
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
         others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
         optimizer = MuonWithAdamW(matrices, others, lr=h["lr"], adam_lr=h["adam_lr"])
-        total = int(self.trainer.estimated_stepping_batches)
+        total = planned_steps(self.trainer)
 
         def scale(step: int) -> float:
             return min(1.0, (step + 1) / h["warmup_steps"]) * min(1.0, (total - step) / max(1.0, h["decay_fraction"] * total))

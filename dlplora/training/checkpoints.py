@@ -7,6 +7,7 @@ again. Experts and routers are handed on as safetensors and JSON, never as one o
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 from pathlib import Path
@@ -158,3 +159,17 @@ class ResumeCheckpoint(L.Callback):
         if trainer.is_global_zero:
             for old in sorted(folder.glob(f"step=*{SUFFIX}"))[: -self.keep]:
                 old.unlink()
+
+
+def planned_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run, for schedules.
+
+    ``trainer.estimated_stepping_batches`` would set up the loader before a resume file has been read, and Lightning then never
+    tells the loader where it stood: a resumed run would begin again with the first batch.
+    """
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    planned = steps * trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else trainer.max_steps
+    return planned if trainer.max_steps == -1 else min(planned, trainer.max_steps)

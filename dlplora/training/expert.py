@@ -12,6 +12,7 @@ from torch import Tensor
 from dlplora.training.adapter_export import save_adapter
 from dlplora.training.adapter_module import AdapterModule
 from dlplora.training.answer_loss import answer_logits, has_plain_head
+from dlplora.training.checkpoints import planned_steps
 from dlplora.training.frozen import load_frozen
 from dlplora.training.settings import LoRASettings, OptimizerSettings, expert_generator, initial_lora_a
 
@@ -67,7 +68,7 @@ class LitExpert(AdapterModule):
     def configure_optimizers(self) -> Any:
         """AdamW on the adapter."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return self.optimizer_settings.build(parameters, int(self.trainer.estimated_stepping_batches))
+        return self.optimizer_settings.build(parameters, planned_steps(self.trainer))
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (S, V) at the supervised positions."""

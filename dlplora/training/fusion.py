@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlplora.errors import MethodError
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
-from dlplora.training.checkpoints import ResumableModule
+from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.settings import OptimizerSettings, step_rng
 from dlplora.types import PromptBatch
 
@@ -112,7 +112,7 @@ class LitFusion(ResumableModule):
     def configure_optimizers(self) -> Any:
         """AdamW on the method's parameters."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return self.optimizer_settings.build(parameters, int(self.trainer.estimated_stepping_batches))
+        return self.optimizer_settings.build(parameters, planned_steps(self.trainer))
 
     def on_fit_start(self) -> None:
         """Find out once how the logits are made."""

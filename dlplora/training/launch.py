@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from dlplora.errors import ConfigError
+from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.training.checkpoints import AtomicCheckpointIO, ResumeCheckpoint, find_latest
 from dlplora.training.config_check import check_command_line, first_reason
 
@@ -158,11 +158,23 @@ def run(arguments: Sequence[str]) -> int:
         )
     except ArgumentError as error:
         raise ConfigError(first_reason(str(error))) from error
+    except ValueError as error:
+        own = _our_error(error)
+        if own is None:
+            raise
+        raise ConfigError(str(own)) from error
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
     if cli.trainer.is_global_zero:
         print(json.dumps(summary(cli)))
     return 0
+
+
+def _our_error(error: BaseException | None) -> DLPLoRAError | None:
+    """The error of ours behind one of the parser, which wraps what a constructor raises in an error of its own."""
+    while error is not None and not isinstance(error, DLPLoRAError):
+        error = error.__cause__
+    return error
 
 
 def summary(cli: TrainingCLI) -> dict[str, Any]:

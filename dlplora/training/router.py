@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from dlplora.errors import ConfigError
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
-from dlplora.training.checkpoints import ResumableModule
+from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.frozen import load_frozen, load_tokenizer
 from dlplora.training.settings import OptimizerSettings, derive_seed, step_rng
 
@@ -89,7 +89,7 @@ class LitRouter(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on the router."""
-        return self.optimizer_settings.build(self.router.parameters(), int(self.trainer.estimated_stepping_batches))
+        return self.optimizer_settings.build(self.router.parameters(), planned_steps(self.trainer))
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, E) before the temperature."""
