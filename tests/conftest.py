@@ -116,3 +116,13 @@ def tiny_pool(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPa
     make_adapter(folder / "beta", seed=2, r=6, lora_alpha=3)
     make_adapter(folder / "gamma", seed=3, r=2, lora_alpha=4, use_rslora=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def uniform_pool(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool folder of three adapters of one rank with different scalings, for methods that sum factors."""
+    folder = tmp_path_factory.mktemp("uniform_pool")
+    make_adapter(folder / "alpha", seed=1)
+    make_adapter(folder / "beta", seed=2, lora_alpha=3)
+    make_adapter(folder / "gamma", seed=3, lora_alpha=4, use_rslora=True)
+    return folder

@@ -79,9 +79,10 @@ def check_t3_equal_adapters(case: Case) -> None:
     prompts = case.prompts()
     adapted = single_adapter_logits(case, first, prompts)
     own_sum = case.build().weight_sum
+    adapters = {role: first for role in case.build().artifact_roles if role.startswith("multitask")}
     if own_sum in {"one", "zero"}:
         expected = adapted if own_sum == "one" else logits_of(case.make_model(), prompts)
-        with case.fused(bank=case.bank(twins), artifacts={"multitask": first}) as fused:
+        with case.fused(bank=case.bank(twins), artifacts=adapters) as fused:
             require_close(routed_logits(fused, prompts), expected, "T3: own routing over equal adapters")
     names = forced_names(case)
     if set(names) <= set(case.names):

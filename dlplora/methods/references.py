@@ -10,6 +10,8 @@ differ by the rule alone; none merges into the base weights.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -56,21 +58,31 @@ class Oracle(FusionMethod):
         return weights.to(prompts.input_ids.device)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiTaskConfig:
+    """Which adapter speaks."""
+
+    artifact: str = "multitask"
+    """Role of its folder: ``multitask`` has the rank of one expert, ``multitask_r64`` the paper's, ``multitask_r208`` as many parameters
+    as 26 experts of rank 8."""
+
+
 class MultiTask(FusionMethod):
     """One adapter trained on the mixture of all tasks; the pool is set aside and this adapter always speaks."""
 
     name = "multitask"
     metadata = Metadata(title="Multi-task LoRA", granularity="none", needs=("all_tasks_adapter",))
+    Config = MultiTaskConfig
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:
         """The folder of the adapter."""
-        return (getattr(self.config, "artifact", "multitask"),)
+        return (self.config.artifact,)
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
-        """A bank of the one adapter in ``context.artifact("multitask")``, with the dtype and device of the pool's bank."""
+        """A bank of the one adapter in ``context.artifact(config.artifact)``, with the dtype and device of the pool's bank."""
         super().prepare(bank, context)
-        folder = context.artifact("multitask", self.name)
+        folder = context.artifact(self.config.artifact, self.name)
         like = next(iter(bank.modules.values())).lora_a
         return AdapterBank.from_peft({"multitask": folder}).to(dtype=like.dtype, device=like.device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.errors import ConfigError
+from dlplora.modules.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,6 @@ class OptimizerSettings:
             optimizer, lambda step: self.rate_factor(step % period if period else step, total_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that is a function of its parts and the same on every machine."""
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager

@@ -23,14 +23,16 @@ def discovered() -> list[str]:
     return presets + [name for name in available_methods() if name not in covered]
 
 
-def make_case(build: str | Callable[[], FusionMethod], *, model: Any, tokenizer: Any, pool: Path, multitask: Path, workdir: Path) -> Case:
-    """A case for a preset name or for any callable that makes a method."""
+def make_case(
+    build: str | Callable[[], FusionMethod], *, model: Any, tokenizer: Any, pool: Path, uniform_pool: Path, multitask: Path, workdir: Path
+) -> Case:
+    """A case for a preset name or for any callable that makes a method; one that sums factors gets adapters of one rank."""
     builder = (lambda: build_method(build)) if isinstance(build, str) else build
     return Case(
         build=builder,
         make_model=lambda: copy.deepcopy(model),
         tokenizer=tokenizer,
-        pool=pool,
+        pool=uniform_pool if builder().metadata.combine == "factor" else pool,
         workdir=workdir,
-        artifacts={"multitask": multitask},
+        artifacts=dict.fromkeys(("multitask", "multitask_r64", "multitask_r208"), multitask),
     )

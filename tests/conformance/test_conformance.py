@@ -28,10 +28,11 @@ def multitask_folder(make_adapter: Any, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def case_of(
-    tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path, multitask_folder: Path, tmp_path: Path
+    tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path, uniform_pool: Path, multitask_folder: Path, tmp_path: Path
 ) -> Callable[[str | Callable[[], FusionMethod]], Case]:
     def make(build: str | Callable[[], FusionMethod]) -> Case:
-        return make_case(build, model=tiny_llama, tokenizer=tiny_tokenizer, pool=tiny_pool, multitask=multitask_folder, workdir=tmp_path)
+        pools = {"pool": tiny_pool, "uniform_pool": uniform_pool, "multitask": multitask_folder}
+        return make_case(build, model=tiny_llama, tokenizer=tiny_tokenizer, workdir=tmp_path, **pools)
 
     return make
 
@@ -319,7 +320,13 @@ def test_a_pool_without_effect_is_refused(case_of: Any, make_adapter: Any, tiny_
     for name in ("alpha", "beta"):
         make_adapter(pool / name, scale=0.0)
     case = make_case(
-        "oracle", model=copy.deepcopy(tiny_llama), tokenizer=tiny_tokenizer, pool=pool, multitask=pool / "alpha", workdir=tmp_path / "work"
+        "oracle",
+        model=copy.deepcopy(tiny_llama),
+        tokenizer=tiny_tokenizer,
+        pool=pool,
+        uniform_pool=pool,
+        multitask=pool / "alpha",
+        workdir=tmp_path / "work",
     )
     with pytest.raises(MethodError, match="changes nothing"):
         run_check("T2", case)
