@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.tasks.suite import Item
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ PROMPTS = (
     "yes or no: is the plum blue?",
     "Ann likes a dog and Tom likes a pear. Who likes the pear? Answer:",
 )
+
+
+def _training_items(task: str, num: int) -> list[Item]:
+    """Training items of a task for methods that need some: words that depend on the task's name, the same each time."""
+    words = " ".join(PROMPTS).split()
+    start = sum(map(ord, task))
+    return [Item(task, f"{words[(start + i) % len(words)]} {words[(2 * start + 3 * i) % len(words)]} ?", words[i % 5]) for i in range(num)]
 
 
 class ConformanceError(AssertionError):
@@ -61,7 +69,9 @@ class Case:
 
     def context(self, model: Any) -> MethodContext:
         """The context of a method bound to ``model``, with the stand-ins for missing artefacts written, the same each time."""
-        bare = MethodContext(tokenizer=self.tokenizer, embedding=model.get_input_embeddings(), artifacts=dict(self.artifacts))
+        bare = MethodContext(
+            tokenizer=self.tokenizer, embedding=model.get_input_embeddings(), artifacts=dict(self.artifacts), few_shot=_training_items
+        )
         made = type(self.build()).example_artifacts(self.workdir / "artifacts", self.bank(), bare)
         return dataclasses.replace(bare, artifacts={**made, **self.artifacts})
 

@@ -155,6 +155,13 @@ class FusedLinear(nn.Module):
         self.slot = slot
         self.gate: Gate | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A gate is the method's: it is held, not registered, so that it is no part of the backbone's state."""
+        if name == "gate":
+            self.__dict__["gate"] = value
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus fused delta, (B, T, O).
 
