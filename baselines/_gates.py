@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import MethodError
-from dlplora.methods.base import FusionMethod
+from dlplora.methods.base import FusionMethod, MethodContext, Need
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.seeds import derive_seed
 
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM
@@ -47,3 +51,91 @@ class TokenGated(FusionMethod):
         """Put the gate on every fused layer."""
         for module, layer in model.patched.layers.items():
             layer.gate = partial(self.gate, module)
+
+
+TRAINED_NEEDS: tuple[Need, ...] = ("inputs", "labels", "trained")
+"""What a method with trained gates must be given."""
+FORWARD_ORDER = (
+    "q_proj", "qkv_proj", "query_key_value", "c_attn", "k_proj", "v_proj", "o_proj", "gate_proj", "gate_up_proj", "up_proj", "c_fc", "fc1",
+    "down_proj", "c_proj", "fc2",
+)  # fmt: skip
+"""Linear layers of a decoder layer in the order in which the forward pass calls them."""
+
+
+def key_of(module: str) -> str:
+    """A module path as the name of a parameter, which may not hold a dot."""
+    return module.replace(".", "/")
+
+
+def layer_of(module: str) -> str:
+    """The decoder layer that a module belongs to: the path up to its first number; the whole path where there is none.
+
+    >>> layer_of("model.layers.3.self_attn.q_proj")
+    'model.layers.3'
+    """
+    match = re.match(r"(.*?\.\d+)(\.|$)", module)
+    return match[1] if match else module
+
+
+def first_modules(bank: AdapterBank, method: str) -> dict[str, str]:
+    """Decoder layer -> the first of its adapted modules in the forward pass.
+
+    Raises:
+        MethodError: If the order of a module is not known.
+    """
+    first: dict[str, tuple[int, str]] = {}
+    for module in bank.modules:
+        name = module.rsplit(".", 1)[-1]
+        if name not in FORWARD_ORDER:
+            raise MethodError(
+                f"method '{method}' shares weights inside a decoder layer and must know which module comes first; '{name}' is not among "
+                f"{', '.join(FORWARD_ORDER)}."
+            )
+        place = (FORWARD_ORDER.index(name), module)
+        first[layer_of(module)] = min(place, first.get(layer_of(module), place))
+    return {layer: module for layer, (_, module) in first.items()}
+
+
+def drawn(bank: AdapterBank, width: int, bound: float, *parts: object) -> Tensor:
+    """Uniform numbers (E, width) within ``bound``; a row depends on its expert's name, not on the order of the experts."""
+    rows = []
+    for name in bank.names:
+        generator = torch.Generator().manual_seed(derive_seed(*parts, name))
+        rows.append((torch.rand(width, generator=generator) * 2 - 1) * bound)
+    return torch.stack(rows)
+
+
+def over_real_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T) values over the positions that ``mask`` (B, T) marks; padding on either side is left out."""
+    real = mask.to(values.dtype)
+    return (values * real).sum() / real.sum()
+
+
+class TrainedGates(TokenGated):
+    """Gates with parameters, which remember what they answered while a loss asks for it."""
+
+    def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
+        """Make the parameters at the first call; keep those that are there."""
+        if not list(self.parameters()):
+            self.build(bank, context.seed)
+            self.to(context.device)
+        self._recorded: dict[str, Tensor] | None = None
+        return super().prepare(bank, context)
+
+    def build(self, bank: AdapterBank, seed: int) -> None:
+        """Register the gates' parameters, float32 on the CPU."""
+        raise NotImplementedError
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Keep a tensor for the loss of the running step; outside of training nothing is kept."""
+        if self._recorded is not None:
+            self._recorded[name] = value
+
+    def answer_and_records(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The answers' cross-entropy under the gates, and what the gates recorded on the way."""
+        recorded: dict[str, Tensor] = {}
+        self._recorded = recorded
+        try:
+            return batch["answer_loss"](None), recorded
+        finally:
+            self._recorded = None

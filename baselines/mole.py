@@ -1,0 +1,110 @@
+"""MoLE: gates that look at what every expert would add (Wu et al., arXiv:2404.13628), read causally.
+
+At the first adapted module of a decoder layer, token by token: ``e_i = s_i B_i A_i x``, ``u = RMSNorm(e_1, ..., e_N)``, ``w = softmax(u
+E / tau)``; the weights serve all adapted modules of the layer. ``E`` (N O, N) starts at zero, so the weights start uniform; ``tau`` is
+learned as exp(log tau). Loss = answers + ``balance`` * ``-sum_i log q_i`` with q the mean weight of expert i over real tokens and
+layers.
+
+Deviations, with reasons: the printed gate flattens over the whole sequence, which lets a token see the future and ties the gate to one
+length; ours decides per token. The printed expert adds a second residual, so that one expert at weight one would not be that expert; ours
+is the LoRA's delta. ``mole_lr`` shares one projection (O, p) over the experts, since E has N^2 O numbers. No official code exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines._gates import TRAINED_NEEDS, TrainedGates, first_modules, key_of, layer_of
+from dlplora.errors import ConfigError
+from dlplora.methods.base import Metadata, MethodContext
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.seeds import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoLEConfig:
+    """MoLE's settings."""
+
+    balance: float = 0.5
+    """Weight of the balancing loss (alpha)."""
+    projection: int | None = None
+    """Width that every expert's output is projected to before the gate; null takes the outputs as they are."""
+
+    def __post_init__(self) -> None:
+        if self.balance < 0 or (self.projection is not None and self.projection < 1):
+            raise ConfigError(f"'balance' must not be negative and 'projection' positive, got {self.balance}, {self.projection}.")
+
+
+class MoLE(TrainedGates):
+    """One gate a decoder layer over the experts' own outputs."""
+
+    name = "mole"
+    metadata = Metadata(
+        title="MoLE (causal)",
+        paper="https://arxiv.org/abs/2404.13628",
+        granularity="token",
+        depth="layer",
+        needs=TRAINED_NEEDS,
+        trainable=True,
+    )
+    Config = MoLEConfig
+
+    def build(self, bank: AdapterBank, seed: int) -> None:
+        """Zero gates, tau 1, and the shared projections where they are wanted."""
+        self.gates, self.log_tau, self.projections = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for layer, module in first_modules(bank, self.name).items():
+            width = bank.modules[module].lora_b.shape[1]
+            if self.config.projection is not None:
+                generator = torch.Generator().manual_seed(derive_seed(self.name, seed, layer))
+                self.projections[key_of(layer)] = nn.Parameter(torch.randn(width, self.config.projection, generator=generator) / width**0.5)
+                width = self.config.projection
+            self.gates[key_of(layer)] = nn.Parameter(torch.zeros(bank.num_experts * width, bank.num_experts))
+            self.log_tau[key_of(layer)] = nn.Parameter(torch.zeros(()))
+
+    def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
+        """Keep the experts that the gates look at."""
+        self._entries = {module: bank.modules[module] for module in first_modules(bank, self.name).values()}
+        self._weights: dict[str, Tensor] = {}
+        return super().prepare(bank, context)
+
+    def gate(self, module: str, x: Tensor) -> Tensor:
+        """The layer's weights; computed at its first module, used by the others in the same forward pass."""
+        layer = layer_of(module)
+        if module in self._entries:
+            features = self.features(layer, module, x)
+            self._weights[layer] = (features @ self.gates[key_of(layer)] / self.log_tau[key_of(layer)].exp()).softmax(dim=-1)
+            self.record(layer, self._weights[layer])
+        return self._weights[layer]
+
+    def features(self, layer: str, module: str, x: Tensor) -> Tensor:
+        """What the gate reads: the normalised outputs of all experts, one after another, (B, T, N O) or (B, T, N p)."""
+        entry = self._entries[module]
+        low = torch.einsum("bti,eri->bter", x.float(), entry.lora_a.float())
+        answers = torch.einsum("bter,eor,e->bteo", low, entry.lora_b.float(), entry.scaling)
+        if self.config.projection is not None:
+            answers = answers @ self.projections[key_of(layer)]
+        flat = answers.flatten(-2)
+        return F.rms_norm(flat, (flat.shape[-1],), eps=1e-6)
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Answers plus the balancing loss."""
+        answers, recorded = self.answer_and_records(batch)
+        return answers + self.config.balance * balancing_loss(list(recorded.values()), batch["attention_mask"])
+
+
+def balancing_loss(weights: list[Tensor], mask: Tensor) -> Tensor:
+    """``-sum_i log q_i``, smallest (N log N) when all experts share equally.
+
+    Args:
+        weights: Routing weights (B, T, N) of every gate.
+        mask: Real tokens (B, T).
+    """
+    real = mask[..., None].float()
+    shares = torch.stack([(one * real).sum((0, 1)) / real.sum() for one in weights]).mean(dim=0)
+    return -shares.clamp_min(1e-12).log().sum()
