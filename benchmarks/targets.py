@@ -16,10 +16,10 @@ from pathlib import Path
 
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import latest, value_of
+from dlplora.reporting.tables import REFERENCE_ROWS, latest, value_of
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
+METHODS = REFERENCE_ROWS
 
 
 def help_seconds(repeats: int = 7) -> float:

@@ -14,7 +14,7 @@ from dlplora.reporting import tables
 from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.store import RESULTS, load_all
 
-METHODS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
+METHODS = tables.REFERENCE_ROWS
 SECONDS = {"pool": 600, "router": 45, "evaluate": 25}
 """What a step took on two cores of a server CPU, for the announcement only."""
 SECONDS_OF_ANOTHER_TRAINING = 420

@@ -30,11 +30,16 @@ COLUMNS = (
     Column("MCQ accuracy %", "mcq_acc"),
     Column("exact match %", "gen_exact_match"),
     Column("BLEU", "gen_bleu", percent=False),
+    Column("ROUGE-1 %", "gen_rouge1"),
     Column("ROUGE-L %", "gen_rougeL"),
     Column("experts kept", "routing.mean_experts_kept", percent=False, larger_is_better=None, digits=2),
     Column("router accuracy %", "routing.router_accuracy", larger_is_better=None),
-    Column("decode time ÷ one LoRA", "latency.tpot_ratio", percent=False, larger_is_better=None, digits=2),
+    Column("trained parameters", "trained_parameters", percent=False, larger_is_better=None, digits=0),
+    Column("prefill ÷ one LoRA", "latency.ttft_ratio", percent=False, larger_is_better=None, digits=2),
+    Column("decode ÷ one LoRA", "latency.tpot_ratio", percent=False, larger_is_better=None, digits=2),
 )
+REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
+"""First rows of every table, and the only ones in the README."""
 
 
 def value_of(record: Record, key: str) -> float | None:
@@ -42,6 +47,8 @@ def value_of(record: Record, key: str) -> float | None:
     room, _, name = key.partition(".")
     if room == "routing":
         value = record.routing.get(name)
+    elif key == "trained_parameters":
+        value = record.trained_parameters
     elif room == "latency":
         value = (record.latency or {}).get(name)
     else:
@@ -88,7 +95,7 @@ def _cell(column: Column, mean: float | None, error: float | None, best: float |
 
 
 def _order(record: Record) -> tuple[int, str]:
-    known = ["base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code"]
+    known = REFERENCE_ROWS
     return (known.index(record.method_name) if record.method_name in known else len(known), record.method_name)
 
 
@@ -125,14 +132,17 @@ def caption(records: Sequence[Record]) -> str:
     return (
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`, {len(records[0].suite_tasks)} tasks × {items} questions, "
         f"seeds {', '.join(map(str, seeds))}, ± one standard error, code {', '.join(commits)}, {', '.join(threads)}. "
-        "Decode time: median over interleaved runs in one process, against PEFT with one adapter. "
+        "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter. "
         "Generated from `results/runs` by `dlplora report build`."
     )
 
 
 def readme_block(records: Sequence[Record]) -> str:
-    """The text between the README's markers."""
-    return f"{BEGIN}\n{main_table(records)}\n\n{caption(records)}\n{END}".replace("\n\n\n", "\n\n")
+    """The text between the README's markers: the reference rows."""
+    rows = [record for record in records if record.method_name in REFERENCE_ROWS]
+    others = len({record.method_name for record in records} - set(REFERENCE_ROWS))
+    more = f" {others} more methods: [results/tables](results/tables)." if others else ""
+    return f"{BEGIN}\n{main_table(rows)}\n\n{caption(rows)}{more}\n{END}".replace("\n\n\n", "\n\n")
 
 
 def task_table(records: Sequence[Record]) -> str:

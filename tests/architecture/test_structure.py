@@ -75,3 +75,13 @@ def test_every_protocol_loads(name: str) -> None:
 def test_every_training_file_names_known_classes_and_keys(name: str) -> None:
     classes = check_command_line(["--config", str(configs_root() / "train" / f"{name}.yaml")])
     assert set(classes) == {"model", "data"}
+
+
+@pytest.mark.parametrize("name", list_configs("method"))
+def test_every_method_has_a_row_in_the_fidelity_table(name: str) -> None:
+    rows = [line for line in (ROOT / "baselines" / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    mine = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+    assert len(mine) == 1
+    cells = [cell.strip() for cell in mine[0].strip("|").split("|")]
+    assert len(cells) == 5
+    assert all(cells)
