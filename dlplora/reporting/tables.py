@@ -34,7 +34,7 @@ COLUMNS = (
     Column("ROUGE-L %", "gen_rougeL"),
     Column("experts kept", "routing.mean_experts_kept", percent=False, larger_is_better=None, digits=2),
     Column("router accuracy %", "routing.router_accuracy", larger_is_better=None),
-    Column("trained parameters", "trained_parameters", percent=False, larger_is_better=None, digits=0),
+    Column("routing parameters", "trained_parameters", percent=False, larger_is_better=None, digits=0),
     Column("prefill ÷ one LoRA", "latency.ttft_ratio", percent=False, larger_is_better=None, digits=2),
     Column("decode ÷ one LoRA", "latency.tpot_ratio", percent=False, larger_is_better=None, digits=2),
 )
