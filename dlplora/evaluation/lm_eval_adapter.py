@@ -18,8 +18,9 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ from dlplora.evaluation.routing_statistics import COUNTERS, RoutingStatistics, s
 from dlplora.evaluation.scoring import GenerationSettings, Prompt, ScoringRequest, Side, StopTexts, options_key, pad_rows
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.lm_eval import CACHE_REFUSAL
+from dlplora.tasks.local import ENV_ROOT
+from dlplora.tasks.suite import Item, get_suite
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -362,4 +365,14 @@ def _load(args: ModelArgs, device: torch.device) -> FusedCausalLM:
         trust_remote_code=args.trust_remote_code,
         names=args.names,
         seed=args.seed,
+        few_shot=_training_items(args.pool),
     )
+
+
+def _training_items(pool: str | None) -> Callable[[str, int], Sequence[Item]] | None:
+    """Where methods that need examples of a task find them: the nano suite for its own pool, else the rows under ``DLPLORA_DATA``."""
+    if pool is None:
+        return lambda task, num: get_suite("nano").task(task).items("train", num)
+    if os.environ.get(ENV_ROOT):
+        return lambda task, num: get_suite(f"local:{task}").task(task).items("train", num)
+    return None

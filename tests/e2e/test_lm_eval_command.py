@@ -116,3 +116,17 @@ def test_two_processes_share_the_questions(model_args: str, tmp_path: Path) -> N
     assert two["results"] == one["results"]
     for name, value in one["config"]["dlplora_routing"].items():
         assert two["config"]["dlplora_routing"][name] == pytest.approx(value), name
+
+
+def test_methods_that_need_examples_find_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded pool brings its suite along; a pool of one's own finds rows under DLPLORA_DATA, or says that it has none."""
+    arguments = ["--model", "dlplora", "--tasks", TASK, "--limit", "2", "--device", "cpu", "--model_args"]
+    assert command.main([*arguments, "method=lorauter"]) == 0
+    assert TASK in capsys.readouterr().out
+
+
+def test_a_pool_without_rows_is_told_so(tiny_llama_folder: Path, tiny_pool: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    arguments = ["--model", "dlplora", "--tasks", TASK, "--limit", "2", "--device", "cpu", "--model_args"]
+    assert command.main([*arguments, f"method=lorauter,pretrained={tiny_llama_folder},pool={tiny_pool}"]) == 2
+    assert "needs 20 training inputs of every expert" in capsys.readouterr().err
