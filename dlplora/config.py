@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -147,3 +148,23 @@ def canonical_json(value: Any) -> str:
 def config_hash(value: Any) -> str:
     """First 12 hex digits of the SHA-256 of the canonical JSON of ``value``."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
+def require_writable(folder: str | os.PathLike[str], what: str) -> None:
+    """Find out before hours of work whether a folder can be written; nothing is left behind.
+
+    Args:
+        folder: Where something is going to be written; it need not exist.
+        what: What it is for, for the error.
+
+    Raises:
+        ConfigError: If neither the folder nor its nearest existing parent takes files.
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot write in {place} ({error.strerror}). Choose another folder than {folder}.") from error

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dlplora.errors import DLPLoRAError
+from dlplora.errors import DLPLoRAError, nearest
 
 MODEL_NAME = "dlplora"
 MODEL_TARGET = "dlplora.evaluation.lm_eval_adapter:DLPLoRALM"
@@ -121,9 +121,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             cli_evaluate()
     except DLPLoRAError as error:
         return _fail(str(error))
+    except ValueError as error:
+        if not (_only_our_tasks(options) and str(error).startswith("Tasks not found")):
+            raise
+        return _fail(_unknown_task(str(error)))
     finally:
         sys.argv = saved
     return 0
+
+
+def _unknown_task(message: str) -> str:
+    """lm-eval's list of unknown tasks with the nearest of ours."""
+    from lm_eval.tasks import TaskManager
+
+    with tasks_included(include_defaults=False):
+        known = [name for name in TaskManager().all_tasks if name.startswith(TASK_PREFIX)]
+    unknown = [name.strip() for name in message.partition(":")[2].split(",")]
+    hints = "".join(nearest(name, known) for name in unknown)
+    return f"unknown task {', '.join(unknown)}.{hints} `dlplora tasks` lists the nano suite; local rows need DLPLORA_DATA."
 
 
 def _fail(message: str) -> int:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dlplora.config import require_writable
 from dlplora.errors import ConfigError
 
 
@@ -88,6 +89,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         print(json.dumps({"cell": run.cell(), **run.description(), "protocol": protocol.resolved()}, indent=2))
         return 0
     root = Path(arguments.out)
+    require_writable(root, "--out")
     path = None if arguments.force else finished(run, root)
     if path is None:
         say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name} …")
@@ -111,6 +113,9 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     methods = chosen_methods(arguments.methods)
     seeds = chosen_seeds(arguments.seeds) if arguments.seeds else list(protocol.seeds)
     runs, root = Path(arguments.runs), Path(arguments.out)
+    if not arguments.dry_run:
+        require_writable(root, "--out")
+        require_writable(runs, "--runs")
     if arguments.fresh and not arguments.dry_run:
         reproduce.begin_fresh(methods, seeds, runs)
     planned = reproduce.plan(methods, seeds, runs, fresh=arguments.fresh)

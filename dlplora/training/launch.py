@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dlplora.config import require_writable
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.training.checkpoints import AtomicCheckpointIO, ResumeCheckpoint, find_latest
 from dlplora.training.config_check import check_command_line, first_reason
@@ -64,6 +65,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the run's seed to every part that has none of its own; add progress, loggers and resume files."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand == "fit":
+            require_writable(config.get("trainer.default_root_dir") or ".", "trainer.default_root_dir")
+            require_writable(config.get("model.init_args.export_folder") or ".", "model.init_args.export_folder")
         seed = config.get("seed_everything")
         for part in ("model", "data"):
             arguments = config.get(f"{part}.init_args")

@@ -130,3 +130,10 @@ def test_a_pool_without_rows_is_told_so(tiny_llama_folder: Path, tiny_pool: Path
     arguments = ["--model", "dlplora", "--tasks", TASK, "--limit", "2", "--device", "cpu", "--model_args"]
     assert command.main([*arguments, f"method=lorauter,pretrained={tiny_llama_folder},pool={tiny_pool}"]) == 2
     assert "needs 20 training inputs of every expert" in capsys.readouterr().err
+
+
+def test_an_unknown_task_of_ours_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--model", "dlplora", "--tasks", "dlplora_nano_mqc", "--limit", "1", "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lm_eval: unknown task dlplora_nano_mqc.")
+    assert "dlplora_nano_mcq" in last

@@ -98,3 +98,23 @@ def test_pool_check_names_the_adapter_that_does_not_fit(tmp_path: Path, capsys: 
     make_adapter(tmp_path / "dora", seed=2, use_dora=True)  # type: ignore[operator]
     assert main(["pool", "check", str(tmp_path)]) == 2
     assert "'dora'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "--method", "base", "--limit", "1", "--out"],
+        ["reproduce", "nano", "--methods", "base", "--limit", "1", "--out"],
+        ["fit", "--config", "configs/train/router.yaml", "--model.init_args.export_folder"],
+        ["fit", "--config", "configs/train/router.yaml", "--trainer.default_root_dir"],
+    ],
+)
+def test_a_folder_that_takes_no_files_is_found_out_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main([*arguments, str(tmp_path / "file" / "results")]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert f"cannot write in {tmp_path / 'file'}" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
