@@ -8,7 +8,7 @@ order of floating-point sums.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -180,6 +180,14 @@ class ExpertDataModule(_SuiteDataModule):
         h = self.hparams
         return BatchPlan({name: self._sets["train"][name].lengths for name in names}, h["batch_size"], self.seed, h["length_group"])
 
+    def training_tokens(self, num_batches: int) -> int:
+        """Tokens, padding not counted, of the first ``num_batches`` training batches over all processes."""
+        return self._tokens_of(self.task_names, num_batches)
+
+    def _tokens_of(self, names: Sequence[str], num_batches: int) -> int:
+        plan, lengths = self.plan(names), {name: self._sets["train"][name].lengths for name in names}
+        return sum(lengths[name][row] for step in range(num_batches) for name, row in plan.batch(step))
+
     def rows(self, batch: Sequence[tuple[str, int]]) -> list[EncodedItem]:
         """The training items a plan's batch names."""
         return [self._sets["train"][name].items[index] for name, index in batch]
@@ -230,6 +238,13 @@ class ExpertPoolDataModule(ExpertDataModule):
     def splits(self, stage: str | None) -> tuple[Split, ...]:
         """The training split always: its lengths decide which experts train together."""
         return tuple(dict.fromkeys(("train", *super().splits(stage))))
+
+    def training_tokens(self, num_batches: int) -> int:
+        """As above; the batches of every group of experts count, each with the rows of all its experts."""
+        groups: Sequence[Sequence[str]] = self.trainer.lightning_module.groups  # type: ignore[union-attr, assignment]
+        steps = self.hparams["num_steps"]
+        done = [(name, min(max(num_batches - index * steps, 0), steps)) for index, group in enumerate(groups) for name in group]
+        return sum(self._tokens_of([name], number) for name, number in done)
 
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches for every group; the group's index is under ``group``."""
@@ -331,19 +346,24 @@ class RouterDataModule(_SuiteDataModule):
         index = torch.tensor(rows)
         return {"input_ids": ids[index], "attention_mask": mask[index], "labels": labels[index], "rows": index, "split": split}
 
-    def train_dataloader(self) -> StepLoader:
-        """One pass over the prompts an epoch, every task equally often; an incomplete last batch is left to the next pass."""
-        h = self.hparams
+    def _plan(self) -> Callable[[int], list[int]]:
+        """Step -> rows of the training tensors."""
         labels = self._tensors["train"][2]
         start = {name: int((labels < label).sum()) for label, name in enumerate(self.task_names)}
         lengths = {name: [1] * int((labels == label).sum()) for label, name in enumerate(self.task_names)}
-        plan = BatchPlan(lengths, h["batch_size"], self.seed, length_group=1)
-        steps = max(1, len(labels) // h["batch_size"])
+        plan = BatchPlan(lengths, self.hparams["batch_size"], self.seed, length_group=1)
+        return lambda step: [start[name] + row for name, row in plan.batch(step)]
 
-        def make(step: int) -> dict[str, Any]:
-            return self._batch("train", self._share([start[name] + row for name, row in plan.batch(step)]))
+    def training_tokens(self, num_batches: int) -> int:
+        """Tokens of prompts, padding not counted, in the first ``num_batches`` training batches over all processes."""
+        rows, lengths = self._plan(), self._tensors["train"][1].sum(dim=1).tolist()
+        return sum(lengths[row] for step in range(num_batches) for row in rows(step))
 
-        return StepLoader(make, steps, self._epoch)
+    def train_dataloader(self) -> StepLoader:
+        """One pass over the prompts an epoch, every task equally often; an incomplete last batch is left to the next pass."""
+        rows = self._plan()
+        steps = max(1, len(self._tensors["train"][2]) // self.hparams["batch_size"])
+        return StepLoader(lambda step: self._batch("train", self._share(rows(step))), steps, self._epoch)
 
     def _eval_loader(self, split: Split) -> StepLoader:
         rows = list(self._share(range(len(self._tensors[split][2]))))

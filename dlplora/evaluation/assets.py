@@ -191,6 +191,9 @@ def _train_pool(folder: Path, resume: Path, seeded: Sequence[str], processes: in
         for name in shard:
             shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(resume / f"part{i}" / name, folder / name)
+    notes = [json.loads((resume / f"part{i}" / "training.json").read_text()) for i in range(count)]
+    tokens = {"training_tokens": sum(part["training_tokens"] for part in notes)}
+    write_atomically(folder / "training.json", json.dumps(notes[0] | {"metrics": {}} | tokens, indent=2) + "\n")
     write_manifest(folder, names, json.loads((resume / "part0" / MANIFEST_NAME).read_text())["base_model"])
 
 

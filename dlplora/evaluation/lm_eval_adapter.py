@@ -82,6 +82,7 @@ class DLPLoRALM(HFLM):
         self._plans: dict[Any, Tensor | None] = {}
         self._cut: set[Any] = set()
         self._task_names: list[str | None] | None = None
+        self._questions: list[tuple[str, int]] | None = None
         self.statistics = RoutingStatistics(fused.bank.names)
         self._totals: dict[str, float] | None = None
 
@@ -171,10 +172,11 @@ class DLPLoRALM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
         self._task_names = [self._task_of(request) for request in requests]
+        self._questions = [_question(request) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
-            self._task_names = None
+            self._task_names = self._questions = None
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
@@ -189,6 +191,8 @@ class DLPLoRALM(HFLM):
                 self._note_cut(Prompt(tuple(context), task))
             units.append(ScoringRequest(tuple(context), tuple(continuation), prompt))
         answers = self._score(units, disable_tqdm=disable_tqdm, batch_size=override_bs)
+        for question, unit in zip(self._questions or (), units, strict=False):
+            self.statistics.add_route(question, self._plan(unit.prompt))
         self._share_statistics()
         return answers
 
@@ -279,7 +283,8 @@ class DLPLoRALM(HFLM):
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
                 for start in range(0, len(order), size):
                     rows = order[start : start + size]
-                    for index, answer in zip(rows, self._generate([prompts[index] for index in rows], settings), strict=True):
+                    questions = [_question(requests[index]) for index in rows]
+                    for index, answer in zip(rows, self._generate([prompts[index] for index in rows], settings, questions), strict=True):
                         answers[index] = answer
                     progress.update(len(rows))
         self._share_statistics()
@@ -295,12 +300,12 @@ class DLPLoRALM(HFLM):
         context = request.args[0]
         return self._prompt(self.tok_encode(context) or [self.prefix_token_id], context, self._task_of(request), room)
 
-    def _generate(self, prompts: list[Prompt], settings: GenerationSettings) -> list[str]:
+    def _generate(self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]]) -> list[str]:
         batch = self._prompt_batch(prompts, side="left")
         width = batch.input_ids.shape[1]
         trace: list[dict[str, Any]] = []
-        for prompt in prompts:
-            self._plan(prompt)  # counted once per prompt
+        for prompt, question in zip(prompts, questions, strict=True):
+            self.statistics.add_route(question, self._plan(prompt))  # a plan is counted once per prompt
         with torch.no_grad(), self._autocast():
             tokens = self.fused.generate(
                 input_ids=batch.input_ids,
@@ -313,7 +318,10 @@ class DLPLoRALM(HFLM):
                 use_cache=True,
                 **settings.options,
             )
-        self.statistics.count("reroutes", sum(entry["sentence_idx"] > 0 for entry in trace))
+        later = [entry for entry in trace if entry["sentence_idx"] > 0]
+        self.statistics.count("reroutes", len(later))
+        for entry in later:
+            self.statistics.routes[questions[entry["row"]]].append((entry["at"], entry["weights"]))
         return [self._clean(row[width:], settings.until) for row in tokens.tolist()]
 
     def _clean(self, tokens: list[int], until: Sequence[str]) -> str:
@@ -340,6 +348,11 @@ class DLPLoRALM(HFLM):
     def close(self) -> None:
         """Restore the backbone."""
         self.fused.close()
+
+
+def _question(request: Instance) -> tuple[str, int]:
+    """lm-eval's name of the request's task, and the index of its question."""
+    return str(request.task_name), int(request.doc_id or 0)
 
 
 def _answer(logprobs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

@@ -35,7 +35,7 @@ class Protocol:
     """Context in tokens; null takes the backbone's."""
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
     """Seeds a complete table needs."""
-    bootstrap_iters: int = 100
+    bootstrap_iters: int = 1000
     """Resamples for the standard error of BLEU."""
     apply_chat_template: bool = False
     """Wrap prompts in the tokenizer's chat template."""

@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dlplora.inference.generation import kept_experts
+
+Question = tuple[str, int]
+"""lm-eval's name of a task, and the index of a question in it."""
 COUNTERS = ("plans", "preferring", "judged", "right", "kept", "entropy_nats", "several", "reroutes", "truncated")
 
 
@@ -22,11 +26,20 @@ class RoutingStatistics:
 
     Args:
         expert_names: Expert index to name, which is the name of the task it was trained on.
+
+    Attributes:
+        routes: Of every question (characters generated so far, experts kept), for the prompt and every re-route; of this process.
     """
 
     def __init__(self, expert_names: Sequence[str]) -> None:
         self.expert_names = tuple(expert_names)
         self.sums: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self.routes: dict[Question, list[tuple[int, dict[str, float]]]] = {}
+
+    def add_route(self, question: Question, weights: Tensor | None) -> None:
+        """Note the plan (E,) of one question's prompt, once; nothing where gates decide."""
+        if weights is not None and question not in self.routes:
+            self.routes[question] = [(0, kept_experts(weights, self.expert_names))]
 
     def add_plan(self, weights: Tensor, task: str | None) -> None:
         """Count one plan.

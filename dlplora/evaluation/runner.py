@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dlplora import __version__
 from dlplora.config import config_hash
 from dlplora.errors import DLPLoRAError, TaskError
+from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import nano_asset, resolve_backbone
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
@@ -27,6 +29,10 @@ from dlplora.tasks.suite import Suite, Task, get_suite
 if TYPE_CHECKING:
     from dlplora.evaluation.harness import HarnessResult
     from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+
+
+NOTES = ("recipe.json", "training.json")
+"""Files of an artefact that say how it was made, with times that differ between equal runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +57,8 @@ class Artifacts:
 
 
 def folder_hash(folder: Path) -> str:
-    """Hash over the weights and JSON files of an artefact folder, names included; notes beside them do not count."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name != "recipe.json")
+    """Hash over the weights and JSON files of an artefact folder, names included; notes on how it was trained do not count."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name not in NOTES)
     return config_hash([[str(path.relative_to(folder)), file_sha256(path)] for path in files])
 
 
@@ -75,6 +81,11 @@ class Run:
     suite: Suite
     folders: Mapping[str, Path]
     limit: int | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What lm-eval's names of the tasks have before the suite's."""
+        return f"dlplora_{self.suite.name}_"
 
     @property
     def task_names(self) -> list[str]:
@@ -160,14 +171,15 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
         evaluated = time.perf_counter()
         latency = _latency(run, lm)
         timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
-        record = _record(run, lm, result, latency, timings)
+        outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
+        record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
     except DLPLoRAError as error:
         save(dataclasses.replace(_blank(run), status="failed", error=str(error)), root)
         raise
     finally:
         if lm is not None:
             lm.close()
-    return save(record, root), record
+    return save(record, root, outcomes), record
 
 
 def _load(run: Run) -> DLPLoRALM:
@@ -193,7 +205,7 @@ def _load(run: Run) -> DLPLoRALM:
 def _evaluate(run: Run, lm: DLPLoRALM) -> HarnessResult:
     from dlplora.evaluation.harness import evaluate, fast_task_manager
 
-    names = [f"dlplora_{run.suite.name}_{task}" for task in run.task_names]
+    names = [f"{run.prefix}{task}" for task in run.task_names]
     protocol = run.protocol
     local = [task.name for task in run.suite.tasks if task.rows]
     with local_tasks(local, protocol.data_root) as folder:
@@ -203,8 +215,8 @@ def _evaluate(run: Run, lm: DLPLoRALM) -> HarnessResult:
             limit=run.limit,
             num_fewshot=protocol.num_fewshot,
             seed=run.seed,
-            log_samples=False,
-            bootstrap_iters=protocol.bootstrap_iters,
+            log_samples=True,
+            bootstrap_iters=0,  # errors are computed from the outcomes: lm-eval's bootstrap of BLEU takes longer than the evaluation
             task_manager=fast_task_manager([] if folder is None else folder),
             apply_chat_template=protocol.apply_chat_template,
         )
@@ -264,15 +276,44 @@ def _blank(run: Run) -> Record:
     )
 
 
-def _record(run: Run, lm: DLPLoRALM, result: HarnessResult, latency: dict[str, Any] | None, timings: dict[str, float]) -> Record:
-    prefix = f"dlplora_{run.suite.name}_"
+def training_tokens(folders: Mapping[str, Path], roles: Sequence[str]) -> int | None:
+    """Tokens that the training of the named artefacts saw, 0 for none; None if one of them does not say.
+
+    Args:
+        folders: Folder by role.
+        roles: Those that count.
+    """
+    total = 0
+    for role in roles:
+        known = [_noted_tokens(folders[role] / name) for name in ("training.json", "router.json") if role in folders]
+        if not any(known):
+            return None
+        total += next(tokens for tokens in known if tokens)
+    return total
+
+
+def _noted_tokens(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    notes = json.loads(path.read_text(encoding="utf-8"))
+    return notes.get("training_tokens") or notes.get("metrics", {}).get("training_tokens")  # type: ignore[no-any-return]
+
+
+def _record(
+    run: Run,
+    lm: DLPLoRALM,
+    result: HarnessResult,
+    latency: dict[str, Any] | None,
+    timings: dict[str, float],
+    errors: Mapping[str, Mapping[str, float | None]],
+) -> Record:
     tasks = {
-        name.removeprefix(prefix): TaskResult(
-            kind=run.suite.task(name.removeprefix(prefix)).kind,
+        name.removeprefix(run.prefix): TaskResult(
+            kind=run.suite.task(name.removeprefix(run.prefix)).kind,
             version=str(result.versions.get(name)),
             num=result.num_samples[name],
             metrics=metrics,
-            stderr=dict(result.stderr.get(name, {})),
+            stderr={metric: errors[name.removeprefix(run.prefix)].get(metric) for metric in metrics},
         )
         for name, metrics in result.results.items()
     }
@@ -284,6 +325,7 @@ def _record(run: Run, lm: DLPLoRALM, result: HarnessResult, latency: dict[str, A
         latency=latency,
         backend=lm.fused.backends_used(),
         timings_s={name: round(value, 3) for name, value in timings.items()},
+        training_tokens=training_tokens(run.folders, build_method(run.spec).artifact_roles),
         trained_parameters=sum(parameter.numel() for parameter in lm.fused.method.parameters() if parameter.requires_grad),
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}

@@ -146,7 +146,7 @@ class SentenceRerouter(StoppingCriteria):
             weights = self.route(views)
             self.state.update_rows(torch.tensor(rows, device=self.state.weights.device), weights.to(self.state.weights))
             self.num_reroutes += len(rows)
-            self._note(rows, views, weights)
+            self._note(rows, views, texts, weights)
         return go_on
 
     def _ended(self, row: int, tokens: Tensor) -> str | None:
@@ -162,17 +162,22 @@ class SentenceRerouter(StoppingCriteria):
         progress.start = len(ids) - 1 if running[ends[-1] :].strip() else len(ids)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _note(self, rows: list[int], views: list[str], weights: Tensor) -> None:
+    def _note(self, rows: list[int], views: list[str], texts: list[str], weights: Tensor) -> None:
         if self.trace is None:
             return
-        for row, view, chosen in zip(rows, views, weights, strict=True):
-            self.trace.append(trace_entry(row, self._rows[row].finished, view, chosen, self.names))
+        for row, view, text, chosen in zip(rows, views, texts, weights, strict=True):
+            self.trace.append(trace_entry(row, self._rows[row].finished, view, chosen, self.names, at=len(text)))
 
 
-def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """One line of a routing trace: which experts speak from this sentence on, and what the router read."""
-    kept = {names[i]: round(float(weights[i]), 4) for i in weights.nonzero()[:, 0].tolist()}
-    return {"row": row, "sentence_idx": sentence_idx, "view_text": view, "weights": kept}
+def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str], *, at: int = 0) -> dict[str, Any]:
+    """One line of a routing trace: which experts speak once ``at`` characters are generated, and what the router read."""
+    return {"row": row, "sentence_idx": sentence_idx, "at": at, "view_text": view, "weights": kept_experts(weights, names)}
+
+
+def kept_experts(weights: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Routing weights (E,) that are not zero, by name."""
+    values = weights.tolist()
+    return {name: round(value, 4) for name, value in zip(names, values, strict=True) if value != 0}
 
 
 def with_watcher(watcher: SentenceRerouter, given: Any) -> StoppingCriteriaList:

@@ -18,7 +18,12 @@ from typing import Any, Literal
 
 from dlplora.errors import RecordError, nearest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added ``training_tokens`` and ``samples_sha256``; records of version 1 are read, with both null."""
+
+
+READABLE = (1, 2)
+"""Versions this package reads. Fields that a version lacks have the defaults of ``Record``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,10 @@ class Record:
     limit: int | None = None
     """Questions a task if the run was cut short by ``--limit``; such runs are never in a table."""
     trained_parameters: int | None = None
+    training_tokens: int | None = None
+    """Tokens seen by gradient training of what the method adds to the pool (gates, router, multi-task adapter); 0 if nothing trains."""
+    samples_sha256: str | None = None
+    """Checksum of the Parquet file of the same name, which holds the outcomes of single questions; null if there is none."""
     error: str | None = None
     cell: str = ""
     """Hash of everything the numbers depend on; equal cells are the same experiment."""
@@ -133,8 +142,9 @@ def read_record(path: str | Path) -> Record:
     if not isinstance(raw, dict):
         raise RecordError(f"{path}: expected an object, got {type(raw).__name__}.")
     version = raw.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise RecordError(f"{path}: schema_version {version!r} is not known; this version reads {SCHEMA_VERSION}.")
+    if version not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise RecordError(f"{path}: schema_version {version!r} is not known; this version reads {known}.")
     _refuse_not_finite(raw, str(path), "")
     record = _parse(Record, raw, str(path), "")
     unknown = [task for task in record.tasks if task not in record.suite_tasks]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dlplora.errors import RecordError
+from dlplora.reporting.samples import Outcome, TaskOutcomes, read_samples, write_samples
 from dlplora.reporting.schema import Record, read_record, to_json
 
 RESULTS = Path("results")
@@ -42,11 +45,43 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def save(record: Record, root: Path = RESULTS) -> Path:
-    """Write a record where it belongs and return the path."""
+def save(record: Record, root: Path = RESULTS, outcomes: Sequence[Outcome] | None = None) -> Path:
+    """Write a record where it belongs, its questions' outcomes first, and return the path.
+
+    A record names the checksum of its outcomes, so a run that is cut off between the two files leaves no record.
+    """
     path = record_path(record, root)
+    if outcomes:
+        write_samples(samples_path(path), outcomes)
+        record = dataclasses.replace(record, samples_sha256=file_checksum(samples_path(path)))
     write_atomically(path, to_json(record))
     return path
+
+
+def samples_path(path: Path) -> Path:
+    """Where the outcomes of a record file are."""
+    return path.with_suffix(".parquet")
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_samples(path: Path, record: Record, *, texts: bool = True) -> dict[str, TaskOutcomes] | None:
+    """The outcomes of a record's questions by task; None if none were kept.
+
+    Raises:
+        RecordError: If the file is missing, damaged, or not the one the record was written with.
+    """
+    if record.samples_sha256 is None:
+        return None
+    file = samples_path(path)
+    if not file.is_file():
+        raise RecordError(f"{file}: missing; {path.name} names it in 'samples_sha256'.")
+    if file_checksum(file) != record.samples_sha256:
+        raise RecordError(f"{file}: its checksum is not the one that {path.name} names in 'samples_sha256'.")
+    return read_samples(file, texts=texts)
 
 
 def find_cell(cell: str, seed: int, suite: str, method_name: str, root: Path = RESULTS, *, scratch: bool = False) -> Path | None:

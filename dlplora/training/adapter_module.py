@@ -146,6 +146,7 @@ class AdapterModule(ResumableModule):
             "data": dict(self.datamodule.hparams),
             "seed": self.seed,
             "steps": self.trainer.global_step,
+            "training_tokens": self.datamodule.training_tokens(self.trainer.global_step * self.trainer.accumulate_grad_batches),
             "num_truncated": self.datamodule.num_truncated("train"),
             "metrics": metrics,
             "train_s": round(time.perf_counter() - self._started, 2),

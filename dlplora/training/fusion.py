@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlplora.errors import MethodError
+from dlplora.training.adapter_export import write_json
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
 from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.settings import OptimizerSettings, step_rng
@@ -177,6 +180,20 @@ class LitFusion(ResumableModule):
         self.log_dict({f"test_{key}": value for key, value in self.metrics.compute().items()}, rank_zero_only=True)
 
     def on_train_end(self) -> None:
-        """Write the method's folder from the first process."""
-        if self.export_folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.fused.method.save(self.export_folder)
+        """Write the method's folder, and ``training.json`` beside it, from the first process."""
+        if not self.export_folder or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.fused.method.save(self.export_folder)
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        description = {
+            "module": type(self).__name__,
+            "method": self.method_name,
+            "optimizer": asdict(self.optimizer_settings),
+            "data": dict(datamodule.hparams),
+            "seed": self.seed,
+            "steps": self.trainer.global_step,
+            "training_tokens": datamodule.training_tokens(batches),
+            "metrics": {key: round(float(value), 6) for key, value in self.trainer.callback_metrics.items()},
+        }
+        write_json(Path(self.export_folder) / "training.json", description)
