@@ -79,7 +79,7 @@ def _evaluation(commands: Any) -> None:
 
 def _reports(commands: Any) -> None:
     report = commands.add_parser("report", help="tables from records")
-    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate}")
+    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate,check,accept,html,figures,schema}")
     for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")
@@ -88,6 +88,15 @@ def _reports(commands: Any) -> None:
             parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
             parser.add_argument("--readme", default="README.md", metavar="FILE")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
+    for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept what they give now")):
+        parser = inner.add_parser(name, help=text)
+        parser.add_argument("--out", default="results", metavar="DIR")
+        parser.add_argument("--methods", metavar="A,B", help="some of the guarded methods only")
+        parser.add_argument("--no-latency", action="store_true", help="leave the latency ratios out")
+        if name == "accept":
+            parser.add_argument("--reason", required=True, help="why the numbers move; written into the changelog")
+            parser.add_argument("--changelog", default="CHANGELOG.md", metavar="FILE")
+        parser.set_defaults(run=_lazy("regression", f"run_{name}"))
 
 
 def _information(commands: Any) -> None:

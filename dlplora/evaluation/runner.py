@@ -6,7 +6,8 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,9 +168,9 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
     try:
         lm = _load(run)
         loaded = time.perf_counter()
-        result = _evaluate(run, lm)
+        result = evaluate_run(run, lm)
         evaluated = time.perf_counter()
-        latency = _latency(run, lm)
+        latency = measure_latency(run, lm)
         timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
         outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
         record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
@@ -180,6 +181,16 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
         if lm is not None:
             lm.close()
     return save(record, root, outcomes), record
+
+
+@contextmanager
+def close_after(run: Run) -> Iterator[DLPLoRALM]:
+    """The run's model for the time of the block."""
+    lm = _load(run)
+    try:
+        yield lm
+    finally:
+        lm.close()
 
 
 def _load(run: Run) -> DLPLoRALM:
@@ -202,7 +213,8 @@ def _load(run: Run) -> DLPLoRALM:
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)
 
 
-def _evaluate(run: Run, lm: DLPLoRALM) -> HarnessResult:
+def evaluate_run(run: Run, lm: DLPLoRALM) -> HarnessResult:
+    """The run's tasks through lm-eval, with every question's outcome."""
     from dlplora.evaluation.harness import evaluate, fast_task_manager
 
     names = [f"{run.prefix}{task}" for task in run.task_names]
@@ -222,7 +234,7 @@ def _evaluate(run: Run, lm: DLPLoRALM) -> HarnessResult:
         )
 
 
-def _latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
+def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
     """Decode and prefill time against PEFT with the pool's first adapter, interleaved in this process."""
     protocol = run.protocol
     if protocol.latency_repeats == 0 or "pool" not in run.folders:

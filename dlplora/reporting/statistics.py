@@ -42,15 +42,20 @@ def bleu_statistics(prediction: str, reference: str) -> list[int]:
     return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
 
-def corpus_bleu(sums: Sequence[float] | NDArray[Any]) -> float:
-    """BLEU, 0 to 100, of summed counts; exponential smoothing as sacreBLEU's default.
+def corpus_bleu(sums: Any) -> Array:
+    """BLEU, 0 to 100, of summed counts (..., 10), with exponential smoothing.
 
-    Source: sacreBLEU's ``compute_bleu``, which is what ``corpus_bleu`` ends in.
+    Source: sacreBLEU's default ``corpus_bleu``; vectorised, because a bootstrap scores thousands of corpora.
     """
-    from sacrebleu.metrics import BLEU
-
-    numbers = [int(value) for value in sums]
-    return float(BLEU.compute_bleu(numbers[2:6], numbers[6:10], numbers[0], numbers[1], smooth_method="exp").score)
+    numbers = np.asarray(sums, dtype=np.float64)
+    length, wanted, right, total = numbers[..., 0], numbers[..., 1], numbers[..., 2:6], numbers[..., 6:10]
+    halvings = np.cumsum((right == 0) & (total > 0), axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.where(right > 0, right / total, 0.5**halvings / total)
+        logs = np.where(total > 0, np.log(precision), -np.inf).mean(axis=-1)
+        brevity = np.where(length < wanted, np.where(length > 0, 1.0 - wanted / length, -np.inf), 0.0)
+        score = 100.0 * np.exp(logs + brevity)
+    return np.asarray(np.where(right.any(axis=-1), score, 0.0))
 
 
 def _resampled_counts(num: int, resamples: int, seed: int) -> NDArray[np.int64]:
@@ -70,7 +75,7 @@ def bleu_stderr(stats: Sequence[Sequence[int]], resamples: int = RESAMPLES, seed
     if len(counts) < 2:
         return None
     sums = _resampled_counts(len(counts), resamples, seed) @ counts
-    return float(np.std([corpus_bleu(row) for row in sums], ddof=1))
+    return float(np.std(corpus_bleu(sums), ddof=1))
 
 
 def exact_mcnemar(first: Sequence[float] | Array, second: Sequence[float] | Array) -> float:
@@ -89,48 +94,46 @@ def exact_mcnemar(first: Sequence[float] | Array, second: Sequence[float] | Arra
     return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses, 0.5).pvalue)
 
 
-def paired_bootstrap(differences: Sequence[Array], resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean over tasks of the mean paired difference, with a 95 % interval, and a two-sided p-value; questions are resampled within
-    their tasks.
+def bootstrap_means(tasks: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Bootstrap distribution of the mean over tasks of the mean over questions, for several methods on the same draws.
 
     Args:
-        differences: For each of k tasks, first minus second, question by question, (n_k,).
+        tasks: For each of k tasks the scores of m methods, (n_k, m); questions are drawn within their task.
+        resamples: Bootstrap samples R.
+        seed: Of the draws.
 
     Returns:
-        Lower end, upper end, p-value (share of resamples, centred on zero, at least as far out; never below 1 / resamples).
+        (R, m).
+    """
+    drawn = [_resampled_counts(len(task), resamples, seed + index) @ task / len(task) for index, task in enumerate(tasks)]
+    return np.asarray(np.mean(drawn, axis=0))
+
+
+def bootstrap_bleu(tasks: Sequence[NDArray[np.int64]], resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """As ``bootstrap_means`` for corpus BLEU; ``tasks`` hold the counts of m methods, (n_k, m, 10)."""
+    scores = []
+    for index, task in enumerate(tasks):
+        counts = _resampled_counts(len(task), resamples, seed + index)
+        sums = (counts @ task.reshape(len(task), -1)).reshape(resamples, *task.shape[1:])
+        scores.append(corpus_bleu(sums))
+    return np.asarray(np.mean(scores, axis=0))
+
+
+def paired_difference(observed: float, drawn: Array) -> tuple[float, float, float]:
+    """95 % interval and two-sided p-value of a difference from its bootstrap distribution.
+
+    Args:
+        observed: The difference on the sample itself.
+        drawn: The same on each bootstrap sample, (R,), both sides on the same draws.
+
+    Returns:
+        Lower end, upper end, p-value (share of the draws, centred on zero, at least as far out; never below 1 / R).
 
     Source: Koehn 2004 (W04-3250) for the paired bootstrap; the centred p-value is that of Efron and Tibshirani 1993, section 16.4.
     """
-    observed = float(np.mean([np.mean(values) for values in differences]))
-    means = np.zeros(resamples)
-    for index, values in enumerate(differences):
-        array = np.asarray(values, dtype=np.float64)
-        means += _resampled_counts(len(array), resamples, seed + index) @ array / len(array)
-    means /= len(differences)
-    low, high = np.quantile(means, (ALPHA / 2, 1 - ALPHA / 2))
-    extreme = int((np.abs(means - observed) >= abs(observed) - 1e-12).sum())
-    return float(low), float(high), max(extreme, 1) / resamples
-
-
-def paired_bleu_bootstrap(
-    first: Sequence[NDArray[np.int64]], second: Sequence[NDArray[np.int64]], resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
-    """As ``paired_bootstrap`` for the mean over tasks of corpus BLEU.
-
-    Args:
-        first, second: For each of k tasks the counts of every answer, (n_k, 10).
-    """
-
-    def mean_bleu(draws: Sequence[NDArray[np.int64]]) -> float:
-        sides = [(corpus_bleu(draw @ a), corpus_bleu(draw @ b)) for draw, a, b in zip(draws, first, second, strict=True)]
-        return float(np.mean([ours - theirs for ours, theirs in sides]))
-
-    observed = mean_bleu([np.ones(len(a), dtype=np.int64) for a in first])
-    drawn = [_resampled_counts(len(a), resamples, seed + index) for index, a in enumerate(first)]
-    means = np.array([mean_bleu([task[row] for task in drawn]) for row in range(resamples)])
-    low, high = np.quantile(means, (ALPHA / 2, 1 - ALPHA / 2))
-    extreme = int((np.abs(means - observed) >= abs(observed) - 1e-12).sum())
-    return float(low), float(high), max(extreme, 1) / resamples
+    low, high = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
+    extreme = int((np.abs(drawn - observed) >= abs(observed) - 1e-12).sum())
+    return float(low), float(high), max(extreme, 1) / len(drawn)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -15,6 +15,8 @@ from dlplora.reporting.samples import Outcome, TaskOutcomes, read_samples, write
 from dlplora.reporting.schema import Record, read_record, to_json
 
 RESULTS = Path("results")
+RESULT_FIELDS = ("tasks", "status", "routing", "protocol", "method", "backbone", "provenance", "created")
+"""Fields in which two records of one cell may contradict each other, the weightiest first."""
 
 
 def is_publishable(record: Record) -> bool:
@@ -101,12 +103,28 @@ def iterate(root: Path = RESULTS, suite: str | None = None, room: str = "runs") 
 
 
 def load_all(root: Path = RESULTS, suite: str | None = None, room: str = "runs") -> tuple[list[Record], list[str]]:
-    """Every readable record, and one message for each that is not; a damaged record does not hide the rest."""
+    """Every sound record, and one message for each that is not; a damaged record does not hide the rest.
+
+    A record is not sound if it cannot be read, lies in another suite's folder, or is the same experiment as an earlier file with
+    another outcome.
+    """
     records: list[Record] = []
     problems: list[str] = []
+    first: dict[tuple[str, str, int], tuple[Path, Record]] = {}
     for path in iterate(root, suite, room):
         try:
-            records.append(read_record(path))
+            record = read_record(path)
         except RecordError as error:
             problems.append(str(error))
+            continue
+        if record.suite != path.parent.name:
+            problems.append(f"{path}: field 'suite' is '{record.suite}', the folder is that of suite '{path.parent.name}'.")
+            continue
+        known = first.setdefault((record.method_name, record.cell, record.seed), (path, record)) if record.cell else (path, record)
+        if known[0] != path:
+            field = next((name for name in RESULT_FIELDS if getattr(record, name) != getattr(known[1], name)), None)
+            if field is not None:
+                problems.append(f"{path}: the same cell {record.cell} as {known[0]}, but field '{field}' differs; remove one of them.")
+            continue
+        records.append(record)
     return records, problems

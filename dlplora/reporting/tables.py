@@ -1,16 +1,20 @@
-"""Markdown tables from records, and the generated block of the README. A missing number is an empty cell."""
+"""Tables from records as Markdown, CSV and LaTeX, and the generated block of the README. A missing number is an empty cell."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dlplora.errors import RecordError
-from dlplora.reporting.schema import Record
-from dlplora.reporting.store import is_publishable, write_atomically
+from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_wins, ties_with_best
+from dlplora.reporting.schema import AGGREGATES, Record
+from dlplora.reporting.store import is_publishable, load_samples, record_path, write_atomically
 
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
 
@@ -24,6 +28,13 @@ class Column:
     percent: bool = True
     larger_is_better: bool | None = True
     digits: int = 1
+    factor: float | None = None
+    """What a value is multiplied with before it is printed; None: 100 for percentages, else 1."""
+
+    @property
+    def scale(self) -> float:
+        """See ``factor``."""
+        return self.factor if self.factor is not None else 100.0 if self.percent else 1.0
 
 
 COLUMNS = (
@@ -35,11 +46,16 @@ COLUMNS = (
     Column("experts kept", "routing.mean_experts_kept", percent=False, larger_is_better=None, digits=2),
     Column("router accuracy %", "routing.router_accuracy", larger_is_better=None),
     Column("routing parameters", "trained_parameters", percent=False, larger_is_better=None, digits=0),
+    Column("training tokens (M)", "training_tokens", percent=False, larger_is_better=None, digits=2, factor=1e-6),
     Column("prefill ÷ one LoRA", "latency.ttft_ratio", percent=False, larger_is_better=None, digits=2),
     Column("decode ÷ one LoRA", "latency.tpot_ratio", percent=False, larger_is_better=None, digits=2),
 )
 REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
 """First rows of every table, and the only ones in the README."""
+REFERENCE_METHOD = "dlp"
+"""What the others are compared with in pairs."""
+TIE = "°"
+"""Mark of an entry that is not significantly worse than the best of its column."""
 
 
 def value_of(record: Record, key: str) -> float | None:
@@ -47,8 +63,8 @@ def value_of(record: Record, key: str) -> float | None:
     room, _, name = key.partition(".")
     if room == "routing":
         value = record.routing.get(name)
-    elif key == "trained_parameters":
-        value = record.trained_parameters
+    elif key in {"trained_parameters", "training_tokens"}:
+        value = getattr(record, key)
     elif room == "latency":
         value = (record.latency or {}).get(name)
     else:
@@ -84,14 +100,14 @@ def _summary(rows: Sequence[Record], key: str) -> tuple[float | None, float | No
     return sum(values) / len(values), max(both) if both else None
 
 
-def _cell(column: Column, mean: float | None, error: float | None, best: float | None) -> str:
+def _cell(column: Column, mean: float | None, error: float | None, best: float | None, ties: bool) -> str:
     if mean is None:
         return ""
-    factor = 100.0 if column.percent else 1.0
-    text = f"{mean * factor:.{column.digits}f}"
+    text = f"{mean * column.scale:.{column.digits}f}"
     if best is not None and math.isclose(mean, best):
         text = f"**{text}**"
-    return text if error is None else f"{text} ± {error * factor:.{column.digits}f}"
+    text = text if error is None else f"{text} ± {error * column.scale:.{column.digits}f}"
+    return f"{text} {TIE}" if ties else text
 
 
 def _order(record: Record) -> tuple[int, str]:
@@ -99,23 +115,74 @@ def _order(record: Record) -> tuple[int, str]:
     return (known.index(record.method_name) if record.method_name in known else len(known), record.method_name)
 
 
-def main_table(records: Sequence[Record]) -> str:
-    """One row a method, mean over seeds; the best of a column is bold."""
-    rows = sorted(records, key=_order)
-    groups = _group(rows)
-    if not groups:
-        return "*No results yet: run `make reproduce`.*"
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The main table before it is printed."""
+
+    summaries: Mapping[str, Mapping[str, tuple[float | None, float | None]]]
+    """Method -> column key -> mean over seeds and standard error."""
+    best: Mapping[str, float | None]
+    """Column key -> best mean; None where larger is not better."""
+    ties: Mapping[str, set[str]]
+    """Column key -> methods not significantly worse than the best."""
+
+
+def rows_of(records: Sequence[Record], scores: Scores | None = None) -> Rows:
+    """Means, errors, and what is best, for the methods of some records.
+
+    Args:
+        records: Newest of each method and seed.
+        scores: Outcomes of single questions; without them nothing is said about significance.
+    """
+    groups = _group(sorted(records, key=_order))
     summaries = {name: {column.key: _summary(group, column.key) for column in COLUMNS} for name, group in groups.items()}
+    best: dict[str, float | None] = {}
+    for column in COLUMNS:
+        present = [mean for mean in (summary[column.key][0] for summary in summaries.values()) if mean is not None]
+        best[column.key] = max(present) if present and column.larger_is_better else None
+    chosen = scores.of(list(groups)) if scores is not None else None
+    ties = {key: ties_with_best(chosen, key) for key in AGGREGATES} if chosen is not None and len(chosen.methods) == len(groups) else {}
+    return Rows(summaries=summaries, best=best, ties=ties)
+
+
+def main_table(records: Sequence[Record], scores: Scores | None = None) -> str:
+    """One row a method, mean over seeds; the best of a column is bold, what is not significantly worse is marked."""
+    rows = rows_of(records, scores)
+    if not rows.summaries:
+        return "*No results yet: run `make reproduce`.*"
     lines = ["| method | " + " | ".join(column.title for column in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    for name in groups:
-        cells = []
-        for column in COLUMNS:
-            values = [summaries[other][column.key][0] for other in groups]
-            present = [value for value in values if value is not None]
-            best = max(present) if present and column.larger_is_better else None
-            cells.append(_cell(column, *summaries[name][column.key], best))
+    for name, summary in rows.summaries.items():
+        cells = [_cell(column, *summary[column.key], rows.best[column.key], name in rows.ties.get(column.key, ())) for column in COLUMNS]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def csv_table(records: Sequence[Record]) -> str:
+    """The main table as CSV, unrounded, in the records' units, with a column for every standard error."""
+    rows = rows_of(records)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["method", *(name for column in COLUMNS for name in (column.key, f"{column.key}_stderr"))])
+    for name, summary in rows.summaries.items():
+        values = [value for column in COLUMNS for value in summary[column.key]]
+        writer.writerow([name, *("" if value is None else repr(value) for value in values)])
+    return buffer.getvalue()
+
+
+def latex_table(records: Sequence[Record], scores: Scores | None = None) -> str:
+    """The main table for a LaTeX document with booktabs."""
+    rows = rows_of(records, scores)
+    escaped = {column.title: column.title.replace("%", r"\%").replace("÷", r"$\div$") for column in COLUMNS}
+    lines = [r"% needs \usepackage{booktabs}", r"\begin{tabular}{l" + "r" * len(COLUMNS) + "}", r"\toprule"]
+    lines += ["method & " + " & ".join(escaped[column.title] for column in COLUMNS) + r" \\", r"\midrule"]
+    for name, summary in rows.summaries.items():
+        cells = []
+        for column in COLUMNS:
+            text = _cell(column, *summary[column.key], rows.best[column.key], name in rows.ties.get(column.key, ()))
+            text = text.replace(" ± ", r" $\pm$ ").replace(f" {TIE}", r"$^{\circ}$")
+            cells.append(re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text))
+        lines.append(r"\texttt{" + name.replace("_", r"\_") + "} & " + " & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -132,17 +199,18 @@ def caption(records: Sequence[Record]) -> str:
     return (
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`, {len(records[0].suite_tasks)} tasks × {items} questions, "
         f"seeds {', '.join(map(str, seeds))}, ± one standard error, code {', '.join(commits)}, {', '.join(threads)}. "
+        f"Bold: best of the column; {TIE}: not significantly worse (paired bootstrap over questions, Holm over the methods, 5 %). "
         "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter. "
         "Generated from `results/runs` by `dlplora report build`."
     )
 
 
-def readme_block(records: Sequence[Record]) -> str:
+def readme_block(records: Sequence[Record], scores: Scores | None = None) -> str:
     """The text between the README's markers: the reference rows."""
     rows = [record for record in records if record.method_name in REFERENCE_ROWS]
     others = len({record.method_name for record in records} - set(REFERENCE_ROWS))
     more = f" {others} more methods: [results/tables](results/tables)." if others else ""
-    return f"{BEGIN}\n{main_table(rows)}\n\n{caption(rows)}{more}\n{END}".replace("\n\n\n", "\n\n")
+    return f"{BEGIN}\n{main_table(rows, scores)}\n\n{caption(rows)}{more}\n{END}".replace("\n\n\n", "\n\n")
 
 
 def task_table(records: Sequence[Record]) -> str:
@@ -165,12 +233,50 @@ def task_table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def page(records: Sequence[Record], suite: str) -> str:
+def pair_table(scores: Scores, reference: str = REFERENCE_METHOD) -> str:
+    """Every method against one of them: differences with intervals, tasks won and lost, ranks; empty without outcomes."""
+    if reference not in scores.methods or len(scores.methods) < 2:
+        return ""
+    by_key = {key: against(scores, key, reference) for key in AGGREGATES}
+    ranks, critical, friedman = ranking(scores)
+    wins = task_wins(scores, reference)
+    shown = {column.key: column for column in COLUMNS if by_key.get(column.key)}
+    titles = ["method", *(f"Δ {column.title}" for column in shown.values()), "tasks won–tied–lost", "of these significant", "mean rank"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for name in ranks:
+        cells = []
+        for key, column in shown.items():
+            verdict = by_key[key].get(name)
+            cells.append("" if verdict is None else _difference(verdict, column.scale))
+        record = wins.get(name)
+        cells += ["", ""] if record is None else ["–".join(map(str, record[:3])), f"{record[3]}–{record[4]}"]
+        lines.append(f"| `{name}` | " + " | ".join([*cells, f"{ranks[name]:.1f}"]) + " |")
+    note = (
+        f"Differences to `{reference}` with 95 % intervals (bootstrap over questions within their tasks); * significant at 5 % "
+        f"after Holm's correction over {len(scores.methods) - 1} methods. Tasks: right answers, McNemar's exact test, Holm over tasks. "
+    )
+    if critical is not None:
+        note += (
+            f"Mean ranks over {len(scores.kinds)} tasks; ranks that differ by less than {critical:.1f} tell nothing apart (Nemenyi, 5 %)"
+        )
+        note += "." if friedman is None else f"; Friedman p = {friedman:.1g}."
+    return "\n".join(lines) + "\n\n" + note
+
+
+def _difference(verdict: Verdict, scale: float) -> str:
+    mark = " *" if verdict.significant else ""
+    return f"{verdict.difference * scale:+.1f} [{verdict.low * scale:+.1f}, {verdict.high * scale:+.1f}]{mark}"
+
+
+def page(records: Sequence[Record], suite: str, scores: Scores | None = None) -> str:
     """The content of ``results/tables/<suite>.md``."""
+    pairs = "" if scores is None else pair_table(scores)
     parts = [
         f"# Results on `{suite}`",
-        main_table(records),
+        main_table(records, scores),
         caption(records),
+        f"## In pairs with `{REFERENCE_METHOD}`" if pairs else "",
+        pairs,
         "## By task (accuracy or exact match, %)",
         task_table(records),
     ]
@@ -194,11 +300,18 @@ def build(records: Sequence[Record], suite: str, root: Path, readme: Path | None
 
     Returns:
         The files whose content changed, or would change.
+
+    Raises:
+        RecordError: If a record's outcomes are damaged, or the README has no markers.
     """
     chosen = latest([record for record in records if record.suite == suite])
-    wanted = {root / "tables" / f"{suite}.md": page(chosen, suite)}
+    scores = collect(chosen, lambda record: load_samples(record_path(record, root), record, texts=False))
+    tables = root / "tables"
+    wanted = {tables / f"{suite}.md": page(chosen, suite, scores)}
+    if chosen:
+        wanted |= {tables / f"{suite}.csv": csv_table(chosen), tables / f"{suite}.tex": latex_table(chosen, scores)}
     if readme is not None:
-        wanted[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(chosen), str(readme))
+        wanted[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(chosen, scores), str(readme))
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if not check:
         for path in stale:

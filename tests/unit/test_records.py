@@ -166,3 +166,30 @@ def test_only_the_newest_record_of_a_configuration_is_shown() -> None:
     old = make_record(created="2025-01-01T00:00:00+00:00", cell="old")
     assert tables.latest([make_record(), old]) == [make_record()]
     assert tables.latest([make_record(limit=3)]) == []
+
+
+def test_one_experiment_with_two_outcomes_names_both_files(tmp_path: Path) -> None:
+    path = store.save(make_record(), tmp_path)
+    copy = path.with_name("zz-copy.json")
+    copy.write_text(path.read_text())
+    assert len(store.load_all(tmp_path)[0]) == 1
+    assert store.load_all(tmp_path)[1] == []
+    raw = json.loads(path.read_text())
+    raw["tasks"]["a"]["metrics"]["acc"] = 0.75
+    copy.write_text(json.dumps(raw))
+    records, problems = store.load_all(tmp_path)
+    assert len(records) == 1
+    assert len(problems) == 1
+    assert "zz-copy.json" in problems[0]
+    assert path.name in problems[0]
+    assert "'tasks'" in problems[0]
+
+
+def test_a_record_in_another_suites_folder_is_named(tmp_path: Path) -> None:
+    path = store.save(make_record(), tmp_path)
+    other = tmp_path / "runs" / "nano" / path.name
+    other.parent.mkdir()
+    path.rename(other)
+    records, problems = store.load_all(tmp_path)
+    assert records == []
+    assert "field 'suite' is 'toy'" in problems[0]

@@ -1,0 +1,63 @@
+"""``dlplora report check`` and ``accept``: the guarded runs against the golden file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dlplora.errors import ConfigError
+from dlplora.reporting import goldens
+from dlplora.reporting.store import write_atomically
+
+
+def _observe(arguments: argparse.Namespace) -> dict[str, Any]:
+    from dlplora.cli.terminal import quiet_loading
+    from dlplora.evaluation import regression
+
+    quiet_loading(None)
+    names = [name.strip() for name in arguments.methods.split(",") if name.strip()] if arguments.methods else None
+    observed = {}
+    for guard in regression.chosen(names):
+        start = time.perf_counter()
+        observed[guard.name] = regression.observe(guard, latency=not arguments.no_latency)
+        print(f"{guard.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return observed
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Run the guarded methods again; exit 1 and say what moved if anything did."""
+    golden = goldens.read_golden(goldens.golden_path("nano", Path(arguments.out)))
+    observed = _observe(arguments)
+    findings = goldens.compare(golden, observed)
+    for finding in findings:
+        print(finding)
+    if findings:
+        print("If the change is meant: dlplora report accept --reason 'why the numbers move'", file=sys.stderr)
+        return 1
+    print(f"{len(observed)} guarded methods give what was accepted")
+    return 0
+
+
+def run_accept(arguments: argparse.Namespace) -> int:
+    """Make what the guarded methods give now the accepted state, and write the reason into the changelog."""
+    if not arguments.reason.strip():
+        raise ConfigError("--reason must say why the numbers move.")
+    changelog = Path(arguments.changelog)
+    if not changelog.is_file():
+        raise ConfigError(f"changelog not found: {changelog}. Run in the repository, or pass --changelog FILE.")
+    path = goldens.golden_path("nano", Path(arguments.out))
+    known = goldens.read_golden(path) if path.is_file() else {}
+    text = changelog.read_text(encoding="utf-8")
+    observed = _observe(arguments)
+    findings = goldens.compare(known, observed)
+    noted = goldens.note_in_changelog(text, arguments.reason, findings)
+    kept = known if arguments.methods else {}
+    goldens.write_golden(path, {**kept, **observed})
+    write_atomically(changelog, noted)
+    for finding in findings:
+        print(finding)
+    print(f"wrote {path} and {changelog}")
+    return 0
