@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -153,7 +155,8 @@ def test_build_is_idempotent_and_check_finds_staleness(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"# x\n\n{tables.BEGIN}\nold\n{tables.END}\n\nend\n")
     records = [make_record()]
-    assert set(tables.build(records, "toy", tmp_path, readme, check=True)) == {readme, tmp_path / "tables" / "toy.md"}
+    stale = {path.name for path in tables.build(records, "toy", tmp_path, readme, check=True)}
+    assert stale == {"README.md", "toy.md", "toy.csv", "toy.tex"}
     assert "old" in readme.read_text()
     tables.build(records, "toy", tmp_path, readme)
     assert tables.build(records, "toy", tmp_path, readme, check=True) == []
@@ -193,3 +196,16 @@ def test_a_record_in_another_suites_folder_is_named(tmp_path: Path) -> None:
     records, problems = store.load_all(tmp_path)
     assert records == []
     assert "field 'suite' is 'toy'" in problems[0]
+
+
+def test_csv_and_latex_say_what_the_table_says() -> None:
+    records = [make_record(), make_record(method_name="base", training_tokens=None, routing={})]
+    rows = list(csv.DictReader(io.StringIO(tables.csv_table(records))))
+    assert [row["method"] for row in rows] == ["base", "dlp"]
+    assert float(rows[1]["mcq_acc"]) == pytest.approx(0.7)
+    assert rows[0]["training_tokens"] == ""
+    latex = tables.latex_table(records)
+    assert latex.count(r"\\") == 3
+    assert r"\textbf{70.0} $\pm$ 2.5" in latex
+    assert "±" not in latex
+    assert "%" not in latex.replace(r"\%", "").split("\n", 1)[1]

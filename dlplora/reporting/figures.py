@@ -1,0 +1,219 @@
+"""Pictures of results, from records and their outcomes only; vector and bitmap, readable on light and dark ground.
+
+Text and axes are drawn in one mid-grey ink on a transparent ground. Colours: Okabe and Ito's palette, told apart by colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlplora.reporting.comparison import MAIN_METRIC, Loader
+from dlplora.reporting.samples import TaskOutcomes
+from dlplora.reporting.schema import Record
+from dlplora.reporting.tables import REFERENCE_ROWS, value_of
+
+INK = "#7a7f87"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999933")
+RADAR_METHODS = ("base", "oracle", "multitask", "dlp", "dlp_code", "meteora_gate", "arrow_out", "lorahub_in_pool")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK)
+    plt.rcParams.update({**settings, "svg.fonttype": "none", "svg.hashsalt": "dlplora", "font.size": 9, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none"})
+    return plt
+
+
+def _mean_scores(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Method -> task -> mean over seeds of accuracy or exact match, for methods with every task."""
+    collected: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        if set(record.tasks) == set(record.suite_tasks):
+            for task, row in record.tasks.items():
+                collected.setdefault(record.method_name, {}).setdefault(task, []).append(row.metrics[MAIN_METRIC[row.kind]])
+    return {method: {task: float(np.mean(values)) for task, values in rows.items()} for method, rows in collected.items()}
+
+
+def radar(records: Sequence[Record], load: Loader) -> Any:
+    """Every task is a spoke, every method a line, as in the paper's Figures 2 and 3; None for fewer than three tasks."""
+    scores = _mean_scores(records)
+    shown = [name for name in RADAR_METHODS if name in scores]
+    tasks = list(records[0].suite_tasks) if records else []
+    if not shown or len(tasks) < 3:
+        return None
+    plt = _pyplot()
+    angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
+    figure, axes = plt.subplots(figsize=(7.5, 7.5), subplot_kw={"projection": "polar"})
+    for name, color in zip(shown, PALETTE, strict=False):
+        values = [100 * scores[name][task] for task in tasks]
+        style = {"oracle": "--", "base": ":"}.get(name, "-")
+        axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=1.6, ls=style, label=name)
+    axes.set_xticks(angles, [task.replace("_", " ") for task in tasks], fontsize=7.5)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        label.set_horizontalalignment("center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right")
+    axes.tick_params(axis="x", pad=1)
+    axes.set_ylim(0, 100)
+    axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100 %"], fontsize=7)
+    axes.spines["polar"].set_color(INK)
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=min(4, len(shown)))
+    figure.tight_layout(rect=(0.04, 0.07, 0.96, 1))
+    return figure
+
+
+def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
+    """Mean of the two main aggregates against decoding time, with the Pareto front; None without latencies."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        accuracy, match, tpot = (value_of(record, key) for key in ("mcq_acc", "gen_exact_match", "latency.tpot_ratio"))
+        if None not in (accuracy, match, tpot):
+            points.setdefault(record.method_name, []).append((tpot, 50 * (accuracy + match)))  # type: ignore[operator, arg-type]
+    if len(points) < 2:
+        return None
+    plt = _pyplot()
+    middle = {name: (float(np.median([x for x, _ in rows])), float(np.mean([y for _, y in rows]))) for name, rows in points.items()}
+    ordered = sorted(middle.items(), key=lambda pair: (pair[1][0], -pair[1][1]))
+    front: list[tuple[str, tuple[float, float]]] = []
+    for name, point in ordered:
+        if not front or point[1] > front[-1][1][1]:
+            front.append((name, point))
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    axes.step([x for _, (x, _) in front], [y for _, (_, y) in front], where="post", color=PALETTE[0], lw=1, alpha=0.6)
+    best = {name for name, _ in front}
+    labelled = best | {name for name in REFERENCE_ROWS if name in middle}
+    for name, (x, y) in middle.items():
+        axes.scatter(x, y, s=26, color=PALETTE[0] if name in best else INK, zorder=3)
+    _label(axes, {name: middle[name] for name in middle if name in labelled or middle[name][1] > 40})
+    axes.set_xlabel("time per decoded token ÷ PEFT with one adapter (median)")
+    axes.set_ylabel("mean of MCQ accuracy and exact match, %")
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    return figure
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside points; of points almost as high and near, the next name moves down a line."""
+    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1.0
+    height = max(y for _, y in points.values()) - min(y for _, y in points.values()) or 1.0
+    placed: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(points.items(), key=lambda pair: -pair[1][1]):
+        level = y
+        while any(abs(level - other) < 0.034 * height and abs(x - left) < 0.2 * width for left, other in placed):
+            level -= 0.012 * height
+        placed.append((x, level))
+        axes.annotate(
+            name, (x, y), (x + 0.012 * width, level), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.4}
+        )
+
+
+def _routes(outcomes: Mapping[str, TaskOutcomes]) -> dict[str, list[list[tuple[int, dict[str, float]]]]]:
+    """Task -> routing of each question that was routed."""
+    return {task: [json.loads(text) for text in rows.routing if text] for task, rows in outcomes.items()}
+
+
+def _one_run(records: Sequence[Record], load: Loader, method: str) -> Mapping[str, TaskOutcomes] | None:
+    runs = sorted((record for record in records if record.method_name == method), key=lambda record: record.seed)
+    return load(runs[0]) if runs else None
+
+
+def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
+    """Share of each task's prompts whose strongest expert is each expert, for ``dlp``; None if it was not run."""
+    outcomes = _one_run(records, load, "dlp")
+    if outcomes is None:
+        return None
+    tasks = list(records[0].suite_tasks)
+    matrix = np.zeros((len(tasks), len(tasks)))
+    for task, routes in _routes(outcomes).items():
+        for route in routes:
+            weights = route[0][1]
+            strongest = max(weights, key=lambda name: weights[name]) if weights else None
+            if strongest in tasks:
+                matrix[tasks.index(task), tasks.index(strongest)] += 1 / len(routes)
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 6.5))
+    image = axes.imshow(100 * matrix, cmap="cividis", vmin=0, vmax=100)
+    names = [task.replace("_", " ") for task in tasks]
+    axes.set_xticks(range(len(tasks)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(tasks)), names, fontsize=7)
+    axes.set_xlabel("strongest expert")
+    axes.set_ylabel("task of the prompt")
+    figure.colorbar(image, ax=axes, label="prompts, %", shrink=0.8)
+    figure.tight_layout()
+    return figure
+
+
+def experts_kept(records: Sequence[Record], load: Loader) -> Any:
+    """How many experts a sentence is answered by, for the variants of DLP-LoRA; None if none was run."""
+    names = [name for name in dict.fromkeys(record.method_name for record in records) if name.startswith("dlp")]
+    counts: dict[str, Counter[int]] = {}
+    for name in names:
+        outcomes = _one_run(records, load, name)
+        if outcomes is not None:
+            counts[name] = Counter(len(weights) for routes in _routes(outcomes).values() for route in routes for _, weights in route)
+    if not counts:
+        return None
+    plt = _pyplot()
+    most = max(max(counter) for counter in counts.values())
+    figure, axes = plt.subplots(figsize=(6, 3))
+    width = 0.8 / len(counts)
+    for index, (name, counter) in enumerate(counts.items()):
+        total = sum(counter.values())
+        heights = [100 * counter[number] / total for number in range(1, most + 1)]
+        axes.bar(np.arange(1, most + 1) + (index - (len(counts) - 1) / 2) * width, heights, width, color=PALETTE[index], label=name)
+    axes.set_xticks(range(1, most + 1))
+    axes.set_xlabel("experts kept")
+    axes.set_ylabel("sentences, %")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Record], Loader], Any]] = {
+    "radar": radar,
+    "quality_against_latency": quality_against_latency,
+    "routing_confusion": routing_confusion,
+    "experts_kept": experts_kept,
+}
+"""Name -> drawing function; one that has nothing to show returns None."""
+
+
+def draw(records: Sequence[Record], load: Loader, folder: Path, prefix: str) -> list[Path]:
+    """Write every figure as SVG and PNG, each atomically.
+
+    Args:
+        records: Newest of each method and seed.
+        load: Outcomes of a record.
+        folder: Made if it does not exist.
+        prefix: Put before the figures' names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures(records, load).items():
+        for suffix in ("svg", "png"):
+            path = folder / f"{prefix}_{name}.{suffix}"
+            temporary = path.with_name(f".{path.name}.tmp")
+            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+            figure.savefig(temporary, format=suffix, dpi=160, metadata=metadata, transparent=True)
+            os.replace(temporary, path)
+            written.append(path)
+    _pyplot().close("all")
+    return written
+
+
+def figures(records: Sequence[Record], load: Loader) -> dict[str, Any]:
+    """Figures that the records have the numbers for, by name."""
+    if not records:
+        return {}
+    drawn = {name: function(records, load) for name, function in FIGURES.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
