@@ -1,8 +1,9 @@
-# make reproduce   the main job on the embedded nano suite (FRESH=1 retrains every expert and the router)
+# make reproduce   every method on the embedded nano suite (FRESH=1 retrains experts, router and gates; METHODS=dlp,oracle runs some)
 # make test        the tests
 # make lint        ruff, mypy
 PYTHON ?= python3
 VENV   ?= .venv
+METHODS ?= all
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -16,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 reproduce: $(READY)
-	$(BIN)/dlplora reproduce nano $(if $(FRESH),--fresh) $(ARGS)
+	$(BIN)/dlplora reproduce nano --methods $(METHODS) $(if $(FRESH),--fresh) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

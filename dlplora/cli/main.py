@@ -88,6 +88,15 @@ def _reports(commands: Any) -> None:
             parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
             parser.add_argument("--readme", default="README.md", metavar="FILE")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
+    for name, text in (("figures", "draw the figures (SVG and PNG)"), ("html", "write one page with tables, figures and questions")):
+        parser = inner.add_parser(name, help=text)
+        parser.add_argument("--out", default="results", metavar="DIR")
+        if name == "html":
+            parser.add_argument("--page", metavar="FILE", help="default: index.html in --out")
+        else:
+            parser.add_argument("--suite", default="nano")
+        parser.set_defaults(run=_lazy("report", f"run_{name}"))
+    inner.add_parser("schema", help="print the JSON Schema of a record").set_defaults(run=_lazy("report", "run_schema"))
     for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept what they give now")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")

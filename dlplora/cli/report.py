@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from dlplora.errors import DLPLoRAError, RecordError
 from dlplora.reporting import store, tables
-from dlplora.reporting.schema import Record
+from dlplora.reporting.samples import TaskOutcomes
+from dlplora.reporting.schema import Record, json_schema
+
+
+def _loader(root: Path) -> Callable[[Record], dict[str, TaskOutcomes] | None]:
+    return lambda record: store.load_samples(store.record_path(record, root), record)
+
+
+def _require_results(root: Path) -> None:
+    if not (root / "runs").is_dir():
+        raise RecordError(f"{root} holds no results: folder {root / 'runs'} not found.")
 
 
 def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
@@ -37,9 +51,58 @@ def run_list(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def run_figures(arguments: argparse.Namespace) -> int:
+    """Draw every figure the records have numbers for."""
+    from dlplora.reporting.figures import draw
+
+    root = Path(arguments.out)
+    _require_results(root)
+    records, problems = _load(arguments)
+    for path in draw(tables.latest(records), _loader(root), root / "figures", arguments.suite):
+        print(f"wrote {path}")
+    return 1 if problems else 0
+
+
+def run_html(arguments: argparse.Namespace) -> int:
+    """Write the page of all suites."""
+    from dlplora.reporting.html import page
+
+    root = Path(arguments.out)
+    _require_results(root)
+    records, problems = store.load_all(root)
+    for problem in problems:
+        print(f"dlplora: error: {problem}", file=sys.stderr)
+    target = Path(arguments.page) if arguments.page else root / "index.html"
+    store.write_atomically(target, page(records, _loader(root), _test_items))
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    return 1 if problems else 0
+
+
+def _test_items(suite: str, task: str) -> Sequence[Any]:
+    """What was asked, where the suite can be made on this machine."""
+    from dlplora.tasks.suite import get_suite
+
+    try:
+        return get_suite(suite).task(task).items("test", 100)
+    except DLPLoRAError:
+        return ()
+
+
+def run_schema(arguments: argparse.Namespace) -> int:
+    """Print the JSON Schema of a record."""
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
 def run_validate(arguments: argparse.Namespace) -> int:
-    """Read every record of the suite strictly; exit 1 if one is damaged."""
-    _, problems = _load(arguments)
+    """Read every record of the suite and its outcomes strictly; exit 1 if one is damaged."""
+    records, problems = _load(arguments)
+    for record in records:
+        try:
+            _loader(Path(arguments.out))(record)
+        except RecordError as error:
+            problems.append(str(error))
+            print(f"dlplora: error: {error}", file=sys.stderr)
     count = sum(1 for _ in store.iterate(Path(arguments.out), arguments.suite))
     print(f"{count - len(problems)} of {count} records are valid")
     return 1 if problems else 0

@@ -30,7 +30,7 @@ def _pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK)
+    settings: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK)
     plt.rcParams.update({**settings, "svg.fonttype": "none", "svg.hashsalt": "dlplora", "font.size": 9, "axes.spines.top": False})
     plt.rcParams.update({"axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none"})
     return plt
@@ -113,7 +113,7 @@ def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
             level -= 0.012 * height
         placed.append((x, level))
         axes.annotate(
-            name, (x, y), (x + 0.012 * width, level), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.4}
+            name, (x, y), (x + 0.02 * width, level), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.4}
         )
 
 
@@ -130,7 +130,7 @@ def _one_run(records: Sequence[Record], load: Loader, method: str) -> Mapping[st
 def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
     """Share of each task's prompts whose strongest expert is each expert, for ``dlp``; None if it was not run."""
     outcomes = _one_run(records, load, "dlp")
-    if outcomes is None:
+    if outcomes is None or not any(_routes(outcomes).values()):
         return None
     tasks = list(records[0].suite_tasks)
     matrix = np.zeros((len(tasks), len(tasks)))
@@ -161,6 +161,7 @@ def experts_kept(records: Sequence[Record], load: Loader) -> Any:
         outcomes = _one_run(records, load, name)
         if outcomes is not None:
             counts[name] = Counter(len(weights) for routes in _routes(outcomes).values() for route in routes for _, weights in route)
+    counts = {name: counter for name, counter in counts.items() if counter}
     if not counts:
         return None
     plt = _pyplot()

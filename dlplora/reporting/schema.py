@@ -202,3 +202,42 @@ def _fits(annotation: Any, value: Any) -> bool:
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a record of the newest version, generated from the dataclasses."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "dlplora results record",
+        **_object_schema(Record),
+        "$defs": {"TaskResult": _object_schema(TaskResult)},
+    }
+
+
+def _object_schema(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    required = [one.name for one in fields if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING]
+    properties = {one.name: _type_schema(hints[one.name]) for one in fields}
+    if "schema_version" in properties:
+        properties["schema_version"] = {"const": SCHEMA_VERSION}
+        required.append("schema_version")
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _type_schema(annotation: Any) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return {}
+    if annotation is TaskResult:
+        return {"$ref": "#/$defs/TaskResult"}
+    if origin in (types.UnionType, typing.Union):
+        return {"anyOf": [_type_schema(option) for option in arguments]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _type_schema(arguments[1])}
+    if origin is list:
+        return {"type": "array", "items": _type_schema(arguments[0])}
+    names = {str: "string", float: "number", int: "integer", bool: "boolean", type(None): "null"}
+    return {"type": names[annotation]}

@@ -88,16 +88,24 @@ def _group(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _summary(rows: Sequence[Record], key: str) -> tuple[float | None, float | None]:
-    """Mean over seeds and its standard error: over questions for one seed, and the larger of both spreads for several."""
+    """Mean over seeds and its standard error: over questions for one seed, and the larger of both spreads for several.
+
+    Latency ratios are medians over seeds without an error: each is a median of interleaved runs, and a busy machine spoils some.
+    """
     values = [value for value in (value_of(row, key) for row in rows) if value is not None]
     if len(values) != len(rows) or not values:
         return None, None
+    if key.startswith("latency."):
+        return statistics.median(values), None
+    mean = sum(values) / len(values)
+    if key not in AGGREGATES:
+        return mean, None
     errors = [row.aggregates.get(f"{key}_stderr") for row in rows]
     known = [error for error in errors if error is not None]
     within = math.sqrt(sum(error**2 for error in known) / len(known)) if known else None
     between = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     both = [error for error in (within, between) if error is not None]
-    return sum(values) / len(values), max(both) if both else None
+    return mean, max(both) if both else None
 
 
 def _cell(column: Column, mean: float | None, error: float | None, best: float | None, ties: bool) -> str:
@@ -195,10 +203,12 @@ def caption(records: Sequence[Record]) -> str:
     threads = sorted(
         {str(record.provenance.get("hardware", {}).get("gpu") or record.provenance.get("hardware", {}).get("cpu")) for record in records}
     )
+    short = sorted({name for name, group in _group(records).items() if {record.seed for record in group} != set(seeds)})
+    fewer = f" (not every seed: {', '.join(short)})" if short else ""
     items = "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
     return (
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`, {len(records[0].suite_tasks)} tasks × {items} questions, "
-        f"seeds {', '.join(map(str, seeds))}, ± one standard error, code {', '.join(commits)}, {', '.join(threads)}. "
+        f"seeds {', '.join(map(str, seeds))}{fewer}, ± one standard error, code {', '.join(commits)}, {', '.join(threads)}. "
         f"Bold: best of the column; {TIE}: not significantly worse (paired bootstrap over questions, Holm over the methods, 5 %). "
         "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter. "
         "Generated from `results/runs` by `dlplora report build`."
