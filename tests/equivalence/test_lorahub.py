@@ -142,3 +142,19 @@ def test_what_it_cannot_do_is_said(tiny_llama: Any, tiny_tokenizer: Any, tiny_po
         without.plan(PromptBatch.from_texts(["a"], tiny_tokenizer, task_names=["beta"]))
     with pytest.raises(ConfigError, match="'num_examples'"):
         LoRAHubConfig(num_examples=0)
+
+
+def test_nevergrads_branch_finds_a_minimum_and_keeps_to_its_budget() -> None:
+    pytest.importorskip("nevergrad")
+    from baselines.lorahub import _nevergrad
+
+    seen: list[tuple[float, np.ndarray]] = []
+
+    def value(point: np.ndarray) -> float:
+        seen.append((float(((point - np.array([0.3, -0.2])) ** 2).sum()), point.copy()))
+        return seen[-1][0]
+
+    _nevergrad(value, 2, 1.5, 60, seed=0)
+    assert len(seen) == 60
+    assert all(np.abs(point).max() <= 1.5 for _, point in seen)
+    assert min(score for score, _ in seen) < 0.01
