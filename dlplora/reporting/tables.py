@@ -113,7 +113,7 @@ def _cell(column: Column, mean: float | None, error: float | None, best: float |
         return ""
     text = f"{mean * column.scale:.{column.digits}f}"
     if best is not None and math.isclose(mean, best):
-        text = f"**{text}**"
+        text, ties = f"**{text}**", False
     text = text if error is None else f"{text} ± {error * column.scale:.{column.digits}f}"
     return f"{text} {TIE}" if ties else text
 
