@@ -85,10 +85,14 @@ def test_tasks_won_and_ranks(scores: comparison.Scores) -> None:
     assert friedman is not None
 
 
-def test_the_page_shows_pairs_and_marks_ties(scores: comparison.Scores, tmp_path: Path) -> None:
-    records = [dataclasses.replace(make_record(), method_name=name) for name in scores.methods]
-    page = tables.page(records, "toy", scores)
+def test_the_page_shows_pairs_and_marks_ties(scores: comparison.Scores) -> None:
+    def named(name: str, accuracy: float) -> Record:
+        record = make_record(method_name=name)
+        return dataclasses.replace(record, aggregates={**record.aggregates, "mcq_acc": accuracy})
+
+    page = tables.page([named("oracle", 0.92), named("dlp", 0.9), named("base", 0.5)], "toy", scores)
     line = next(line for line in page.splitlines() if line.startswith("| `base`") and "[" in line)
     assert "*" in line
     assert "0–1–2" in line
-    assert f"± 2.5 {tables.TIE}" in page
+    first = {line.split("`")[1]: line.split("|")[2].strip() for line in reversed(page.splitlines()) if line.startswith("| `")}
+    assert first == {"oracle": "**92.0** ± 2.5", "dlp": f"90.0 ± 2.5 {tables.TIE}", "base": "50.0 ± 2.5"}
