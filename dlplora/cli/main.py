@@ -86,7 +86,7 @@ def _reports(commands: Any) -> None:
         parser.add_argument("--suite", default="nano")
         if name == "build":
             parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
-            parser.add_argument("--readme", default="README.md", metavar="FILE")
+            parser.add_argument("--readme", metavar="FILE", help="default: README.md, for the nano suite in results/")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
     for name, text in (("figures", "draw the figures (SVG and PNG)"), ("html", "write one page with tables, figures and questions")):
         parser = inner.add_parser(name, help=text)

@@ -19,9 +19,10 @@ def _loader(root: Path) -> Callable[[Record], dict[str, TaskOutcomes] | None]:
     return lambda record: store.load_samples(store.record_path(record, root), record)
 
 
-def _require_results(root: Path) -> None:
-    if not (root / "runs").is_dir():
-        raise RecordError(f"{root} holds no results: folder {root / 'runs'} not found.")
+def _require_results(root: Path, suite: str | None = None) -> None:
+    folder = root / "runs" / suite if suite else root / "runs"
+    if not folder.is_dir():
+        raise RecordError(f"{root} holds no results{f' of suite {suite!r}' if suite else ''}: folder {folder} not found.")
 
 
 def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
@@ -32,10 +33,16 @@ def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
 
 
 def run_build(arguments: argparse.Namespace) -> int:
-    """Rewrite tables, or with ``--check`` say which are stale; exit 1 if any is, or if a record is damaged."""
+    """Rewrite tables, or with ``--check`` say which are stale; exit 1 if any is, or if a record is damaged.
+
+    The README of the working directory belongs to its own results and nano; others touch it only when it is named.
+    """
+    root = Path(arguments.out)
+    _require_results(root, arguments.suite)
     records, problems = _load(arguments)
-    readme = Path(arguments.readme)
-    stale = tables.build(records, arguments.suite, Path(arguments.out), readme if readme.is_file() else None, check=arguments.check)
+    readme = Path(arguments.readme or "README.md")
+    own = arguments.readme is not None or (root == store.RESULTS and arguments.suite == "nano")
+    stale = tables.build(records, arguments.suite, root, readme if own and readme.is_file() else None, check=arguments.check)
     for path in stale:
         print(f"{'stale' if arguments.check else 'wrote'} {path}")
     return 1 if problems or (arguments.check and stale) else 0
@@ -56,7 +63,7 @@ def run_figures(arguments: argparse.Namespace) -> int:
     from dlplora.reporting.figures import draw
 
     root = Path(arguments.out)
-    _require_results(root)
+    _require_results(root, arguments.suite)
     records, problems = _load(arguments)
     for path in draw(tables.latest(records), _loader(root), root / "figures", arguments.suite):
         print(f"wrote {path}")
@@ -96,6 +103,7 @@ def run_schema(arguments: argparse.Namespace) -> int:
 
 def run_validate(arguments: argparse.Namespace) -> int:
     """Read every record of the suite and its outcomes strictly; exit 1 if one is damaged."""
+    _require_results(Path(arguments.out), arguments.suite)
     records, problems = _load(arguments)
     for record in records:
         try:

@@ -83,11 +83,16 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["oracle"]["needs"] == ["task_id"] or rows["oracle"]["needs"] == "task_id"
 
 
-def test_report_of_an_empty_folder_builds_and_damaged_records_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = str(tmp_path / "none.md")
-    assert main(["report", "build", "--out", str(tmp_path), "--readme", readme]) == 0
-    assert main(["report", "build", "--check", "--out", str(tmp_path), "--readme", readme]) == 0
+def test_reports_need_results_and_damaged_records_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("build", "validate", "figures"):
+        assert main(["report", action, "--out", str(tmp_path)]) == 2
+        assert "holds no results" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs" / "nano").mkdir(parents=True)
+    assert main(["report", "build", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["nano.md"]
+    assert "README" not in capsys.readouterr().out  # that of the working directory belongs to other results
+    assert main(["report", "build", "--check", "--out", str(tmp_path)]) == 0
     (tmp_path / "runs" / "nano" / "x.json").write_text("{}")
     assert main(["report", "validate", "--out", str(tmp_path)]) == 1
     assert "x.json" in capsys.readouterr().err
