@@ -58,7 +58,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate one method; the last line on standard output is JSON."""
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation.protocol import load_protocol
-    from dlplora.evaluation.runner import Artifacts, execute, finished, prepare
+    from dlplora.evaluation.runner import Artifacts, execute, finished, power_note, prepare
     from dlplora.reporting.schema import read_record
 
     quiet_loading(arguments.pretrained)
@@ -92,7 +92,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     require_writable(root, "--out")
     path = None if arguments.force else finished(run, root)
     if path is None:
-        say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name} …")
+        say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}: {power_note(run)} …")
         path, record = execute(run, root)
     else:
         say(f"reusing {path} (--force evaluates again)")
@@ -106,6 +106,7 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce
     from dlplora.evaluation.protocol import load_protocol
+    from dlplora.evaluation.runner import power_note
     from dlplora.reporting import tables
 
     quiet_loading(None)
@@ -125,7 +126,9 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     folders = reproduce.train_missing(planned, runs, say)
-    records = reproduce.evaluate_missing(reproduce.runs_of(planned, protocol, arguments.suite, folders, arguments.limit), root, say)
+    runs_planned = reproduce.runs_of(planned, protocol, arguments.suite, folders, arguments.limit)
+    say(power_note(runs_planned[0]))
+    records = reproduce.evaluate_missing(runs_planned, root, say)
     reproduce.finish(runs)
     readme = Path("README.md")
     # A trial run (limited, of uncommitted code, or written elsewhere) must not replace the published table.

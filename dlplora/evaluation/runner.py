@@ -23,6 +23,7 @@ from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import load_pool
 from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
+from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
 from dlplora.tasks.export import local_tasks, rows_sha256
 from dlplora.tasks.suite import Suite, Task, get_suite
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
 
 
+TEST_ITEMS = 100
+"""Questions that a generated task has; a local one has the rows of its file."""
+DISAGREEMENT = 0.1
 NOTES = ("recipe.json", "training.json")
 """Files of an artefact that say how it was made, with times that differ between equal runs."""
 
@@ -150,6 +154,18 @@ def prepare(
         if not path.is_dir():
             raise TaskError(f"{role} folder not found: {path}.")
     return Run(protocol=protocol, protocol_name=protocol_name, spec=spec, seed=seed, suite=suite, folders=folders, limit=limit)
+
+
+def power_note(run: Run) -> str:
+    """The smallest difference between two methods that the questions of a run can show, in words."""
+    tasks = [run.suite.task(name) for name in run.task_names]
+    counts = [len(task.rows["test"]) if task.rows else TEST_ITEMS for task in tasks]
+    num = sum(min(count, run.limit or count) for count in counts)
+    smallest = detectable_difference(num, DISAGREEMENT)
+    what = f"two methods that disagree on {100 * DISAGREEMENT:.0f} % of {num} questions"
+    if smallest > 0.99 * DISAGREEMENT:
+        return f"too few to tell apart {what}"
+    return f"{what} are told apart if they differ by {100 * smallest:.1f} points (power 80 %, 5 %)"
 
 
 def finished(run: Run, root: Path = RESULTS) -> Path | None:

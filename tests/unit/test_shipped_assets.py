@@ -48,3 +48,14 @@ def test_training_tokens_are_those_of_the_batches(kind: Any) -> None:
     seen = [int(batch["attention_mask"].sum()) for batch in batches]
     assert module.training_tokens(len(batches)) == sum(seen)
     assert module.training_tokens(3) == sum(seen[:3])
+
+
+def test_the_smallest_difference_is_said_before_a_run() -> None:
+    from dlplora.evaluation.protocol import load_protocol
+    from dlplora.evaluation.runner import power_note, prepare
+    from dlplora.reporting.statistics import detectable_difference
+
+    whole = power_note(prepare(load_protocol("nano"), "nano", "base", 0))
+    assert "of 2600 questions" in whole
+    assert f"{100 * detectable_difference(2600, 0.1):.1f} points" in whole
+    assert power_note(prepare(load_protocol("nano"), "nano", "base", 0, limit=2)).startswith("too few")
