@@ -7,7 +7,7 @@ Shapes: n questions of a task, m methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,13 @@ class Scores:
     """Task -> metric -> (n, m)."""
     bleu: Mapping[str, NDArray[np.int64]]
     """Task -> n-gram counts (n, m, 10)."""
+    drawn: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False, compare=False)
+    """Bootstrap distributions already computed; every comparison of an aggregate reads the same draws."""
 
     def of(self, methods: Sequence[str]) -> Scores:
-        """The scores of some of the methods, in the order given; those without outcomes are left out."""
+        """The scores of some of the methods; those without outcomes are left out."""
+        if set(self.methods) <= set(methods):
+            return self
         kept = [name for name in methods if name in self.methods]
         columns = [self.methods.index(name) for name in kept]
         values = {task: {metric: array[:, columns] for metric, array in metrics.items()} for task, metrics in self.values.items()}
@@ -118,6 +122,12 @@ def sum_counts(counts: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64]:
 
 def distribution(scores: Scores, key: str, resamples: int = RESAMPLES) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Observed aggregate (m,) and its bootstrap distribution (R, m); None if a task lacks the metric."""
+    if (key, resamples) not in scores.drawn:
+        scores.drawn[key, resamples] = _distribution(scores, key, resamples)
+    return scores.drawn[key, resamples]  # type: ignore[no-any-return]
+
+
+def _distribution(scores: Scores, key: str, resamples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     kind, metric = AGGREGATES[key]
     tasks = scores.tasks(kind)
     if metric == "bleu":
