@@ -105,6 +105,12 @@ def drawn(bank: AdapterBank, width: int, bound: float, *parts: object) -> Tensor
     return torch.stack(rows)
 
 
+def hidden_size(context: MethodContext) -> int:
+    """Width of the residual stream, read from the embedding."""
+    weight: Any = context.embedding.weight
+    return int(weight.shape[-1])
+
+
 def over_real_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B, T) values over the positions that ``mask`` (B, T) marks; padding on either side is left out."""
     real = mask.to(values.dtype)
@@ -125,6 +131,10 @@ class TrainedGates(TokenGated):
     def build(self, bank: AdapterBank, seed: int) -> None:
         """Register the gates' parameters, float32 on the CPU."""
         raise NotImplementedError
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """The answers alone, under the gates."""
+        return batch["answer_loss"](None)  # type: ignore[no-any-return]
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep a tensor for the loss of the running step; outside of training nothing is kept."""

@@ -10,7 +10,6 @@ task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, key_of, layer_of
+from baselines._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
@@ -57,8 +56,7 @@ class LoRAFlow(TrainedGates):
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Note the width of the residual stream."""
-        weight: Any = context.embedding.weight
-        self._width = int(weight.shape[-1])
+        self._width = hidden_size(context)
         self._weights: dict[str, Tensor] = {}
         return super().prepare(bank, context)
 
@@ -90,7 +88,3 @@ class LoRAFlow(TrainedGates):
     def gate(self, module: str, x: Tensor) -> Tensor:
         """The weights of the module's decoder layer in the running forward pass."""
         return self._weights[layer_of(module)]
-
-    def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """The answers alone."""
-        return batch["answer_loss"](None)  # type: ignore[no-any-return]

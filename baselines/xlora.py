@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn
+from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.fused_linear import RoutingState
@@ -65,8 +65,7 @@ class XLoRA(TrainedGates):
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Note sizes; forget other requests."""
-        weight: Any = context.embedding.weight
-        self._width = int(weight.shape[-1])
+        self._width = hidden_size(context)
         self._modules_in_order = tuple(bank.modules)
         self._reading = False
         self._weights: Tensor | None = None
@@ -138,10 +137,6 @@ class XLoRA(TrainedGates):
             return x.new_zeros((1, 1, self.bias.shape[-1]), dtype=torch.float32)
         return self._weights[self._modules_in_order.index(module) if self.config.layerwise else 0]
 
-    def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """The answers alone."""
-        return batch["answer_loss"](None)  # type: ignore[no-any-return]
-
 
 def _both(first: Any, second: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -161,8 +156,7 @@ class XLoRAFrozen(TrainedGates):
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Note the width of the hidden states."""
-        weight: Any = context.embedding.weight
-        self._width = int(weight.shape[-1])
+        self._width = hidden_size(context)
         return super().prepare(bank, context)
 
     def build(self, bank: AdapterBank, seed: int) -> None:

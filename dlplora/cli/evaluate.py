@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dlplora.cli.terminal import split_names
 from dlplora.config import require_writable
 from dlplora.errors import ConfigError
 
@@ -36,7 +37,7 @@ def chosen_methods(text: str | None) -> list[str]:
         return list(METHODS)
     if text == "all":
         return list(dict.fromkeys([*METHODS, *available_presets()]))
-    return [name.strip() for name in text.split(",") if name.strip()]
+    return split_names(text)
 
 
 def chosen_seeds(text: str) -> list[int]:
@@ -67,7 +68,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         if getattr(arguments, key):
             overrides[key] = getattr(arguments, key)
     if arguments.tasks:
-        overrides["tasks"] = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+        overrides["tasks"] = split_names(arguments.tasks)
     if arguments.pretrained:
         overrides["backbone"] = arguments.pretrained
     protocol = load_protocol(arguments.protocol, overrides)

@@ -14,11 +14,11 @@ from dlplora.reporting.store import write_atomically
 
 
 def _observe(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dlplora.cli.terminal import quiet_loading
+    from dlplora.cli.terminal import quiet_loading, split_names
     from dlplora.evaluation import regression
 
     quiet_loading(None)
-    names = [name.strip() for name in arguments.methods.split(",") if name.strip()] if arguments.methods else None
+    names = split_names(arguments.methods) if arguments.methods else None
     observed = {}
     for guard in regression.chosen(names):
         start = time.perf_counter()

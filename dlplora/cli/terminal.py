@@ -15,3 +15,8 @@ def quiet_loading(pretrained: str | None) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+def split_names(text: str) -> list[str]:
+    """Names separated by commas, without blanks."""
+    return [name.strip() for name in text.split(",") if name.strip()]

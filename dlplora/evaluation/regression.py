@@ -6,6 +6,7 @@ Every observation is made with the embedded artefacts, so it depends on the code
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def observe(guard: Guard, *, latency: bool = True) -> dict[str, Any]:
         own[role] = nano_asset(f"trained/{guard.preset}" if role == "trained" else role)
     run = prepare(load_protocol("nano"), "nano", guard.preset, 0, artifacts=Artifacts(others=own), method_params=guard.params, limit=LIMIT)
     with close_after(run) as lm:
-        outcomes = outcomes_of(result := evaluate_run(run, lm), run.prefix, lm.statistics.routes)
+        outcomes = outcomes_of(evaluate_run(run, lm), run.prefix, lm.statistics.routes)
         observed = {
             "logits": _probe(run, lm),
             "routing": {
@@ -85,7 +86,6 @@ def observe(guard: Guard, *, latency: bool = True) -> dict[str, Any]:
             },
             "latency": {},
         }
-        assert len(result.results) == len(run.suite.tasks)
         if guard.latency and latency:
             measured = measure_latency(run, lm) or {}
             observed["latency"] = {key: round(measured[key], 3) for key in ("ttft_ratio", "tpot_ratio")}
@@ -100,11 +100,8 @@ def _probe(run: Run, lm: DLPLoRALM) -> dict[str, list[float]]:
     texts = [run.suite.task(name).items("test", 1)[0].prompt for name in names]
     prompts = PromptBatch.from_texts(texts, fused.tokenizer, device=fused.device, task_names=names)
     state = fused.plan(prompts)
-    if state is None:
+    with nullcontext() if state is None else fused.routing(state):
         logits = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
-    else:
-        with fused.routing(state):
-            logits = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
     last = prompts.attention_mask.sum(dim=1) - 1
     rows = logits[torch.arange(len(names)), last]
     columns = torch.linspace(0, rows.shape[1] - 1, PROBES).long()

@@ -180,22 +180,18 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
         DLPLoRAError: What the evaluation raised.
     """
     started = time.perf_counter()
-    lm: DLPLoRALM | None = None
     try:
-        lm = _load(run)
-        loaded = time.perf_counter()
-        result = evaluate_run(run, lm)
-        evaluated = time.perf_counter()
-        latency = measure_latency(run, lm)
-        timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
-        outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
-        record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
+        with close_after(run) as lm:
+            loaded = time.perf_counter()
+            result = evaluate_run(run, lm)
+            evaluated = time.perf_counter()
+            latency = measure_latency(run, lm)
+            timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
+            outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
+            record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
     except DLPLoRAError as error:
         save(dataclasses.replace(_blank(run), status="failed", error=str(error)), root)
         raise
-    finally:
-        if lm is not None:
-            lm.close()
     return save(record, root, outcomes), record
 
 

@@ -71,6 +71,23 @@ class Scores:
         return [task for task, its_kind in self.kinds.items() if its_kind == kind]
 
 
+def task_means(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Method -> task -> mean over seeds of its main metric, for the tasks that every run of the method has."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.method_name, []).append(record)
+    found: dict[str, dict[str, float]] = {}
+    for method, runs in groups.items():
+        rows = {task: [run.tasks.get(task) for run in runs] for task in runs[0].suite_tasks}
+        values = {task: [row.metrics.get(MAIN_METRIC[row.kind]) if row else None for row in several] for task, several in rows.items()}
+        found[method] = {}
+        for task, scores in values.items():
+            known = [score for score in scores if score is not None]
+            if len(known) == len(runs):
+                found[method][task] = sum(known) / len(known)
+    return found
+
+
 def collect(records: Sequence[Record], load: Loader) -> Scores:
     """Bring the outcomes of complete runs together; a method takes part if every run of it kept outcomes of the same questions.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dlplora.reporting.comparison import MAIN_METRIC, Loader
+from dlplora.reporting.comparison import Loader, task_means
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
 from dlplora.reporting.tables import REFERENCE_ROWS, value_of
@@ -36,19 +36,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _mean_scores(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Method -> task -> mean over seeds of accuracy or exact match, for methods with every task."""
-    collected: dict[str, dict[str, list[float]]] = {}
-    for record in records:
-        if set(record.tasks) == set(record.suite_tasks):
-            for task, row in record.tasks.items():
-                collected.setdefault(record.method_name, {}).setdefault(task, []).append(row.metrics[MAIN_METRIC[row.kind]])
-    return {method: {task: float(np.mean(values)) for task, values in rows.items()} for method, rows in collected.items()}
-
-
 def radar(records: Sequence[Record], load: Loader) -> Any:
     """Every task is a spoke, every method a line, as in the paper's Figures 2 and 3; None for fewer than three tasks."""
-    scores = _mean_scores(records)
+    scores = task_means([record for record in records if set(record.tasks) == set(record.suite_tasks)])
     shown = [name for name in RADAR_METHODS if name in scores]
     tasks = list(records[0].suite_tasks) if records else []
     if not shown or len(tasks) < 3:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from dlplora.reporting.comparison import MAIN_METRIC, Loader, collect
+from dlplora.reporting.comparison import MAIN_METRIC, Loader, collect, task_means
 from dlplora.reporting.figures import figures
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
@@ -67,10 +67,10 @@ def _suite(name: str, records: Sequence[Record], load: Loader, questions: Questi
     rows = []
     for backbone in sorted({str(record.backbone.get("name")) for record in records}):
         own = [record for record in records if str(record.backbone.get("name")) == backbone]
-        table = rows_of(own, collect(own, remembered))
+        table, means = rows_of(own, collect(own, remembered)), task_means(own)
         for method, summary in table.summaries.items():
             cells = {key: [mean, error, method in table.ties.get(key, ())] for key, (mean, error) in summary.items() if mean is not None}
-            rows.append({"method": method, "backbone": backbone, "cells": cells, "tasks": _task_means(own, method)})
+            rows.append({"method": method, "backbone": backbone, "cells": cells, "tasks": means[method]})
     return {
         "name": name,
         "caption": caption(records).replace("`", ""),
@@ -79,15 +79,6 @@ def _suite(name: str, records: Sequence[Record], load: Loader, questions: Questi
         "figures": {CAPTIONS.get(key, key): _svg(figure) for key, figure in figures(records, remembered).items()},
         "questions": _questions(name, records, remembered, questions),
     }
-
-
-def _task_means(records: Sequence[Record], method: str) -> dict[str, float]:
-    runs = [record for record in records if record.method_name == method]
-    values: dict[str, list[float]] = {}
-    for record in runs:
-        for task, row in record.tasks.items():
-            values.setdefault(task, []).append(row.metrics[MAIN_METRIC[row.kind]])
-    return {task: sum(rows) / len(rows) for task, rows in values.items() if len(rows) == len(runs)}
 
 
 def _svg(figure: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlplora.errors import RecordError
-from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_wins, ties_with_best
+from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_means, task_wins, ties_with_best
 from dlplora.reporting.schema import AGGREGATES, Record
 from dlplora.reporting.store import is_publishable, load_samples, record_path, write_atomically
 
@@ -230,16 +230,11 @@ def task_table(records: Sequence[Record]) -> str:
         return ""
     first = next(iter(groups.values()))[0]
     lines = ["| task | kind | " + " | ".join(f"`{name}`" for name in groups) + " |", "|---|---|" + "---:|" * len(groups)]
+    means = task_means(records)
+    kinds = {task: row.kind for record in records for task, row in record.tasks.items()}
     for task in first.suite_tasks:
-        rows = {name: [record.tasks.get(task) for record in group] for name, group in groups.items()}
-        kind = next((row.kind for group in rows.values() for row in group if row), "")
-        metric = "acc" if kind == "mcq" else "exact_match"
-        cells = []
-        for group in rows.values():
-            values = [row.metrics.get(metric) if row else None for row in group]
-            known = [value for value in values if value is not None]
-            cells.append(f"{100 * sum(known) / len(known):.1f}" if known and len(known) == len(values) else "")
-        lines.append(f"| {task} | {kind} | " + " | ".join(cells) + " |")
+        cells = [f"{100 * means[name][task]:.1f}" if task in means[name] else "" for name in groups]
+        lines.append(f"| {task} | {kinds.get(task, '')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
