@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.terminal import split_names
 from dlplora.config import require_writable
 from dlplora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dlplora.reporting.schema import Record
 
 
 def say(text: str) -> None:
@@ -91,6 +95,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
         return 0
     root = Path(arguments.out)
     require_writable(root, "--out")
+    if arguments.released_code:
+        from dlplora.evaluation.released_code import execute_released
+
+        say(f"{run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}, as the released code measures …")
+        path, record = execute_released(run, root, force=arguments.force)
+        print(json.dumps({"record": str(path), "tasks": {name: task.metrics for name, task in record.tasks.items()}}))
+        return 0
     path = None if arguments.force else finished(run, root)
     if path is None:
         say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}: {power_note(run)} …")
@@ -103,18 +114,22 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
 
 def run_reproduce(arguments: argparse.Namespace) -> int:
-    """The main job."""
+    """The main job, on the nano suite or on the paper's tasks."""
+    if arguments.suite == "paper":
+        return _reproduce_paper(arguments)
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce
     from dlplora.evaluation.protocol import load_protocol
     from dlplora.evaluation.runner import power_note
-    from dlplora.reporting import tables
 
+    given = [name for name in ("backbone", "tasks", "data_root") if getattr(arguments, name) is not None]
+    if given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} belongs to `dlplora reproduce paper`; the nano suite has a fixed backbone and tasks.")
     quiet_loading(None)
     protocol = load_protocol(arguments.suite)
     methods = chosen_methods(arguments.methods)
     seeds = chosen_seeds(arguments.seeds) if arguments.seeds else list(protocol.seeds)
-    runs, root = Path(arguments.runs), Path(arguments.out)
+    runs, root = Path(arguments.runs or "runs/nano"), Path(arguments.out)
     if not arguments.dry_run:
         require_writable(root, "--out")
         require_writable(runs, "--runs")
@@ -131,15 +146,62 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     say(power_note(runs_planned[0]))
     records = reproduce.evaluate_missing(runs_planned, root, say)
     reproduce.finish(runs)
+    _tabulate(arguments.suite, records, root)
+    return 0
+
+
+def _tabulate(suite: str, records: Sequence[Record], root: Path) -> None:
+    """Rewrite the tables of a suite and print that of some records."""
+    from dlplora.evaluation import reproduce
+    from dlplora.reporting import tables
+
     readme = Path("README.md")
     # A trial run (limited, of uncommitted code, or written elsewhere) must not replace the published table.
-    published = root == Path("results") and any(tables.is_publishable(record) for record in records)
+    published = suite == "nano" and root == Path("results") and any(tables.is_publishable(record) for record in records)
     has_block = published and readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
-    for path in reproduce.refresh_tables(arguments.suite, root, readme if has_block else None):
+    for path in reproduce.refresh_tables(suite, root, readme if has_block else None):
         say(f"wrote {path}")
     if any(not tables.is_publishable(record) for record in records):
         say("note: limited runs, and runs of uncommitted code, are under scratch/ and not in the published table.")
     print(tables.main_table(records))
     print()
     print(tables.caption(records))
+
+
+def _reproduce_paper(arguments: argparse.Namespace) -> int:
+    """The paper's comparison on one backbone."""
+    from dlplora.cli.terminal import quiet_loading
+    from dlplora.evaluation import reproduce, reproduce_paper
+    from dlplora.evaluation.runner import power_note
+
+    if arguments.fresh:
+        raise ConfigError(f"--fresh belongs to `dlplora reproduce nano`; remove {arguments.runs or 'the folder under runs/paper'} instead.")
+    quiet_loading(None)
+    overrides: dict[str, Any] = {"data_root": arguments.data_root} if arguments.data_root else {}
+    if arguments.tasks:
+        overrides["tasks"] = split_names(arguments.tasks)
+    job = reproduce_paper.resolve(
+        arguments.backbone or "local-small",
+        overrides,
+        split_names(arguments.methods) if arguments.methods else None,
+        chosen_seeds(arguments.seeds) if arguments.seeds else None,
+        Path(arguments.runs) if arguments.runs else None,
+    )
+    root = Path(arguments.out)
+    if not arguments.dry_run:
+        require_writable(root, "--out")
+        require_writable(job.runs, "--runs")
+    say(f"dlplora reproduce paper, backbone {job.name}: Ctrl-C stops, the same command resumes.")
+    for line in reproduce_paper.announced(job):
+        say(f"  * {line}")
+    if arguments.dry_run:
+        return 0
+    protocol, setting = job.over(*reproduce_paper.backbone_folder(job))
+    planned = reproduce_paper.planned(job, setting)
+    folders = reproduce.train_missing(planned, job.runs, say)
+    name = f"{job.profile.protocol}_{job.name}" if job.profile.protocol == "paper" else job.profile.protocol
+    runs_planned = reproduce.runs_of(planned, protocol, name, folders, arguments.limit)
+    say(power_note(runs_planned[0]))
+    records = reproduce.evaluate_missing(runs_planned, root, say)
+    _tabulate(protocol.suite, records, root)
     return 0

@@ -61,25 +61,29 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--limit", type=int, help="questions a task; such records go to results/scratch")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--force", action="store_true", help="evaluate again even if a finished record exists")
+    parser.add_argument("--released-code", action="store_true", help="measure as the public DLP-LoRA code does (teacher-forced); kept apart")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
 
     parser = commands.add_parser("reproduce", help="the main job: train what is missing, evaluate, write the tables")
-    parser.add_argument("suite", choices=["nano"])
+    parser.add_argument("suite", choices=["nano", "paper"])
+    parser.add_argument("--backbone", metavar="NAME", help="paper: a profile of configs/reproduce, a model folder or a hub id (default: local-small)")
+    parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
+    parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
     parser.add_argument("--fresh", action="store_true", help="train every expert and the router again")
     parser.add_argument("--methods", help="comma-separated, or 'all' (default: the six reference rows)")
     parser.add_argument("--seeds", help="comma-separated; every seed has its own experts (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="questions a task; such records are in no table")
     parser.add_argument("--out", default="results", metavar="DIR")
-    parser.add_argument("--runs", default="runs/nano", metavar="DIR", help="folder of trained artefacts")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+    parser.add_argument("--runs", metavar="DIR", help="folder of trained artefacts (default: runs/nano, or runs/paper/NAME)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and for the paper what it needs, and stop")
     parser.set_defaults(run=_lazy("evaluate", "run_reproduce"))
 
 
 def _reports(commands: Any) -> None:
     report = commands.add_parser("report", help="tables from records")
-    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate,check,accept,html,figures,schema}")
+    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate,check,accept,html,figures,protocols,schema}")
     for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")
@@ -96,6 +100,10 @@ def _reports(commands: Any) -> None:
         else:
             parser.add_argument("--suite", default="nano")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
+    parser = inner.add_parser("protocols", help="the table of two protocols side by side")
+    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is stale")
+    parser.set_defaults(run=_lazy("report", "run_protocols"))
     inner.add_parser("schema", help="print the JSON Schema of a record").set_defaults(run=_lazy("report", "run_schema"))
     for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept what they give now")):
         parser = inner.add_parser(name, help=text)

@@ -95,6 +95,16 @@ def _test_items(suite: str, task: str) -> Sequence[Any]:
         return ()
 
 
+def run_protocols(arguments: argparse.Namespace) -> int:
+    """Write the table of both protocols; with ``--check`` exit 1 if it is stale."""
+    from dlplora.reporting import protocols
+
+    stale = protocols.build(Path(arguments.out), check=arguments.check)
+    for path in stale:
+        print(f"{'stale' if arguments.check else 'wrote'} {path}")
+    return 1 if arguments.check and stale else 0
+
+
 def run_schema(arguments: argparse.Namespace) -> int:
     """Print the JSON Schema of a record."""
     print(json.dumps(json_schema(), indent=2))

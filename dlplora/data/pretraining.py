@@ -1,4 +1,4 @@
-"""Packed, loss-weighted blocks of the nano world's documents, and the tokenizer trained on them."""
+"""Packed, loss-weighted blocks of text and the tokenizer trained on them: the nano world's documents, or the training rows of a suite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from dlplora.data.batching import BatchPlan, StepLoader
+from dlplora.errors import ConfigError
+from dlplora.tasks.suite import Split, get_suite
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
@@ -147,3 +151,79 @@ class WorldTextDataModule(L.LightningDataModule):
         """128 blocks of documents from another seed."""
         assert self._validation is not None
         return DataLoader(self._validation, batch_size=self.hparams["batch_size"])
+
+
+class RowsTextDataModule(L.LightningDataModule):
+    """The text of a suite's training rows, for a small backbone of one's own where none can be downloaded.
+
+    Prompts and answers are documents of their own, in random order: the backbone learns the words and the forms of the tasks, but which
+    answer belongs to which question is left to the experts. Test rows are never read; validation rows give the loss curve.
+
+    Args:
+        suite: Name of the suite.
+        data_root: Folder of its rows; None reads ``DLPLORA_DATA``.
+        tasks: Some of its tasks; None takes all.
+        num_steps: Batches in all; blocks are reshuffled after each pass.
+        block_size: Tokens a block.
+        batch_size: Blocks a batch.
+        vocab_size: Upper bound of the tokenizer's vocabulary.
+        max_length: Positions the backbone supports.
+        seed: Seed of the order; None is the seed of the run.
+    """
+
+    def __init__(
+        self,
+        suite: str = "paper_local",
+        data_root: str | None = None,
+        tasks: list[str] | None = None,
+        num_steps: int = 1500,
+        block_size: int = 512,
+        batch_size: int = 6,
+        vocab_size: int = 4096,
+        max_length: int = 1024,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.tokenizer: Any = None
+        self._blocks: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order."""
+        return 0 if self.hparams["seed"] is None else int(self.hparams["seed"])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Train the tokenizer on the training rows and encode both splits."""
+        if self._blocks:
+            return
+        h = self.hparams
+        texts = {split: self._documents(split) for split in ("train", "validation")}
+        self.tokenizer = train_tokenizer(texts["train"], [], h["vocab_size"], h["max_length"])
+        self._blocks = {split: pack(documents, self.tokenizer, h["block_size"], 1.0, 1.0) for split, documents in texts.items()}
+        if not len(self._blocks["train"][0]):
+            raise ConfigError(f"data: the training rows give less text than one block of {h['block_size']} tokens. Lower block_size.")
+
+    def _documents(self, split: Split) -> list[str]:
+        suite = get_suite(self.hparams["suite"], self.hparams["data_root"]).select(self.hparams["tasks"])
+        rows = [item for task in suite.tasks for item in task.rows.get(split, ())]
+        texts = [item.prompt for item in rows] + [item.answer for item in rows if item.choices is None]
+        order = np.random.default_rng([self.seed, len(texts)]).permutation(len(texts))
+        return [texts[index].replace("§", "") for index in order]
+
+    def train_dataloader(self) -> StepLoader:
+        """``num_steps`` batches, each a pure function of seed and step."""
+        ids, weights = self._blocks["train"]
+        plan = BatchPlan({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
+
+        def make(step: int) -> Any:
+            rows = torch.tensor([row for _, row in plan.batch(step)])
+            return [ids[rows], weights[rows]]
+
+        return StepLoader(make, self.hparams["num_steps"])
+
+    def val_dataloader(self) -> StepLoader:
+        """The blocks of the validation rows, at most 24."""
+        ids, weights = (part[:24] for part in self._blocks["validation"])
+        size = self.hparams["batch_size"]
+        return StepLoader(lambda step: [part[step * size : (step + 1) * size] for part in (ids, weights)], -(-len(ids) // size))

@@ -1,11 +1,12 @@
-"""Trained artefacts of the nano suite: shipped ones while their recipe still matches, else trained here, once.
+"""Trained artefacts: shipped ones of the nano suite while their recipe still matches, else trained here, once.
 
-Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), and ``trained/PRESET`` for the gates of
-a method that ``LitFusion`` trains.
+Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of
+a method that ``LitFusion`` trains, and ``backbone`` for a small one of one's own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -19,12 +20,11 @@ from typing import Any
 
 from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.errors import ConfigError
+from dlplora.evaluation.setting import NANO, Setting
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import build_method, load_method_spec, resolved_params
-from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import MANIFEST_NAME, write_manifest
 from dlplora.reporting.store import write_atomically
-from dlplora.tasks.nano import nano_suite
 
 RECIPE = "recipe.json"
 CONFIGS = {"pool": "experts", "multitask": "multitask", "router": "router"}
@@ -55,39 +55,51 @@ def roles_of(preset: str) -> tuple[str, ...]:
     return ("pool", *(f"{TRAINED}{preset}" if role == "trained" else role for role in wanted))
 
 
-def _config_path(role: str) -> Path:
-    name = "fusion" if role.startswith(TRAINED) else CONFIGS.get(role, role)
+def kind_of(role: str) -> str:
+    """The role without the method it belongs to."""
+    return "trained" if role.startswith(TRAINED) else role
+
+
+def config_path(role: str, setting: Setting) -> Path:
+    """The training configuration of a role.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    kind = kind_of(role)
+    name = setting.configs.get(kind) or ("fusion" if kind == "trained" else CONFIGS.get(role, role))
     path = configs_root() / "train" / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"nothing says how to train '{role}': {path} is missing.")
     return path
 
 
-def recipe(role: str, seed: int = 0) -> dict[str, Any]:
+def recipe(role: str, seed: int = 0, setting: Setting = NANO) -> dict[str, Any]:
     """Everything the artefact is a function of: its training configuration, the backbone, the tasks' text; for gates also the
     method's parameters and the pool's recipe; the seed if it is not the configuration's own."""
-    backbone = nano_asset("backbone") / "model.safetensors"
-    if not backbone.is_file():
-        raise ConfigError(f"the embedded backbone is missing ({backbone}); this installation is incomplete.")
-    tasks = {
-        task.name: config_hash([task.version, task.phrasings, [[item.prompt, item.answer] for item in task.items("train", 20)]])
-        for task in nano_suite().tasks
-    }
-    described: dict[str, Any] = {"config": load_yaml(_config_path(role)), "backbone_sha256": file_sha256(backbone), "tasks": tasks}
+    described: dict[str, Any] = {"config": load_yaml(config_path(role, setting)), **setting.facts(kind_of(role))}
     if role.startswith(TRAINED):
         spec = load_method_spec(role.removeprefix(TRAINED))
-        described |= {"method": spec.method, "params": resolved_params(spec), "pool": recipe_hash("pool", seed)}
+        described |= {"method": spec.method, "params": resolved_params(spec), "pool": recipe_hash("pool", seed, setting)}
     return described | ({"seed": seed} if seed else {})
 
 
-def recipe_hash(role: str, seed: int = 0) -> str:
+def recipe_hash(role: str, seed: int = 0, setting: Setting = NANO) -> str:
     """Hash of ``recipe``."""
-    return config_hash(recipe(role, seed))
+    return config_hash(recipe(role, seed, setting))
 
 
-def stamp(role: str, folder: Path, seed: int = 0) -> None:
-    """Write the recipe beside a finished artefact; its presence says that training ended."""
-    described = recipe(role, seed)
+def stamp(role: str, folder: Path, seed: int = 0, setting: Setting = NANO) -> None:
+    """Write the recipe beside a finished artefact; its presence says that training ended.
+
+    What a backbone's pretraining has noted in that file stays, under ``pretraining``.
+    """
+    described = recipe(role, seed, setting)
+    if role == "backbone":
+        noted = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        described["pretraining"] = noted.get("pretraining", noted)
+        write_atomically(folder / RECIPE, json.dumps({"recipe_hash": recipe_hash(role, seed, setting), **described}, indent=2) + "\n")
+        return
     write_atomically(folder / RECIPE, json.dumps({"recipe_hash": config_hash(described), **described}, indent=2) + "\n")
 
 
@@ -106,7 +118,7 @@ def home(runs: Path, seed: int) -> Path:
     return runs / f"seed{seed}" if seed else runs
 
 
-def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0) -> Asset:
+def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Setting = NANO) -> Asset:
     """Where an artefact is, or will be.
 
     The router is always trained in ``runs`` rather than taken from the package: it is the method's own part, and cheap.
@@ -116,19 +128,31 @@ def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0) -> Asset:
         runs: Folder of local training runs.
         fresh: Whether shipped artefacts are ignored.
         seed: Seed of the training; only seed 0 is shipped.
+        setting: Backbone and tasks.
     """
-    wanted = recipe_hash(role, seed)
+    wanted = recipe_hash(role, seed, setting)
     trained = home(runs, seed) / role
     if _matches(trained, wanted):
         return Asset(role=role, seed=seed, folder=trained, source="trained before")
-    if not fresh and role != "router" and _matches(nano_asset(role), wanted):
+    if setting.shipped and not fresh and role != "router" and _matches(nano_asset(role), wanted):
         return Asset(role=role, seed=seed, folder=nano_asset(role), source="shipped")
     return Asset(role=role, seed=seed, folder=trained, source="to be trained")
 
 
-def _command(role: str, folder: Path, resume: Path, extra: Sequence[str] = ()) -> list[str]:
-    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(_config_path(role)), "--ckpt_path", "last"]
-    return [*command, f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={resume}", *extra]
+def _command(role: str, setting: Setting, folder: Path, resume: Path, extra: Sequence[str] = ()) -> list[str]:
+    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(config_path(role, setting)), "--ckpt_path", "last"]
+    places = [f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={resume}"]
+    return [*command, *setting.arguments(kind_of(role)), *places, *extra]
+
+
+def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a training that does not outlive this process: after a hard kill a second one would write into the same folder."""
+    return subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None, **options)  # noqa: PLW1509
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -146,7 +170,9 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         raise ConfigError(f"training of {role} ended with exit code {bad}; see the message above. Run the command again to resume.")
 
 
-def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None) -> Path:
+def train(
+    role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None, setting: Setting = NANO
+) -> Path:
     """Train one artefact into its folder by its configuration, in processes of its own; resumes after an interruption.
 
     Args:
@@ -154,7 +180,8 @@ def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, pro
         runs: Folder of local training runs.
         seed: Of the training.
         pool: The pool that gates are trained over.
-        processes: Processes of a pool; None takes the number of cores, at most four.
+        processes: Processes of a pool; None takes the setting's.
+        setting: Backbone and tasks.
 
     Raises:
         ConfigError: If training failed; its own message stands above.
@@ -162,19 +189,19 @@ def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, pro
     folder, resume = home(runs, seed) / role, home(runs, seed) / f"{role}_training"
     extra = [f"--seed_everything={seed}"] if seed else []
     if role == "pool":
-        _train_pool(folder, resume, extra, processes)
+        _train_pool(setting, folder, resume, extra, processes or setting.processes)
     else:
         if role.startswith(TRAINED):
             extra += [f"--model.init_args.method={role.removeprefix(TRAINED)}", f"--model.init_args.pool={pool}"]
-        _wait(role, [subprocess.Popen(_command(role, folder, resume, extra))])
-    stamp(role, folder, seed)
+        _wait(role, [_start(_command(role, setting, folder, resume, extra))])
+    stamp(role, folder, seed, setting)
     return folder
 
 
-def _train_pool(folder: Path, resume: Path, seeded: Sequence[str], processes: int | None) -> None:
+def _train_pool(setting: Setting, folder: Path, resume: Path, seeded: Sequence[str], processes: int | None) -> None:
     """The experts of a pool do not depend on one another, so on a CPU they are dealt out to one single-threaded process a core: a
     model this small keeps one core busy and gains nothing from a second."""
-    names = nano_suite().names
+    names = setting.chosen().names
     count = max(1, min(processes or os.cpu_count() or 1, 4, len(names)))
     shards = [names[i::count] for i in range(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if count > 1 else None
@@ -183,8 +210,8 @@ def _train_pool(folder: Path, resume: Path, seeded: Sequence[str], processes: in
         extra = [*seeded, f"--data.init_args.tasks={','.join(shard)}"]
         # Only the first process shows its progress; several bars on one terminal overwrite each other.
         output = None if i == 0 else subprocess.DEVNULL
-        command = _command("pool", resume / f"part{i}", resume / f"run{i}", extra)
-        started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        command = _command("pool", setting, resume / f"part{i}", resume / f"run{i}", extra)
+        started.append(_start(command, env=environment, stdout=output, stderr=output))
     _wait("the pool", started)
     folder.mkdir(parents=True, exist_ok=True)
     for i, shard in enumerate(shards):

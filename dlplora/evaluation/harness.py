@@ -44,15 +44,17 @@ class HarnessResult:
     """Task to metric to direction."""
 
 
-def fast_task_manager(include_path: str | Path | Sequence[str | Path] = ()) -> TaskManager:
-    """A task manager that knows our tasks and ``include_path`` only.
+def fast_task_manager(
+    include_path: str | Path | Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
+) -> TaskManager:
+    """A task manager that knows our tasks and ``include_path`` only, and hands ``metadata`` to their data sets.
 
     Indexing lm-eval's own tasks takes about 20 s on two cores; use ``lm_eval.tasks.TaskManager`` where they are wanted.
     """
     from lm_eval.tasks import TaskManager
 
     extra = [include_path] if isinstance(include_path, (str, Path)) else list(include_path)
-    return TaskManager(include_path=[lm_eval_dir(), *extra], include_defaults=False)
+    return TaskManager(include_path=[lm_eval_dir(), *extra], include_defaults=False, metadata=dict(metadata) if metadata else None)
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The main job on the nano suite: artefacts, evaluation of every method, tables. Every finished step is reused."""
+"""The main job: artefacts, evaluation of every method, tables. Every finished step is reused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from dlplora.evaluation import assets
 from dlplora.evaluation.protocol import Protocol
 from dlplora.evaluation.runner import Artifacts, Run, execute, finished, prepare
+from dlplora.evaluation.setting import NANO, Setting
 from dlplora.reporting import tables
 from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.store import RESULTS, load_all
@@ -30,16 +31,18 @@ class Plan:
     artefacts: tuple[assets.Asset, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
+    setting: Setting = NANO
 
     def lines(self) -> Iterator[str]:
         """The announcement, one line a step."""
         for asset in self.artefacts:
-            cost = "" if asset.ready else f", about {SECONDS.get(asset.role, SECONDS_OF_ANOTHER_TRAINING)} s on two cores"
+            known = self.setting.shipped and not asset.ready
+            cost = f", about {SECONDS.get(asset.role, SECONDS_OF_ANOTHER_TRAINING)} s on two cores" if known else ""
             seed = f", seed {asset.seed}" if asset.seed else ""
             yield f"{asset.role}{seed}: {asset.source} ({asset.folder}){cost}"
-        total = SECONDS["evaluate"] * len(self.methods) * len(self.seeds)
+        total = f"at most {SECONDS['evaluate'] * len(self.methods) * len(self.seeds)} s; " if self.setting.shipped else ""
         seeds = ", ".join(map(str, self.seeds))
-        yield f"evaluate {', '.join(self.methods)} with seed(s) {seeds}: at most {total} s; finished cells are reused"
+        yield f"evaluate {', '.join(self.methods)} with seed(s) {seeds}: {total}finished cells are reused"
 
 
 def roles_of(methods: Sequence[str]) -> list[str]:
@@ -57,10 +60,10 @@ def begin_fresh(methods: Sequence[str], seeds: Sequence[int], runs: Path) -> Non
         marker.touch()
 
 
-def plan(methods: Sequence[str], seeds: Sequence[int], runs: Path, *, fresh: bool) -> Plan:
+def plan(methods: Sequence[str], seeds: Sequence[int], runs: Path, *, fresh: bool, setting: Setting = NANO) -> Plan:
     """What has to be trained and evaluated."""
-    artefacts = tuple(assets.locate(role, runs, fresh=fresh, seed=seed) for seed in seeds for role in roles_of(methods))
-    return Plan(artefacts=artefacts, methods=tuple(methods), seeds=tuple(seeds))
+    artefacts = tuple(assets.locate(role, runs, fresh=fresh, seed=seed, setting=setting) for seed in seeds for role in roles_of(methods))
+    return Plan(artefacts=artefacts, methods=tuple(methods), seeds=tuple(seeds), setting=setting)
 
 
 def train_missing(planned: Plan, runs: Path, say: Callable[[str], None]) -> Folders:
@@ -69,7 +72,8 @@ def train_missing(planned: Plan, runs: Path, say: Callable[[str], None]) -> Fold
     for asset in planned.artefacts:
         if not asset.ready:
             say(f"training {asset.role}{f', seed {asset.seed}' if asset.seed else ''} …")
-            assets.train(asset.role, runs, seed=asset.seed, pool=folders.get((asset.seed, "pool")))
+            pool = folders.get((asset.seed, "pool"))
+            assets.train(asset.role, runs, seed=asset.seed, pool=pool, setting=planned.setting)
         folders[asset.seed, asset.role] = asset.folder
     return folders
 

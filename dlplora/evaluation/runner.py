@@ -90,7 +90,7 @@ class Run:
     @property
     def prefix(self) -> str:
         """What lm-eval's names of the tasks have before the suite's."""
-        return f"dlplora_{self.suite.name}_"
+        return self.suite.lm_eval_prefix
 
     @property
     def task_names(self) -> list[str]:
@@ -115,7 +115,9 @@ class Run:
         }
 
     def task_version(self, task: Task) -> int | str:
-        """Version of a generated task, checksum of the rows of a local one."""
+        """Version of a generated task, checksum of the rows of any other."""
+        if task.facts:
+            return str(task.facts["sha256"])
         return rows_sha256(self.protocol.data_root, task.name) if task.rows else task.version
 
     def artifact_hashes(self) -> dict[str, str]:
@@ -190,7 +192,7 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
             outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
             record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
     except DLPLoRAError as error:
-        save(dataclasses.replace(_blank(run), status="failed", error=str(error)), root)
+        save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
         raise
     return save(record, root, outcomes), record
 
@@ -206,6 +208,7 @@ def close_after(run: Run) -> Iterator[DLPLoRALM]:
 
 
 def _load(run: Run) -> DLPLoRALM:
+    from dlplora.evaluation.launch import usable_device
     from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
     from dlplora.inference.fused_model import FusedCausalLM
 
@@ -217,6 +220,7 @@ def _load(run: Run) -> DLPLoRALM:
         method_params=dict(run.spec.params),
         artifacts={role: path for role, path in run.folders.items() if role != "pool"},
         dtype=protocol.dtype,
+        device=None if protocol.backbone is None else usable_device(None),
         revision=protocol.revision,
         seed=run.seed,
         few_shot=lambda task, num: run.suite.task(task).items("train", num),
@@ -231,7 +235,8 @@ def evaluate_run(run: Run, lm: DLPLoRALM) -> HarnessResult:
 
     names = [f"{run.prefix}{task}" for task in run.task_names]
     protocol = run.protocol
-    local = [task.name for task in run.suite.tasks if task.rows]
+    local = [task.name for task in run.suite.tasks if task.rows and not task.facts]
+    given = {} if protocol.data_root is None else {"data_root": str(Path(protocol.data_root).resolve())}
     with local_tasks(local, protocol.data_root) as folder:
         return evaluate(
             lm,
@@ -241,7 +246,7 @@ def evaluate_run(run: Run, lm: DLPLoRALM) -> HarnessResult:
             seed=run.seed,
             log_samples=True,
             bootstrap_iters=0,  # errors are computed from the outcomes: lm-eval's bootstrap of BLEU takes longer than the evaluation
-            task_manager=fast_task_manager([] if folder is None else folder),
+            task_manager=fast_task_manager([] if folder is None else folder, {"suite": run.suite.name, **given}),
             apply_chat_template=protocol.apply_chat_template,
         )
 
@@ -273,8 +278,9 @@ def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
     return {"reference": "PEFT, one unmerged adapter, same dtype", **result.as_record()}
 
 
-def _blank(run: Run) -> Record:
+def blank_record(run: Run) -> Record:
     """A record with everything known before the run."""
+    facts = {name: dict(run.suite.task(name).facts) for name in run.task_names if run.suite.task(name).facts}
     return Record(
         suite=run.suite.name,
         protocol_name=run.protocol_name,
@@ -293,7 +299,7 @@ def _blank(run: Run) -> Record:
         latency=None,
         backend="",
         timings_s={},
-        provenance=provenance(),
+        provenance={**provenance(), **({"data": facts} if facts else {})},
         limit=run.limit,
         cell=run.cell(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -343,7 +349,7 @@ def _record(
     }
     fingerprint = lm.fused.fingerprint()
     record = dataclasses.replace(
-        _blank(run),
+        blank_record(run),
         tasks=tasks,
         routing=lm.routing_statistics(),
         latency=latency,

@@ -59,7 +59,8 @@ class Task:
         version: Raised whenever an item changes.
         phrasings: Templates; all but the last are used in training and validation, the last one in the test split.
         draw: ``draw(rng, held_out)``; ``held_out`` selects the entities that training never shows.
-        rows: Fixed rows per split instead of a generator (local files).
+        rows: Fixed rows per split instead of a generator (local files, the hub).
+        facts: Where fixed rows come from and how they were split, for the record.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Task:
     phrasings: tuple[str, ...] = ()
     draw: Callable[[random.Random, bool], Draw] | None = None
     rows: Mapping[str, tuple[Item, ...]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def items(self, split: Split, num: int, seed: int = 0) -> list[Item]:
         """``num`` items of a split (fewer if a file holds fewer), a pure function of task, split, number and seed.
@@ -117,10 +119,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """An ordered set of tasks."""
+    """An ordered set of tasks.
+
+    Args:
+        name: Also of the folder of its records.
+        tasks: In order.
+        prefix: What lm-eval's names of the tasks have before the suite's; None is ``dlplora_<name>_``.
+    """
 
     name: str
     tasks: tuple[Task, ...]
+    prefix: str | None = None
+
+    @property
+    def lm_eval_prefix(self) -> str:
+        """See ``prefix``."""
+        return f"dlplora_{self.name}_" if self.prefix is None else self.prefix
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,12 +156,12 @@ class Suite:
         """The same suite with only the named tasks, in the order given (None keeps all)."""
         if names is None:
             return self
-        return Suite(self.name, tuple(self.task(name) for name in names))
+        return Suite(self.name, tuple(self.task(name) for name in names), self.prefix)
 
 
 @lru_cache(maxsize=8)
 def get_suite(name: str, data_root: str | None = None) -> Suite:
-    """A suite by name: ``nano``, or ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``.
+    """A suite by name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; or one of the paper's.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
@@ -160,7 +174,12 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
         from dlplora.tasks.local import local_suite
 
         return local_suite(name.removeprefix("local:").split(","), data_root)
-    raise TaskError(f"unknown suite '{name}'. Known: nano, local:TASK,TASK (rows under --data-root).")
+    if name.startswith("paper"):
+        from dlplora.tasks.paper import SUITES, paper_suite
+
+        if name in SUITES:
+            return paper_suite(name, data_root)
+    raise TaskError(f"unknown suite '{name}'. Known: nano, paper, paper26, paper_local, local:TASK,TASK (rows under --data-root).")
 
 
 def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:

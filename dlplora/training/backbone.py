@@ -1,4 +1,4 @@
-"""Pretraining of the nano backbone: a small Llama on the documents of the nano world."""
+"""Pretraining of a small backbone: a Llama on the documents of the nano world, or on the text of a suite's training rows."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class LitBackbone(L.LightningModule):
         warmup_steps: Linear warm-up.
         decay_fraction: Share of the steps, at the end, over which the rate falls linearly to zero.
         export_folder: Where the finished model, tokenizer, recipe and loss curve go; None exports nothing.
+        config: What the recipe names as the configuration of the run.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class LitBackbone(L.LightningModule):
         warmup_steps: int = 100,
         decay_fraction: float = 0.4,
         export_folder: str | None = None,
+        config: str = "configs/train/nano_backbone.yaml",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -137,8 +139,8 @@ class LitBackbone(L.LightningModule):
         self.model.to(torch.float16).save_pretrained(folder)
         datamodule.tokenizer.save_pretrained(folder)
         recipe = {
-            "config": "configs/train/nano_backbone.yaml",
-            "model": {k: v for k, v in self.hparams.items() if k != "export_folder"},
+            "config": self.hparams["config"],
+            "model": {k: v for k, v in self.hparams.items() if k not in {"export_folder", "config"}},
             "data": dict(datamodule.hparams),
             "steps": self.global_step,
             "tokens": self.global_step * datamodule.hparams["batch_size"] * datamodule.hparams["block_size"],

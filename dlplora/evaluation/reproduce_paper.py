@@ -1,0 +1,259 @@
+"""The paper's comparison on one backbone: what ``dlplora reproduce paper --backbone NAME`` does, with the machinery of ``reproduce``.
+
+A profile (``configs/reproduce``) names the protocol, the backbone and the budgets. A hub id is resolved once to a folder of the cache, so
+that training and evaluation see the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlplora.config import build, configs_root, list_configs, load_yaml
+from dlplora.errors import ConfigError, nearest
+from dlplora.evaluation import assets, estimate
+from dlplora.evaluation.protocol import Protocol, load_protocol
+from dlplora.evaluation.reproduce import Plan, plan, roles_of
+from dlplora.evaluation.setting import Setting
+from dlplora.methods.registry import available_presets
+from dlplora.reporting import tables
+from dlplora.tasks.local import ENV_ROOT
+
+CONFIGS = {
+    "backbone": "paper_backbone",
+    "pool": "paper_experts",
+    "multitask": "paper_multitask",
+    "router": "paper_router",
+    "trained": "paper_fusion",
+}
+"""Kind of role -> training configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One file of ``configs/reproduce``."""
+
+    protocol: str
+    """Name in ``configs/protocol``."""
+    backbone: str | None = None
+    """Folder or hub id."""
+    revision: str | None = None
+    """Commit of a hub id; None takes the newest, and the records say which it was."""
+    train_backbone: bool = False
+    """Whether the backbone is pretrained here, on the training rows."""
+    methods: list[str] = field(default_factory=lambda: list(tables.REFERENCE_ROWS))
+    """Methods of the comparison unless others are named."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Kind of training (or ``all``) -> further options of ``dlplora fit``."""
+    processes: int | None = None
+    """Processes that the experts are dealt out to."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """Sizes of the backbone for estimates, from its public configuration."""
+
+
+def load_profile(name: str) -> tuple[str, Profile]:
+    """A profile by name, or the one for any backbone with a folder or hub id in it; also what its runs are called.
+
+    Raises:
+        ConfigError: If the name is neither a profile, nor a folder, nor like a hub id.
+    """
+    known = list_configs("reproduce")
+    path = configs_root() / "reproduce" / f"{name}.yaml"
+    if name in known and name != "any":
+        return name, build(Profile, load_yaml(path), str(path))
+    looks_right = Path(name).expanduser().is_dir() or name.count("/") == 1
+    if not looks_right or name == "any":
+        profiles = [one for one in known if one != "any"]
+        raise ConfigError(
+            f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; or give a model folder or a hub id."
+        )
+    path = configs_root() / "reproduce" / "any.yaml"
+    return Path(name).name, dataclasses.replace(build(Profile, load_yaml(path), str(path)), backbone=name)
+
+
+def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | None]:
+    """The folder of a backbone, and its commit if it is a hub id; a folder wins.
+
+    Raises:
+        ConfigError: If it is neither here, nor in the cache, nor reachable.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder), None
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from requests.exceptions import RequestException
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
+    try:
+        found = snapshot_download(source, revision=revision, allow_patterns=wanted)
+    except (LocalEntryNotFoundError, HfHubHTTPError, RequestException, OSError) as error:
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).splitlines()[0]
+        raise ConfigError(
+            f"backbone '{source}' (revision {revision or 'newest'}) is no folder, not in the cache {constants.HF_HUB_CACHE}, and {state}. "
+            "Run once with a connection (unset HF_HUB_OFFLINE), or pass --backbone FOLDER."
+        ) from error
+    return found, Path(found).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A comparison on one backbone, resolved as far as is possible before anything is trained."""
+
+    name: str
+    profile: Profile
+    protocol: Protocol
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: Path
+    """Folder of the artefacts."""
+
+    @property
+    def setting(self) -> Setting:
+        """Tasks and options, without a backbone yet."""
+        return Setting(
+            suite=self.protocol.suite,
+            data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
+            tasks=None if self.protocol.tasks is None else tuple(self.protocol.tasks),
+            configs=CONFIGS,
+            options=self.profile.options,
+            processes=self.profile.processes,
+        )
+
+    def backbone_asset(self) -> assets.Asset | None:
+        """The backbone that is pretrained here, or None if it comes from elsewhere."""
+        return assets.locate("backbone", self.runs, fresh=False, setting=self.setting) if self.profile.train_backbone else None
+
+    def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
+        """The same over a backbone that is there."""
+        label = self.profile.backbone if commit is not None else self.name
+        protocol = dataclasses.replace(self.protocol, backbone=folder, revision=commit)
+        return protocol, dataclasses.replace(self.setting, backbone=folder, base_model_name=label)
+
+
+def resolve(
+    backbone: str, overrides: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int] | None, runs: Path | None
+) -> Job:
+    """Check every name before anything starts.
+
+    Args:
+        backbone: Name of a profile, folder, or hub id.
+        overrides: Of the protocol: ``tasks``, ``data_root``.
+        methods: Methods; None takes the profile's.
+        seeds: Seeds; None takes the protocol's.
+        runs: Folder of artefacts; None is ``runs/paper/NAME``.
+
+    Raises:
+        DLPLoRAError: For an unknown backbone, method or task, or rows that are missing or malformed.
+    """
+    name, profile = load_profile(backbone)
+    protocol = load_protocol(profile.protocol, overrides)
+    chosen = list(methods or profile.methods)
+    if chosen == ["all"]:
+        chosen = list(dict.fromkeys([*tables.REFERENCE_ROWS, *available_presets()]))
+    roles_of(chosen)
+    job = Job(
+        name=name,
+        profile=profile,
+        protocol=protocol,
+        methods=tuple(chosen),
+        seeds=tuple(seeds if seeds is not None else protocol.seeds),
+        runs=runs or Path("runs") / "paper" / name,
+    )
+    for role in roles_of(chosen):
+        assets.config_path(role, job.setting)
+    return job
+
+
+def announced(job: Job) -> Iterator[str]:
+    """What will be done and what it needs; reads rows if they lie here, loads no weights."""
+    setting = job.setting
+    asset = job.backbone_asset()
+    source = job.profile.backbone
+    if asset is not None:
+        yield f"backbone: {asset.source} ({asset.folder})"
+        source = str(asset.folder) if asset.ready else None
+    else:
+        yield f"backbone: {source} (revision {job.profile.revision or 'newest; the records say which'})"
+    if asset is None or asset.ready:
+        known = source is not None and Path(source).is_dir()
+        yield from planned(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
+    else:
+        yield from _roles(job)
+    training = {kind: one for kind in ("pool", "multitask", "trained") if (one := _budget(job, setting, kind))["runs"]}
+    rows, count = _rows_at_hand(job)
+    lora = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]
+    shape = estimate.shape_of(source, job.profile.shape or _own_shape(job), rank=lora["rank"], targets=lora["target_modules"])
+    wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
+    yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
+
+
+def _roles(job: Job) -> Iterator[str]:
+    for seed in job.seeds:
+        for role in roles_of(job.methods):
+            yield f"{role}, seed {seed}: to be trained, unless a finished one of the same recipe lies in {job.runs}"
+    yield f"evaluate {', '.join(job.methods)} with seed(s) {', '.join(map(str, job.seeds))}; finished cells are reused"
+
+
+def _own_shape(job: Job) -> dict[str, Any]:
+    """Sizes of the backbone that is pretrained here."""
+    if not job.profile.train_backbone:
+        return {}
+    config = load_yaml(assets.config_path("backbone", job.setting))
+    model = _overridden(config["model"]["init_args"], job.setting.extra("backbone"), "--model.init_args.")
+    return {
+        "model_type": "llama",
+        "vocab_size": config["data"]["init_args"].get("vocab_size", 4096),
+        "hidden_size": model["hidden_size"],
+        "intermediate_size": model["intermediate_size"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_heads"],
+        "tie_word_embeddings": True,
+    }
+
+
+def _overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -> dict[str, Any]:
+    """Whole numbers of a configuration after the options that change them."""
+    given = dict(option.removeprefix(prefix).split("=", 1) for option in options if option.startswith(prefix))
+    return {**values, **{key: int(value) for key, value in given.items() if value.isdigit()}}
+
+
+def _budget(job: Job, setting: Setting, kind: str) -> dict[str, int]:
+    """Steps and rows of one kind of training, and how many of it there are."""
+    data = load_yaml(assets.config_path(kind, setting))["data"]["init_args"]
+    data = _overridden(data, setting.extra(kind), "--data.init_args.")
+    roles = [role for role in roles_of(job.methods) if assets.kind_of(role) == kind]
+    runs = len(roles) * len(job.seeds) * (_rows_at_hand(job)[1] if kind == "pool" else 1)
+    return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs}
+
+
+def _rows_at_hand(job: Job) -> tuple[list[int], int]:
+    """Characters of the training rows under the data root, none if they would have to come from the hub; and the number of tasks."""
+    from dlplora.tasks.paper.sources import PAPER26, SOURCES
+
+    if job.protocol.data_root is None and not os.environ.get(ENV_ROOT):
+        whole = SOURCES if job.protocol.suite == "paper" else PAPER26
+        return [], len(job.protocol.tasks or whole)
+    suite = job.setting.chosen()
+    return [len(item.prompt) + len(item.answer) for task in suite.tasks for item in task.rows.get("train", ())], len(suite.tasks)
+
+
+def backbone_folder(job: Job) -> tuple[str, str | None]:
+    """The backbone's folder and commit; pretrains it first if it is our own and not there yet."""
+    asset = job.backbone_asset()
+    if asset is None:
+        assert job.profile.backbone is not None, "a profile without a backbone trains one"
+        return resolved_backbone(job.profile.backbone, job.profile.revision)
+    if not asset.ready:
+        assets.train("backbone", job.runs, setting=job.setting)
+    return str(asset.folder), None
+
+
+def planned(job: Job, setting: Setting) -> Plan:
+    """What has to be trained and evaluated over a backbone that is there."""
+    return plan(job.methods, job.seeds, job.runs, fresh=False, setting=setting)

@@ -1,0 +1,123 @@
+"""Two protocols side by side: how much of a number is the way it was measured.
+
+Records of the released code's evaluation have a folder of their own (``results/released_code``), so no leaderboard ever reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dlplora.reporting.schema import Record
+from dlplora.reporting.store import RESULTS, is_publishable, load_all, write_atomically
+from dlplora.reporting.tables import REFERENCE_ROWS, latest
+
+ROOM = "released_code"
+TITLE = "# The same models under two protocols"
+EXPLANATION = """**Standard** is how this project measures: options of a multiple-choice question are scored by their log-likelihood, other answers
+are generated greedily and compared as a whole (exact match; sacreBLEU over words; ROUGE).
+
+**Released code** is how the public DLP-LoRA repository measures (MeCuping/DLP-LoRA@d68fd38): one pass over prompt *and right answer*, the likeliest
+token at each answer position given the right tokens before it, then string comparison with BLEU over *characters*. Nothing is generated and
+nothing is chosen among options. The end token is among the compared ones. That repository has no function for accuracy; "exact" here means that
+the decoded strings are equal. Its code also repeats the last prompt token, in training and in evaluation; adapters trained with the usual
+shift, as all are here, never predict that token, so the layout as written (last column) costs them one token an answer.
+
+Read across a row: same weights, same routing, same questions. The released code's columns are no leaderboard numbers, and say little
+about whether a model can answer: they stay high where every answer has the same form, and they compress the distance between methods."""
+
+
+def record_path(record: Record, root: Path = RESULTS) -> Path:
+    """``released_code/<suite>/``, or ``scratch/released_code/<suite>/`` for limited, failed and dirty runs."""
+    room = Path(ROOM) if is_publishable(record) else Path("scratch") / ROOM
+    return root / room / record.suite / f"{record.method_name}-{record.cell}-s{record.seed}.json"
+
+
+def _mean(record: Record, kind: str, metric: str) -> float | None:
+    """Mean over the suite's tasks of a kind; None unless every evaluated task of it has the metric."""
+    values = [task.metrics.get(metric) for task in record.tasks.values() if task.kind == kind]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+COLUMNS = (
+    ("standard: MCQ accuracy %", "standard", "mcq", "acc", 100.0),
+    ("released: MCQ exact %", "released", "mcq", "exact", 100.0),
+    ("released: MCQ char. BLEU", "released", "mcq", "char_bleu", 100.0),
+    ("standard: exact match %", "standard", "gen", "exact_match", 100.0),
+    ("released: exact %", "released", "gen", "exact", 100.0),
+    ("standard: BLEU", "standard", "gen", "bleu", 1.0),
+    ("released: char. BLEU", "released", "gen", "char_bleu", 100.0),
+    ("standard: ROUGE-L %", "standard", "gen", "rougeL", 100.0),
+    ("released: ROUGE-L %", "released", "gen", "rougeL", 100.0),
+    ("released, last token repeated: char. BLEU", "released", "gen", "repeated_char_bleu", 100.0),
+)
+
+
+def _seed_mean(records: Sequence[Record], kind: str, metric: str) -> float | None:
+    values = [value for record in records if (value := _mean(record, kind, metric)) is not None]
+    return sum(values) / len(values) if values and len(values) == len(records) else None
+
+
+def _by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in latest(records):
+        found.setdefault(record.method_name, []).append(record)
+    return found
+
+
+def suite_table(standard: Sequence[Record], released: Sequence[Record]) -> str:
+    """One row a method that was measured both ways with the same seeds, pool and artefacts; empty if there is none."""
+    ours, theirs = _by_method(standard), _by_method(released)
+    rows = []
+    for name in sorted(theirs, key=lambda name: (REFERENCE_ROWS.index(name) if name in REFERENCE_ROWS else len(REFERENCE_ROWS), name)):
+        pairs = _same_models(ours.get(name, []), theirs[name])
+        if not pairs:
+            continue
+        sides: Mapping[str, list[Record]] = {"standard": [pair[0] for pair in pairs], "released": [pair[1] for pair in pairs]}
+        cells = []
+        for _, side, kind, metric, scale in COLUMNS:
+            value = _seed_mean(sides[side], kind, metric)
+            cells.append("" if value is None else f"{scale * value:.1f}")
+        rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    if not rows:
+        return ""
+    head = ["| method | " + " | ".join(column[0] for column in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    return "\n".join([*head, *rows])
+
+
+def _same_models(standard: Sequence[Record], released: Sequence[Record]) -> list[tuple[Record, Record]]:
+    def identity(record: Record) -> tuple[object, ...]:
+        artefacts = tuple(sorted(record.artifact_hashes.items()))
+        return record.seed, record.method_hash, record.pool_hash, artefacts, record.backbone.get("sha256")
+
+    known = {identity(record): record for record in standard}
+    return [(known[identity(record)], record) for record in released if identity(record) in known]
+
+
+def page(root: Path = RESULTS) -> str:
+    """The content of ``results/tables/protocols.md``."""
+    parts = [TITLE, EXPLANATION]
+    suites = sorted(path.name for path in (root / ROOM).glob("*") if path.is_dir())
+    for suite in suites:
+        released, _ = load_all(root, suite, ROOM)
+        table = suite_table(load_all(root, suite)[0], released)
+        if not table:
+            continue
+        counts = sorted({task.num for record in released for task in record.tasks.values()})
+        num_tasks = max(len(record.tasks) for record in released)
+        parts += [f"## `{suite}`", table, f"{num_tasks} tasks, {counts[0]} to {counts[-1]} questions each. Unweighted means over tasks."]
+    return "\n\n".join(parts) + "\n"
+
+
+def build(root: Path = RESULTS, *, check: bool = False) -> list[Path]:
+    """Write the table if there are records for it; returns the file if its content changed, or would change with ``check``."""
+    target = root / "tables" / "protocols.md"
+    if not (root / ROOM).is_dir():
+        return []
+    text = page(root)
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
+        return []
+    if not check:
+        write_atomically(target, text)
+    return [target]

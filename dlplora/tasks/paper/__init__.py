@@ -1,0 +1,114 @@
+"""The paper's tasks: MeteoRA's list of 28, of which the paper uses 26, from the hub or from local files.
+
+``paper`` takes all 28, ``paper26`` the 26 of ``sources.PAPER26``, ``paper_local`` those whose rows lie under the data root, with prompts
+short enough for a small backbone. With a data root nothing is looked up on the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dlplora.errors import TaskError
+from dlplora.tasks.local import ENV_ROOT, data_root, read_rows
+from dlplora.tasks.paper.hub import hub_rows
+from dlplora.tasks.paper.sources import PAPER26, SOURCES, Source, source_of
+from dlplora.tasks.paper.splits import Splits, SplitSettings, draw_splits
+from dlplora.tasks.suite import Item, Suite, Task, parse_row
+
+SUITES = ("paper", "paper26", "paper_local")
+PREFIX = "dlplora_"
+SMALL = SplitSettings(num_test=40, max_prompt_chars=2400)
+"""Of ``paper_local``, for machines without a GPU; 2400 characters are about 600 tokens of a small vocabulary."""
+TRAILING_MARK = re.compile(r"(?:\s*\n)?\s*A:$")
+
+
+def with_options(source: Source, item: Item) -> Item:
+    """The item with its options listed in the prompt, where the task shows them and the text does not yet."""
+    if not source.shows_options or item.choices is None or f"choice: {item.choices[0]}" in item.prompt:
+        return item
+    mark = TRAILING_MARK.search(item.prompt)
+    question = (item.prompt[: mark.start()] if mark else item.prompt).rstrip()
+    listed = "".join(f"\nchoice: {choice}" for choice in item.choices)
+    prompt = f"{question}{listed}" + ("\nA:" if mark else "")
+    return Item(item.task, prompt, item.answer, item.choices, item.gold)
+
+
+def _kind_checked(source: Source, items: list[Item], where: str) -> list[Item]:
+    for item in items:
+        if (item.choices is None) != (source.kind == "gen"):
+            wanted = "needs 'choices'" if source.kind == "mcq" else "has no 'choices'"
+            raise TaskError(f"{where}: a row of task '{source.name}' {wanted}: {item.prompt[:60]!r}.")
+    return [with_options(source, item) for item in items]
+
+
+def _local(source: Source, root: Path, settings: SplitSettings) -> tuple[Splits, str]:
+    folder = root / source.name
+    found: dict[str, list[Item] | None] = {}
+    for split in ("train", "test"):
+        path = folder / f"{split}.jsonl"
+        found[split] = _kind_checked(source, read_rows(path, source.name), str(path)) if path.is_file() else None
+    if found["train"] is None and found["test"] is None:
+        known = sorted(path.name for path in root.iterdir() if (path / "test.jsonl").is_file())
+        raise TaskError(f"no rows of task '{source.name}' under {root}: expected {source.name}/train.jsonl. Found: {', '.join(known)}.")
+    return draw_splits(source.name, found["train"] or [], found["test"], settings), "local files"
+
+
+def _from_hub(source: Source, settings: SplitSettings) -> tuple[Splits, str]:
+    def items(split: str, num: int) -> tuple[list[Item], str]:
+        rows, commit = hub_rows(source, split, num, settings.seed)
+        where = f"{source.hub_id} split {split}"
+        parsed = [parse_row(row, source.name, f"{where}, row {index}") for index, row in enumerate(rows)]
+        return [with_options(source, item) for item in parsed], commit
+
+    wanted = settings.num_train + settings.num_validation
+    train, commit = items(source.train, wanted + (settings.num_test if source.test is None else 0))
+    test = items(source.test, settings.num_test)[0] if source.test is not None else None
+    return draw_splits(source.name, train, test, settings), f"{source.hub_id}@{commit}"
+
+
+@lru_cache(maxsize=128)
+def load_task(name: str, root: str | None, settings: SplitSettings) -> Task:
+    """One task with its splits; from ``root`` or ``DLPLORA_DATA`` if given, else from the hub.
+
+    Raises:
+        TaskError: If its rows are missing or malformed.
+    """
+    source = source_of(name)
+    given = root or os.environ.get(ENV_ROOT)
+    splits, origin = _local(source, data_root(given), settings) if given else _from_hub(source, settings)
+    facts: Mapping[str, Any] = {"origin": origin, "seed": settings.seed, **splits.facts()}
+    return Task(name=name, kind=source.kind, rows=splits.rows, facts=facts)
+
+
+def local_names(root: str | None) -> list[str]:
+    """Tasks of the list that have a folder of rows under the data root, in the list's order.
+
+    Raises:
+        TaskError: If there is none.
+    """
+    folder = data_root(root)
+    names = [source.name for source in SOURCES if any((folder / source.name / f"{split}.jsonl").is_file() for split in ("train", "test"))]
+    if not names:
+        raise TaskError(f"{folder} holds rows of none of the paper's tasks; expected folders such as gsm8k/ with train.jsonl and test.jsonl.")
+    return names
+
+
+def settings_of(suite: str) -> SplitSettings:
+    """How a suite draws its splits."""
+    return SMALL if suite == "paper_local" else SplitSettings()
+
+
+def paper_suite(name: str, root: str | None = None) -> Suite:
+    """``paper``, ``paper26`` or ``paper_local``.
+
+    Raises:
+        TaskError: If a task's rows are missing or malformed.
+    """
+    by_suite = {"paper": [source.name for source in SOURCES], "paper26": list(PAPER26)}
+    names = by_suite[name] if name in by_suite else local_names(root)
+    return Suite(name, tuple(load_task(task, root, settings_of(name)) for task in names), prefix=PREFIX)
