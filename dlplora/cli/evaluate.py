@@ -99,8 +99,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
         from dlplora.evaluation.released_code import execute_released
 
         say(f"{run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}, as the released code measures …")
-        path, record = execute_released(run, root, force=arguments.force)
-        print(json.dumps({"record": str(path), "tasks": {name: task.metrics for name, task in record.tasks.items()}}))
+        written, record = execute_released(run, root, force=arguments.force)
+        print(json.dumps({"record": str(written), "tasks": {name: task.metrics for name, task in record.tasks.items()}}))
         return 0
     path = None if arguments.force else finished(run, root)
     if path is None:
@@ -124,7 +124,9 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
 
     given = [name for name in ("backbone", "tasks", "data_root") if getattr(arguments, name) is not None]
     if given:
-        raise ConfigError(f"--{given[0].replace('_', '-')} belongs to `dlplora reproduce paper`; the nano suite has a fixed backbone and tasks.")
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} belongs to `dlplora reproduce paper`; the nano suite has a fixed backbone and tasks."
+        )
     quiet_loading(None)
     protocol = load_protocol(arguments.suite)
     methods = chosen_methods(arguments.methods)
@@ -199,8 +201,7 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     protocol, setting = job.over(*reproduce_paper.backbone_folder(job))
     planned = reproduce_paper.planned(job, setting)
     folders = reproduce.train_missing(planned, job.runs, say)
-    name = f"{job.profile.protocol}_{job.name}" if job.profile.protocol == "paper" else job.profile.protocol
-    runs_planned = reproduce.runs_of(planned, protocol, name, folders, arguments.limit)
+    runs_planned = reproduce.runs_of(planned, protocol, job.protocol_name, folders, arguments.limit)
     say(power_note(runs_planned[0]))
     records = reproduce.evaluate_missing(runs_planned, root, say)
     _tabulate(protocol.suite, records, root)

@@ -61,14 +61,18 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--limit", type=int, help="questions a task; such records go to results/scratch")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--force", action="store_true", help="evaluate again even if a finished record exists")
-    parser.add_argument("--released-code", action="store_true", help="measure as the public DLP-LoRA code does (teacher-forced); kept apart")
+    parser.add_argument(
+        "--released-code", action="store_true", help="measure as the public DLP-LoRA code does (teacher-forced); kept apart"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
 
     parser = commands.add_parser("reproduce", help="the main job: train what is missing, evaluate, write the tables")
     parser.add_argument("suite", choices=["nano", "paper"])
-    parser.add_argument("--backbone", metavar="NAME", help="paper: a profile of configs/reproduce, a model folder or a hub id (default: local-small)")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="paper: a profile of configs/reproduce, a model folder or a hub id (default: local-small)"
+    )
     parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
     parser.add_argument("--fresh", action="store_true", help="train every expert and the router again")

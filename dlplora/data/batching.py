@@ -103,7 +103,7 @@ class StepLoader:
         epoch: The current epoch, asked when an epoch's first batch is made.
     """
 
-    def __init__(self, make: Callable[[int], dict[str, Any]], num_steps: int, epoch: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, make: Callable[[int], Any], num_steps: int, epoch: Callable[[], int] = lambda: 0) -> None:
         self._make = make
         self._num_steps = num_steps
         self._epoch = epoch
@@ -113,7 +113,7 @@ class StepLoader:
     def __len__(self) -> int:
         return self._num_steps
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         if not self._resumed:
             self._next = 0
         self._resumed = False

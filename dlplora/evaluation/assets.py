@@ -147,7 +147,7 @@ def _command(role: str, setting: Setting, folder: Path, resume: Path, extra: Seq
 
 def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a training that does not outlive this process: after a hard kill a second one would write into the same folder."""
-    return subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None, **options)  # noqa: PLW1509
+    return subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None, **options)
 
 
 def _end_with_parent() -> None:
@@ -170,9 +170,7 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         raise ConfigError(f"training of {role} ended with exit code {bad}; see the message above. Run the command again to resume.")
 
 
-def train(
-    role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None, setting: Setting = NANO
-) -> Path:
+def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None, setting: Setting = NANO) -> Path:
     """Train one artefact into its folder by its configuration, in processes of its own; resumes after an interruption.
 
     Args:

@@ -110,7 +110,13 @@ def amount(number: float, unit: str) -> str:
 
 
 def lines(
-    shape: Shape, *, num_experts: int, training: Mapping[str, Mapping[str, int]], rows: Sequence[int], protocol: Mapping[str, Any], dtype: str
+    shape: Shape,
+    *,
+    num_experts: int,
+    training: Mapping[str, Mapping[str, int]],
+    rows: Sequence[int],
+    protocol: Mapping[str, Any],
+    dtype: str,
 ) -> Iterator[str]:
     """The announcement.
 
@@ -124,12 +130,14 @@ def lines(
     """
     mean = tokens_per_row(rows)
     source = "of the rows at hand" if rows else "assumed: the rows are not at hand"
-    yield f"backbone {amount(shape.parameters, 'parameters')}, one adapter {amount(shape.adapter_parameters, 'parameters')}, {num_experts} experts"
+    sizes = [amount(number, "parameters") for number in (shape.parameters, shape.adapter_parameters)]
+    yield f"backbone {sizes[0]}, one adapter {sizes[1]}, {num_experts} experts"
     yield f"about {mean:.0f} tokens a row ({source})"
     for kind, one in training.items():
         tokens = one["batch_size"] * one["num_steps"] * one["runs"] * mean
         memory = training_memory(shape, batch_size=one["batch_size"], length=min(one["max_length"], round(2 * mean)), dtype=dtype)
-        yield f"training {kind}: {one['runs']} x {one['num_steps']} steps of {one['batch_size']} rows, about {amount(tokens, 'tokens')}, {amount(memory, 'B')}"
+        what = f"{one['runs']} x {one['num_steps']} steps of {one['batch_size']} rows"
+        yield f"training {kind}: {what}, about {amount(tokens, 'tokens')}, {amount(memory, 'B')}"
     length = protocol["max_length"] or round(4 * mean)
     memory = evaluation_memory(shape, num_experts=num_experts, batch_size=protocol["batch_size"], length=length, dtype=dtype)
     yield f"evaluation in batches of {protocol['batch_size']} up to {length} tokens: at most {amount(memory, 'B')}"

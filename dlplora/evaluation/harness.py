@@ -44,9 +44,7 @@ class HarnessResult:
     """Task to metric to direction."""
 
 
-def fast_task_manager(
-    include_path: str | Path | Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
-) -> TaskManager:
+def fast_task_manager(include_path: str | Path | Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None) -> TaskManager:
     """A task manager that knows our tasks and ``include_path`` only, and hands ``metadata`` to their data sets.
 
     Indexing lm-eval's own tasks takes about 20 s on two cores; use ``lm_eval.tasks.TaskManager`` where they are wanted.

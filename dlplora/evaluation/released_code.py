@@ -6,8 +6,9 @@ would never get past a wrong first token still gets credit for all later ones. T
 
 Source: MeCuping/DLP-LoRA@d68fd38, ``src/Get_data.py`` (layout of inputs and targets), ``src/Process.py`` and ``src/Evaluation.py``.
 Deviations: adapters here are trained with the usual shift, so the layout that repeats the last prompt token is measured beside it rather
-than alone (``repeated_…``); routing is that of the method and of every prompt by itself; all test questions once, in order, rather than drawn with
-replacement; the whole is batched. The repository has no function that computes an accuracy: ``exact`` (equal strings) is our reading.
+than alone (``repeated_…``); routing is that of the method and of every prompt by itself; all test questions once, in order, rather than
+drawn with replacement; the whole is batched. The repository has no function that computes an accuracy: ``exact`` (equal strings) is our
+reading.
 Shapes: B rows, T tokens, V vocabulary.
 """
 
@@ -135,7 +136,11 @@ def rows_of(items: Sequence[Item], tokenizer: Any, max_length: int, *, repeat_la
 def predictions(fused: FusedCausalLM, rows: Sequence[Row]) -> list[list[int]]:
     """The likeliest token at every target position of a batch, each row routed on its own prompt."""
     prompts = PromptBatch.from_ids(
-        [row.prompt for row in rows], fused.tokenizer, device=fused.device, task_names=[row.task for row in rows], texts=[row.text for row in rows]
+        [row.prompt for row in rows],
+        fused.tokenizer,
+        device=fused.device,
+        task_names=[row.task for row in rows],
+        texts=[row.text for row in rows],
     )
     batch = PromptBatch.from_ids([row.inputs for row in rows], fused.tokenizer, device=fused.device, texts=[row.text for row in rows])
     state = fused.plan(prompts)

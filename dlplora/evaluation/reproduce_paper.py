@@ -38,7 +38,7 @@ class Profile:
     """One file of ``configs/reproduce``."""
 
     protocol: str
-    """Name in ``configs/protocol``."""
+    """Name in ``configs/protocol``, or a file."""
     backbone: str | None = None
     """Folder or hub id."""
     revision: str | None = None
@@ -56,12 +56,14 @@ class Profile:
 
 
 def load_profile(name: str) -> tuple[str, Profile]:
-    """A profile by name, or the one for any backbone with a folder or hub id in it; also what its runs are called.
+    """A profile by name or file, or the one for any backbone with a folder or hub id in it; also what its runs are called.
 
     Raises:
         ConfigError: If the name is neither a profile, nor a folder, nor like a hub id.
     """
     known = list_configs("reproduce")
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return Path(name).stem, build(Profile, load_yaml(name), name)
     path = configs_root() / "reproduce" / f"{name}.yaml"
     if name in known and name != "any":
         return name, build(Profile, load_yaml(path), str(path))
@@ -69,7 +71,8 @@ def load_profile(name: str) -> tuple[str, Profile]:
     if not looks_right or name == "any":
         profiles = [one for one in known if one != "any"]
         raise ConfigError(
-            f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; or give a model folder or a hub id."
+            f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
+            "or give a model folder, a hub id, or a profile's file."
         )
     path = configs_root() / "reproduce" / "any.yaml"
     return Path(name).name, dataclasses.replace(build(Profile, load_yaml(path), str(path)), backbone=name)
@@ -111,6 +114,12 @@ class Job:
     seeds: tuple[int, ...]
     runs: Path
     """Folder of the artefacts."""
+
+    @property
+    def protocol_name(self) -> str:
+        """Of the records: one protocol over several backbones is as many protocols."""
+        stem = Path(self.profile.protocol).stem
+        return stem if self.profile.train_backbone else f"{stem}_{self.name}"
 
     @property
     def setting(self) -> Setting:

@@ -14,14 +14,15 @@ from dlplora.reporting.tables import REFERENCE_ROWS, latest
 
 ROOM = "released_code"
 TITLE = "# The same models under two protocols"
-EXPLANATION = """**Standard** is how this project measures: options of a multiple-choice question are scored by their log-likelihood, other answers
-are generated greedily and compared as a whole (exact match; sacreBLEU over words; ROUGE).
+EXPLANATION = """**Standard** is how this project measures: options of a multiple-choice question are scored by their log-likelihood,
+other answers are generated greedily and compared as a whole (exact match; sacreBLEU over words; ROUGE).
 
-**Released code** is how the public DLP-LoRA repository measures (MeCuping/DLP-LoRA@d68fd38): one pass over prompt *and right answer*, the likeliest
-token at each answer position given the right tokens before it, then string comparison with BLEU over *characters*. Nothing is generated and
-nothing is chosen among options. The end token is among the compared ones. That repository has no function for accuracy; "exact" here means that
-the decoded strings are equal. Its code also repeats the last prompt token, in training and in evaluation; adapters trained with the usual
-shift, as all are here, never predict that token, so the layout as written (last column) costs them one token an answer.
+**Released code** is how the public DLP-LoRA repository measures (MeCuping/DLP-LoRA@d68fd38): one pass over prompt *and right answer*, the
+likeliest token at each answer position given the right tokens before it, then string comparison with BLEU over *characters*. Nothing is
+generated and nothing is chosen among options. The end token is among the compared ones. That repository has no function for accuracy;
+"exact" here means that the decoded strings are equal. Its code also repeats the last prompt token, in training and in evaluation; adapters
+trained with the usual shift, as all are here, never predict that token, so the layout as written (last column) costs them one token an
+answer.
 
 Read across a row: same weights, same routing, same questions. The released code's columns are no leaderboard numbers, and say little
 about whether a model can answer: they stay high where every answer has the same form, and they compress the distance between methods."""

@@ -94,7 +94,9 @@ def local_names(root: str | None) -> list[str]:
     folder = data_root(root)
     names = [source.name for source in SOURCES if any((folder / source.name / f"{split}.jsonl").is_file() for split in ("train", "test"))]
     if not names:
-        raise TaskError(f"{folder} holds rows of none of the paper's tasks; expected folders such as gsm8k/ with train.jsonl and test.jsonl.")
+        raise TaskError(
+            f"{folder} holds rows of none of the paper's tasks; expected folders such as gsm8k/ with train.jsonl and test.jsonl."
+        )
     return names
 
 

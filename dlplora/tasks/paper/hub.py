@@ -9,7 +9,7 @@ from typing import Any
 
 from dlplora.errors import TaskError
 from dlplora.tasks.local import ENV_ROOT
-from dlplora.tasks.paper.sources import BIG_BENCH, Source
+from dlplora.tasks.paper.sources import Source
 
 ENOUGH = 6
 """Rows read for each one wanted; the rest make up for repeated and unusable ones without a pass over 300 000 articles."""
@@ -60,7 +60,7 @@ def hub_rows(source: Source, split: str, num: int, seed: int) -> tuple[list[dict
     indices = list(range(len(table)))
     random.Random(f"{source.name}/{split}/rows/{seed}").shuffle(indices)
     where = f"{source.hub_id}@{commit[:12]} split {split}"
-    rows = [row for row in _converted(source, table.select(sorted(indices[: ENOUGH * num])), where)]
+    rows = list(_converted(source, table.select(sorted(indices[: ENOUGH * num])), where))
     if not rows:
         raise TaskError(f"{where}: no row can be used as {source.kind} of task '{source.name}'.")
     return rows, commit
@@ -100,8 +100,3 @@ def convert(source: Source, raw: Mapping[str, Any], where: str) -> dict[str, Any
     if len(options) < 2 or len(right) != 1:
         return None
     return {"question": str(question), "choices": options, "answer": right[0], "task": source.name}
-
-
-def is_big_bench(source: Source) -> bool:
-    """Whether the rows are BIG-bench's, whose text may list the options already."""
-    return source.hub_id == BIG_BENCH

@@ -29,7 +29,7 @@ def judged(judge: str, reference: str, answer: str) -> bool:
     """Whether an answer is right.
 
     Args:
-        judge: ``exact`` (the stripped text), ``number`` (the last number of each, as usual for GSM8K), or ``yes_no`` (what each begins with).
+        judge: ``exact`` (the stripped text), ``number`` (the last number, as usual for GSM8K), or ``yes_no`` (what each begins with).
         reference: The right answer.
         answer: What was generated.
 

@@ -71,7 +71,13 @@ def _news(language: str, config: str, instruction: str) -> Source:
 SOURCES: tuple[Source, ...] = (
     _mcq("abstract_narrative_understanding", shows_options=True),
     Source(
-        name="alpaca", kind="gen", hub_id="tatsu-lab/alpaca", test=None, fields=("instruction", "output"), max_new_tokens=256, several_lines=True
+        name="alpaca",
+        kind="gen",
+        hub_id="tatsu-lab/alpaca",
+        test=None,
+        fields=("instruction", "output"),
+        max_new_tokens=256,
+        several_lines=True,
     ),
     Source(
         name="cnn_dailymail",

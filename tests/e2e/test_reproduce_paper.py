@@ -1,0 +1,158 @@
+"""``dlplora reproduce paper`` on a tiny backbone: a killed run, resumed, ends where an uninterrupted one ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dlplora.cli.main import main
+from dlplora.reporting.store import load_all
+
+TASKS = ("object_counting", "winowhy")
+DEADLINE_S = 240
+
+
+def write_rows(root: Path) -> Path:
+    for split, start, num in (("train", 0, 40), ("test", 100, 6)):
+        texts = {
+            "object_counting": [
+                {"question": f"the box sees {n} cat", "answer": "two" if n % 2 else "three"} for n in range(start, start + num)
+            ],
+            "winowhy": [{"question": f"who likes {n} dog", "choices": ["yes", "no"], "answer": n % 2} for n in range(start, start + num)],
+        }
+        for task, rows in texts.items():
+            path = root / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
+    """The command over a profile with budgets of a few steps."""
+    protocol = {"suite": "paper_local", "batch_size": 8, "latency_repeats": 0}
+    (tmp_path / "tiny_protocol.yaml").write_text(yaml.safe_dump(protocol))
+    cpu = ["--trainer.accelerator=cpu"]
+    steps = ["--data.init_args.num_steps=12", "--data.init_args.batch_size=2", "--data.init_args.num_validation=4"]
+    resume = ["--trainer.callbacks.init_args.every_n_steps=4"]
+    profile = {
+        "protocol": str(tmp_path / "tiny_protocol.yaml"),
+        "backbone": str(tiny_llama_folder),
+        "processes": 1,
+        "options": {"all": cpu, "pool": ["--model.init_args.dtype=float32", *steps, *resume], "router": ["--trainer.max_epochs=1"]},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(profile))
+    rows = write_rows(tmp_path / "rows")
+    return ["reproduce", "paper", "--backbone", str(tmp_path / "tiny.yaml"), "--data-root", str(rows), "--methods", "oracle,dlp_code"]
+
+
+def places(tmp_path: Path, name: str) -> list[str]:
+    return ["--runs", str(tmp_path / name / "runs"), "--out", str(tmp_path / name / "results")]
+
+
+def kill_when(condition: Any, arguments: list[str]) -> None:
+    """Start the command and kill it, as a machine that loses power would, once the condition holds."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "dlplora.cli.main", *arguments], env=environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def numbers(root: Path) -> dict[str, Any]:
+    records, problems = load_all(root / "results", "paper_local", "scratch")
+    published, _ = load_all(root / "results", "paper_local")
+    assert not problems
+    return {
+        record.method_name: (record.tasks, record.pool_hash, record.artifact_hashes, record.routing) for record in [*records, *published]
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not_killed(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main([*job, *places(tmp_path, "whole")]) == 0
+    capsys.readouterr()
+
+    runs = tmp_path / "cut" / "runs"
+    arguments = [*job, *places(tmp_path, "cut")]
+    kill_when(lambda: any((runs / "pool_training").rglob("step=*.ckpt")), arguments)  # in the middle of the experts
+    assert not (runs / "pool" / "recipe.json").is_file()
+    kill_when(lambda: (runs / "router_training").is_dir(), arguments)  # the pool is finished, the router is not
+    finished = {path: path.stat().st_mtime_ns for path in (runs / "pool").rglob("*") if path.is_file()}
+    assert (runs / "pool" / "recipe.json") in finished
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "pool: trained before" in said
+    assert "router: to be trained" in said
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert set(numbers(tmp_path / "cut")) == {"oracle", "dlp_code"}
+
+    assert main(arguments) == 0
+    again = capsys.readouterr().err
+    assert again.count("reused") == 3  # the announcement and both cells
+    assert "training pool …" not in again
+
+
+def test_the_plan_says_what_is_needed_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows")
+    arguments = ["reproduce", "paper", "--backbone", "local-small", "--data-root", str(rows), "--dry-run", *places(tmp_path, "x")]
+    assert main([*arguments, "--methods", "base,multitask,mole"]) == 0
+    said = capsys.readouterr().err
+    for part in ("backbone: to be trained", "trained/mole", "2 experts", "training multitask", "evaluation in batches", "disk: about"):
+        assert part in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_plan_for_a_backbone_of_the_paper_needs_no_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    assert main(["reproduce", "paper", "--backbone", "qwen2-7b", "--dry-run", *places(tmp_path, "x")]) == 0
+    said = capsys.readouterr().err
+    for part in ("Qwen/Qwen2-7B", "7.6 G parameters", "one adapter 2.5 M parameters", "26 experts", "assumed"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--backbone", "qwen2-7"], "Did you mean 'qwen2-7b'?"),
+        (["--methods", "dpl"], "dlp"),
+        (["--tasks", "gsm"], "gsm8k"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--fresh"], "--fresh"),
+        (["--data-root", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_said_before_anything_starts(
+    arguments: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows")
+    (rows / "gsm8k").mkdir()
+    (rows / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    monkeypatch.setenv("DLPLORA_DATA", str(rows))
+    assert main(["reproduce", "paper", *arguments, *places(tmp_path, "x")]) == 2
+    assert part in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_options_of_the_paper_are_refused_for_nano(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "nano", "--backbone", "qwen2-7b"]) == 2
+    assert "--backbone" in capsys.readouterr().err
