@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dlplora.errors import RecordError
 from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_means, task_wins, ties_with_best
+from dlplora.reporting.notes import NOTES
 from dlplora.reporting.schema import AGGREGATES, Record
 from dlplora.reporting.store import is_publishable, load_samples, record_path, write_atomically
 
@@ -278,6 +279,7 @@ def page(records: Sequence[Record], suite: str, scores: Scores | None = None) ->
     pairs = "" if scores is None else pair_table(scores)
     parts = [
         f"# Results on `{suite}`",
+        NOTES.get(suite, ""),
         main_table(records, scores),
         caption(records),
         f"## In pairs with `{REFERENCE_METHOD}`" if pairs else "",
