@@ -15,7 +15,13 @@ import pytest
 import yaml
 
 from dlplora.cli.main import main
+from dlplora.config import build, configs_root, list_configs, load_yaml
+from dlplora.evaluation import assets
+from dlplora.evaluation.protocol import load_protocol
+from dlplora.evaluation.reproduce_paper import CONFIGS, Profile
+from dlplora.evaluation.setting import Setting
 from dlplora.reporting.store import load_all
+from dlplora.training.config_check import check_command_line
 
 TASKS = ("object_counting", "winowhy")
 DEADLINE_S = 240
@@ -156,3 +162,19 @@ def test_bad_input_is_said_before_anything_starts(
 def test_options_of_the_paper_are_refused_for_nano(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "nano", "--backbone", "qwen2-7b"]) == 2
     assert "--backbone" in capsys.readouterr().err
+
+
+KINDS = ("backbone", "pool", "multitask", "router", "trained")
+
+
+@pytest.mark.parametrize("name", list_configs("reproduce"))
+def test_every_profile_names_a_protocol_and_options_that_exist(name: str, tmp_path: Path) -> None:
+    profile = build(Profile, load_yaml(configs_root() / "reproduce" / f"{name}.yaml"), name)
+    protocol = load_protocol(profile.protocol)
+    assert protocol.suite.startswith("paper")
+    setting = Setting(
+        backbone="BASE", suite=protocol.suite, data_root=str(tmp_path), tasks=("gsm8k",), configs=CONFIGS, options=profile.options
+    )
+    for kind in KINDS:
+        arguments = ["--config", str(assets.config_path(kind, setting)), *setting.arguments(kind)]
+        assert "model" in check_command_line(["fit", *arguments])
