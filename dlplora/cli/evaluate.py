@@ -205,4 +205,6 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     say(power_note(runs_planned[0]))
     records = reproduce.evaluate_missing(runs_planned, root, say)
     _tabulate(protocol.suite, records, root)
+    for path in reproduce.draw_figures(protocol.suite, root):
+        say(f"wrote {path}")
     return 0

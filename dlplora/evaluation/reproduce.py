@@ -13,7 +13,7 @@ from dlplora.evaluation.runner import Artifacts, Run, execute, finished, prepare
 from dlplora.evaluation.setting import NANO, Setting
 from dlplora.reporting import tables
 from dlplora.reporting.schema import Record, read_record
-from dlplora.reporting.store import RESULTS, load_all
+from dlplora.reporting.store import RESULTS, load_all, load_samples, record_path
 
 METHODS = tables.REFERENCE_ROWS
 SECONDS = {"pool": 600, "router": 45, "evaluate": 25}
@@ -115,3 +115,13 @@ def refresh_tables(suite: str, root: Path = RESULTS, readme: Path | None = None)
     """Rewrite tables and README block from all publishable records."""
     records, _ = load_all(root, suite)
     return tables.build(records, suite, root, readme)
+
+
+def draw_figures(suite: str, root: Path = RESULTS) -> list[Path]:
+    """Draw every figure that the publishable records of a suite have numbers for; none without such records."""
+    from dlplora.reporting.figures import draw
+
+    records = tables.latest(load_all(root, suite)[0])
+    if not records:
+        return []
+    return draw(records, lambda record: load_samples(record_path(record, root), record), root / "figures", suite)
