@@ -18,7 +18,7 @@ from dlplora.cli.main import main
 from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.evaluation import assets
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.reproduce_paper import CONFIGS, Profile
+from dlplora.evaluation.reproduce_paper import CONFIGS, Profile, announced, resolve
 from dlplora.evaluation.setting import Setting
 from dlplora.reporting.store import load_all
 from dlplora.training.config_check import check_command_line
@@ -178,3 +178,13 @@ def test_every_profile_names_a_protocol_and_options_that_exist(name: str, tmp_pa
     for kind in KINDS:
         arguments = ["--config", str(assets.config_path(kind, setting)), *setting.arguments(kind)]
         assert "model" in check_command_line(["fit", *arguments])
+
+
+def test_the_documents_name_the_estimates_that_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "reproduce_paper.md").read_text(encoding="utf-8")
+    for name in ("qwen2-1.5b", "qwen2-7b", "llama2-7b", "llama3-8b"):
+        said = "\n".join(announced(resolve(name, {}, None, None, None)))
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+        for cell in (one.strip() for one in row.split("|")[2:-1]):
+            assert cell in said, (name, cell)

@@ -1,0 +1,70 @@
+"""The table of two protocols: only equal models side by side, and the committed one is what the records say."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from dlplora.reporting import protocols
+from dlplora.reporting.schema import Record, TaskResult, to_json
+from dlplora.reporting.store import write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(method: str, metrics: dict[str, float], kind: str = "gen", **changes: object) -> Record:
+    task = TaskResult(kind=kind, version="1", num=4, metrics=metrics, stderr=dict.fromkeys(metrics))  # type: ignore[arg-type]
+    plain = Record(
+        suite="nano",
+        protocol_name="nano",
+        protocol={},
+        protocol_hash="",
+        method_name=method,
+        method={"method": method},
+        method_hash=method,
+        seed=0,
+        backbone={"sha256": "b"},
+        pool_hash="p",
+        artifact_hashes={},
+        tasks={"t": task},
+        suite_tasks=["t"],
+        routing={},
+        latency=None,
+        backend="dense",
+        timings_s={},
+        provenance={},
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_equal_models_stand_side_by_side() -> None:
+    standard = [
+        record("base", {"exact_match": 0.0, "bleu": 1.5, "rougeL": 0.25}),
+        record("dlp", {"exact_match": 0.5, "bleu": 40.0, "rougeL": 0.75}, pool_hash="another pool"),
+    ]
+    released = [
+        record("base", {"exact": 0.25, "char_bleu": 0.625, "rougeL": 0.5, "repeated_char_bleu": 0.5}, protocol_name="released_code"),
+        record("dlp", {"exact": 1.0, "char_bleu": 1.0, "rougeL": 1.0, "repeated_char_bleu": 0.9}, protocol_name="released_code"),
+    ]
+    lines = protocols.suite_table(standard, released).splitlines()
+    assert len(lines) == 3  # the pools of dlp differ, so it is not shown
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == ["`base`", "", "", "", "0.0", "25.0", "1.5", "62.5", "25.0", "50.0", "50.0"]
+
+
+def test_records_of_the_released_code_lie_apart_from_the_leaderboard(tmp_path: Path) -> None:
+    done = record("base", {"exact": 1.0}, protocol_name="released_code", cell="abc")
+    assert protocols.record_path(done, tmp_path) == tmp_path / "released_code" / "nano" / "base-abc-s0.json"
+    limited = dataclasses.replace(done, limit=3)
+    assert protocols.record_path(limited, tmp_path) == tmp_path / "scratch" / "released_code" / "nano" / "base-abc-s0.json"
+    assert protocols.build(tmp_path) == []
+    write_atomically(protocols.record_path(done, tmp_path), to_json(done))
+    ours = record("base", {"exact_match": 0.0}, cell="def")
+    write_atomically(tmp_path / "runs" / "nano" / "base-def-s0.json", to_json(ours))
+    assert protocols.build(tmp_path) == [tmp_path / "tables" / "protocols.md"]
+    assert protocols.build(tmp_path, check=True) == []
+    assert "| `base` |" in (tmp_path / "tables" / "protocols.md").read_text()
+
+
+def test_the_committed_table_is_what_the_records_say() -> None:
+    assert protocols.build(ROOT / "results", check=True) == []
