@@ -107,7 +107,8 @@ def page(root: Path = RESULTS) -> str:
             continue
         counts = sorted({task.num for record in released for task in record.tasks.values()})
         num_tasks = max(len(record.tasks) for record in released)
-        parts += [f"## `{suite}`", table, f"{num_tasks} tasks, {counts[0]} to {counts[-1]} questions each. Unweighted means over tasks."]
+        items = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        parts += [f"## `{suite}`", table, f"{num_tasks} tasks × {items} questions; unweighted means over tasks."]
     return "\n\n".join(parts) + "\n"
 
 
