@@ -31,6 +31,8 @@ CONFIGS = {
     "trained": "paper_fusion",
 }
 """Kind of role -> training configuration."""
+RANKS = {"multitask_r64": 64, "multitask_r208": 208}
+"""Adapters on all tasks of other ranks; otherwise they are trained as ``multitask`` is, with alpha twice the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +130,14 @@ class Job:
             suite=self.protocol.suite,
             data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
             tasks=None if self.protocol.tasks is None else tuple(self.protocol.tasks),
-            configs=CONFIGS,
-            options=self.profile.options,
+            configs={**CONFIGS, **dict.fromkeys(RANKS, CONFIGS["multitask"])},
+            options={**self.profile.options, **{role: self._ranked(role) for role in RANKS}},
             processes=self.profile.processes,
         )
+
+    def _ranked(self, role: str) -> list[str]:
+        settings = {"lora.rank": RANKS[role], "lora.lora_alpha": 2 * RANKS[role], "adapter_name": role}
+        return [*self.profile.options.get("multitask", ()), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
 
     def backbone_asset(self) -> assets.Asset | None:
         """The backbone that is pretrained here, or None if it comes from elsewhere."""
@@ -139,8 +145,8 @@ class Job:
 
     def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
         """The same over a backbone that is there."""
-        label = self.profile.backbone if commit is not None else self.name
-        protocol = dataclasses.replace(self.protocol, backbone=folder, revision=commit)
+        label = self.name if commit is None else str(self.profile.backbone)
+        protocol = dataclasses.replace(self.protocol, backbone=folder if commit is None else label, revision=commit)
         return protocol, dataclasses.replace(self.setting, backbone=folder, base_model_name=label)
 
 
@@ -193,7 +199,7 @@ def announced(job: Job) -> Iterator[str]:
         yield from planned(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
     else:
         yield from _roles(job)
-    training = {kind: one for kind in ("pool", "multitask", "trained") if (one := _budget(job, setting, kind))["runs"]}
+    training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := _budget(job, setting, kind))["runs"]}
     rows, count = _rows_at_hand(job)
     lora = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]
     shape = estimate.shape_of(source, job.profile.shape or _own_shape(job), rank=lora["rank"], targets=lora["target_modules"])

@@ -69,10 +69,11 @@ class LitFusion(ResumableModule):
         self.plain_head = True
 
     def build(self) -> Any:
-        """The fused model on the CPU, with a backend that passes gradients to the routing weights."""
+        """The fused model on the trainer's device (the CPU without one), with a backend that passes gradients to the routing weights."""
         from dlplora.inference.fused_model import FusedCausalLM
 
-        return FusedCausalLM.from_pretrained(**self._options, device="cpu", backend="dense", untrained=True)
+        device = self._trainer.strategy.root_device if self._trainer is not None else "cpu"
+        return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
 
     @property
     def tokenizer(self) -> Any:

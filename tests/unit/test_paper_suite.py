@@ -196,7 +196,7 @@ def test_the_real_rows_fill_sixteen_tasks() -> None:
 # ---------------------------------------------------------------- the hub
 
 
-def hub_cache(home: Path, hub_id: str, commit: str, files: dict[str, list[dict[str, Any]]]) -> None:
+def hub_cache(home: Path, hub_id: str, commit: str, files: dict[str, list[dict[str, Any]]], readme: str = "") -> None:
     """What ``huggingface_hub`` leaves after a download, without one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -204,6 +204,9 @@ def hub_cache(home: Path, hub_id: str, commit: str, files: dict[str, list[dict[s
     base = home / "hub" / f"datasets--{hub_id.replace('/', '--')}"
     (base / "refs").mkdir(parents=True)
     (base / "refs" / "main").write_text(commit)
+    if readme:
+        (base / "snapshots" / commit).mkdir(parents=True)
+        (base / "snapshots" / commit / "README.md").write_text(readme)
     for name, table in files.items():
         path = base / "snapshots" / commit / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,6 +242,39 @@ def test_the_hubs_cache_is_found_offline_and_the_commit_is_recorded(tmp_path: Pa
     assert (facts["num_train"], facts["num_test"]) == (20, 6)
     number = int(answer.rstrip("!"))
     assert prompt == (f"Say {number}." if number % 2 else f"Say {number}.\nloudly")
+
+
+README = """---
+configs:
+- config_name: winowhy
+  data_files:
+  - {split: train, path: winowhy/train-*}
+  - {split: validation, path: winowhy/validation-*}
+- config_name: gsm8k_hard
+  data_files:
+  - {split: train, path: gsm8k_hard/train-*}
+---
+"""
+
+
+def test_one_configuration_of_many_is_found_though_the_others_were_not_downloaded(tmp_path: Path) -> None:
+    def table(start: int, num: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "inputs": f"Reason {n}. The above reasoning is",
+                "targets": ["correct"],
+                "multiple_choice_targets": ["correct", "incorrect"],
+                "multiple_choice_scores": [1, 0],
+            }
+            for n in range(start, start + num)
+        ]
+
+    files = {"winowhy/train-00000-of-00001.parquet": table(0, 40), "winowhy/validation-00000-of-00001.parquet": table(35, 20)}
+    hub_cache(tmp_path, "tasksource/bigbench", "f" * 40, files, README)
+    facts, prompt, answer = offline(tmp_path, "winowhy")
+    assert (facts["origin"], facts["num_test"], answer) == (f"tasksource/bigbench@{'f' * 40}", 6, "correct")
+    assert facts["left_out"] == {"question_in_test": 5}
+    assert prompt.endswith("The above reasoning is")
 
 
 def test_offline_and_missing_is_one_line_with_both_ways_out(tmp_path: Path) -> None:
