@@ -39,7 +39,7 @@ def test_only_training_rows_are_read_and_answers_do_not_follow_their_questions(r
         assert f"is {number} plus" not in train
         assert f"is {number} plus" not in validation
     documents = [document.strip() for document in train.replace("<s>", "").split("</s>")]
-    whole = [document for document in documents if document.startswith("What") or document.startswith("It")]
+    whole = [document for document in documents if document.startswith(("What", "It"))]
     assert len(whole) > 90  # 54 questions and 54 answers, less what the cut blocks lose
     assert all(document.startswith("What") != ("makes" in document) for document in whole)
 
