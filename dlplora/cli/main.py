@@ -145,6 +145,13 @@ def _generation(commands: Any) -> None:
     parser.set_defaults(run=_lazy("generate", "run_generate"))
 
 
+def _benchmarks(commands: Any) -> None:
+    from dlplora.cli.bench import add_latency
+
+    inner = commands.add_parser("bench", help="speed measurements").add_subparsers(dest="action", required=True, metavar="{latency}")
+    add_latency(inner).set_defaults(run=_lazy("bench", "run_latency"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; nothing heavy is imported."""
     parser = _Parser(prog="dlplora", description="Train, route, fuse and compare LoRA adapters.", allow_abbrev=False)
@@ -156,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     _reports(commands)
     _information(commands)
     _generation(commands)
+    _benchmarks(commands)
     return parser
 
 
