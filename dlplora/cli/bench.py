@@ -87,6 +87,10 @@ def target_path(out: str | None, record: Any) -> Path:
     return folder / f"latency-{record.shape}-{record.dtype}-{record.device.split(':')[0]}-{time}.json"
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_latency(arguments: argparse.Namespace) -> int:
     """Measure, write the record, print its table last."""
     from dlplora.cli.terminal import quiet_loading
@@ -96,10 +100,9 @@ def run_latency(arguments: argparse.Namespace) -> int:
 
     quiet_loading(None)
     plan = plan_of(arguments)
-    record = run_plan(plan, progress=lambda text: print(text, file=sys.stderr, flush=True))
-    path = save_bench(record, target_path(arguments.out, record))
+    record = run_plan(plan, _tell, after_group=lambda record: save_bench(record, target_path(arguments.out, record)))
     for warning in record.warnings:
         print(f"dlplora: warning: {warning}; the times are not those of a quiet machine.", file=sys.stderr)
-    print(f"wrote {path}", file=sys.stderr)
+    print(f"wrote {target_path(arguments.out, record)}", file=sys.stderr)
     print(markdown(record))
     return 0

@@ -182,53 +182,56 @@ def load_plan(name: str) -> LatencyPlan:
     return build(LatencyPlan, load_yaml(path), str(path))
 
 
-def run_plan(plan: LatencyPlan, progress: Progress = log.info) -> LatencyRecord:
+def run_plan(plan: LatencyPlan, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None) -> LatencyRecord:
     """Measure everything.
 
     Args:
         plan: What.
         progress: Told what happens next.
+        after_group: Given the record so far after every group, so that a run that is cut off leaves what it had.
 
     Raises:
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.
     """
     device = plan.torch_device
-    dtype = resolve_dtype(plan.dtype, device)
     entries = {name: group.entries() for name, group in plan.groups.items()}
-    experts = max((entry.experts for listed in entries.values() for entry in listed), default=1) or 1
-    backbone_bytes, pool_bytes = needed_bytes(plan.shape, dtype, experts)
-    advice = "Use a smaller shape, fewer experts (--experts), or --dtype bfloat16."
-    require_memory({f"backbone {plan.shape} in {plan.dtype}": backbone_bytes, f"{experts} experts": pool_bytes}, device, advice)
+    _check_memory(plan, max(entry.experts for listed in entries.values() for entry in listed), device)
     if any(entry.compiled for listed in entries.values() for entry in listed):
         _allow_compilation(device)
     watch = OthersWatch(device)
     bandwidth = measure_bandwidth(device)
     model, tokenizer = load_shape(plan.shape, plan.dtype, device)
-    measurements: list[Measurement] = []
-    skipped: dict[str, str] = {}
-    adapters = {}
-    with torch.inference_mode():
-        for name, group in plan.groups.items():
-            with tempfile.TemporaryDirectory() as folder:
-                shop = _workshop(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
-                adapters[name] = f"{'shipped' if shop.shipped else 'random'}, {POOL_TEXT}"
-                measurements += _Session(name, group, shop, bandwidth, skipped, progress).measure(entries[name])
     record = LatencyRecord(
         shape=plan.shape,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights="shipped" if find_shape(plan.shape) is None else "random",
-        adapters=adapters,
+        adapters={},
         dtype=plan.dtype,
         device=str(device),
         bandwidth_bytes_per_s=bandwidth,
-        measurements=measurements,
-        skipped=skipped,
-        warnings=watch.warnings(),
+        measurements=[],
+        skipped={},
+        warnings=[],
         provenance=provenance(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    record.summary.extend(summarise(record))
+    with torch.inference_mode():
+        for name, group in plan.groups.items():
+            with tempfile.TemporaryDirectory() as folder:
+                shop = _workshop(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
+                record.adapters[name] = f"{'shipped' if shop.shipped else 'random'}, {POOL_TEXT}"
+                record.measurements.extend(_Session(name, group, shop, bandwidth, record.skipped, progress).measure(entries[name]))
+            record.warnings[:] = watch.warnings()
+            record.summary[:] = summarise(record)
+            if after_group is not None:
+                after_group(record)
     return record
+
+
+def _check_memory(plan: LatencyPlan, experts: int, device: torch.device) -> None:
+    backbone, pool = needed_bytes(plan.shape, resolve_dtype(plan.dtype, device), experts)
+    advice = "Use a smaller shape, fewer experts (--experts), or --dtype bfloat16."
+    require_memory({f"backbone {plan.shape} in {plan.dtype}": backbone, f"{experts} experts": pool}, device, advice)
 
 
 def _allow_compilation(device: torch.device) -> None:
