@@ -1,7 +1,7 @@
 """Run latency plans and print the targets: ``python -m benchmarks.latency nano qwen2-0.5b``.
 
-Each plan is a file of ``configs/bench`` (or a path); each writes one record, by default under ``results/bench``. The targets that the records
-answer are printed last. ``dlplora bench latency`` prints the whole table of one plan or of options given on the command line.
+Each plan is a file of ``configs/bench`` (or a path); each writes one record, by default under ``results/bench``. The targets that the
+records answer are printed last. ``dlplora bench latency`` prints the whole table of one plan or of options given on the command line.
 """
 
 from __future__ import annotations

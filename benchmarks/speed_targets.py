@@ -9,7 +9,18 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dlplora.reporting.bench import SINGLE, LatencyRecord, Measurement, Quantity, Ratio, latency_records, newest, paired_ratio, ratio_to, reroute_cost
+from dlplora.reporting.bench import (
+    SINGLE,
+    LatencyRecord,
+    Measurement,
+    Quantity,
+    Ratio,
+    latency_records,
+    newest,
+    paired_ratio,
+    ratio_to,
+    reroute_cost,
+)
 from dlplora.reporting.training_bench import newest_training
 
 CPU_SHAPES = ("nano", "qwen2-0.5b")

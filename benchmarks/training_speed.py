@@ -1,7 +1,8 @@
 """How fast a pool of experts trains, against PEFT one by one: ``python -m benchmarks.training_speed``.
 
-Every way gets the same rows in the same batches, the same initial weights, AdamW, schedule and clipping, so all end at the same loss, which one
-common evaluation of the exported adapters checks. Each run is a process of its own (so peak memory is its own), and the ways take turns.
+Every way gets the same rows in the same batches, the same initial weights, AdamW, schedule and clipping, so all end at the same loss,
+which one common evaluation of the exported adapters checks. Each run is a process of its own (so peak memory is its own), and the ways
+take turns.
 
 * ``peft_one_by_one``: ``get_peft_model``, the model's own loss, a plain loop; one adapter after another.
 * ``sequential``, ``joint``: the expert-pool trainer, one expert at a time or several in one batch.
@@ -211,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-train", type=int, default=600, help="training rows of a task (default: 600)")
     parser.add_argument("--num-validation", type=int, default=64, help="held-out rows of a task (default: 64)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the record (default: results/bench; results/scratch/bench if not committed)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the record (default: results/bench, or results/scratch/bench if dirty)")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     return parser
 

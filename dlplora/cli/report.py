@@ -11,6 +11,7 @@ from typing import Any
 
 from dlplora.errors import DLPLoRAError, RecordError
 from dlplora.reporting import store, tables
+from dlplora.reporting.latency_tables import interleaved
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record, json_schema
 
@@ -61,11 +62,14 @@ def run_list(arguments: argparse.Namespace) -> int:
 def run_figures(arguments: argparse.Namespace) -> int:
     """Draw every figure the records have numbers for."""
     from dlplora.reporting.figures import draw
+    from dlplora.reporting.latency_figures import draw_latency
 
     root = Path(arguments.out)
     _require_results(root, arguments.suite)
     records, problems = _load(arguments)
-    for path in draw(tables.latest(records), _loader(root), root / "figures", arguments.suite):
+    chosen = interleaved(tables.latest(records), root)
+    written = draw(chosen, _loader(root), root / "figures", arguments.suite)
+    for path in [*written, *draw_latency(root / "bench", root / "figures")]:
         print(f"wrote {path}")
     return 1 if problems else 0
 
@@ -80,7 +84,7 @@ def run_html(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(f"dlplora: error: {problem}", file=sys.stderr)
     target = Path(arguments.page) if arguments.page else root / "index.html"
-    store.write_atomically(target, page(records, _loader(root), _test_items))
+    store.write_atomically(target, page(interleaved(records, root), _loader(root), _test_items))
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
     return 1 if problems else 0
 

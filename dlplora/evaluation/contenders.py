@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
+from dlplora.config import list_configs
 from dlplora.errors import ConfigError, MethodError, nearest
 from dlplora.evaluation.latency import dtype_of
 from dlplora.evaluation.released_loop import ReleasedLoop
@@ -24,7 +25,7 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.generation import view_text
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.base import FusionMethod, MethodContext
-from dlplora.methods.registry import MethodSpec, available_presets, build_method, load_method_spec, method_class
+from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter
 from dlplora.reporting.bench import BASE, SINGLE
@@ -80,6 +81,7 @@ class Contender:
         generate: Workload and further options of ``generate`` -> token ids (B, T).
         granularity: How often routing may change; empty for what does not route.
         plan: Routing alone, if it comes before the first token; returns the routing weights (B, E), or None.
+        count_reroutes: How often rows are re-routed at sentence ends of their own while a workload is generated.
         max_batch: Rows it can serve at once.
         compilable: Whether a compiled decoding step makes sense for it.
         backend: Kernel backends used so far.
@@ -90,6 +92,7 @@ class Contender:
     generate: Callable[..., Tensor]
     granularity: str = ""
     plan: Callable[[Workload], Tensor | None] | None = None
+    count_reroutes: Callable[[Workload], int] | None = None
     max_batch: int | None = None
     compilable: bool = False
     backend: Callable[[], str] = str
@@ -319,10 +322,15 @@ def ours(shop: Workshop, entry: Entry) -> Contender:
         state = model.plan(named(workload))
         return None if state is None else state.per_row()
 
-    token = method.granularity == "token"
+    def count(workload: Workload) -> int:
+        trace: list[dict[str, Any]] = []
+        generate(workload, trace=trace)
+        return len(trace) - len(workload.prompts)  # the prompts' own plans come first
+
+    token, sentence = method.granularity == "token", method.granularity == "sentence"
     return Contender(
         entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if token else plan,
-        compilable=not token, backend=model.backends_used,
+        count_reroutes=count if sentence else None, compilable=not token, backend=model.backends_used,
     )  # fmt: skip
 
 
@@ -342,7 +350,7 @@ def can_keep(spec: MethodSpec) -> bool:
 
 def known_contenders() -> list[str]:
     """Names of everything that can be timed; the preset of the bare backbone is the contender of that name."""
-    return [*BUILTIN, *(name for name in available_presets() if name not in BUILTIN)]
+    return [*BUILTIN, *(name for name in list_configs("method") if name not in BUILTIN)]
 
 
 def check_contender(name: str) -> None:
@@ -353,7 +361,7 @@ def check_contender(name: str) -> None:
     """
     known = known_contenders()
     if name not in known and Path(name).suffix not in {".yaml", ".yml"}:
-        raise ConfigError(f"unknown contender '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or the path of a method YAML file.")
+        raise ConfigError(f"unknown contender '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or a method YAML file.")
 
 
 def build_contender(shop: Workshop, entry: Entry) -> Contender:
@@ -365,16 +373,18 @@ def build_contender(shop: Workshop, entry: Entry) -> Contender:
     if entry.contender not in BUILTIN:
         return ours(shop, entry)
     if entry.contender.startswith("peft_") and entry.experts > MAX_PEFT_EXPERTS:
-        raise ConfigError(f"PEFT is timed with at most {MAX_PEFT_EXPERTS} adapters, which it keeps as separate modules; got {entry.experts}.")
+        raise ConfigError(f"PEFT is timed with at most {MAX_PEFT_EXPERTS} adapters, kept as separate modules; got {entry.experts}.")
     return BUILTIN[entry.contender](shop, entry)
 
 
-def facts(contender: Contender, weights: Tensor | None) -> Mapping[str, Any]:
-    """What a measurement says about its contender apart from times."""
+def facts(contender: Contender, workload: Workload) -> Mapping[str, Any]:
+    """What a measurement says about its contender under a workload apart from times."""
     entry = contender.entry
+    weights = None if contender.plan is None else contender.plan(workload)
     kept = None if weights is None else float((weights != 0).sum(dim=-1).float().mean())
     return {
         "contender": entry.contender, "experts": entry.experts, "kept": entry.kept, "reroute_every": entry.reroute_every,
         "compiled": entry.compiled, "granularity": contender.granularity, "backend": contender.backend(),
         "backend_asked": "" if entry.contender in BUILTIN else entry.backend, "experts_kept": kept,
+        "sentence_reroutes": None if contender.count_reroutes is None else contender.count_reroutes(workload),
     }  # fmt: skip

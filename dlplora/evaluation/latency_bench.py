@@ -1,7 +1,7 @@
 """``dlplora bench latency``: many contenders, one process, turn by turn, to one record.
 
-Within a group every contender generates the same number of tokens from the same prompts, in rounds; the order is turned round in every other
-round. Warm-up rounds come first and memory is measured in a round of its own, outside the clock.
+Within a group every contender generates the same number of tokens from the same prompts, in rounds; every other round goes backwards.
+Warm-up rounds come first and memory is measured in a round of its own, outside the clock.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ class LatencyPlan:
         find_shape(self.shape)
         if not self.groups:
             raise ConfigError("'groups' is empty; a plan needs at least one.")
-        ready = {name: value if isinstance(value, Group) else build(Group, value or {}, f"groups.{name}") for name, value in self.groups.items()}
+        ready = {
+            name: value if isinstance(value, Group) else build(Group, value or {}, f"groups.{name}") for name, value in self.groups.items()
+        }
         object.__setattr__(self, "groups", ready)
 
     @property
@@ -182,7 +184,9 @@ def load_plan(name: str) -> LatencyPlan:
     return build(LatencyPlan, load_yaml(path), str(path))
 
 
-def run_plan(plan: LatencyPlan, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None) -> LatencyRecord:
+def run_plan(
+    plan: LatencyPlan, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None
+) -> LatencyRecord:
     """Measure everything.
 
     Args:
@@ -320,7 +324,7 @@ class _Session:
         floor_s = step_bytes(self.shop.model, batch_size, prompt_tokens + group.new_tokens // 2) / self.bandwidth
         return [
             Measurement(
-                **facts(one, None if one.plan is None else one.plan(workload)),
+                **facts(one, workload),
                 group=self.name, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=group.new_tokens, warmup=group.warmup,
                 ttft_s=[first for first, _ in times[index]], tpot_s=[rest for _, rest in times[index]], router_s=router[index],
                 resident_bytes=resident_bytes(*one.modules), transient_bytes=transient[index], floor_s=floor_s,

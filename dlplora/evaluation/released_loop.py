@@ -1,8 +1,8 @@
 """The way the authors' released code fuses, for the clock only: a Python loop over the kept adapters in every adapted layer.
 
 What the code does (MeCuping/DLP-LoRA@d68fd38), in our own words: a classifier reads the prompt once; the kept adapters and their weights
-stay for the whole generation; every adapted layer then calls each kept adapter in turn and adds its output, times weight and scaling, to the
-base output. One prompt at a time. What it computes is the definition that all our backends share; only the way differs.
+stay for the whole generation; every adapted layer then calls each kept adapter in turn and adds its output, times weight and scaling, to
+the base output. One prompt at a time. What it computes is the definition that all our backends share; only the way differs.
 
 Deviations: every adapter keeps its own scaling (the code takes the first one's for all), every layer is fused whatever the depth (the code
 counts to 28), and the call of ``torch.cuda.empty_cache()`` in every layer is left out, which is in the loop's favour on a GPU.

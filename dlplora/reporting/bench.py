@@ -63,6 +63,8 @@ class Measurement:
     """Routing a batch of prompts alone, s (part of ``ttft_s``); empty where nothing is routed ahead."""
     experts_kept: float | None
     """Experts with a routing weight, mean over rows; None where gates decide token by token."""
+    sentence_reroutes: int | None
+    """Re-routes of single rows at sentence ends of the generated text, which the times contain; None for what does not re-route."""
     resident_bytes: int
     """Parameters and buffers, the backbone's included."""
     transient_bytes: int | None
@@ -228,7 +230,8 @@ def read_latency(path: Path) -> LatencyRecord:
     """
     raw = read_json(path)
     if (raw.get("kind"), raw.get("schema_version")) != ("latency", BENCH_VERSION):
-        raise RecordError(f"{path}: expected kind 'latency' in version {BENCH_VERSION}, got {raw.get('kind')!r}, {raw.get('schema_version')!r}.")
+        found = f"{raw.get('kind')!r}, {raw.get('schema_version')!r}"
+        raise RecordError(f"{path}: expected kind 'latency' in version {BENCH_VERSION}, got {found}.")
     try:
         measurements = [build(Measurement, row, f"{path}: measurements[{i}]") for i, row in enumerate(raw.get("measurements", ()))]
         record = build(LatencyRecord, {**raw, "measurements": measurements}, str(path))

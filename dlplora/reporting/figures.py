@@ -1,12 +1,8 @@
-"""Pictures of results, from records and their outcomes only; vector and bitmap, readable on light and dark ground.
-
-Text and axes are drawn in one mid-grey ink on a transparent ground. Colours: Okabe and Ito's palette, told apart by colour-blind readers.
-"""
+"""Pictures of results, from records and their outcomes only; vector and bitmap, readable on light and dark ground."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,25 +11,12 @@ from typing import Any
 import numpy as np
 
 from dlplora.reporting.comparison import Loader, task_means
+from dlplora.reporting.drawing import INK, PALETTE, pyplot, write_figures
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
 from dlplora.reporting.tables import REFERENCE_ROWS, value_of
 
-INK = "#7a7f87"
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999933")
 RADAR_METHODS = ("base", "oracle", "multitask", "dlp", "dlp_code", "meteora_gate", "arrow_out", "lorahub_in_pool")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK)
-    plt.rcParams.update({**settings, "svg.fonttype": "none", "svg.hashsalt": "dlplora", "font.size": 9, "axes.spines.top": False})
-    plt.rcParams.update({"axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none"})
-    return plt
 
 
 def radar(records: Sequence[Record], load: Loader) -> Any:
@@ -43,7 +26,7 @@ def radar(records: Sequence[Record], load: Loader) -> Any:
     tasks = list(records[0].suite_tasks) if records else []
     if not shown or len(tasks) < 3:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
     figure, axes = plt.subplots(figsize=(7.5, 7.5), subplot_kw={"projection": "polar"})
     for name, color in zip(shown, PALETTE, strict=False):
@@ -71,7 +54,7 @@ def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
             points.setdefault(record.method_name, []).append((tpot, 50 * (accuracy + match)))  # type: ignore[operator, arg-type]
     if len(points) < 2:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     middle = {name: (float(np.median([x for x, _ in rows])), float(np.mean([y for _, y in rows]))) for name, rows in points.items()}
     ordered = sorted(middle.items(), key=lambda pair: (pair[1][0], -pair[1][1]))
     front: list[tuple[str, tuple[float, float]]] = []
@@ -130,7 +113,7 @@ def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
             strongest = max(weights, key=lambda name: weights[name]) if weights else None
             if strongest in tasks:
                 matrix[tasks.index(task), tasks.index(strongest)] += 1 / len(routes)
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 6.5))
     image = axes.imshow(100 * matrix, cmap="cividis", vmin=0, vmax=100)
     names = [task.replace("_", " ") for task in tasks]
@@ -154,7 +137,7 @@ def experts_kept(records: Sequence[Record], load: Loader) -> Any:
     counts = {name: counter for name, counter in counts.items() if counter}
     if not counts:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     most = max(max(counter) for counter in counts.values())
     figure, axes = plt.subplots(figsize=(6, 3))
     width = 0.8 / len(counts)
@@ -188,18 +171,7 @@ def draw(records: Sequence[Record], load: Loader, folder: Path, prefix: str) -> 
         folder: Made if it does not exist.
         prefix: Put before the figures' names.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in figures(records, load).items():
-        for suffix in ("svg", "png"):
-            path = folder / f"{prefix}_{name}.{suffix}"
-            temporary = path.with_name(f".{path.name}.tmp")
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            figure.savefig(temporary, format=suffix, dpi=160, metadata=metadata, transparent=True)
-            os.replace(temporary, path)
-            written.append(path)
-    _pyplot().close("all")
-    return written
+    return write_figures(figures(records, load), folder, prefix)
 
 
 def figures(records: Sequence[Record], load: Loader) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dlplora.reporting.bench import (
     BASE,
@@ -18,6 +20,7 @@ from dlplora.reporting.bench import (
     ratio_to,
     reroute_cost,
 )
+from dlplora.reporting.schema import Record
 
 TITLES = (
     "contender", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
@@ -74,7 +77,7 @@ def _row(record: LatencyRecord, one: Measurement) -> list[str]:
 def markdown(record: LatencyRecord) -> str:
     """One table a group and workload, under a line that says what was measured, and what was skipped or disturbed."""
     first = (
-        f"Shape `{record.shape}` ({record.parameters / 1e6:.1f} M parameters, weights {record.weights}), {record.dtype} on {record.device}, "
+        f"Shape `{record.shape}` ({record.parameters / 1e6:.1f} M parameters, {record.weights} weights), {record.dtype}, {record.device}; "
         f"copy bandwidth {record.bandwidth_bytes_per_s / 1e9:.1f} GB/s."
     )
     parts = [first, *(f"Warning: {warning}." for warning in record.warnings)]
@@ -93,42 +96,50 @@ def markdown(record: LatencyRecord) -> str:
     return "\n\n".join(parts)
 
 
-class InterleavedRatios:
-    """Latency ratios of all methods from one process, for tables of quality.
+def interleaved(records: Sequence[Record], root: Path) -> list[Record]:
+    """Records whose latency is that of the newest bench record of their backbone, in which all methods took turns in one process.
+
+    Each run times its own method too, but at another hour than the others. Where there is no such bench record the runs' own latencies
+    stay; where there is one, a method it does not hold gets none, so that a column never mixes two clocks. Only the backbone of the suite
+    ``nano`` is embedded and has records of its own.
 
     Args:
-        record: The record, or None if there is none.
+        records: Of any suites.
+        root: Folder of results.
+
+    Raises:
+        RecordError: If a bench record is damaged.
     """
+    if not any(record.suite == "nano" for record in records):
+        return list(records)
+    bench = newest(latency_records(root / "bench"), "nano")
+    found = {} if bench is None else _ratios_of_methods(bench)
+    if not found:
+        return list(records)
+    return [dataclasses.replace(record, latency=found.get(record.method_name)) if record.suite == "nano" else record for record in records]
 
-    def __init__(self, record: LatencyRecord | None) -> None:
-        self.record = record
-        self._rows: dict[str, Measurement] = {}
-        for one in record.measurements if record else ():
-            plain = one.batch_size == 1 and one.reroute_every is None and one.kept is None and not one.compiled
-            if plain and one.backend_asked in {"", "auto"} and record and record.adapters[one.group].startswith("shipped"):
-                self._rows.setdefault(one.contender, one)
 
-    def value(self, method: str, key: str) -> float | None:
-        """``latency.ttft_ratio`` or ``latency.tpot_ratio`` of a method; None if it was not timed."""
-        one = self._rows.get(method)
-        if one is None or self.record is None:
-            return None
-        ratio = ratio_to(self.record, one, SINGLE, "ttft_s" if key.endswith("ttft_ratio") else "tpot_s")
-        return None if ratio is None else ratio.median
-
-    @property
-    def sentence(self) -> str:
-        """Where the numbers come from, for a caption."""
-        if self.record is None or not self._rows:
-            return "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter."
-        one = next(iter(self._rows.values()))
-        commit = (self.record.provenance.get("git", {}).get("commit") or "unknown")[:7]
-        return (
-            f"Prefill and decode: batch 1, {one.prompt_tokens} prompt and {one.new_tokens} new tokens, all methods by turns in one process, "
+def _ratios_of_methods(bench: LatencyRecord) -> dict[str, dict[str, Any]]:
+    """Contender -> the latency of a record: ratios at batch 1 with the embedded pool, nothing forced, and their source in words."""
+    found: dict[str, dict[str, Any]] = {}
+    commit = (bench.provenance.get("git", {}).get("commit") or "unknown")[:7]
+    for one in bench.measurements:
+        forced = one.reroute_every is not None or one.kept is not None or one.compiled or one.backend_asked not in {"", "auto"}
+        if forced or one.batch_size != 1 or one.contender in found or not bench.adapters[one.group].startswith("shipped"):
+            continue
+        first, later = ratio_to(bench, one, SINGLE, "ttft_s"), ratio_to(bench, one, SINGLE, "tpot_s")
+        if first is None or later is None:
+            continue
+        source = (
+            f"Prefill and decode: batch 1, {one.prompt_tokens} prompt and {one.new_tokens} new tokens, all methods by turns in one run, "
             f"median of {len(one.tpot_s)} paired ratios to PEFT with one unmerged adapter (`results/bench`, code {commit})."
         )
+        found[one.contender] = {"ttft_ratio": first.median, "tpot_ratio": later.median, "source": source}
+    return found
 
 
-def interleaved_ratios(suite: str, root: Path) -> InterleavedRatios:
-    """The newest record in ``root/bench`` of the backbone that a suite runs on; only nano has one of its own."""
-    return InterleavedRatios(newest(latency_records(root / "bench"), suite) if suite == "nano" else None)
+def latency_source(records: Sequence[Record]) -> str:
+    """What a caption says about the latency columns."""
+    known = (record.latency.get("source") for record in records if record.latency)
+    own = "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter."
+    return next((source for source in known if source), own)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dlplora.errors import RecordError
 from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_means, task_wins, ties_with_best
+from dlplora.reporting.latency_tables import interleaved, latency_source
 from dlplora.reporting.schema import AGGREGATES, Record
 from dlplora.reporting.store import is_publishable, load_samples, record_path, write_atomically
 
@@ -210,8 +211,7 @@ def caption(records: Sequence[Record]) -> str:
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`, {len(records[0].suite_tasks)} tasks × {items} questions, "
         f"seeds {', '.join(map(str, seeds))}{fewer}, ± one standard error, code {', '.join(commits)}, {', '.join(threads)}. "
         f"Bold: best of the column; {TIE}: not significantly worse (paired bootstrap over questions, Holm over the methods, 5 %). "
-        "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter. "
-        "Generated from `results/runs` by `dlplora report build`."
+        f"{latency_source(records)} Generated from `results/runs` by `dlplora report build`."
     )
 
 
@@ -309,7 +309,7 @@ def build(records: Sequence[Record], suite: str, root: Path, readme: Path | None
     Raises:
         RecordError: If a record's outcomes are damaged, or the README has no markers.
     """
-    chosen = latest([record for record in records if record.suite == suite])
+    chosen = interleaved(latest([record for record in records if record.suite == suite]), root)
     scores = collect(chosen, lambda record: load_samples(record_path(record, root), record, texts=False))
     tables = root / "tables"
     wanted = {tables / f"{suite}.md": page(chosen, suite, scores)}

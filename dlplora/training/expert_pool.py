@@ -120,7 +120,7 @@ class LitExpertPool(AdapterModule):
         steps = int(self.datamodule.hparams["num_steps"])
         if steps % trainer.accumulate_grad_batches:
             raise ConfigError(
-                f"trainer: a pool needs num_steps ({steps}) to be a multiple of accumulate_grad_batches ({trainer.accumulate_grad_batches}): "
+                f"trainer: num_steps of a pool {steps} must be a multiple of accumulate_grad_batches ({trainer.accumulate_grad_batches}): "
                 "a step must not mix two groups of experts. Change one of them."
             )
         if trainer.max_epochs != 1 and trainer.max_steps == -1:

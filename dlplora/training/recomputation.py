@@ -1,6 +1,6 @@
 """Gradient checkpointing over a frozen backbone: activations inside decoder layers are recomputed instead of kept.
 
-transformers switches it on and checks that a layer is in training mode; our backbone stays in evaluation mode, where no dropout of its own is
+transformers switches it on and checks that a layer is in training mode; our backbone stays in evaluation mode, where none of its dropout is
 active. So only the flag of the decoder layers themselves is set, not that of the modules inside them.
 """
 

@@ -131,7 +131,7 @@ def test_accumulated_gradients_and_recomputed_layers_change_nothing(mode: str, t
 
 
 @pytest.mark.parametrize("config", ["expert", "experts"])
-def test_recomputation_does_run_the_layers_twice(config: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_recomputation_runs_layers_twice(config: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     calls: list[bool] = []
