@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one unattended call of less than ten minutes:
+# Everything that needs a GPU, in one unattended call of less than ten minutes (every part has a limit):
 #   benchmarks/gpu.sh [FOLDER]        records go to FOLDER (default: results/bench)
 # First the tests marked "gpu" (a wrong kernel needs no timing), then the shapes of Qwen-2 1.5B and LLaMA-3 8B in bfloat16: batch 1, 8 and 32,
 # eager and compiled, decode over the bandwidth floor; then the training of a pool. A short table comes last.
@@ -13,19 +13,19 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
 if [ "${DLPLORA_GPU_SMOKE:-0}" = 1 ]; then
-  PLANS="gpu-smoke"
-  TRAINING="--device cpu --num-tasks 2 --num-steps 2 --repeats 1"
+  PLANS="gpu-smoke:150"
+  TRAINING="--device cpu --num-tasks 2 --num-steps 2 --repeats 1 --modes peft_one_by_one,joint"
   TESTS="tests/unit/test_latency.py -k median"
 else
   "$PYTHON" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU; DLPLORA_GPU_SMOKE=1 tries this script on a CPU")'
-  PLANS="gpu-1.5b gpu-8b"
-  TRAINING="--device cuda --num-tasks 10 --num-steps 100 --repeats 1"
+  PLANS="gpu-1.5b:150 gpu-8b:210" # name:seconds; a plan that is cut off keeps the groups it had finished
+  TRAINING="--device cuda --num-tasks 10 --num-steps 40 --repeats 1 --modes peft_one_by_one,sequential,joint"
   TESTS="tests -m gpu"
 fi
 
 echo "== correctness" >&2
 status=0
-timeout "${DLPLORA_GPU_TEST_S:-150}" "$PYTHON" -m pytest -q -p no:cacheprovider $TESTS >&2 || status=$?
+timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider $TESTS >&2 || status=$?
 # 5: no test is marked. Anything else but 0 stops here.
 if [ "$status" -ne 0 ] && [ "$status" -ne 5 ]; then
   echo "error: the GPU tests failed (exit $status); nothing was timed" >&2
@@ -33,10 +33,11 @@ if [ "$status" -ne 0 ] && [ "$status" -ne 5 ]; then
 fi
 
 echo "== training" >&2
-timeout "${DLPLORA_GPU_TRAIN_S:-120}" "$PYTHON" -m benchmarks.training_speed $TRAINING --out "$OUT" >&2 || echo "warning: the training benchmark did not finish" >&2
+timeout 90 "$PYTHON" -m benchmarks.training_speed $TRAINING --out "$OUT" >&2 || echo "warning: the training benchmark did not finish" >&2
 
-for plan in $PLANS; do
+for entry in $PLANS; do
+  plan="${entry%%:*}"
   echo "== $plan" >&2
-  timeout "${DLPLORA_GPU_PLAN_S:-200}" "$PYTHON" -m benchmarks.latency "$plan" --out "$OUT" >/dev/null || echo "warning: $plan did not finish" >&2
+  timeout "${entry##*:}" "$PYTHON" -m benchmarks.latency "$plan" --out "$OUT" >/dev/null || echo "warning: $plan did not finish" >&2
 done
 "$PYTHON" -m benchmarks.targets --records "$OUT" --only-speed

@@ -6,7 +6,7 @@ Nothing is measured here. ``python -m benchmarks.latency`` and ``python -m bench
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dlplora.reporting.bench import (
@@ -105,6 +105,10 @@ def over_floor(record: LatencyRecord | None) -> str:
     return "" if one is None else f"{statistics.median(one.tpot_s) / one.floor_s:.2f}"
 
 
+def _speedups(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {values[name]:.2f}" for name in ("sequential", "joint") if name in values)
+
+
 def rows(folder: Path) -> Iterator[Row]:
     """``(target, measured, wanted)``; what no record answers is an empty cell.
 
@@ -120,7 +124,7 @@ def rows(folder: Path) -> Iterator[Row]:
         yield f"decode, dlp, batch 1, compiled ÷ bandwidth floor ({shape}, GPU)", over_floor(newest(records, shape, "cuda")), "<= 1.4"
     for device in ("cpu", "cuda"):
         training = newest_training(folder, device)
-        measured = "" if training is None else ", ".join(f"{name} {value:.2f}" for name, value in training.speedups().items())
+        measured = "" if training is None else _speedups(training.speedups())
         yield f"training a pool: speed ÷ PEFT one by one ({device})", measured, "> 1 for the default mode"
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from dlplora.cli.terminal import split_names
 from dlplora.data.batching import BatchPlan
 from dlplora.data.datamodule import ExpertPoolDataModule
 from dlplora.data.encoding import EncodedSet, collate, encode_items
@@ -170,9 +171,9 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 def measure(options: argparse.Namespace, arguments: Sequence[str], tell: Callable[[str], object]) -> TrainingRecord:
     """All ways by turns."""
     watch = OthersWatch(torch.device(options.device))
-    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
     for number in range(options.repeats):
-        for mode in MODES if number % 2 == 0 else reversed(MODES):
+        for mode in list(runs) if number % 2 == 0 else list(reversed(runs)):
             tell(f"round {number + 1}/{options.repeats}: {mode}")
             command = [sys.executable, "-m", "benchmarks.training_speed", *arguments, "--child", mode]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,7 +193,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str], tell: Callabl
         backbone="nano",
         tasks=list(_names(options)),
         settings={**settings, "rank": LORA.rank, "dtype": "float32"},
-        tokens=runs[ONE_BY_ONE][0]["real"],
+        tokens=next(iter(runs.values()))[0]["real"],
         device=options.device,
         default_mode="sequential" if all(len(group) == 1 for group in default) else "joint",
         modes=modes,
@@ -212,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-train", type=int, default=600, help="training rows of a task (default: 600)")
     parser.add_argument("--num-validation", type=int, default=64, help="held-out rows of a task (default: 64)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--modes", metavar="A,B", default=",".join(MODES), help=f"ways to train (default: {', '.join(MODES)})")
     parser.add_argument("--out", metavar="DIR", help="folder of the record (default: results/bench, or results/scratch/bench if dirty)")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     return parser
@@ -223,6 +225,10 @@ def main() -> int:
     options = _parser().parse_args(given)
     if min(options.num_tasks, options.num_steps, options.batch_size // 2, options.group_size, options.repeats) < 1:
         print("error: every number must be at least 1, and --batch-size at least 2.", file=sys.stderr)
+        return 2
+    options.modes = split_names(options.modes)
+    if not options.modes or not set(options.modes) <= set(MODES):
+        print(f"error: --modes takes names among {', '.join(MODES)}, got {', '.join(options.modes) or 'none'}.", file=sys.stderr)
         return 2
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"error: device '{options.device}' was asked for, but torch finds no GPU; use --device cpu.", file=sys.stderr)

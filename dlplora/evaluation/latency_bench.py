@@ -33,7 +33,7 @@ from dlplora.evaluation.contenders import (
     facts,
     known_contenders,
 )
-from dlplora.evaluation.latency import TokenClock, time_call, time_generation
+from dlplora.evaluation.latency import time_call, time_generation
 from dlplora.evaluation.machine import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes, transient_bytes
 from dlplora.evaluation.shapes import LORA, find_shape, load_shape, needed_bytes, random_bank
 from dlplora.inference.loading import nano_asset, resolve_dtype
@@ -219,10 +219,10 @@ def run_plan(
         provenance=provenance(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    with torch.inference_mode():
+    with torch.no_grad():
         for name, group in plan.groups.items():
             with tempfile.TemporaryDirectory() as folder:
-                shop = _workshop(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
+                shop = build_workshop(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
                 record.adapters[name] = f"{'shipped' if shop.shipped else 'random'}, {POOL_TEXT}"
                 record.measurements.extend(_Session(name, group, shop, bandwidth, record.skipped, progress).measure(entries[name]))
             record.warnings[:] = watch.warnings()
@@ -245,7 +245,7 @@ def _allow_compilation(device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]
 
 
-def _workshop(plan: LatencyPlan, model: Any, tokenizer: Any, experts: int, folder: Path) -> Workshop:
+def build_workshop(plan: LatencyPlan, model: Any, tokenizer: Any, experts: int, folder: Path) -> Workshop:
     """The embedded pool where it has the size asked for, on the embedded backbone; otherwise a random one."""
     experts = max(1, experts)
     embedded = load_pool(nano_asset("pool")).names
@@ -361,6 +361,3 @@ def _once(contender: Contender, workload: Workload) -> tuple[float, float]:
         return contender.generate(workload, stopping_criteria=stopping_criteria, **options)
 
     return time_generation(generate, prompts.input_ids.shape[1] + workload.new_tokens, prompts.input_ids.device)
-
-
-__all__ = ["Group", "LatencyPlan", "TokenClock", "load_plan", "make_workload", "run_plan"]
