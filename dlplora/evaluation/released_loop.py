@@ -83,7 +83,7 @@ class ReleasedLoop:
         self.model, self.method, self.kept = model, method, KeptExperts()
         for path, entry in bank.modules.items():
             parent, _, leaf = path.rpartition(".")
-            pairs = list(zip(entry.lora_a, entry.lora_b, strict=True))
+            pairs = [(a, b.contiguous()) for a, b in zip(entry.lora_a, entry.lora_b, strict=True)]  # each adapter has weights of its own
             layer = LoopedLoRALinear(model.get_submodule(path), pairs, entry.scaling.tolist(), self.kept)
             setattr(model.get_submodule(parent), leaf, layer)
 

@@ -148,8 +148,9 @@ def random_bank(model: nn.Module, names: Sequence[str], seed: int = 0) -> Adapte
         return torch.empty(sizes, dtype=parameter.dtype, device=parameter.device).normal_(0.0, 0.02, generator=generator)
 
     scaling = torch.full((len(names),), LORA.scaling, device=parameter.device)
-    modules = {
-        path: BankEntry(draw(len(names), LORA.rank, inputs), draw(len(names), outputs, LORA.rank), scaling, (LORA.rank,) * len(names))
+    ranks = (LORA.rank,) * len(names)
+    modules = {  # B is stored by rank and seen as (E, O, R), as a loaded bank stores it
+        path: BankEntry(draw(len(names), LORA.rank, inputs), draw(len(names), LORA.rank, outputs).mT, scaling, ranks)
         for path, (inputs, outputs) in adapted_sizes(model).items()
     }
     return AdapterBank(names, modules)
