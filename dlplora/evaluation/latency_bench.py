@@ -62,7 +62,7 @@ class Group:
     kept: tuple[int, ...] = ()
     """Experts a row is made to keep, for the contenders that can be told; none leaves it to each method."""
     backends: tuple[str, ...] = ("auto",)
-    """Kernel backends of our methods."""
+    """Kernel backends of our methods; ``all`` stands for every one there is."""
     reroute_every: tuple[int, ...] = ()
     """Also run sentence-level methods with every row re-routed after so many tokens."""
     compile: tuple[bool, ...] = (False,)
@@ -90,8 +90,8 @@ class Group:
             if getattr(self, name) < least:
                 raise ConfigError(f"'{name}' must be at least {least}, got {getattr(self, name)}.")
         for name in self.backends:
-            if name != "auto" and name not in BACKENDS:
-                raise ConfigError(f"unknown backend '{name}'. Known: auto, {', '.join(BACKENDS)}.")
+            if name not in {"auto", "all", *BACKENDS}:
+                raise ConfigError(f"unknown backend '{name}'. Known: auto, all, {', '.join(BACKENDS)}.")
         for name in self.contenders:
             if name != "all":
                 check_contender(_split(name)[0])
@@ -111,9 +111,10 @@ class Group:
             return [Entry(contender=name, experts=size, compiled=compiled) for size in sizes]
         spec = load_method_spec(name)
         kept: tuple[int | None, ...] = self.kept if self.kept and can_keep(spec) and own_size is None else (None,)
+        backends = dict.fromkeys(known for name in self.backends for known in (["auto", *BACKENDS] if name == "all" else [name]))
         made = []
         for size in sizes:
-            for backend in self.backends:
+            for backend in backends:
                 for number in kept:
                     made.append(Entry(contender=name, experts=size, kept=number, backend=backend, compiled=compiled))
                 made += [

@@ -18,6 +18,7 @@ from dlplora.evaluation.machine import OthersWatch, measure_bandwidth, require_m
 from dlplora.evaluation.released_loop import KeptExperts, LoopedLoRALinear
 from dlplora.evaluation.shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import available_presets, build_method
 from dlplora.reporting.bench import read_latency
 from dlplora.types import PromptBatch
@@ -165,6 +166,8 @@ def test_settings_apply_where_they_mean_something() -> None:
         ("base", 0, None), ("peft_single", 1, None), ("dlp", 2, 1), ("dlp", 2, 4), ("dlp", 26, 1), ("dlp", 26, 4), ("dlp", 1000, None),
         ("ties", 2, None), ("ties", 26, None),
     ]  # fmt: skip
+    every = Group(contenders=("base", "dlp"), backends=("all",)).entries()
+    assert [one.backend for one in every] == ["auto", "auto", *BACKENDS]
 
 
 @pytest.mark.parametrize("name", ["nano", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
