@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from dlplora.reporting.bench import BASE, SINGLE, LatencyRecord, Measurement, latency_records, plain_of, ratio_to, reference_of
 from dlplora.reporting.drawing import INK, PALETTE, pyplot, write_figures
-from dlplora.reporting.latency_tables import name_of
+from dlplora.reporting.latency_tables import name_of, newest_of_each
 
 Axis = Literal["experts", "batch_size"]
 LONGEST = 10
@@ -116,14 +116,6 @@ FIGURES: dict[str, Callable[[LatencyRecord], Any]] = {
     "step": step,
 }
 """Name -> drawing function; one that has nothing to show returns None."""
-
-
-def newest_of_each(records: Sequence[LatencyRecord]) -> dict[str, LatencyRecord]:
-    """Shape and kind of device -> the newest record."""
-    found: dict[str, LatencyRecord] = {}
-    for record in sorted(records, key=lambda record: record.created):
-        found[f"{record.shape}_{record.device.split(':')[0]}"] = record
-    return dict(sorted(found.items()))
 
 
 def draw_latency(bench: Path, folder: Path) -> list[Path]:

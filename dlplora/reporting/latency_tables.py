@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dlplora.reporting import training_bench
 from dlplora.reporting.bench import (
     BASE,
     SINGLE,
@@ -21,6 +22,7 @@ from dlplora.reporting.bench import (
     reroute_cost,
 )
 from dlplora.reporting.schema import Record
+from dlplora.reporting.training_bench import newest_training
 
 TITLES = (
     "contender", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
@@ -94,6 +96,35 @@ def markdown(record: LatencyRecord) -> str:
     if record.skipped:
         parts.append("Not measured:\n" + "\n".join(f"* {what}: {why}" for what, why in record.skipped.items()))
     return "\n\n".join(parts)
+
+
+def speed_page(bench: Path) -> str | None:
+    """The content of ``results/tables/speed.md``: the newest latency record of every shape and kind of device, and of training.
+
+    Args:
+        bench: Folder of the records.
+
+    Returns:
+        None without records.
+
+    Raises:
+        RecordError: If one is damaged.
+    """
+    parts = [f"## Latency of `{record.shape}`\n\n{markdown(record)}" for record in newest_of_each(latency_records(bench)).values()]
+    trained = [newest_training(bench, device) for device in ("cpu", "cuda")]
+    parts += [f"## Training of a pool\n\n{training_bench.markdown(record)}" for record in trained if record is not None]
+    if not parts:
+        return None
+    how = "Generated from `results/bench` by `dlplora report build`; [docs/performance.md](../../docs/performance.md) says how to read it."
+    return "\n\n".join(["# Speed", how, *parts]) + "\n"
+
+
+def newest_of_each(records: Sequence[LatencyRecord]) -> dict[str, LatencyRecord]:
+    """Shape and kind of device -> the newest record."""
+    found: dict[str, LatencyRecord] = {}
+    for record in sorted(records, key=lambda record: record.created):
+        found[f"{record.shape}_{record.device.split(':')[0]}"] = record
+    return dict(sorted(found.items()))
 
 
 def interleaved(records: Sequence[Record], root: Path) -> list[Record]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dlplora.errors import RecordError
 from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_means, task_wins, ties_with_best
-from dlplora.reporting.latency_tables import interleaved, latency_source
+from dlplora.reporting.latency_tables import interleaved, latency_source, speed_page
 from dlplora.reporting.schema import AGGREGATES, Record
 from dlplora.reporting.store import is_publishable, load_samples, record_path, write_atomically
 
@@ -301,7 +301,7 @@ def with_block(text: str, block: str, where: str) -> str:
 
 
 def build(records: Sequence[Record], suite: str, root: Path, readme: Path | None, *, check: bool = False) -> list[Path]:
-    """Write the tables of a suite and the README block; with ``check`` write nothing.
+    """Write the tables of a suite, with nano's those of speed records, and the README block; with ``check`` write nothing.
 
     Returns:
         The files whose content changed, or would change.
@@ -315,6 +315,9 @@ def build(records: Sequence[Record], suite: str, root: Path, readme: Path | None
     wanted = {tables / f"{suite}.md": page(chosen, suite, scores)}
     if chosen:
         wanted |= {tables / f"{suite}.csv": csv_table(chosen), tables / f"{suite}.tex": latex_table(chosen, scores)}
+    speed = speed_page(root / "bench") if suite == "nano" else None
+    if speed is not None:
+        wanted[tables / "speed.md"] = speed
     if readme is not None:
         wanted[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(chosen, scores), str(readme))
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

@@ -18,7 +18,7 @@ from dlplora.reporting.bench import LatencyRecord, Measurement, paired_ratio, re
 from dlplora.reporting.latency_figures import draw_latency
 from dlplora.reporting.latency_tables import interleaved, latency_source, markdown
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import caption, latest, main_table
+from dlplora.reporting.tables import build, caption, latest, main_table
 from dlplora.reporting.training_bench import TrainingMode, TrainingRecord, newest_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +187,19 @@ def test_quality_tables_take_ratios_of_one_process(tmp_path: Path) -> None:
     assert row.endswith("| 1.00 | 1.00 |")
     row = next(line for line in main_table(shown).splitlines() if line.startswith("| `ties` |"))
     assert row.endswith("|  |  |")
+
+
+def test_tables_of_speed_are_built_and_checked(tmp_path: Path) -> None:
+    records = load_all(ROOT / "results", "nano")[0][:0]
+    assert [path.name for path in build(records, "nano", tmp_path, None)] == ["nano.md"]
+    save_bench(whole(), tmp_path / "bench" / "latency-a.json")
+    assert [path.name for path in build(records, "nano", tmp_path, None, check=True)] == ["speed.md"]
+    build(records, "nano", tmp_path, None)
+    text = (tmp_path / "tables" / "speed.md").read_text()
+    assert text.startswith("# Speed\n")
+    assert "## Latency of `nano`" in text
+    assert "## Training" not in text
+    assert build(records, "nano", tmp_path, None, check=True) == []
 
 
 def test_figures_are_drawn_where_there_is_something_to_show(tmp_path: Path) -> None:
