@@ -19,10 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlplora.cli.terminal import quiet_loading, split_names
 from dlplora.errors import DLPLoRAError
-from dlplora.evaluation.contenders import Contender, Entry, build_contender
+from dlplora.evaluation.contenders import build_contender
 from dlplora.evaluation.latency_bench import Group, LatencyPlan, build_workshop, make_workload
 from dlplora.evaluation.machine import OthersWatch
 from dlplora.evaluation.shapes import load_shape
+from dlplora.evaluation.workshop import Contender, Entry
 from dlplora.provenance import provenance
 from dlplora.reporting.bench import BENCH_VERSION, FOLDER, save_bench
 

@@ -23,10 +23,6 @@ from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.evaluation.contenders import (
     BUILTIN,
     POOL_FREE,
-    Contender,
-    Entry,
-    Workload,
-    Workshop,
     build_contender,
     can_keep,
     check_contender,
@@ -36,6 +32,7 @@ from dlplora.evaluation.contenders import (
 from dlplora.evaluation.latency import time_call, time_generation
 from dlplora.evaluation.machine import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes, transient_bytes
 from dlplora.evaluation.shapes import LORA, find_shape, load_shape, needed_bytes, random_bank
+from dlplora.evaluation.workshop import Contender, Entry, Workload, Workshop
 from dlplora.inference.loading import nano_asset, resolve_dtype
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import load_method_spec

@@ -12,15 +12,17 @@ import torch
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError
 from dlplora.evaluation import latency_bench
-from dlplora.evaluation.contenders import BUILTIN, Entry, Workshop, build_contender, known_contenders
+from dlplora.evaluation.contenders import BUILTIN, ForcedRerouter, build_contender, known_contenders
 from dlplora.evaluation.latency_bench import Group, LatencyPlan, load_plan, make_workload, run_plan
 from dlplora.evaluation.machine import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes
 from dlplora.evaluation.released_loop import KeptExperts, LoopedLoRALinear
 from dlplora.evaluation.shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
+from dlplora.evaluation.workshop import Entry, Workshop
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.sentences import last_question
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import available_presets, build_method
-from dlplora.reporting.bench import read_latency
+from dlplora.reporting.bench import read_latency, reroutes_in
 from dlplora.types import PromptBatch
 
 CPU = torch.device("cpu")
@@ -120,27 +122,28 @@ def test_the_released_loop_computes_the_definition(shop: Workshop) -> None:
 
 
 def test_forced_reroutes_happen_where_the_arithmetic_expects_them(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dlplora.methods.dlp import DLP
-
     contender = build_contender(shop, Entry(contender="dlp", experts=4, kept=2, reroute_every=3))
     workload = make_workload(shop.tokenizer, CPU, 2, 9, 10)
-    texts: list[tuple[str, ...]] = []
-    route = DLP.route
-
-    def noted(self: Any, prompts: PromptBatch) -> torch.Tensor:
-        texts.append(prompts.texts)
-        return route(self, prompts)
-
-    monkeypatch.setattr(DLP, "route", noted)
     assert contender.plan is not None
     plan = contender.plan(workload)
     assert plan is not None
     assert (plan != 0).sum(dim=-1).tolist() == [2, 2]
-    texts.clear()
+    widths: list[int] = []
+    original = ForcedRerouter._reroute
+
+    def noted(self: ForcedRerouter, generated: torch.Tensor) -> None:
+        original(self, generated)
+        widths.append(generated.shape[1])
+        texts = [str(shop.tokenizer.decode(row % 3072, skip_special_tokens=True)) for row in generated]
+        views = [last_question(prompt) + text for prompt, text in zip(workload.prompts.texts, texts, strict=True)]
+        expected = self.model.method.route(PromptBatch.from_texts(views, shop.tokenizer))
+        assert self.model.slot.state is not None
+        assert torch.equal(self.model.slot.state.weights, expected)
+
+    monkeypatch.setattr(ForcedRerouter, "_reroute", noted)
     assert contender.generate(workload).shape == (2, 19)
-    forced = [batch for batch in texts[1:] if len(batch) == 2]
-    assert len(texts[0]) == 2
-    assert len(forced) >= 3  # behind tokens 3, 6 and 9 of 10; random text may end a sentence besides
+    assert widths == [3, 6, 9]
+    assert reroutes_in(10, 3) == 3
 
 
 def test_workloads_have_different_rows_of_one_length(shop: Workshop) -> None:
