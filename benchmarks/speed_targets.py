@@ -30,13 +30,14 @@ Row = tuple[str, str, str]
 
 
 def find(record: LatencyRecord | None, contender: str, batch: int, prompt: int | None = None, **wanted: object) -> Measurement | None:
-    """The first measurement of a contender under a workload; plain unless ``wanted`` says otherwise."""
+    """The measurement of a contender with the most rounds, of the first group; plain unless ``wanted`` says otherwise."""
     settings: dict[str, object] = {"reroute_every": None, "kept": None, "compiled": False, **wanted}
+    found = []
     for one in record.measurements if record else ():
         fits = one.contender == contender and one.batch_size == batch and (prompt is None or one.prompt_tokens == prompt)
         if fits and all(getattr(one, key) == value for key, value in settings.items()) and one.backend_asked in {"", "auto"}:
-            return one
-    return None
+            found.append(one)
+    return max(found, key=lambda one: len(one.tpot_s), default=None)
 
 
 def _text(ratio: Ratio | None) -> str:
