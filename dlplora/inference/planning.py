@@ -73,7 +73,9 @@ class Planner:
             )
         return weights
 
-    def state(self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = 1, new_tokens: int = 0) -> RoutingState:
+    def state(
+        self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = 1, new_tokens: int = 0
+    ) -> RoutingState:
         """The state of routing weights (E,), (B, E) or (B, T, E) on the device of the model.
 
         Args:
@@ -119,5 +121,3 @@ def _require_plain(layers: Mapping[str, FusedLinear]) -> None:
             raise RoutingError(
                 f"backend 'merged' cannot serve module '{path}': {reason}. Backends that can: reference, dense, folded, triton; or auto."
             )
-
-

@@ -70,7 +70,9 @@ def _expand(  # type: ignore[no-untyped-def]
         if expert >= 0:
             source = ((row * width + k) * tokens + t)[:, None] * rank + r[None, :]
             left = tl.load(z + source, mask=(t < tokens)[:, None] & (r < rank)[None, :], other=0.0)
-            right = tl.load(b + (expert * rank + r[:, None]) * d_out + o[None, :], mask=(r < rank)[:, None] & (o < d_out)[None, :], other=0.0)
+            right = tl.load(
+                b + (expert * rank + r[:, None]) * d_out + o[None, :], mask=(r < rank)[:, None] & (o < d_out)[None, :], other=0.0
+            )
             left = left.to(right.dtype)  # rounded as the other backends round it
             if UPCAST:
                 left, right = left.to(tl.float32), right.to(tl.float32)

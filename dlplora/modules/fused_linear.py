@@ -6,7 +6,7 @@ time of a ``with`` block. Shapes: B rows, T tokens, E experts, I inputs, O outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
