@@ -42,7 +42,8 @@ def run_counters(arguments: argparse.Namespace) -> int:
 
 def _table(cells: dict[str, dict[str, dict[str, int]]]) -> str:
     lines = [
-        "| method | backend | decode: launches | MFLOP | MB | host reads | prefill: launches | MFLOP | MB | plan: launches | MB | host reads |",
+        "| method | backend | decode: launches | MFLOP | MB | host reads | prefill: launches | MFLOP | MB "
+        "| plan: launches | MB | host reads |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell, phases in cells.items():

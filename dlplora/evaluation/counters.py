@@ -75,9 +75,7 @@ class CountingMode(TorchDispatchMode):
 
     def _add(self, more: Counts) -> None:
         now = self.counts
-        self.counts = Counts(
-            now.launches + more.launches, now.flops + more.flops, now.bytes + more.bytes, now.host_reads + more.host_reads
-        )
+        self.counts = Counts(now.launches + more.launches, now.flops + more.flops, now.bytes + more.bytes, now.host_reads + more.host_reads)
 
 
 def _is_view(func: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class PlanFacts:
         experts: E.
         width: Experts a row can keep, now or after a re-route.
         alike: Whether all rows are routed alike and stay so.
+        sized: Whether a plan's size must not depend on the values of its weights, as compiled graphs need it.
         gradients: Whether gradients must reach the routing weights.
         device: Device type.
     """
@@ -49,13 +50,14 @@ class PlanFacts:
     experts: int
     width: int
     alike: bool
+    sized: bool = False
     gradients: bool = False
     device: str = "cpu"
 
     @property
     def plan_rows(self) -> int:
-        """Rows a plan must hold."""
-        return 1 if self.alike else self.rows
+        """Rows a folded plan must hold: rows that are alike share one, unless another request of this size might not."""
+        return 1 if self.alike and not self.sized else self.rows
 
     @classmethod
     def of(cls, weights: Tensor, *, width: int | None = None, reroutes: bool = False) -> PlanFacts:
@@ -67,9 +69,8 @@ class PlanFacts:
         kept = experts if kind == "token" else max(kept_width(flat), width or 1)
         alike = kind != "token" and (rows == 1 or (not reroutes and bool((flat == flat[:1]).all())))
         gradients = weights.requires_grad and torch.is_grad_enabled()
-        return cls(
-            kind=kind, rows=rows, experts=experts, width=min(kept, experts), alike=alike, gradients=gradients, device=weights.device.type
-        )
+        sizes: dict[str, Any] = {"rows": rows, "experts": experts, "width": min(kept, experts), "sized": width is not None}
+        return cls(kind=kind, alike=alike, gradients=gradients, device=weights.device.type, **sizes)
 
 
 def obstacle(name: str, facts: PlanFacts) -> str | None:

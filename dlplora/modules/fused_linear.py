@@ -60,7 +60,7 @@ class RoutingState:
         """Rows the weights were made for; 1 for static weights."""
         self.num_experts = facts.experts
         self.width = facts.width
-        self.plan_rows = facts.plan_rows
+        self.plan_rows = 1 if self.backend == "merged" else facts.plan_rows
         # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
         self.is_zero = not reroutes and not bool(self.weights.any())
         self.version = 0
@@ -89,6 +89,11 @@ class RoutingState:
         """
         if self.weights.ndim != 2:
             raise RoutingError(f"only per-row weights (B, E) can be updated, this state has shape {tuple(self.weights.shape)}.")
+        if self.backend == "merged" and self.num_rows > 1:
+            raise RoutingError(
+                f"backend 'merged' cannot serve {self.num_rows} rows that are routed apart. "
+                "Backends that can: reference, dense, folded, triton."
+            )
         # One transfer for both checks.
         finite, kept = torch.stack([torch.isfinite(weights).all().long(), (weights != 0).sum(-1).max()]).tolist()
         if not finite:

@@ -43,6 +43,7 @@ def test_facts_of_plans() -> None:
     assert (facts(torch.ones(4)).kind, facts(torch.ones(4)).width, facts(torch.ones(4)).rows) == ("static", 4, 1)
     assert (facts(TOKENS).kind, facts(TOKENS).alike, facts(TOKENS).width) == ("token", False, 4)
     assert facts(ROWS.clone().requires_grad_()).gradients
+    assert (facts(ALIKE, width=2).plan_rows, facts(ALIKE[:1], width=2).plan_rows) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,12 @@ def test_facts_of_plans() -> None:
 def test_a_backend_that_cannot_serve_says_why_and_who_can(name: str, weights: Tensor, options: Any, reason: str, able: str) -> None:
     with pytest.raises(RoutingError, match=rf"backend '{name}' cannot serve this plan: .*{reason}.*Backends that can: {able}"):
         RoutingState(weights, name, **options)
+
+
+def test_rows_of_a_merged_plan_cannot_part() -> None:
+    state = RoutingState(ALIKE.clone(), "merged")
+    with pytest.raises(RoutingError, match=r"'merged' cannot serve 2 rows that are routed apart.*folded"):
+        state.update_rows(torch.tensor([0]), torch.ones(1, 4))
 
 
 def test_names_are_checked() -> None:
