@@ -184,7 +184,7 @@ def count_method(name: str, shape: Shape, params: Mapping[str, Any] | None = Non
         if fused.method.weight_sum == "zero":
             able = able[:1]  # layers without weight take the same path on every backend
         for backend in able:
-            fused.planner.backend = backend
+            fused.backend = backend
             found[f"{name}/{backend}"] = _phases(fused, prompts, weights)
     return found
 

@@ -66,7 +66,6 @@ class FusedCausalLM(nn.Module):
         self._pool = bank
         self.tokenizer = tokenizer
         self.context = context
-        self.backend = backend
         self.slot = RoutingSlot()
         self.num_truncated_prompts = 0
         self._vocabulary: VocabularyTable | None = None
@@ -163,6 +162,16 @@ class FusedCausalLM(nn.Module):
         return fused
 
     # ------------------------------------------------------------------ what users expect of a model
+
+    @property
+    def backend(self) -> str:
+        """Kernel backend asked for; assigning another one checks that it can serve the method."""
+        return self.planner.backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self.planner = self.planner.with_backend(name)
+        self.slot.gate_backend = self.planner.gate_backend
 
     @property
     def device(self) -> torch.device:

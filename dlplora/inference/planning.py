@@ -42,6 +42,7 @@ class Planner:
         self.used: set[str] = set()
         self.fixed_width = False
         self._combines_factors = method.metadata.combine == "factor"
+        self._fused = layers
         self._layers = _shapes(layers)
         require_known(backend)
         if self._combines_factors and backend not in {"auto", "dense"}:
@@ -51,6 +52,12 @@ class Planner:
             self.used.add(self.gate_backend)
         if backend == "merged":
             _require_plain(layers)
+
+    def with_backend(self, backend: str) -> Planner:
+        """A planner of the same model for another backend."""
+        other = Planner(self.method, self.bank, self._fused, backend)
+        other.fixed_width = self.fixed_width
+        return other
 
     @property
     def gate_backend(self) -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -250,3 +255,28 @@ def test_buffers_stay_where_they_are_between_requests_of_one_size() -> None:
         RoutingState((torch.arange(6) < 5).float()[None], "folded", width=4)
     with pytest.raises(RoutingError, match=r"keeps 6 experts, the plan has room for 4.*max_kept"):
         state.update_rows(torch.tensor([0]), torch.ones(1, 6))
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+def test_the_grouped_kernels_compile_for_a_gpu() -> None:
+    """To machine code for compute capability 9.0, without a GPU; in a process of its own, where nothing is interpreted."""
+    code = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from dlplora.kernels import grouped
+target = GPUTarget("cuda", 90, 32)
+sizes = dict.fromkeys(("tokens", "width", "d_in", "d_out", "rank"), "i32")
+pointers = {"x": "*bf16", "a": "*bf16", "b": "*bf16", "out": "*bf16", "scales": "*fp32", "z": "*fp32"}
+pointers |= dict.fromkeys(("block_expert", "block_pairs", "experts"), "*i32")
+constants = {"PAIRS": 16, "BLOCK_M": 16, "BLOCK_I": 64, "BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 16, "UPCAST": False}
+for kernel in (grouped._shrink, grouped._expand):
+    kinds = {**sizes, **pointers, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds[name] for name in kernel.arg_names}
+    fixed = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    print(len(triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=fixed), target=target).asm["cubin"]) > 0)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == ["True", "True"], done.stderr
