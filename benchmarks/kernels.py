@@ -3,7 +3,8 @@
 Every point of a grid of sizes is timed for every backend in turn, in one process: one forward of one layer's delta, and the making of
 one plan. Eight layers are worked through in turn, so that factors do not stay in the innermost caches. Three constants a backend
 (seconds per launch, per byte, per floating point operation) are fitted to the medians by non-negative least squares of the relative
-errors. Without ``--write`` nothing is changed: the table says how well the model predicts and what its choices cost.
+errors. On a CPU one thread is used and the clock is the processor time of the process, which other processes hardly change. Without
+``--write`` nothing is changed: what is printed says how well the model predicts and what its choices cost.
 """
 
 from __future__ import annotations
@@ -77,15 +78,16 @@ def measure(point: dict[str, int], dtype: torch.dtype, device: str, repeats: int
     calls = _calls(point, dtype, device)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    clock = time.perf_counter if device == "cuda" else time.process_time
     for turn in range(repeats + 1):
         for key, call in calls.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             for layer in range(LAYERS):
                 call(layer)
             synchronize()
             if turn:  # the first turn warms up
-                seconds[key].append((time.perf_counter() - start) / LAYERS)
+                seconds[key].append((clock() - start) / LAYERS)
     return [
         {**point, "backend": backend, "what": what, "seconds": round(statistics.median(times), 9)}
         for (backend, what), times in seconds.items()
@@ -145,6 +147,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     samples = [sample for point in points() for sample in measure(point, dtype, arguments.device, arguments.repeats)]
     constants = fit(samples, dtype.itemsize)
     found = quality(samples, constants, dtype.itemsize)
@@ -156,6 +160,7 @@ def main() -> None:
     columns = ("backend", "what", "d_in", "d_out", "rows", "tokens", "experts", "width", "seconds")
     known["devices"][arguments.device] = {
         "constants": constants, "fit": found, "dtype": str(dtype).removeprefix("torch."), "rank": RANK, "repeats": arguments.repeats,
+        "clock": "processor time, one thread" if arguments.device == "cpu" else "wall, synchronised",
         "git": facts["git"], "versions": facts["versions"], "hardware": facts["hardware"], "columns": columns,
         "samples": [[sample[column] for column in columns] for sample in samples],
     }  # fmt: skip

@@ -19,6 +19,9 @@ from dlplora.modules.fused_linear import FusedLinear, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 
+_MANY = 1000
+"""Decode steps that make the cost of a plan and of its prefill disappear."""
+
 
 class Planner:
     """Makes the routing states of one fused model.
@@ -97,14 +100,16 @@ class Planner:
         if weights.shape[-1] != self.bank.num_experts:
             raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
         itemsize = next(iter(self.bank.modules.values())).lora_a.itemsize if self.bank.modules else 4
+        if self.fixed_width:  # the choice must not depend on the request, or the next one would be compiled again
+            prompt_tokens, new_tokens = 1, _MANY
+        work = Work(layers=self._layers, device=weights.device.type, itemsize=itemsize, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        fixed = own and (reroutes or self.fixed_width) and weights.ndim == 2
         state = RoutingState(
             weights,
             "dense" if self._combines_factors else self.backend,
-            width=self._width() if own and (reroutes or self.fixed_width) and weights.ndim == 2 else None,
+            width=self._width() if fixed else None,
             reroutes=reroutes,
-            work=Work(
-                layers=self._layers, device=weights.device.type, itemsize=itemsize, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-            ),
+            work=work,
         )
         self.used.add(state.backend)
         return state
