@@ -8,6 +8,7 @@ One thread; the clock is the processor time of the process, which other processe
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from dlplora.evaluation.counted_cases import fused_stand_in, shape_of
+from dlplora.modules.fused_linear import RoutingState
 from dlplora.provenance import provenance
 from dlplora.reporting.store import RESULTS, write_atomically
 from dlplora.training.adapter_export import save_adapter
@@ -30,8 +32,6 @@ CONTENDERS = ("reference", "dense", "folded", "merged")
 
 def _peft(fused: Any) -> Any:
     """PEFT with the first expert alone, unmerged, in the same dtype."""
-    import copy
-
     from peft import LoraConfig, PeftModel
 
     fused = copy.deepcopy(fused)
@@ -84,6 +84,14 @@ def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
             if backend != "merged" or alike or rows == 1:
                 fused.backend = backend
                 calls[backend] = _step(fused, rows, lambda: fused.plan(prompts))
+        weights = fused.planner.route(prompts)
+        assert weights is not None
+        # What is not the default: room for the five experts that dlp may keep, and B stored by output, which dense then copies.
+        calls["folded, room for 5"] = _step(fused, rows, lambda: RoutingState(weights, "folded", width=5))
+        copying = copy.deepcopy(fused)
+        for layer in copying.patched.layers.values():
+            layer.lora_b = layer.lora_b.contiguous()
+        calls["dense, B copied"] = _step(copying, rows, lambda: RoutingState(weights, "dense"))
         if alike:
             calls["peft"] = _step(_peft(fused), rows)
         ratios: dict[str, list[float]] = {name: [] for name in calls}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from dlplora.cli.main import main
 from dlplora.errors import ConfigError, RecordError
 from dlplora.evaluation import counted_cases as cases
 from dlplora.evaluation.counters import Counts, count, stored_bytes
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.methods.references import Oracle
 from dlplora.methods.registry import available_presets
+from dlplora.modules.lora_bank import AdapterBank
 
 A, B = torch.ones(3, 4), torch.ones(4, 5)
 OPERATIONS = {
@@ -72,6 +76,29 @@ def test_folded_dlp_costs_one_lora_of_the_width_of_its_plan() -> None:
         assert top1[phase]["host_reads"] == 0
     per_module = [4 * (4 * (i + o) + i + 4 + 4 + o + 3 * o) for i, o in ((32, 32), (32, 16))]
     assert top1["decode"]["bytes"] - base["decode"]["bytes"] == 2 * sum(per_module)
+
+
+def test_one_peft_adapter_takes_the_same_products_and_one_operator_a_module_more(
+    tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Any, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    folder = make_adapter(tmp_path / "one", seed=1)
+    ids, step = torch.tensor([[1, 5, 9, 40]]), torch.tensor([[7]])
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(folder), autocast_adapter_dtype=False).eval()
+        cache = adapted(input_ids=ids, use_cache=True).past_key_values
+        peft, expected = count(lambda: adapted(input_ids=step, past_key_values=cache, use_cache=True).logits)
+        names = [f"copy{index}" for index in range(26)]
+        bank = AdapterBank.from_peft(dict.fromkeys(names, folder))
+        fused = FusedCausalLM(tiny_llama, tiny_tokenizer, bank, Oracle(), backend="folded")
+        with fused.routing(torch.nn.functional.one_hot(torch.tensor([3]), 26).float()):
+            cache = fused(input_ids=ids, use_cache=True).past_key_values
+            ours, got = count(lambda: fused(input_ids=step, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert ours.flops == peft.flops
+    assert peft.launches - ours.launches == len(bank.modules)
+    assert ours.bytes < peft.bytes
 
 
 def test_a_merged_plan_costs_nothing_at_a_step() -> None:
@@ -149,3 +176,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| method | backend | decode: launches |")
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["reference", "dense", "folded", "merged"]
+
+
+def test_the_counts_in_the_documentation_are_the_accepted_ones() -> None:
+    golden = cases.read_golden(cases.golden_path())["shapes"]["nano"]
+    text = (Path(__file__).parents[2] / "docs" / "backends.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split("|") for row in text.partition("| method, backend |")[2].splitlines()[2:11]]
+    for name, *cells in rows:
+        method, _, backend = name.partition("(")[0].replace("`", "").strip().partition(", ")
+        decode = next(phases["decode"] for cell, phases in golden.items() if cell.startswith(f"{method}/{backend}"))
+        shown = [str(decode["launches"]), f"{decode['flops'] / 1e6:.3f}", f"{decode['bytes'] / 1e6:.3f}", str(decode["host_reads"])]
+        assert [cell.strip() for cell in cells] == shown
