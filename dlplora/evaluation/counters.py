@@ -6,7 +6,7 @@ A dispatch mode watches every operator that reaches a kernel and adds up four th
 * ``flops``: floating point operations of matrix products, two a multiply-add, by PyTorch's own formulas.
 * ``bytes``: every tensor an operator reads and every one it writes, once each. A tensor that is expanded counts what is stored; a
   table that is looked up (embedding, gathered experts) counts the entries looked up; ``empty`` writes nothing.
-* ``host_reads``: operators that hand a value to the host and so make it wait for the device (``item``, ``nonzero``).
+* ``host_reads``: what hands a value to the host and so makes it wait for the device (``item``, ``bool``, ``tolist``, ``nonzero``).
 
 Caches of any level are ignored, and so is fusion: a compiled model launches fewer kernels and moves fewer bytes. Triton kernels pass
 by the dispatcher and are not seen. Attention is computed step by step (``eager``), because what the fused operators are split into
@@ -16,11 +16,12 @@ depends on the machine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -78,6 +79,19 @@ class CountingMode(TorchDispatchMode):
         self.counts = Counts(now.launches + more.launches, now.flops + more.flops, now.bytes + more.bytes, now.host_reads + more.host_reads)
 
 
+class _Lists(TorchFunctionMode):
+    """Counts values that reach the host past the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function and count it."""
+        self.num += func in (torch.Tensor.tolist, torch.Tensor.numpy)
+        return func(*args, **(kwargs or {}))
+
+
 def _is_view(func: Any) -> bool:
     """Whether an operator returns its argument's memory and writes nothing."""
     returns = func._schema.returns
@@ -104,6 +118,6 @@ def _moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
 
 def count(call: Callable[[], Any]) -> tuple[Counts, Any]:
     """What a call costs, and what it returns."""
-    with torch.no_grad(), CountingMode() as mode:
+    with torch.no_grad(), _Lists() as lists, CountingMode() as mode:
         out = call()
-    return mode.counts, out
+    return replace(mode.counts, host_reads=mode.counts.host_reads + lists.num), out

@@ -255,6 +255,7 @@ class FusedCausalLM(nn.Module):
     def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
         """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block."""
         state = weights if isinstance(weights, RoutingState) else self.planner.state(weights.to(self.device))
+        self.planner.used.add(state.backend)
         with self.slot.bind(state):
             yield state
 
@@ -330,6 +331,7 @@ class FusedCausalLM(nn.Module):
             watcher = self._rerouter(state, [text for text in prompts.texts for _ in range(copies)], ids.shape[1], trace)
             kwargs["stopping_criteria"] = with_watcher(watcher, kwargs.get("stopping_criteria"))
             following = settling(self.model, watcher)
+        self.planner.used.add(state.backend)
         with self.slot.bind(state), following:
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
 

@@ -22,6 +22,9 @@ from dlplora.types import PromptBatch
 _MANY = 1000
 """Decode steps that make the cost of a plan and of its prefill disappear."""
 
+TYPICAL_PROMPT = 128
+"""Tokens of a row that weights bound by a caller are taken to be for, who does not say."""
+
 
 class Planner:
     """Makes the routing states of one fused model.
@@ -33,7 +36,7 @@ class Planner:
         backend: ``auto`` or a backend's name.
 
     Attributes:
-        used: Names of the backends that plans have used so far; a caller may clear it.
+        used: Names of the backends that bound plans and gates have used so far; whoever binds a state adds its backend.
         fixed_width: Whether every plan has room for as many experts as the method may keep, so that compiled graphs fit all of them.
 
     Raises:
@@ -84,7 +87,7 @@ class Planner:
         return weights
 
     def state(
-        self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = 1, new_tokens: int = 0
+        self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = TYPICAL_PROMPT, new_tokens: int = 0
     ) -> RoutingState:
         """The state of routing weights (E,), (B, E) or (B, T, E) on the device of the model.
 
@@ -104,15 +107,13 @@ class Planner:
             prompt_tokens, new_tokens = 1, _MANY
         work = Work(layers=self._layers, device=weights.device.type, itemsize=itemsize, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         fixed = own and (reroutes or self.fixed_width) and weights.ndim == 2
-        state = RoutingState(
+        return RoutingState(
             weights,
             "dense" if self._combines_factors else self.backend,
             width=self._width() if fixed else None,
             reroutes=reroutes,
             work=work,
         )
-        self.used.add(state.backend)
-        return state
 
     def _width(self) -> int:
         """K for plans that must not grow."""

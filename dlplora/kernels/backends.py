@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import RoutingError, nearest
 from dlplora.kernels.cost_model import Work, predict
-from dlplora.kernels.folded import kept_width
 
 BACKENDS: dict[str, str] = {
     "reference": "loop over experts in float32; the definition",
@@ -41,6 +40,7 @@ class PlanFacts:
         width: Experts a row can keep, now or after a re-route.
         alike: Whether all rows are routed alike and stay so.
         sized: Whether a plan's size must not depend on the values of its weights, as compiled graphs need it.
+        finite: Whether all weights are. zero: Whether none of them is anything else.
         gradients: Whether gradients must reach the routing weights.
         device: Device type.
     """
@@ -51,6 +51,8 @@ class PlanFacts:
     width: int
     alike: bool
     sized: bool = False
+    finite: bool = True
+    zero: bool = False
     gradients: bool = False
     device: str = "cpu"
 
@@ -61,16 +63,28 @@ class PlanFacts:
 
     @classmethod
     def of(cls, weights: Tensor, *, width: int | None = None, reroutes: bool = False) -> PlanFacts:
-        """Facts of routing weights (E,), (B, E) or (B, T, E); ``reroutes`` says that rows may be routed again, each for itself."""
+        """Facts of routing weights (E,), (B, E) or (B, T, E); ``reroutes`` says that rows may be routed again, each for itself.
+
+        They are read from the device in one transfer.
+        """
         kinds: dict[int, Kind] = {1: "static", 2: "row", 3: "token"}
         kind, experts = kinds[weights.ndim], weights.shape[-1]
         rows = 1 if kind == "static" else weights.shape[0]
         flat = weights.detach().reshape(-1, experts)
-        kept = experts if kind == "token" else max(kept_width(flat), width or 1)
-        alike = kind != "token" and (rows == 1 or (not reroutes and bool((flat == flat[:1]).all())))
-        gradients = weights.requires_grad and torch.is_grad_enabled()
-        sizes: dict[str, Any] = {"rows": rows, "experts": experts, "width": min(kept, experts), "sized": width is not None}
-        return cls(kind=kind, alike=alike, gradients=gradients, device=weights.device.type, **sizes)
+        kept = (flat != 0).sum(-1).max()
+        finite, most, same = torch.stack([torch.isfinite(flat).all().to(kept), kept, (flat == flat[:1]).all().to(kept)]).tolist()
+        return cls(
+            kind=kind,
+            rows=rows,
+            experts=experts,
+            width=experts if kind == "token" else min(max(most, width or 1), experts),
+            alike=kind != "token" and (rows == 1 or (bool(same) and not reroutes)),
+            sized=width is not None,
+            finite=bool(finite),
+            zero=most == 0,
+            gradients=weights.requires_grad and torch.is_grad_enabled(),
+            device=weights.device.type,
+        )
 
 
 def obstacle(name: str, facts: PlanFacts) -> str | None:

@@ -47,9 +47,9 @@ class RoutingState:
     ) -> None:
         if weights.ndim not in (1, 2, 3):
             raise RoutingError(f"routing weights must be (E,), (B, E) or (B, T, E), got shape {tuple(weights.shape)}.")
-        if not bool(torch.isfinite(weights).all()):
-            raise RoutingError("routing weights hold NaN or infinite values; check the router and its temperature.")
         facts = PlanFacts.of(weights, width=width, reroutes=reroutes)
+        if not facts.finite:
+            raise RoutingError("routing weights hold NaN or infinite values; check the router and its temperature.")
         if width is not None and facts.kind != "token" and facts.width > max(width, 1):
             raise RoutingError(_too_many(facts.width, width))
         self.backend = select_backend(backend, facts, work)
@@ -62,7 +62,7 @@ class RoutingState:
         self.width = facts.width
         self.plan_rows = 1 if self.backend == "merged" else facts.plan_rows
         # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
-        self.is_zero = not reroutes and not bool(self.weights.any())
+        self.is_zero = facts.zero and not reroutes
         self.version = 0
         """Counts updates, so that a layer's plan is known to be stale."""
         self._options: dict[str, Any] = {"backend": backend, "width": width, "reroutes": reroutes, "work": work}

@@ -191,6 +191,16 @@ def test_the_backend_in_use_is_told(tiny_llama: Any, tiny_tokenizer: Any, tiny_p
         fused.generate("the cat", max_new_tokens=2, do_sample=False)
         assert fused.backends_used() == backend
         fused.close()
+    fused = FusedCausalLM(tiny_llama, tiny_tokenizer, bank, Fixed(), backend="merged")
+    fused.plan(PromptBatch.from_texts(["the cat"], tiny_tokenizer))
+    assert fused.backends_used() == ""  # a plan that was never bound computed nothing
+    fused.backend = "dense"
+    fused.generate("the cat", max_new_tokens=2, do_sample=False)
+    assert fused.backends_used() == "dense"
+    with pytest.raises(RoutingError, match="unknown backend 'none'"):
+        fused.backend = "none"
+    assert fused.backend == "dense"
+    fused.close()
     fused = FusedCausalLM(tiny_llama, tiny_tokenizer, bank, Arrow(), backend="reference")
     assert fused.backends_used() == "reference"
     fused.close()

@@ -33,6 +33,7 @@ OPERATIONS = {
     "expanded": (lambda: A[:1].expand(3, 4) + A, Counts(1, 0, 4 * (4 + 12 + 12))),
     "embedding": (lambda: torch.nn.functional.embedding(torch.tensor([0, 2]), torch.ones(100, 6)), None),
     "read by the host": (lambda: bool(A.sum() > 0), Counts(2, 0, 4 * (12 + 1) + 4 + 1, 1)),
+    "read as a list": (lambda: A.sum(0).tolist(), Counts(1, 0, 4 * (12 + 4), 1)),
     "half precision": (lambda: A.half() @ B.half(), Counts(3, 120, 6 * 12 + 6 * 20 + 2 * (12 + 20 + 15))),
 }  # fmt: skip
 
