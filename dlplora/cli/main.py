@@ -108,6 +108,19 @@ def _reports(commands: Any) -> None:
         parser.set_defaults(run=_lazy("regression", f"run_{name}"))
 
 
+def _benchmarks(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="what a method costs")
+    inner = bench.add_subparsers(dest="action", required=True, metavar="{counters}")
+    parser = inner.add_parser("counters", help="launches, floating point operations and bytes of one step, counted: no clock")
+    parser.add_argument("--methods", metavar="A,B", help="presets (default: all)")
+    parser.add_argument("--shape", default="nano", help="nano or tiny (default: nano)")
+    parser.add_argument("--experts", type=int, metavar="N", help="another number of experts than the shape's")
+    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="compare with results/golden/counters.json; exit 1 if anything differs")
+    parser.add_argument("--accept", action="store_true", help="make what is counted now the golden state of the shape")
+    parser.set_defaults(run=_lazy("bench_counters", "run_counters"))
+
+
 def _information(commands: Any) -> None:
     parser = commands.add_parser("methods", help="list fusion methods and their presets")
     parser.add_argument("--format", choices=["md", "json"], default="md")
@@ -161,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     _evaluation(commands)
     _reports(commands)
+    _benchmarks(commands)
     _information(commands)
     _generation(commands)
     _benchmarks(commands)

@@ -4,11 +4,18 @@
 next forward, so the first token of a new sentence is already processed under the new routing weights. A stop is known to end a
 sentence once the character behind it is known, and with BPE that comes with the next token, the first one of the new sentence.
 Keys and values already cached stay (``kv_policy = stale``).
+
+The host must know that a sentence has ended before the next forward starts, and must not wait for the device to learn that none has.
+So the rows that may have ended one are found on the device, from a table over the vocabulary, and copied to the host without
+waiting; ``generate`` then waits for the device itself, to see whether all rows are finished; and the copy is read right after
+that, when the inputs of the next forward are prepared. Only where the table says "perhaps" are tokens fetched and looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +94,39 @@ class VocabularyTable:
         return self
 
     def candidates(self, new: Tensor, recent: Tensor) -> Tensor:
-        """Rows (N,) whose newest token may have ended a sentence.
+        """Whether the newest token of each row may have ended a sentence, boolean (B,); nothing waits for the device.
 
         Args:
             new: Newest token of each row (B,).
             recent: The tokens before it (B, at most 3).
         """
         confirmed = self.space[new] & self.stop[recent].any(dim=1) if recent.shape[1] else torch.zeros_like(self.space[new])
-        return (confirmed | self.inner[new]).nonzero()[:, 0]
+        return confirmed | self.inner[new]
+
+
+class _Look:
+    """Rows that may have ended a sentence, on their way to the host.
+
+    Args:
+        generated: Tokens generated so far (B, T).
+        flags: Boolean (B,), on the device.
+    """
+
+    def __init__(self, generated: Tensor, flags: Tensor) -> None:
+        self.generated = generated
+        self._arrived: Any = None
+        self._flags = flags
+        if flags.device.type == "cuda":
+            self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def rows(self) -> list[int]:
+        """Indices of the rows; waits only if the device has not got that far."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [row for row, flag in enumerate(self._flags.tolist()) if flag]
 
 
 class SentenceRerouter(StoppingCriteria):
@@ -128,16 +160,40 @@ class SentenceRerouter(StoppingCriteria):
         self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
         self._rows = [_Row(start=0) for _ in prompts]
         self.num_reroutes = 0
+        self.deferred = False
+        """Whether the caller promises to call ``settle`` before the next forward; see ``settling``."""
+        self._look: _Look | None = None
+        self._go_on: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
-        """Look at the newest token of each row; always returns False (B,)."""
-        go_on = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        """Look at the newest token of each row; always returns False (B,).
+
+        Raises:
+            GenerationError: If the decoding loop went on without the promised call of ``settle``.
+        """
+        if self._look is not None:
+            raise GenerationError(
+                "this decoding loop does not prepare inputs between two tokens, so sentence-level routing cannot follow it; "
+                "use greedy decoding or sampling, or route once per prompt (dlp: reroute=prompt)."
+            )
+        if self._go_on is None:
+            self._go_on = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         generated = input_ids[:, self.width :]
-        if generated.shape[1] == 0:
-            return go_on
+        if generated.shape[1]:
+            self._look = _Look(generated, self.table.candidates(generated[:, -1], generated[:, -1 - _LOOK_BACK : -1]))
+            if not self.deferred:
+                self.settle()
+        return self._go_on
+
+    def settle(self) -> None:
+        """Re-route the rows whose newest token ended a sentence, if that is still to be done."""
+        look, self._look = self._look, None
+        candidates = [] if look is None else look.rows()
+        if look is None or not candidates:
+            return
         rows, views, texts = [], [], []
-        for row in self.table.candidates(generated[:, -1], generated[:, -1 - _LOOK_BACK : -1]).tolist():
-            ended = self._ended(row, generated[row])
+        for row, tokens in zip(candidates, look.generated[candidates].tolist(), strict=True):
+            ended = self._ended(row, tokens)
             if ended is not None:
                 rows.append(row)
                 texts.append(ended)
@@ -147,12 +203,10 @@ class SentenceRerouter(StoppingCriteria):
             self.state.update_rows(torch.tensor(rows, device=self.state.weights.device), weights.to(self.state.weights))
             self.num_reroutes += len(rows)
             self._note(rows, views, texts, weights)
-        return go_on
 
-    def _ended(self, row: int, tokens: Tensor) -> str | None:
+    def _ended(self, row: int, ids: list[int]) -> str | None:
         """The text generated so far if a sentence has ended since the last look, else None."""
         progress = self._rows[row]
-        ids = tokens.tolist()
         running = str(self.tokenizer.decode(ids[progress.start :], skip_special_tokens=True))
         ends = sentence_end_positions(running, final=False)
         if not ends:
@@ -183,3 +237,30 @@ def kept_experts(weights: Tensor, names: Sequence[str]) -> dict[str, float]:
 def with_watcher(watcher: SentenceRerouter, given: Any) -> StoppingCriteriaList:
     """The caller's stopping criteria after ours, which never stops anything."""
     return StoppingCriteriaList([watcher, *(given or [])])
+
+
+@contextmanager
+def settling(model: Any, watcher: SentenceRerouter) -> Iterator[None]:
+    """Let ``watcher`` re-route right before ``model`` prepares the inputs of a forward, for the time of the block.
+
+    What the last token ended is not acted upon, for nothing follows it, unless there is a trace to complete.
+    """
+    own = vars(model).get("prepare_inputs_for_generation")
+    original = model.prepare_inputs_for_generation
+
+    @functools.wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        watcher.settle()
+        return original(*args, **kwargs)
+
+    watcher.deferred = True
+    model.prepare_inputs_for_generation = prepare
+    try:
+        yield
+        if watcher.trace is not None:
+            watcher.settle()
+    finally:
+        watcher.deferred = False
+        del model.prepare_inputs_for_generation
+        if own is not None:
+            model.prepare_inputs_for_generation = own

@@ -141,6 +141,14 @@ class FusionMethod(nn.Module):
         return self.metadata.weight_sum
 
     @property
+    def max_kept(self) -> int | None:
+        """The most experts ``route`` may keep for a row; None if it says nothing about it, and then all of them.
+
+        Plans that are rewritten during generation get room for so many.
+        """
+        return None
+
+    @property
     def artifact_roles(self) -> tuple[str, ...]:
         """Roles of the folders this instance reads; a record names their hashes and no others."""
         return ("trained",) if "trained" in self.metadata.needs else ()

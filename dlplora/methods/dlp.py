@@ -28,6 +28,7 @@ Shapes: B rows, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,9 @@ from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.modules.routing import nucleus_mask, renormalize, threshold_mask, top_k_mask
 from dlplora.types import PromptBatch
+
+_SLACK = 1e-4
+"""Probabilities are float32 and sum to one only up to rounding."""
 
 
 class DLP(FusionMethod):
@@ -108,6 +112,20 @@ class DLP(FusionMethod):
     def weight_sum(self) -> WeightSum:
         """One, unless probabilities are used as they are."""
         return "at_most_one" if self.config.renormalize == "none" else "one"
+
+    @property
+    def max_kept(self) -> int:
+        """Bound of the selector: at least p each, or p together and the crossing one, fits only so often into a mass of one."""
+        config = self.config
+        if config.selector in {"topk", "argmax"}:
+            return 1 if config.selector == "argmax" else config.k
+        experts = len(self.expert_names)
+        if config.selector == "nucleus":
+            # The kept ones but the last hold at most p, and being the best ranked at least their share of the mass.
+            most = experts if config.p >= 1.0 else math.floor(config.p * experts + _SLACK) + 1
+        else:
+            most = experts if config.p * experts <= 1.0 else math.floor(1.0 / config.p + _SLACK)
+        return min(max(most, config.min_keep), experts)
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ class Base(FusionMethod):
 
     name = "base"
     metadata = Metadata(title="Base model", granularity="none", weight_sum="zero")
+    max_kept = 0
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """Zeros (B, E)."""
@@ -37,6 +38,7 @@ class Oracle(FusionMethod):
 
     name = "oracle"
     metadata = Metadata(title="Single LoRA (oracle)", granularity="task", needs=("task_id",))
+    max_kept = 1
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """One-hot rows (B, E).

@@ -9,13 +9,17 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
+from dlplora.kernels.allocation import zeros
 from dlplora.modules.adapter_files import AdapterSpec, LoraWeights, read_adapter
 from dlplora.modules.pool import load_pool, read_pool
+
+SHRINK_BANK = "Load fewer experts (names=...), adapters of a smaller rank, or a smaller dtype (dtype=bfloat16)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +198,10 @@ def _stack(
                 f"{d_in} -> {d_out}; they were trained on different backbones."
             )
     ranks = tuple(0 if expert is None else expert[0].shape[0] for expert in experts)
-    stacked_a = torch.zeros((len(experts), max(ranks), d_in), dtype=dtype, device=device)
-    stacked_b = torch.zeros((len(experts), d_out, max(ranks)), dtype=dtype, device=device)
+    target: dict[str, Any] = {"dtype": dtype, "device": device, "shrink": SHRINK_BANK}
+    stacked_a = zeros((len(experts), max(ranks), d_in), what=f"stacked A of module '{module}'", **target)
+    # Stored as (E, R, O): the kernels read B by rank, and (E, O, R) is a view of it.
+    stacked_b = zeros((len(experts), max(ranks), d_out), what=f"stacked B of module '{module}'", **target).mT
     scaling = torch.zeros(len(experts), dtype=torch.float32, device=device)
     for i, expert in enumerate(experts):
         if expert is not None:

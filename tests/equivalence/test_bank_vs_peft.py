@@ -13,7 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from dlplora.errors import RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.kernels.backends import BACKENDS, triton_obstacle
 from dlplora.methods.references import Base
 from dlplora.modules.lora_bank import AdapterBank
 
@@ -28,6 +30,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "some layers": {"layers_to_transform": [1]},
     "mlp only": {"target_modules": ["up_proj", "down_proj"]},
 }
+
+NO_TRITON = pytest.mark.skipif(triton_obstacle("cpu") is not None, reason=f"triton backend: {triton_obstacle('cpu')}")
+EVERY_BACKEND = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.triton, NO_TRITON]) if name == "triton" else name for name in BACKENDS]
+)
 
 
 @torch.no_grad()
@@ -48,7 +55,7 @@ def one_hot(index: int, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["reference", "dense", "folded"])
+@EVERY_BACKEND
 def test_one_adapter_is_pefts(
     kind: str, backend: str, tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -57,7 +64,8 @@ def test_one_adapter_is_pefts(
     assert float((expected - logits(tiny_llama)).abs().max()) > 0.05
     fused = fuse(tiny_llama, tiny_tokenizer, folders)
     fused.backend = backend
-    with fused.routing(one_hot(0, 2)):
+    with fused.routing(one_hot(0, 2)) as state:
+        assert state.backend == backend
         torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -73,7 +81,8 @@ def test_adapters_stored_in_half_precision(
         torch.testing.assert_close(logits(fused), peft_logits(tiny_llama, folder).float(), atol=1e-5, rtol=1e-5)
 
 
-def test_gpt2_with_transposed_layers(tiny_tokenizer: Any, tmp_path: Path) -> None:
+@EVERY_BACKEND
+def test_gpt2_with_transposed_layers(backend: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(3)
@@ -87,12 +96,16 @@ def test_gpt2_with_transposed_layers(tiny_tokenizer: Any, tmp_path: Path) -> Non
                 parameter.normal_(0, 0.3)
     adapted.save_pretrained(tmp_path / "it")
     fused = fuse(base, tiny_tokenizer, {"it": tmp_path / "it"})
+    fused.backend = backend
     with fused.routing(torch.ones(1)):
         torch.testing.assert_close(logits(fused), peft_logits(base, tmp_path / "it"), atol=1e-5, rtol=1e-5)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [1.0, 1.0, 1.0], [0.0, 0.7, 0.0]])
-def test_a_weighted_sum_is_pefts_concatenation(weights: list[float], tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+def test_a_weighted_sum_is_pefts_concatenation(
+    weights: list[float], backend: str, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path
+) -> None:
     names = ["alpha", "beta", "gamma"]
     adapted = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(tiny_pool / names[0]), adapter_name=names[0])
     for name in names[1:]:
@@ -105,18 +118,26 @@ def test_a_weighted_sum_is_pefts_concatenation(weights: list[float], tiny_llama:
                 module.scaling["sum"] = 1.0
     adapted.set_adapter("sum")
     fused = fuse(tiny_llama, tiny_tokenizer, {name: tiny_pool / name for name in names})
+    fused.backend = backend
     with fused.routing(torch.tensor(weights)):
         torch.testing.assert_close(logits(fused), logits(adapted.eval()), atol=2e-5, rtol=1e-5)
 
 
-def test_rows_with_different_experts_are_pefts_mixed_batch(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+@EVERY_BACKEND
+def test_rows_with_different_experts_are_pefts_mixed_batch(backend: str, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     names = ["alpha", "beta", "gamma"]
     adapted = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(tiny_pool / "alpha"), adapter_name="alpha")
     for name in names[1:]:
         adapted.load_adapter(str(tiny_pool / name), adapter_name=name)
     expected = logits(adapted.eval(), adapter_names=["gamma", "__base__", "beta"])
     fused = fuse(tiny_llama, tiny_tokenizer, {name: tiny_pool / name for name in names})
-    with fused.routing(torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])):
+    fused.backend = backend
+    rows = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    if backend == "merged":
+        with pytest.raises(RoutingError, match="its 3 rows are routed differently"), fused.routing(rows):
+            pass
+        return
+    with fused.routing(rows):
         torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
 
 
