@@ -45,6 +45,10 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """Initialisations that subtract the first factors from the backbone's weights (or, MiCA, replace the layer's forward)."""
 
 
+_STORAGE = re.compile(r"[-_.](unsloth|bnb|4bit|8bit|gptq|awq|int4|int8|fp8|bf16|fp16|hf)\b")
+"""Marks of storage in a model's name: the same backbone in another form."""
+
+
 def base_name(config: Mapping[str, Any]) -> str | None:
     """The backbone the adapter names, None where it names none."""
     value = config.get("base_model_name_or_path")
@@ -168,3 +172,16 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 def rank_of(config: Mapping[str, Any], module: str) -> int:
     """The rank that the configuration declares for a module."""
     return int(pattern_value(config.get("rank_pattern"), module, config["r"]))
+
+
+def same_base(first: str | None, second: str | None) -> bool:
+    """Whether two names may mean one base model; a missing name fits any.
+
+    Compared is the last part, without case and without marks of storage: ``unsloth/llama-3-8b-bnb-4bit`` and
+    ``org/Llama-3-8B`` are one.
+    """
+
+    def bare(name: str) -> str:
+        return _STORAGE.sub("", name.rstrip("/").rsplit("/", 1)[-1].lower())
+
+    return not first or not second or bare(first) == bare(second)

@@ -17,7 +17,8 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.references import Base, Oracle
 from dlplora.modules.adapter_files import read_adapter
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import add_adapter, load_pool, unlisted, write_manifest
+from dlplora.modules.pool import load_pool, unlisted, write_manifest
+from dlplora.modules.pool_add import add_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -1,0 +1,174 @@
+"""Adding an adapter to a pool: everything is checked before a byte is written, and a failure leaves the pool as it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dlplora.errors import IncompatibleAdapterError, PoolError, UnsafeFileError
+from dlplora.modules.adapter_config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, load_config, read_config, same_base
+from dlplora.modules.adapter_headers import AdapterHeader, read_header
+from dlplora.modules.pool import Pool, load_pool, manifest_row, save_rows
+from dlplora.modules.pool_hub import AdapterSource, find_adapter, find_pool
+
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def add_adapter(
+    folder: str | Path,
+    adapter: str | Path,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    offline: bool = False,
+    allow_other_base: bool = False,
+) -> Pool:
+    """Check a PEFT folder, copy it into a pool and list it in the manifest.
+
+    Args:
+        folder: The pool, made if it does not exist; see ``find_pool`` for bare names.
+        adapter: PEFT folder or hub id; see ``find_adapter``. A folder inside the pool is listed where it lies.
+        name: Name of the expert; None takes the folder's, or the repository's.
+        revision, offline: Of a hub id.
+        allow_pickle: Convert ``adapter_model.bin`` (read with ``weights_only=True``) where there is no safetensors file.
+        allow_other_base: Take an adapter that names another base model than the others, if its sizes fit.
+
+    Raises:
+        PoolError: If the name is taken or no name for a folder, or the adapter is not found.
+        IncompatibleAdapterError: If it was made for another backbone than the adapters that are there.
+        AdapterError: If it cannot be fused. Nothing is written after any error.
+    """
+    root = find_pool(folder)
+    found = find_adapter(adapter, revision=revision, offline=offline, with_pickle=allow_pickle)
+    name = name or found.name
+    if not _NAME.fullmatch(name):
+        raise PoolError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '.', beginning with a letter or digit.")
+    pool = load_pool(root) if root.is_dir() and any(path for path in root.iterdir() if not path.name.startswith(".")) else None
+    in_place = found.folder.resolve() == (root / name).resolve()
+    known = () if pool is None else tuple(listed for listed in pool.names if pool.folders[listed].resolve() != found.folder.resolve())
+    if name in known:
+        raise PoolError(f"pool {root} already has an adapter '{name}'. Pass another --name.")
+    if not in_place and (root / name).exists():
+        raise PoolError(f"{root / name} exists and is not listed in the pool; move it away or pass another --name.")
+    with ExitStack() as undo:
+        _make_folder(root, undo)
+        ready = found.folder if in_place and not _pickled(found.folder) else _copy(found, name, root, allow_pickle, undo)
+        header = read_header(ready, name)
+        other = _check_base(header, pool, known, allow_other_base)
+        extra: dict[str, Any] = {"other_base_allowed": True} if other else {}
+        if _pickled(found.folder):
+            extra["converted_from"] = PICKLE_NAME
+        row = manifest_row(ready, name, source=found.source, revision=found.revision, extra=extra)
+        rows = [*(_kept_row(pool, listed) for listed in known), row] if pool is not None else [row]
+        if ready != found.folder or not in_place:
+            _move(ready, root / name, undo)
+        save_rows(root, rows, None if pool is None else pool.base_model)
+        undo.pop_all()
+    return load_pool(root)
+
+
+def _pickled(folder: Path) -> bool:
+    return not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file()
+
+
+def _make_folder(root: Path, undo: ExitStack) -> None:
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir()
+        undo.callback(path.rmdir)
+
+
+def _copy(found: AdapterSource, name: str, root: Path, allow_pickle: bool, undo: ExitStack) -> Path:
+    """The two files that matter in a hidden folder of the pool, weights converted if they were pickled."""
+    read_config(found.folder, name)
+    if _pickled(found.folder) and not allow_pickle:
+        read_header(found.folder, name)  # says why it is refused
+    temporary = root / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    undo.callback(shutil.rmtree, temporary, ignore_errors=True)
+    shutil.copyfile(found.folder / CONFIG_NAME, temporary / CONFIG_NAME)
+    if _pickled(found.folder):
+        convert_pickle(found.folder / PICKLE_NAME, temporary / WEIGHTS_NAME)
+    elif (found.folder / WEIGHTS_NAME).is_file():
+        shutil.copyfile(found.folder / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
+    else:
+        read_header(found.folder, name)
+    return temporary
+
+
+def _move(ready: Path, target: Path, undo: ExitStack) -> None:
+    if target.exists():  # a pickled adapter that already lies in the pool: its new weights join it
+        undo.callback((target / WEIGHTS_NAME).unlink, missing_ok=True)
+        os.replace(ready / WEIGHTS_NAME, target / WEIGHTS_NAME)
+        shutil.rmtree(ready)
+        return
+    os.replace(ready, target)
+    undo.callback(shutil.rmtree, target, ignore_errors=True)
+
+
+def _kept_row(pool: Pool, name: str) -> Mapping[str, Any]:
+    """The manifest's row as it is; one made now for a folder without a manifest."""
+    return pool.rows[name] if name in pool.rows else manifest_row(pool.folders[name], name)
+
+
+def convert_pickle(source: Path, target: Path) -> None:
+    """Rewrite pickled weights as safetensors. Only tensors are unpickled (``weights_only=True``); no code of the file runs.
+
+    Raises:
+        UnsafeFileError: If the file holds anything but tensors by name.
+    """
+    import pickle
+
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise UnsafeFileError(f"{source} is not a plain file of tensors and is not read: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UnsafeFileError(f"{source} must hold tensors by name, found {type(content).__name__}; it is not read.")
+    save_file({str(key): value.detach().clone().contiguous() for key, value in content.items()}, target)
+
+
+def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...], allowed: bool) -> bool:
+    """Compare sizes and base names with the adapters that are there; True if an exception for the name was used."""
+    mine, differs = base_name(header.config), False
+    for name in known:
+        assert pool is not None
+        other = read_header(pool.folders[name], name)
+        for module, sizes in header.sizes.items():
+            if other.sizes.get(module, sizes) != sizes:
+                theirs = other.sizes[module]
+                raise IncompatibleAdapterError(
+                    f"adapter '{header.name}' (base {mine or 'not named'}) maps {sizes[0]} -> {sizes[1]} at '{module}', "
+                    f"adapter '{name}' of pool {pool.path} (base {base_name(other.config) or 'not named'}) maps "
+                    f"{theirs[0]} -> {theirs[1]}; they belong to different backbones, use a pool for each."
+                )
+        if not same_base(mine, base_name(other.config)):
+            differs = True
+            if not allowed:
+                raise IncompatibleAdapterError(
+                    f"adapter '{header.name}' was trained on '{mine}', "
+                    f"adapter '{name}' of pool {pool.path} on '{base_name(other.config)}'. "
+                    "Use a pool for each, or pass --allow-other-base if they are one backbone under two names."
+                )
+    return differs
+
+
+def adapters_for_other_bases(pool: Pool, backbone: str) -> dict[str, str]:
+    """Adapters (name -> base) that name another backbone than the hub id given, without those that were let in knowingly."""
+    found = {}
+    for name in pool.names:
+        base = base_name(load_config(pool.folders[name], name))
+        if base is not None and not same_base(base, backbone) and not pool.rows.get(name, {}).get("other_base_allowed"):
+            found[name] = base
+    return found
