@@ -56,7 +56,7 @@ def _stored_rows(model: Any, embedding: Tensor) -> Tensor | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
-            _commit_hash=getattr(model.config, "_commit_hash", None),
+            revision=getattr(model, "hub_commit", None),
         )
 
     if not model.config.name_or_path:

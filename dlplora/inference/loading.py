@@ -117,7 +117,18 @@ def load_backbone(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model.hub_commit = hub_commit(source, revision)
     return (model if is_quantized(model) else model.to(torch.device(device))).eval(), tokenizer
+
+
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub id stands for in the cache; None for a local folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return None
+    file = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _why_not(source: str, revision: str | None, error: Exception) -> str:

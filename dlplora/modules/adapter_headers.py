@@ -150,7 +150,7 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
         text = str(error)
         return None, [*problems, error if text.startswith("adapter ") else AdapterError(f"adapter '{name}': {text}")]
     pairs: dict[str, dict[str, str]] = {}
-    for key in tensors:
+    for key in sorted(tensors, key=lambda key: "lora_" not in key):  # the telling names first
         match = _KEY.match(key)
         if match is None:
             problems.append(AdapterError(f"adapter '{name}': '{key}' in {path} is {_what_is(key)}; it cannot be fused."))
@@ -170,6 +170,7 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
 def _what_is(key: str) -> str:
     for part, kind in (
         ("lora_embedding", "a trained embedding"),
+        (".base_layer.", "a copy of the backbone's own weight (PEFT leaves it out with save_embedding_layers=False)"),
         ("embed_tokens", "a trained embedding"),
         ("token_adapter", "a trained embedding"),
         ("lora_magnitude_vector", "the magnitude of a DoRA layer"),

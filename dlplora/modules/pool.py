@@ -106,7 +106,8 @@ def load_pool(folder: str | Path) -> Pool:
     """
     root = find_pool(folder)
     if not root.is_dir():
-        raise PoolError(f"pool folder not found: {root}. Pass the path of a folder of PEFT LoRA folders.")
+        here = "" if root == Path(folder).expanduser() else f" (and no folder {folder} here)"
+        raise PoolError(f"pool folder not found: {root}{here}. Pass the path of a folder of PEFT LoRA folders.")
     if (root / MANIFEST_NAME).is_file():
         return _from_manifest(root)
     names = sorted(path.name for path in root.iterdir() if (path / CONFIG_NAME).is_file() and not path.name.startswith("."))

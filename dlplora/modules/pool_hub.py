@@ -44,9 +44,9 @@ def pools_root() -> Path:
 
 def find_pool(name: str | Path) -> Path:
     """An existing folder wins; a bare name (no separator) that is no folder here is a pool below ``pools_root``."""
-    path = Path(name).expanduser()
-    bare = isinstance(name, str) and name not in {"", ".", ".."} and not {"/", os.sep} & set(name) and not name.startswith("~")
-    return pools_root() / name if bare and not path.is_dir() else path
+    path, text = Path(name).expanduser(), str(name)
+    bare = text not in {"", ".", ".."} and not {"/", os.sep} & set(text) and not text.startswith("~")
+    return pools_root() / text if bare and not path.is_dir() else path
 
 
 def find_adapter(given: str | Path, *, revision: str | None = None, offline: bool = False, with_pickle: bool = False) -> AdapterSource:
@@ -82,7 +82,7 @@ def _hub_parts(text: str, revision: str | None) -> tuple[str, str, str | None]:
     bare, at, tag = text.removeprefix(HUB_PREFIX).partition("@")
     if at and revision not in (None, tag):
         raise PoolError(f"{text} names revision '{tag}', --revision says '{revision}'; give one of them.")
-    parts = bare.strip("/").split("/")
+    parts = bare.removesuffix("/").split("/")
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
     if not _HUB_ID.fullmatch(repo) or (at and not tag) or any(part in {"", ".", ".."} for part in parts):
         raise PoolError(f"'{text}' is no hub address; expected {HUB_PREFIX}ORG/NAME, {HUB_PREFIX}ORG/NAME/FOLDER or either with @REVISION.")
