@@ -10,7 +10,6 @@ from typing import Any
 from dlplora.config import build, config_hash, find_config, load_yaml
 from dlplora.errors import ConfigError
 
-
 LATER = {"since": 2}
 """Metadata of settings added after the first records: at their default they are left out, so that old hashes stay what they were."""
 

@@ -154,8 +154,9 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
         match = _KEY.match(key)
         if match is None:
             problems.append(AdapterError(f"adapter '{name}': '{key}' in {path} is {_what_is(key)}; it cannot be fused."))
-        else:
-            pairs.setdefault(match["module"], {})[match["side"]] = key
+        elif pairs.setdefault(match["module"], {}).setdefault(match["side"], key) != key:
+            first = pairs[match["module"]][match["side"]]
+            problems.append(AdapterError(f"adapter '{name}': '{first}' and '{key}' in {path} are one factor; save the adapter again."))
     if not pairs:
         problems.append(AdapterError(f"adapter '{name}': no LoRA weights in {path}."))
     modules: dict[str, ModuleHeader] = {}

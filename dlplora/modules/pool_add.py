@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +49,49 @@ def add_adapter(
     name = name or found.name
     if not _NAME.fullmatch(name):
         raise PoolError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '.', beginning with a letter or digit.")
-    pool = load_pool(root) if root.is_dir() and any(path for path in root.iterdir() if not path.name.startswith(".")) else None
+    with ExitStack() as undo:
+        _make_folder(root, undo)
+        with _locked(root):
+            _add(root, found, name, undo, allow_pickle=allow_pickle, allow_other_base=allow_other_base)
+        undo.pop_all()
+    return load_pool(root)
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Let one process at a time add to a pool, where the system can lock a folder; the lock goes with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two additions at once are the user's to avoid
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _add(root: Path, found: AdapterSource, name: str, undo: ExitStack, *, allow_pickle: bool, allow_other_base: bool) -> None:
+    """Everything that happens while the pool is locked; ``undo`` takes back what was written."""
+    pool = load_pool(root) if any(path for path in root.iterdir() if not path.name.startswith(".")) else None
     in_place = found.folder.resolve() == (root / name).resolve()
     known = () if pool is None else tuple(listed for listed in pool.names if pool.folders[listed].resolve() != found.folder.resolve())
     if name in known:
         raise PoolError(f"pool {root} already has an adapter '{name}'. Pass another --name.")
     if not in_place and (root / name).exists():
         raise PoolError(f"{root / name} exists and is not listed in the pool; move it away or pass another --name.")
-    with ExitStack() as undo:
-        _make_folder(root, undo)
-        ready = found.folder if in_place and not _pickled(found.folder) else _copy(found, name, root, allow_pickle, undo)
-        header = read_header(ready, name)
-        other = _check_base(header, pool, known, allow_other_base)
-        extra: dict[str, Any] = {"other_base_allowed": True} if other else {}
-        if _pickled(found.folder):
-            extra["converted_from"] = PICKLE_NAME
-        row = manifest_row(ready, name, source=found.source, revision=found.revision, extra=extra)
-        rows = [*(_kept_row(pool, listed) for listed in known), row] if pool is not None else [row]
-        if ready != found.folder or not in_place:
-            _move(ready, root / name, undo)
-        save_rows(root, rows, None if pool is None else pool.base_model)
-        undo.pop_all()
-    return load_pool(root)
+    ready = found.folder if in_place and not _pickled(found.folder) else _copy(found, name, root, allow_pickle, undo)
+    other = _check_base(read_header(ready, name), pool, known, allow_other_base)
+    extra: dict[str, Any] = {"other_base_allowed": True} if other else {}
+    if _pickled(found.folder):
+        extra["converted_from"] = PICKLE_NAME
+    row = manifest_row(ready, name, source=found.source, revision=found.revision, extra=extra)
+    kept = () if pool is None else [_kept_row(pool, listed) for listed in known]
+    if ready != found.folder:
+        _move(ready, root / name, undo)
+    save_rows(root, [*kept, row], None if pool is None else pool.base_model)
 
 
 def _pickled(folder: Path) -> bool:

@@ -1,4 +1,7 @@
-"""The hub path without a hub: a cache laid out as huggingface_hub lays it out, in processes of their own (the hub reads its settings once)."""
+"""The hub path without a hub: a cache laid out as huggingface_hub lays it out.
+
+Processes of their own, because huggingface_hub reads its settings once, when it is imported.
+"""
 
 from __future__ import annotations
 

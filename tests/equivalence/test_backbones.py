@@ -227,10 +227,18 @@ def test_quantised_backbones_are_pefts(bits: str, wide: tuple[Path, dict[str, Pa
 
 
 @needs_bitsandbytes
+def test_an_adapter_made_on_a_quantised_base(wide: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    folder, _ = wide
+    made = save_peft(load_backbone(folder, load_in_4bit=True)[0], tmp_path / "pool" / "made", 4, r=4, target_modules=LAYERS)
+    adapted = PeftModel.from_pretrained(load_backbone(folder, load_in_4bit=True)[0], str(made), autocast_adapter_dtype=False).eval()
+    fused = FusedCausalLM.from_pretrained(folder, pool=made.parent, method="base", load_in_4bit=True)
+    with fused.routing(torch.ones(1)):
+        torch.testing.assert_close(logits(fused), logits(adapted), atol=1e-5, rtol=1e-5)
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}, {"dtype": torch.float16}])
-def test_a_pool_knows_its_backbone_in_any_storage(
-    options: dict[str, Any], wide: tuple[Path, dict[str, Path]], tmp_path: Path
-) -> None:
+def test_a_pool_knows_its_backbone_in_any_storage(options: dict[str, Any], wide: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     folder, folders = wide
     shutil.copytree(folders["first"].parent, tmp_path / "pool")
     exact = base_fingerprint(load_backbone(folder)[0])

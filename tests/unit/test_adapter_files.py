@@ -98,6 +98,8 @@ def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor], str], None]) 
         (lambda tensors, key: tensors.update({"base_model.model.embed.lora_embedding_A": torch.ones(1)}), "trained embedding"),
         (lambda tensors, key: tensors.update({"base_model.model.lm_head.weight": torch.ones(1)}), "no LoRA factor"),
         (lambda tensors, key: tensors.clear(), "no LoRA weights"),
+        (lambda tensors, key: tensors.update({key.removeprefix("base_model.model."): tensors[key].clone()}), "are one factor"),
+        (lambda tensors, key: tensors.update({"base_model.model.model.norm.bias": torch.ones(1)}), "trained bias"),
     ],
 )
 def test_damaged_weights(folder: Path, change: Any, part: str) -> None:

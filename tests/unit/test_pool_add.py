@@ -195,6 +195,14 @@ def test_paths_that_leave_the_pool(pool: Path, tiny_pool: Path, path: str) -> No
         load_pool(pool)
 
 
+def test_two_additions_at_once(tmp_path: Path, tiny_pool: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(3) as workers:
+        list(workers.map(lambda name: add_adapter(tmp_path / "pool", tiny_pool / name), ("alpha", "beta", "gamma")))
+    assert sorted(load_pool(tmp_path / "pool").names) == ["alpha", "beta", "gamma"]
+
+
 # ---------------------------------------------------------------------- pickles
 
 
@@ -280,7 +288,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pool: Path) -> lis
     return calls
 
 
-def test_hub_addresses(hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub_addresses(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["pool", "add", "./pool", "org/some-lora"]) == 0
     assert f"from hf://org/some-lora at commit {COMMIT[:12]}" in capsys.readouterr().out
@@ -327,7 +337,11 @@ def test_a_download_that_breaks_off(pool: Path, monkeypatch: pytest.MonkeyPatch,
 
     transport: Any = HfHubHTTPError.__mro__[1]
     before = contents(pool.parent)
-    for error in (ConnectionResetError(104, "Connection reset by peer"), transport("peer closed the connection\nmore lines"), TimeoutError()):
+    for error in (
+        ConnectionResetError(104, "Connection reset by peer"),
+        transport("peer closed the connection\nmore lines"),
+        TimeoutError(),
+    ):
 
         def broken(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error

@@ -65,15 +65,17 @@ def test_the_matrix(zoo: Path) -> None:
     seen = inspect_folder(zoo)
     found: dict[str, Finding] = {finding.name: finding for finding in seen.findings}
     assert list(found) == sorted(found)
-    assert set(found) == set(
-        "bare broken dora elsewhere misfit more patterns pickled plain run/checkpoint-10 untrained wide".split()
-    )
+    assert set(found) == set("bare broken dora elsewhere misfit more patterns pickled plain run/checkpoint-10 untrained wide".split())
     usable = {name for name, finding in found.items() if finding.usable}
     assert usable == {"plain", "patterns", "wide", "untrained", "run/checkpoint-10", "more"}
     plain = found["plain"]
     assert (plain.rank, plain.alpha, plain.use_rslora, plain.use_dora) == ("4", 8, False, False)
     assert (plain.targets, plain.num_modules, plain.base, plain.zero_b, plain.dtype) == (
-        ("q_proj", "v_proj"), 4, "org/tiny-1b", False, "float32",
+        ("q_proj", "v_proj"),
+        4,
+        "org/tiny-1b",
+        False,
+        "float32",
     )
     assert plain.hints == []
     assert plain.num_bytes == (zoo / "plain" / WEIGHTS).stat().st_size
