@@ -90,7 +90,7 @@ def load_backbone(
         ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     source = resolve_backbone(name)
     torch_dtype = resolve_dtype(dtype, device)
@@ -99,11 +99,12 @@ def load_backbone(
         raise ConfigError("give quantization_config, or load_in_4bit / load_in_8bit; not both.")
     quantised = quantised or quantization_config
     found: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({} if Path(source).is_dir() else {"revision": revision})}
-    options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attn_implementation}
-    if quantised is not None:
-        options |= {"quantization_config": quantised, "device_map": {"": torch.device(device)}}
+    options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "quantization_config": quantised}
     options = {key: value for key, value in options.items() if value is not None}
     try:
+        stored, _ = PreTrainedConfig.get_config_dict(source, **found)
+        if quantised is not None or "quantization_config" in stored:
+            options["device_map"] = {"": torch.device(device)}  # quantised weights are made where they stay
         tokenizer = AutoTokenizer.from_pretrained(source, **found)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **found, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:

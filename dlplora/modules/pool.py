@@ -75,6 +75,9 @@ def _from_manifest(root: Path) -> Pool:
     except (KeyError, TypeError) as error:
         raise PoolError(f"{path}: missing or malformed field {error}; write it again with `dlplora pool`.") from error
     names = [name for name, *_ in rows]
+    for name in names:
+        if Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():
+            raise PoolError(f"{path}: {name!r} cannot name an adapter: it must be the name of one folder.")
     if len(set(names)) != len(names):
         raise PoolError(f"{path}: adapter names must be unique, got {', '.join(names)}.")
     folders = {name: _inside(root, relative, name) for name, relative, *_ in rows}

@@ -66,8 +66,9 @@ def adapter_folders(root: Path) -> Iterator[tuple[str, Path]]:
     def walk(folder: Path, name: str, depth: int) -> Iterator[tuple[str, Path]]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except PermissionError as error:
-            raise PoolError(f"cannot look into {folder}: {error.strerror}.") from error
+        except OSError:
+            yield name, folder  # the finding says why
+            return
         if {entry.name for entry in entries} & {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}:
             yield name or folder.resolve().name, folder
         for entry in entries:
@@ -99,7 +100,10 @@ def inspect_folder(root: str | Path) -> Inspection:
 
 
 def _finding(name: str, folder: Path) -> Finding:
-    header, problems = examine(folder, name)
+    try:
+        header, problems = examine(folder, name)
+    except OSError as error:
+        return Finding(name, hints=[f"cannot be read: {error.strerror}: {error.filename}"])
     prefix = f"adapter '{name}': "
     finding = Finding(name, usable=not problems, hints=[str(problem).removeprefix(prefix) for problem in problems], header=header)
     if (folder / WEIGHTS_NAME).is_file():

@@ -227,6 +227,18 @@ def test_quantised_backbones_are_pefts(bits: str, wide: tuple[Path, dict[str, Pa
 
 
 @needs_bitsandbytes
+def test_a_backbone_that_is_stored_in_four_bits(wide: tuple[Path, dict[str, Path]], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    folder, folders = wide
+    base, _ = load_backbone(folder, load_in_4bit=True)
+    base.save_pretrained(tmp_path / "stored")
+    tiny_tokenizer.save_pretrained(tmp_path / "stored")
+    fused = FusedCausalLM.from_pretrained(tmp_path / "stored", pool=folders["first"].parent, method="base")
+    assert type(fused.patched.layers["model.layers.0.self_attn.q_proj"].base).__name__ == "Linear4bit"
+    with fused.routing(torch.zeros(2)):
+        assert torch.equal(logits(fused), logits(base))
+
+
+@needs_bitsandbytes
 def test_an_adapter_made_on_a_quantised_base(wide: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     folder, _ = wide
     made = save_peft(load_backbone(folder, load_in_4bit=True)[0], tmp_path / "pool" / "made", 4, r=4, target_modules=LAYERS)

@@ -127,6 +127,8 @@ def test_manifests_are_checked(pool: Path, tmp_path: Path) -> None:
         ({"adapters": [{"name": "x"}]}, "malformed field 'path'"),
         ({"adapters": [{"name": "x", "path": "../../x", "sha256": "0"}]}, "leaves the pool folder"),
         ({"adapters": manifest["adapters"][:1] * 2}, "must be unique"),
+        ({"adapters": [{"name": "../x", "path": "alpha", "sha256": "0"}]}, "'../x' cannot name an adapter"),
+        ({"adapters": [{"name": "a\nb", "path": "alpha", "sha256": "0"}]}, "cannot name an adapter"),
     ):
         (pool / "pool.json").write_text(json.dumps(manifest | change))
         with pytest.raises(PoolError, match=part):

@@ -125,6 +125,29 @@ def test_formats(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 2 + len(rows)
 
 
+def test_a_folder_that_cannot_be_read_is_one_row(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dlplora.modules.pool_inspect as looking
+
+    scan, examine = looking.os.scandir, looking.examine
+
+    def refuse_folder(path: Any) -> Any:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    def refuse_file(folder: Path, name: str) -> Any:
+        if name in {"plain", "more"}:
+            raise PermissionError(13, "Permission denied", str(folder / CONFIG))
+        return examine(folder, name)
+
+    monkeypatch.setattr(looking.os, "scandir", refuse_folder)
+    monkeypatch.setattr(looking, "examine", refuse_file)
+    found = {finding.name: finding for finding in inspect_folder(zoo).findings}
+    assert found["more"].hints == [f"cannot be read: Permission denied: {zoo}/more/{CONFIG}"]
+    assert found["plain"].usable is False
+    assert found["wide"].usable is True
+
+
 def test_nothing_to_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pool", "inspect", str(tmp_path / "no")]) == 2
     assert "folder not found" in capsys.readouterr().err
