@@ -162,7 +162,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    from dlplora.cli.pool import size
+    from dlplora.cli.pool import counted, size
 
     lines: list[tuple[str, Any]] = [(name, version or "not installed") for name, version in facts["versions"].items()]
     lines += [(f"{name} (optional)", version or "not installed") for name, version in facts["optional"].items()]
@@ -175,7 +175,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     lines += [(f"nano {role}", state) for role, state in facts["nano"].items()]
     lines.append(("configs", facts["configs"]))
     data = facts["data"]
-    tasks = f"{data['root']}, {len(data['tasks'])} task(s){': ' if data['tasks'] else ''}{', '.join(data['tasks'][:12])}"
+    tasks = f"{data['root']}, {counted(len(data['tasks']), 'task')}{': ' if data['tasks'] else ''}{', '.join(data['tasks'][:12])}"
     tasks += ", …" if len(data["tasks"]) > 12 else ""
     lines.append(("data root", tasks if data["problem"] is None else " ".join(filter(None, (data["root"], f"({data['problem']})")))))
     pools = facts["pools"]["found"]

@@ -42,6 +42,11 @@ def size(num_bytes: int | None) -> str | None:
     return f"{num_bytes / 1e3:.0f} kB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def run_pool_list(arguments: argparse.Namespace) -> int:
     """Adapters of a pool, in its order; without a pool, the pools below ``DLPLORA_POOLS``."""
     from dlplora.modules.adapter_headers import read_header
@@ -77,7 +82,7 @@ def _list_pools(style: str) -> int:
     pools = known_pools()
     if pools:
         _show([{"pool": name, "adapters": count} for name, count in pools.items()], style)
-    _note(f"{len(pools)} pool(s) in {pools_root()} (DLPLORA_POOLS)")
+    _note(f"{counted(len(pools), 'pool')} in {pools_root()} (DLPLORA_POOLS)")
     return 0
 
 
@@ -121,7 +126,7 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
 
         fits = f"; they fit {check_pool_fits(pool, bank, arguments.pretrained, arguments.revision)}"
     print(
-        f"{bank.num_experts} adapters fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
+        f"{counted(bank.num_experts, 'adapter')} fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
         f"{size(bank.nbytes)} in float32{fits}"
     )
     return 0
@@ -181,7 +186,7 @@ def run_pool_add(arguments: argparse.Namespace) -> int:
     commit = f" at commit {row['revision'][:12]}" if row["revision"] else ""
     note = f", converted from {row['converted_from']}" if "converted_from" in row else ""
     print(f"added {row['name']}: rank {row['rank']}, {', '.join(row['target_modules'])}, from {row['source']}{commit}{note}")
-    print(f"{Path(pool.path)} now has {len(pool.names)} adapter(s)")
+    print(f"{Path(pool.path)} now has {counted(len(pool.names), 'adapter')}")
     return 0
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dlplora.errors import IncompatibleAdapterError, PoolError, UnsafeFileError
+from dlplora.errors import AdapterError, IncompatibleAdapterError, PoolError, UnsafeFileError
 from dlplora.modules.adapter_config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, load_config, read_config, same_base
 from dlplora.modules.adapter_headers import AdapterHeader, read_header
 from dlplora.modules.pool import Pool, load_pool, manifest_row, save_rows
@@ -82,16 +82,28 @@ def _add(root: Path, found: AdapterSource, name: str, undo: ExitStack, *, allow_
         raise PoolError(f"pool {root} already has an adapter '{name}'. Pass another --name.")
     if not in_place and (root / name).exists():
         raise PoolError(f"{root / name} exists and is not listed in the pool; move it away or pass another --name.")
-    ready = found.folder if in_place and not _pickled(found.folder) else _copy(found, name, root, allow_pickle, undo)
+    pickled = _pickled(found.folder)
+    if pickled and not allow_pickle:
+        read_header(found.folder, name)  # says why it is refused
+    ready = _converted(found.folder, name, root, undo) if pickled else found.folder
     other = _check_base(read_header(ready, name), pool, known, allow_other_base)
-    extra: dict[str, Any] = {"other_base_allowed": True} if other else {}
-    if _pickled(found.folder):
-        extra["converted_from"] = PICKLE_NAME
-    row = manifest_row(ready, name, source=found.source, revision=found.revision, extra=extra)
+    extra = {**({"other_base_allowed": True} if other else {}), **({"converted_from": PICKLE_NAME} if pickled else {})}
+    row = _checked_row(found, ready, name, extra)
     kept = () if pool is None else [_kept_row(pool, listed) for listed in known]
-    if ready != found.folder:
-        _move(ready, root / name, undo)
+    if not in_place:
+        _move(ready if pickled else _copied(found.folder, name, root, undo), root / name, undo)
+    elif pickled:
+        _move_weights(ready, root / name, undo)
     save_rows(root, [*kept, row], None if pool is None else pool.base_model)
+
+
+def _checked_row(found: AdapterSource, ready: Path, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's row; what is wrong with converted weights is said of the file they came from."""
+    try:
+        return manifest_row(ready, name, source=found.source, revision=found.revision, extra=extra)
+    except AdapterError as error:
+        text = str(error).replace(str(ready / WEIGHTS_NAME), str(found.folder / PICKLE_NAME)) if ready != found.folder else str(error)
+        raise type(error)(text) from error
 
 
 def _pickled(folder: Path) -> bool:
@@ -105,33 +117,42 @@ def _make_folder(root: Path, undo: ExitStack) -> None:
         undo.callback(path.rmdir)
 
 
-def _copy(found: AdapterSource, name: str, root: Path, allow_pickle: bool, undo: ExitStack) -> Path:
-    """The two files that matter in a hidden folder of the pool, weights converted if they were pickled."""
-    read_config(found.folder, name)
-    if _pickled(found.folder) and not allow_pickle:
-        read_header(found.folder, name)  # says why it is refused
-    temporary = root / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    undo.callback(shutil.rmtree, temporary, ignore_errors=True)
-    shutil.copyfile(found.folder / CONFIG_NAME, temporary / CONFIG_NAME)
-    if _pickled(found.folder):
-        convert_pickle(found.folder / PICKLE_NAME, temporary / WEIGHTS_NAME)
-    elif (found.folder / WEIGHTS_NAME).is_file():
-        shutil.copyfile(found.folder / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
-    else:
-        read_header(found.folder, name)
-    return temporary
+def _hidden(root: Path, name: str, undo: ExitStack) -> Path:
+    """An empty folder of the pool that no reader looks into."""
+    folder = root / f".{name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _copied(source: Path, name: str, root: Path, undo: ExitStack) -> Path:
+    """The two files that matter, in a hidden folder."""
+    folder = _hidden(root, name, undo)
+    for file in (CONFIG_NAME, WEIGHTS_NAME):
+        shutil.copyfile(source / file, folder / file)
+    return folder
+
+
+def _converted(source: Path, name: str, root: Path, undo: ExitStack) -> Path:
+    """Configuration and converted weights of a pickled adapter, in a hidden folder."""
+    read_config(source, name)
+    folder = _hidden(root, name, undo)
+    shutil.copyfile(source / CONFIG_NAME, folder / CONFIG_NAME)
+    convert_pickle(source / PICKLE_NAME, folder / WEIGHTS_NAME)
+    return folder
 
 
 def _move(ready: Path, target: Path, undo: ExitStack) -> None:
-    if target.exists():  # a pickled adapter that already lies in the pool: its new weights join it
-        undo.callback((target / WEIGHTS_NAME).unlink, missing_ok=True)
-        os.replace(ready / WEIGHTS_NAME, target / WEIGHTS_NAME)
-        shutil.rmtree(ready)
-        return
     os.replace(ready, target)
     undo.callback(shutil.rmtree, target, ignore_errors=True)
+
+
+def _move_weights(ready: Path, target: Path, undo: ExitStack) -> None:
+    """Put converted weights beside the pickle of a folder that already lies in the pool."""
+    undo.callback((target / WEIGHTS_NAME).unlink, missing_ok=True)
+    os.replace(ready / WEIGHTS_NAME, target / WEIGHTS_NAME)
+    shutil.rmtree(ready)
 
 
 def _kept_row(pool: Pool, name: str) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ class AdapterSource:
     Attributes:
         folder: Where the files lie now.
         name: What the adapter is called if nobody says otherwise.
-        source: What the manifest keeps: the path as given, or ``hf://ORG/NAME[/SUB/FOLDER]``.
+        source: What the manifest keeps: the absolute path, or ``hf://ORG/NAME[/SUB/FOLDER]``.
         revision: Commit of the hub repository; None for a local folder.
     """
 
@@ -67,7 +67,7 @@ def find_adapter(given: str | Path, *, revision: str | None = None, offline: boo
         if folder.is_dir():
             if revision is not None:
                 raise PoolError(f"--revision is for the hub, but {folder} is a local folder; write {HUB_PREFIX}{text} to ask the hub.")
-            return AdapterSource(folder, folder.resolve().name, text, None)
+            return AdapterSource(folder, folder.resolve().name, str(folder.absolute()), None)
         if isinstance(given, Path) or not _HUB_ID.fullmatch(text):
             raise PoolError(f"adapter not found: there is no folder {text}. Pass a PEFT LoRA folder, or a hub id like ORG/NAME.")
     repo, sub, revision = _hub_parts(text, revision)

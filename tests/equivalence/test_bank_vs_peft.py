@@ -72,6 +72,14 @@ def test_one_adapter_is_pefts(
         torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_all_kinds_in_one_bank(tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folders = {f"kind{i}": make_adapter(tmp_path / f"kind{i}", seed=i, **options) for i, options in enumerate(KINDS.values())}
+    fused = fuse(tiny_llama, tiny_tokenizer, folders)
+    for index, folder in enumerate(folders.values()):
+        with fused.routing(one_hot(index, len(folders))):
+            torch.testing.assert_close(logits(fused), peft_logits(tiny_llama, folder).float(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapters_stored_in_half_precision(
     dtype: torch.dtype, tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path

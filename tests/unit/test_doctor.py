@@ -41,7 +41,7 @@ def test_data_and_pools(tmp_path: Path, tiny_pool: Path, monkeypatch: pytest.Mon
     assert facts["hardware"]["memory_bytes"] > 0
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"data root: {tmp_path}/rows, 1 task(s): toy" in lines
+    assert f"data root: {tmp_path}/rows, 1 task: toy" in lines
     assert f"pools: {tmp_path}/pools, bad (damaged), mine (1)" in lines
     assert all(": " in line for line in lines)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dlplora.cli.main import main
 from dlplora.config import ASSETS_ROOT
-from dlplora.errors import PoolError, UnsafeFileError
+from dlplora.errors import AdapterError, PoolError, UnsafeFileError
 from dlplora.modules import pool_add
 from dlplora.modules.adapter_files import file_sha256, read_adapter
 from dlplora.modules.pool import load_pool, pool_hash
@@ -117,8 +117,8 @@ def _not_a_number(folder: Path) -> None:
         (_bad_base, [], ["'gamma' was trained on 'org/other-1b'", "'alpha' of pool", "'org/base-1b'", "--allow-other-base"]),
         (_bad_shape, [], ["maps 16 -> 32 at 'model.layers.0.self_attn.q_proj'", "maps 32 -> 32", "org/base-1b"]),
         (_bad_shape, ["--allow-other-base"], ["maps 16 -> 32"]),
-        (_truncated, [], ["'gamma'", WEIGHTS, "damaged or truncated"]),
-        (_not_a_number, [], ["'gamma'", "NaN or infinite", WEIGHTS]),
+        (_truncated, [], ["'gamma'", f"made/gamma/{WEIGHTS}", "damaged or truncated"]),
+        (_not_a_number, [], ["'gamma'", "NaN or infinite", f"made/gamma/{WEIGHTS}"]),
         (lambda folder: edit(folder, use_dora=True), [], ["'gamma'", "use_dora", CONFIG]),
         (lambda folder: (folder / CONFIG).unlink(), [], ["'gamma'", f"{CONFIG} is missing"]),
         (lambda folder: (folder / WEIGHTS).unlink(), [], ["'gamma'", f"{WEIGHTS} is missing"]),
@@ -234,6 +234,21 @@ def test_a_pickle_is_converted_on_demand_only(pool: Path, folder: Path, capsys: 
         assert found[path][2] == scaling
 
 
+def test_a_pickle_in_the_pool_is_converted_where_it_lies(pool: Path, folder: Path) -> None:
+    inside = Path(shutil.copytree(folder, pool / "gamma"))
+    tensors = load_file(inside / WEIGHTS)
+    (inside / WEIGHTS).unlink()
+    sorted(tensors.items())[0][1][0, 0] = float("nan")
+    torch.save(tensors, inside / PICKLE)
+    before = contents(pool)
+    with pytest.raises(AdapterError, match=rf"gamma/{PICKLE} holds NaN"):
+        add_adapter(pool, inside, allow_pickle=True)
+    assert contents(pool) == before
+    torch.save(load_file(folder / WEIGHTS), inside / PICKLE)
+    assert add_adapter(pool, inside, allow_pickle=True).names == ("alpha", "beta", "gamma")
+    assert {path.name for path in inside.iterdir()} == {PICKLE, CONFIG, WEIGHTS, "README.md"}  # PEFT wrote the README
+
+
 def test_a_pickle_never_runs_code(pool: Path, folder: Path, tmp_path: Path) -> None:
     import pickle
 
@@ -258,7 +273,7 @@ def test_pools_by_name(tmp_path: Path, tiny_pool: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("DLPLORA_POOLS", str(tmp_path / "pools"))
     monkeypatch.chdir(tmp_path)
     assert main(["pool", "list"]) == 0
-    assert "0 pool(s)" in capsys.readouterr().err
+    assert "0 pools" in capsys.readouterr().err
     assert main(["pool", "add", "mine", str(tiny_pool / "beta")]) == 0
     assert "added beta: rank 6, q_proj, v_proj" in capsys.readouterr().out
     assert load_pool("mine").names == ("beta",)
