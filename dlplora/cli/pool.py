@@ -105,6 +105,7 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
     from dlplora.errors import DLPLoRAError
     from dlplora.modules.lora_bank import AdapterBank
     from dlplora.modules.pool import load_pool, unlisted
+    from dlplora.modules.pool_inspect import inspect_adapter
 
     pool = load_pool(arguments.folder)
     for name in unlisted(pool):
@@ -119,6 +120,9 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
     if failed:
         _note(f"{failed} of {len(pool.names)} adapters cannot be fused")
         return 2
+    for name in pool.names:
+        for hint in inspect_adapter(name, pool.folders[name]).hints:
+            _note(f"note: {name}: {hint}")
     bank = AdapterBank.from_pool(arguments.folder)
     fits = ""
     if arguments.pretrained:
@@ -172,6 +176,7 @@ def run_pool_inspect(arguments: argparse.Namespace) -> int:
 def run_pool_add(arguments: argparse.Namespace) -> int:
     """Add one adapter to a pool."""
     from dlplora.modules.pool_add import add_adapter
+    from dlplora.modules.pool_inspect import inspect_adapter
 
     pool = add_adapter(
         arguments.folder,
@@ -183,6 +188,8 @@ def run_pool_add(arguments: argparse.Namespace) -> int:
         allow_other_base=arguments.allow_other_base,
     )
     row = pool.rows[pool.names[-1]]
+    for hint in inspect_adapter(row["name"], pool.folders[row["name"]]).hints:
+        _note(f"note: {hint}")
     commit = f" at commit {row['revision'][:12]}" if row["revision"] else ""
     note = f", converted from {row['converted_from']}" if "converted_from" in row else ""
     print(f"added {row['name']}: rank {row['rank']}, {', '.join(row['target_modules'])}, from {row['source']}{commit}{note}")

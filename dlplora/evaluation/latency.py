@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
-from dlplora.inference.loading import load_backbone
+from dlplora.inference.loading import read_backbone, resolve_backbone
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def load_peft_reference(
     Args:
         pretrained: Folder or hub id of the backbone.
         adapter: PEFT folder.
-        loading: Revision, quantisation and what else ``load_backbone`` takes; the same as for the model it is compared with.
+        loading: Revision, quantisation and what else ``read_backbone`` takes; the same as for the model it is compared with.
     """
     from peft import PeftModel
 
-    base, _ = load_backbone(pretrained, dtype=dtype, device=device, **loading)
+    base, _ = read_backbone(resolve_backbone(pretrained), dtype, device, **loading)
     adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
     for key, parameter in adapted.named_parameters():
         if "lora_" in key:

@@ -64,21 +64,38 @@ def resolve_backbone(name: str | Path | None) -> str:
 
 
 def load_backbone(
-    name: str | Path | None,
-    *,
-    dtype: str | torch.dtype = "float32",
-    device: torch.device | str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    quantization_config: Any = None,
-    attn_implementation: str | None = None,
-    **bits: Any,
+    name: str | Path | None, *, dtype: str | torch.dtype = "float32", device: torch.device | str = "cpu", **options: Any
 ) -> tuple[Any, Any]:
     """A causal LM in eval mode and its tokenizer, from a folder or the hub.
 
     Args:
         name: Model folder or hub id; None is the embedded nano backbone.
         dtype: Of weights and products; of what is not quantised in a quantised model.
+        device: Where the model goes.
+        options: Of ``read_backbone``: revision, quantisation, attention, ``trust_remote_code``.
+
+    Raises:
+        ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
+    """
+    return read_backbone(resolve_backbone(name), resolve_dtype(dtype, device), device, **options)
+
+
+def read_backbone(
+    source: str,
+    torch_dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+    **bits: Any,
+) -> tuple[Any, Any]:
+    """Read model and tokenizer; always new objects.
+
+    Args:
+        source: What ``resolve_backbone`` returns.
+        torch_dtype: Dtype.
         device: Where the model goes.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether code of the model's repository may run.
@@ -87,13 +104,11 @@ def load_backbone(
         bits: ``load_in_4bit``, ``load_in_8bit`` and the ``bnb_4bit_*`` settings; see ``bitsandbytes_config``.
 
     Raises:
-        ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
+        ConfigError: As ``load_backbone``.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-    source = resolve_backbone(name)
-    torch_dtype = resolve_dtype(dtype, device)
     quantised = bitsandbytes_config(torch_dtype, **bits)
     if quantised is not None and quantization_config is not None:
         raise ConfigError("give quantization_config, or load_in_4bit / load_in_8bit; not both.")

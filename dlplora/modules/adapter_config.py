@@ -175,13 +175,16 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
 
 
 def same_base(first: str | None, second: str | None) -> bool:
-    """Whether two names may mean one base model; a missing name fits any.
+    """Whether two names may mean one base model; a missing name fits any, and so does the path of a folder on somebody's machine.
 
     Compared is the last part, without case and without marks of storage: ``unsloth/llama-3-8b-bnb-4bit`` and
     ``org/Llama-3-8B`` are one.
     """
 
     def bare(name: str) -> str:
-        return _STORAGE.sub("", name.rstrip("/").rsplit("/", 1)[-1].lower())
+        return _STORAGE.sub("", name.rsplit("/", 1)[-1].lower())
 
-    return not first or not second or bare(first) == bare(second)
+    def says_nothing(name: str | None) -> bool:
+        return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+    return says_nothing(first) or says_nothing(second) or bare(str(first)) == bare(str(second))

@@ -87,7 +87,7 @@ def inspect_folder(root: str | Path) -> Inspection:
     root = Path(root)
     if not root.is_dir():
         raise PoolError(f"folder not found: {root}.")
-    findings = [_finding(name, folder) for name, folder in adapter_folders(root)]
+    findings = [inspect_adapter(name, folder) for name, folder in adapter_folders(root)]
     if not findings:
         raise PoolError(f"no PEFT LoRA folders (with {CONFIG_NAME}) in {root} or up to {MAX_DEPTH} folders below it.")
     usable = [finding for finding in findings if finding.usable]
@@ -99,7 +99,8 @@ def inspect_folder(root: str | Path) -> Inspection:
     return Inspection(tuple(findings), len(together), total, padding)
 
 
-def _finding(name: str, folder: Path) -> Finding:
+def inspect_adapter(name: str, folder: Path) -> Finding:
+    """What configuration and header of one adapter say."""
     try:
         header, problems = examine(folder, name)
     except OSError as error:

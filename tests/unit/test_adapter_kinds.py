@@ -173,7 +173,9 @@ def test_integers_and_eight_bit_floats_are_refused(folder: Path) -> None:
 
 def test_names_of_one_backbone() -> None:
     assert same_base("unsloth/llama-3-8b-bnb-4bit", "org/Llama-3-8B")
-    assert same_base("meta-llama/Llama-2-7b-hf", "/models/Llama-2-7b/")
+    assert same_base("meta-llama/Llama-2-7b-hf", "org/Llama-2-7b")
+    assert same_base("/data/models/mine", "Qwen/Qwen2-7B")  # a folder of another machine can hold anything; sizes decide
+    assert same_base("C:\\models\\mine", "Qwen/Qwen2-7B")
     assert same_base(None, "x/y")
     assert same_base("", "x/y")
     assert not same_base("Qwen/Qwen2-7B", "Qwen/Qwen2-7B-Instruct")

@@ -177,6 +177,13 @@ def test_listing_and_checking(tiny_pool: Path, tiny_llama_folder: Path, tmp_path
     assert f"largest rank 4, 7 kB in float32; they fit LlamaForCausalLM ({tiny_llama_folder})" in capsys.readouterr().out
 
 
+def test_an_adapter_that_does_nothing_is_pointed_out(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pool", "add", str(tmp_path / "pool"), str(zoo / "untrained")]) == 0
+    assert "note: every B factor is zero" in capsys.readouterr().err
+    assert main(["pool", "check", str(tmp_path / "pool")]) == 0
+    assert "note: untrained: every B factor is zero" in capsys.readouterr().err
+
+
 def test_a_pool_that_does_not_fit_a_backbone(
     tiny_pool: Path, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
