@@ -10,7 +10,7 @@ import torch
 
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import ConfigError
-from dlplora.inference.quantization import bitsandbytes_config, is_quantized
+from dlplora.inference.quantization import bitsandbytes_config, check_widths, is_quantized
 from dlplora.modules.pool_hub import hub_failure
 
 NANO_ASSETS = ASSETS_ROOT / "nano"
@@ -133,6 +133,7 @@ def read_backbone(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_widths(model)
     model.hub_commit = hub_commit(source, revision)
     return (model if is_quantized(model) else model.to(torch.device(device))).eval(), tokenizer
 

@@ -6,14 +6,36 @@ The fused layer calls the base module and never reads its weight, so it does not
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlplora.errors import ConfigError
 
-PACKAGES = ("bitsandbytes", "torchao", "optimum.quanto", "gptqmodel", "hqq", "compressed_tensors")
-"""Packages that transformers' quantisation configurations may ask for."""
+_CPU_BLOCK, _CPU_ROWS = 64, 32
+"""What bitsandbytes packs 4-bit weights in for CPUs with AVX512-BF16 (``_convert_weight_packed_for_cpu``, 0.50.2)."""
+
+
+class _OnceEach(logging.Filter):
+    """Lets each message pass once: bitsandbytes repeats one a layer and forward when the input is not float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self.said
+        self.said.add(text)
+        return new
+
+
+def _say_once() -> None:
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(known, _OnceEach) for known in logger.filters):
+        logger.addFilter(_OnceEach())
 
 
 def is_installed(package: str) -> bool:
@@ -57,6 +79,7 @@ def bitsandbytes_config(
         raise ConfigError(f"{bits}-bit loading needs the package bitsandbytes, which is not installed: pip install 'dlplora[quant]'.")
     from transformers import BitsAndBytesConfig
 
+    _say_once()
     return BitsAndBytesConfig(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
@@ -69,3 +92,20 @@ def bitsandbytes_config(
 def is_quantized(model: Any) -> bool:
     """Whether transformers loaded the model through a quantiser."""
     return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
+
+
+def check_widths(model: nn.Module) -> None:
+    """Refuse 4-bit layers that bitsandbytes' kernel for this CPU cannot serve; it would fail in the first forward.
+
+    Raises:
+        ConfigError: Naming the first such layer and its sizes.
+    """
+    for path, layer in model.named_modules():
+        if not getattr(layer, "support_avx512bf16_for_cpu", False) or layer.weight.device.type != "cpu":
+            continue
+        block = int(getattr(layer.weight, "blocksize", _CPU_BLOCK))
+        if layer.in_features % block or layer.out_features % _CPU_ROWS:  # type: ignore[operator]
+            raise ConfigError(
+                f"4-bit products on this CPU need inputs in multiples of {block} and outputs in multiples of {_CPU_ROWS}; "
+                f"'{path}' maps {layer.in_features} -> {layer.out_features}. Use load_in_8bit, or a GPU."
+            )

@@ -19,6 +19,7 @@ from dlplora.errors import ConfigError
 from dlplora.inference.fingerprint import base_fingerprint
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import load_backbone
+from dlplora.inference.quantization import check_widths
 from dlplora.methods.references import Base, Oracle
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.pool import write_manifest
@@ -257,6 +258,18 @@ def test_a_pool_knows_its_backbone_in_any_storage(options: dict[str, Any], wide:
     write_manifest(tmp_path / "pool", ["first"], exact)
     assert FusedCausalLM.from_pretrained(folder, pool=tmp_path / "pool", method="base", **options).fingerprint() == exact
     assert base_fingerprint(load_backbone(folder)[0].to(torch.bfloat16)) == exact
+
+
+def test_widths_that_a_cpu_kernel_cannot_serve() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64), torch.nn.Linear(64, 16))
+    check_widths(model)
+    for index, sizes in ((1, "32 -> 64"), (2, "64 -> 16")):
+        model[index].support_avx512bf16_for_cpu = True
+        with pytest.raises(ConfigError, match=f"multiples of 64 and .* of 32; '{index}' maps {sizes}. Use load_in_8bit, or a GPU"):
+            check_widths(model)
+        model[index].support_avx512bf16_for_cpu = False
+    model[0].support_avx512bf16_for_cpu = True
+    check_widths(model)
 
 
 def test_quantisation_that_cannot_be_had(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
