@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 regression or stale table, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dlplora import __version__
+from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.errors import DLPLoRAError
 
 Command = Callable[[argparse.Namespace], int]
@@ -131,19 +133,10 @@ def _information(commands: Any) -> None:
     parser.add_argument("--format", choices=["md", "json"], default="md")
     parser.add_argument("--export", metavar="DIR", help="write local tasks as lm-eval YAML files, for `lm_eval --include_path DIR`")
     parser.set_defaults(run=_lazy("information", "run_tasks"))
-    parser = commands.add_parser("doctor", help="versions, machine, embedded assets, lm_eval command, hub reachability")
+    parser = commands.add_parser("doctor", help="versions, machine, data, pools, quantisation packages, hub reachability")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.set_defaults(run=_lazy("doctor", "run_doctor"))
-    pool = commands.add_parser("pool", help="look at a folder of adapters, or add one to it")
-    inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check,add}")
-    for name, text in (("list", "names, ranks and targets"), ("check", "read every adapter and say what does not fit")):
-        parser = inner.add_parser(name, help=text)
-        parser.add_argument("folder")
-        parser.set_defaults(run=_lazy("information", f"run_pool_{name}"))
-    parser = inner.add_parser("add", help="check a PEFT LoRA folder, copy it into the pool and list it in pool.json")
-    parser.add_argument("folder", help="the pool; made if it does not exist")
-    parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
-    parser.add_argument("--name", help="name of the expert, which is the name of its task (default: the folder's)")
-    parser.set_defaults(run=_lazy("information", "run_pool_add"))
+    pool_commands(commands, _lazy)
 
 
 def _generation(commands: Any) -> None:
@@ -194,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DLPLoRAError as error:
         print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"dlplora: error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2

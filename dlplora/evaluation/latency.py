@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
+from dlplora.inference.loading import read_backbone, resolve_backbone
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ class LatencyResult:
         return record | {"ttft_ratio": self.ttft_ratio, "tpot_ratio": self.tpot_ratio}
 
 
-def load_peft_reference(pretrained: str | Path, adapter: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_peft_reference(
+    pretrained: str | Path, adapter: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **loading: Any
+) -> Any:
     """The backbone with one PEFT adapter, base and adapter in the same dtype.
 
     PEFT casts bfloat16 adapters up to float32 unless told otherwise, which would make the reference slower than it is.
@@ -94,12 +97,16 @@ def load_peft_reference(pretrained: str | Path, adapter: str | Path, *, dtype: t
     Args:
         pretrained: Folder or hub id of the backbone.
         adapter: PEFT folder.
+        loading: Revision, quantisation and what else ``read_backbone`` takes; the same as for the model it is compared with.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(str(pretrained), dtype=dtype)
-    return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).to(device=device, dtype=dtype).eval()
+    base, _ = read_backbone(resolve_backbone(pretrained), dtype, device, **loading)
+    adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.to(device=device, dtype=dtype)
+    return adapted.eval()
 
 
 def measure_decode_ratio(

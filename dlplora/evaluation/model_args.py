@@ -67,6 +67,23 @@ class ModelArgs:
     """Seed of methods that draw random numbers."""
     trust_remote_code: bool = False
     """Whether the backbone's repository may run its own code."""
+    load_in_4bit: bool = False
+    """Load the backbone in 4 bits with bitsandbytes."""
+    load_in_8bit: bool = False
+    """Load the backbone in 8 bits with bitsandbytes."""
+    bnb_4bit_quant_type: str = "nf4"
+    """``nf4`` or ``fp4``."""
+    bnb_4bit_compute_dtype: str | None = None
+    """Dtype of 4-bit products; None takes ``dtype``."""
+    bnb_4bit_use_double_quant: bool = False
+    """Whether the scales of 4-bit blocks are quantised too."""
+    attn_implementation: str | None = None
+    """Attention of transformers; None leaves the choice to transformers."""
+
+    def loading(self) -> dict[str, Any]:
+        """What the backbone's loader is asked for besides its name and dtype."""
+        keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
 
 
 def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, Any]]:
@@ -104,7 +121,7 @@ def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, An
     chosen = _chosen_names(model)
     if chosen is not None:
         model["names"] = chosen
-    for key in ("method", "pretrained", "pool", "router", "multitask", "trained", "revision", "device", "dtype"):
+    for key in ("method", "pretrained", "pool", "router", "multitask", "trained", "revision", "device", "dtype", "bnb_4bit_compute_dtype"):
         if key in model:
             model[key] = str(model[key]).removeprefix("torch.")  # lm-eval turns a folder named 42 into a number
     return build(ModelArgs, model, "--model_args"), harness

@@ -21,6 +21,7 @@ from dlplora.inference.loading import nano_asset, resolve_backbone
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
 from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import load_pool
+from dlplora.modules.pool_hub import find_pool
 from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
 from dlplora.reporting.statistics import detectable_difference
@@ -55,7 +56,7 @@ class Artifacts:
         found: dict[str, Path] = {}
         for role, path in given.items():
             if path is not None:
-                found[role] = Path(path)
+                found[role] = find_pool(path) if role == "pool" else Path(path)
             elif embedded and nano_asset(role).is_dir():
                 found[role] = nano_asset(role)
         return found
@@ -217,7 +218,7 @@ def _load(run: Run) -> DLPLoRALM:
         method_params=dict(run.spec.params),
         artifacts={role: path for role, path in run.folders.items() if role != "pool"},
         dtype=protocol.dtype,
-        revision=protocol.revision,
+        **protocol.loading(),
         seed=run.seed,
         few_shot=lambda task, num: run.suite.task(task).items("train", num),
     )
@@ -258,7 +259,11 @@ def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
     pool = load_pool(run.folders["pool"])
     first = pool.names[0]
     reference = load_peft_reference(
-        resolve_backbone(protocol.backbone), pool.folders[first], dtype=lm.fused.dtype, device=str(lm.fused.device)
+        resolve_backbone(protocol.backbone),
+        pool.folders[first],
+        dtype=lm.fused.dtype,
+        device=str(lm.fused.device),
+        **protocol.loading(),
     )
     text = " ".join(item.prompt for item in run.suite.tasks[0].items("test", 16))
     ids = lm.fused.tokenizer(text)["input_ids"][: protocol.latency_prompt_tokens]
@@ -353,4 +358,6 @@ def _record(
         trained_parameters=sum(parameter.numel() for parameter in lm.fused.method.parameters() if parameter.requires_grad),
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}
-    return dataclasses.replace(record, backbone={**record.backbone, "fingerprint": fingerprint}, aggregates=aggregate(record, kinds))
+    commit = getattr(lm.fused.model, "hub_commit", None)  # what the revision of a hub id stood for
+    backbone = {**record.backbone, "fingerprint": fingerprint, **({"commit": commit} if commit else {})}
+    return dataclasses.replace(record, backbone=backbone, aggregates=aggregate(record, kinds))

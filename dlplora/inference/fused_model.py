@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dlplora.errors import ConfigError, GenerationError, RoutingError
 from dlplora.inference import saving
+from dlplora.inference.fingerprint import base_fingerprint, check_backbone
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, settling, trace_entry, with_watcher
-from dlplora.inference.loading import base_fingerprint, check_fingerprint, load_backbone, nano_asset
+from dlplora.inference.loading import load_backbone, nano_asset
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
 from dlplora.inference.prompting import prompt_tensors
@@ -98,13 +99,12 @@ class FusedCausalLM(nn.Module):
         dtype: str | torch.dtype = "float32",
         device: torch.device | str | None = None,
         backend: str = "auto",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         names: Sequence[str] | None = None,
         seed: int = 0,
         untrained: bool = False,
         few_shot: Callable[[str, int], Sequence[Item]] | None = None,
         compile: bool = False,
+        **loading: Any,
     ) -> FusedCausalLM:
         """Load a backbone, a pool and a method.
 
@@ -119,12 +119,12 @@ class FusedCausalLM(nn.Module):
             dtype: ``float32``, ``float16`` or ``bfloat16``; the bank follows it.
             device: None means CPU.
             backend: See the class.
-            revision, trust_remote_code: As in transformers.
             names: Experts to use, in this order; None takes the whole pool.
             seed: Seed of methods that draw random numbers.
             untrained: Whether a method may be loaded that needs training and has none yet, in order to train it.
             few_shot: Training items of a task, for methods that need some; see ``MethodContext``.
             compile: Whether ``generate`` runs its decode steps compiled; see ``compile``.
+            loading: ``revision``, ``trust_remote_code``, ``quantization_config``, ``load_in_4bit`` and what else ``load_backbone`` takes.
 
         Raises:
             DLPLoRAError: Its subclasses name the file, key or size that does not fit.
@@ -143,8 +143,8 @@ class FusedCausalLM(nn.Module):
         if pool is None:
             raise ConfigError("a pool of adapters is needed for this backbone: pass pool=FOLDER.")
         opened = load_pool(pool)
-        model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
-        check_fingerprint(opened.base_model, model, opened.path)
+        model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, **loading)
+        check_backbone(opened, model, pretrained)
         bank = AdapterBank.from_pool(pool, names, dtype=model.dtype, device=device)
         context = MethodContext(
             tokenizer=tokenizer,
@@ -156,7 +156,7 @@ class FusedCausalLM(nn.Module):
         )
         built = saving.choose_method(saved, method, method_params, bank, context, untrained=untrained)
         fused = cls(model, tokenizer, bank, built, backend=backend, context=context)
-        fused._source = {"pretrained": str(pretrained) if pretrained is not None else None, "revision": revision}
+        fused._source = {"pretrained": str(pretrained) if pretrained is not None else None, "revision": loading.get("revision")}
         if compile:
             fused.compile()
         return fused

@@ -100,7 +100,7 @@ class LitExpertPool(AdapterModule):
         """Load the backbone, freeze it, put the grouped layers in, and draw every expert's initial weights."""
         if self.model is not None:
             return
-        from dlplora.inference.loading import base_fingerprint
+        from dlplora.inference.fingerprint import base_fingerprint
 
         self.model = load_frozen(self.backbone, self.backbone_dtype)
         self.fingerprint = base_fingerprint(self.model)  # before the layers are wrapped

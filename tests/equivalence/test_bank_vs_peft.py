@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dlplora.errors import RoutingError
+from dlplora.errors import AdapterError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.kernels.backends import BACKENDS, triton_obstacle
 from dlplora.methods.references import Base
@@ -29,6 +30,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "all linear layers": {"target_modules": "all-linear"},
     "some layers": {"layers_to_transform": [1]},
     "mlp only": {"target_modules": ["up_proj", "down_proj"]},
+    "a regular expression": {"target_modules": r".*\.1\..*\.(q|up)_proj"},
+    "excluded modules": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "model.layers.0.self_attn.k_proj"]},
+    "a layers pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
+    "an anchored pattern": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"^model.layers.1.*v_proj": 5}},
+    "a pattern that is a suffix of another": {"rank_pattern": {"proj": 5, "q_proj": 2}},
+    "rank above the layer's width": {"r": 40, "lora_alpha": 3},
+    "gaussian start": {"init_lora_weights": "gaussian"},
+    "orthogonal start": {"init_lora_weights": "orthogonal"},
+    "float64": {"dtype": torch.float64},
 }
 
 NO_TRITON = pytest.mark.skipif(triton_obstacle("cpu") is not None, reason=f"triton backend: {triton_obstacle('cpu')}")
@@ -69,6 +79,14 @@ def test_one_adapter_is_pefts(
         torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_all_kinds_in_one_bank(tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folders = {f"kind{i}": make_adapter(tmp_path / f"kind{i}", seed=i, **options) for i, options in enumerate(KINDS.values())}
+    fused = fuse(tiny_llama, tiny_tokenizer, folders)
+    for index, folder in enumerate(folders.values()):
+        with fused.routing(one_hot(index, len(folders))):
+            torch.testing.assert_close(logits(fused), peft_logits(tiny_llama, folder).float(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapters_stored_in_half_precision(
     dtype: torch.dtype, tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path
@@ -79,6 +97,19 @@ def test_adapters_stored_in_half_precision(
     fused = fuse(tiny_llama, tiny_tokenizer, {"half": folder})
     with fused.routing(torch.ones(1)):
         torch.testing.assert_close(logits(fused), peft_logits(tiny_llama, folder).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_output_layer(tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "it", seed=1, target_modules=["lm_head", "q_proj"])
+    expected = peft_logits(tiny_llama, folder)
+    with pytest.raises(AdapterError, match=r"'base_model.model.lm_head.base_layer.weight'.*save_embedding_layers=False"):
+        AdapterBank.from_peft({"it": folder})
+    file = folder / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "lora_" in key}, file)
+    fused = fuse(tiny_llama, tiny_tokenizer, {"it": folder})
+    assert "lm_head" in fused.patched.layers
+    with fused.routing(torch.ones(1)):
+        torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
 
 
 @EVERY_BACKEND
