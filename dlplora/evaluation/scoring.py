@@ -63,6 +63,21 @@ class ScoringRequest:
         tokens = self.context + self.continuation
         return -len(tokens), tokens
 
+    @property
+    def context_sort_key(self) -> tuple[int, tuple[int, ...]]:
+        """The same for contexts alone."""
+        return -len(self.context), self.context
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that the model reads of it, if none is cut."""
+        return len(self.context) + len(self.continuation) - 1
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the prompt ends where the context ends; not so in windows of a rolling text."""
+        return self.context[-len(self.prompt.ids) :] == self.prompt.ids
+
     def window(self, max_length: int) -> tuple[int, ...]:
         """The tokens the model reads: everything but the last, cut on the left to ``max_length``.
 
