@@ -45,9 +45,8 @@ class GateSums:
     def zeros(cls, mask: Tensor, num_experts: int) -> GateSums:
         """Sums of nothing, for rows whose tokens ``mask`` (B, T) marks."""
         rows, device = mask.shape[0], mask.device
-        wide = [torch.zeros(rows, num_experts, device=device) for _ in range(2)]
-        narrow = [torch.zeros(rows, device=device) for _ in range(3)]
-        return cls(mask.float(), *wide, *narrow)
+        wide, narrow = torch.zeros(rows, num_experts, device=device), torch.zeros(rows, device=device)
+        return cls(mask.float(), wide, wide.clone(), narrow, narrow.clone(), narrow.clone())
 
     def add(self, weights: Tensor) -> None:
         """Add one gate's answer (B, T, E)."""

@@ -19,8 +19,8 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,19 @@ from dlplora.errors import ConfigError, GenerationError
 from dlplora.evaluation.gate_statistics import GateWatch
 from dlplora.evaluation.launch import accelerator_if_launched, usable_device, without_messages
 from dlplora.evaluation.model_args import ModelArgs, load_model, parse_model_args
+from dlplora.evaluation.reading import Reader, Readings, answers, batches_of, decide_sharing, questions_of, read_plainly, read_questions
 from dlplora.evaluation.routing_statistics import COUNTERS, RoutingStatistics, summarize
-from dlplora.evaluation.scoring import GenerationSettings, Prompt, ScoringRequest, Side, StopTexts, options_key, pad_rows
-from dlplora.evaluation.shared_prefix import Readings, answers, batches_of, questions_of, read_questions, why_not
+from dlplora.evaluation.scoring import (
+    GenerationSettings,
+    Prompt,
+    ScoringRequest,
+    Side,
+    StopTexts,
+    options_key,
+    pad_rows,
+    question_of,
+    task_of,
+)
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.lm_eval import CACHE_REFUSAL
 from dlplora.types import PromptBatch
@@ -47,7 +57,8 @@ if TYPE_CHECKING:
 
 PLANNED_TOGETHER = 64
 """Prompts that a router reads in one batch; small inputs, so the memory of the backbone's batch is no guide."""
-SUITE_PREFIX = re.compile(r"^dlplora_[a-z0-9]+_")
+TEXTS_KEPT = 100_000
+"""Texts whose tokens are remembered, contexts and contexts with an option: enough for a matrix of some thousand questions."""
 MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
 """What the parent says of a model built outside it; none of it applies to one built here."""
 
@@ -81,13 +92,15 @@ class DLPLoRALM(HFLM):
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.encodings: dict[Any, array[int]] = {}
+        """Texts tokenised so far; may be handed on to the next model with the same tokenizer."""
         self._plans: dict[Any, Tensor | None] = {}
         self._cut: set[Any] = set()
         self._task_names: list[str | None] | None = None
         self._questions: list[tuple[str, int]] | None = None
         self.statistics = RoutingStatistics(fused.bank.names)
         self._watched = GateWatch(fused.patched.layers, self.statistics).over
-        self.prefix_note = self._decide_sharing(self.model_args.share_prefix)
+        self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused.model)
         self._totals: dict[str, float] | None = None
 
     @classmethod
@@ -110,6 +123,16 @@ class DLPLoRALM(HFLM):
         if getattr(cache_hook, "dbdict", None) is not None:
             raise ConfigError(CACHE_REFUSAL)
         super().set_cache_hook(cache_hook)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kw: Any) -> list[int]:
+        """The parent's tokens; a text is tokenised once, though lm-eval asks for a context with every option."""
+        key = (string, add_special_tokens, self.add_bos_token, left_truncate_len)
+        found = self.encodings.get(key)
+        if found is None:
+            found = array("l", super().tok_encode(string, add_special_tokens, left_truncate_len, **kw))
+            if len(self.encodings) < TEXTS_KEPT:
+                self.encodings[key] = found
+        return found.tolist()
 
     # ------------------------------------------------------------------ routing
 
@@ -159,18 +182,6 @@ class DLPLoRALM(HFLM):
         enabled = self.mixed_precision_dtype is not None
         return torch.autocast(device_type=self.device.type, dtype=self.mixed_precision_dtype, enabled=enabled)
 
-    def _decide_sharing(self, wanted: str) -> str:
-        """Whether options share the reading of their context, in the words of the record.
-
-        Raises:
-            ConfigError: If it was asked for and the backbone cannot.
-        """
-        obstacle = why_not(self.fused.model)
-        if wanted == "always" and obstacle:
-            raise ConfigError(f"share_prefix=always: {obstacle}. Leave it out, or use share_prefix=never.")
-        self._shares_prefix = wanted != "never" and obstacle is None
-        return "shared" if self._shares_prefix else f"read for every option: {obstacle or 'share_prefix=never'}"
-
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
@@ -185,19 +196,12 @@ class DLPLoRALM(HFLM):
             gathered = self.all_gather(self.statistics.as_tensor(self.device)).view(-1, len(COUNTERS)).sum(dim=0)
             self._totals = dict(zip(COUNTERS, gathered.tolist(), strict=True))
 
-    def _task_of(self, request: Instance) -> str | None:
-        """The name of the request's task, by the rule in the module docstring."""
-        named = str(request.task_name) if request.task_name else None
-        candidates = [request.doc.get("task") if isinstance(request.doc, Mapping) else None, named and SUITE_PREFIX.sub("", named), named]
-        given = [name for name in candidates if isinstance(name, str)]
-        return next((name for name in given if name in self.fused.bank.names), given[0] if given else None)
-
     # ------------------------------------------------------------------ scoring
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
-        self._task_names = [self._task_of(request) for request in requests]
-        self._questions = [_question(request) for request in requests]
+        self._task_names = [task_of(request, self.fused.bank.names) for request in requests]
+        self._questions = [question_of(request) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
@@ -228,7 +232,9 @@ class DLPLoRALM(HFLM):
         for index, request in enumerate(requests):
             (text,) = request.args
             tokens = self.tok_encode(text)
-            prompt = Prompt(tuple(tokens[: self.max_length]), self._task_of(request), text if len(tokens) <= self.max_length else None)
+            prompt = Prompt(
+                tuple(tokens[: self.max_length]), task_of(request, self.fused.bank.names), text if len(tokens) <= self.max_length else None
+            )
             windows = get_rolling_token_windows(tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
             for context, continuation in map(make_disjoint_window, windows):
                 owners.append(index)
@@ -265,31 +271,23 @@ class DLPLoRALM(HFLM):
     @torch.no_grad()
     def _readings(self, units: list[ScoringRequest], batch_size: int | None) -> Iterator[Readings]:
         """Logits for all units, batch by batch: behind shared contexts where that is possible, else the plain way."""
-        shared = [unit for unit in units if self._shares_prefix and unit.num_read <= self.max_length]
+        reader = Reader(
+            model=self.fused.model,
+            bound=self._bound,
+            watched=self._watched,
+            pad_id=self._pad_id,
+            device=self.device,
+            max_length=self.max_length,
+        )
+        shared = [unit for unit in units if self._shares_prefix and unit.reads_prompt and unit.num_read <= self.max_length]
         together = {id(unit) for unit in shared}
         if shared:
             for questions in batches_of(questions_of(shared), self._size_at(shared, 0, batch_size, [])):
                 with self._autocast():
-                    yield read_questions(
-                        self.fused, questions, bound=self._bound, watched=self._watched, pad_id=self._pad_id, device=self.device
-                    )
+                    yield read_questions(reader, questions)
         for batch in self._batches([unit for unit in units if id(unit) not in together], batch_size):
             with self._autocast():
-                yield self._read_plainly(batch)
-
-    def _read_plainly(self, batch: list[ScoringRequest]) -> Readings:
-        """One forward pass, a row a unit."""
-        windows = [request.window(self.max_length) for request in batch]
-        ids, mask = pad_rows(windows, self._pad_id, "right", self.device)
-        prompts = [request.prompt for request in batch]
-        read = [len(window) - len(request.continuation) + 1 for request, window in zip(batch, windows, strict=True)]
-        prompt_mask = mask * (torch.arange(mask.shape[1], device=self.device) < torch.tensor(read, device=self.device)[:, None])
-        watched = self._watched(prompts, prompt_mask) if all(request.reads_prompt for request in batch) else nullcontext()
-        with self._bound(prompts), watched:
-            logits = self.fused(input_ids=ids, attention_mask=mask).logits  # (B, T, V)
-        here = [logits[row, start - 1 : len(window)] for row, (start, window) in enumerate(zip(read, windows, strict=True))]
-        ends = torch.tensor([len(piece) for piece in here]).cumsum(0).tolist()
-        return Readings(batch, torch.cat(here), [list(range(end - len(piece), end)) for end, piece in zip(ends, here, strict=True)])
+                yield read_plainly(reader, batch)
 
     def _batches(self, units: list[ScoringRequest], batch_size: int | None = None) -> Iterator[list[ScoringRequest]]:
         """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as it was told to."""
@@ -335,7 +333,7 @@ class DLPLoRALM(HFLM):
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
                 for start in range(0, len(order), size):
                     rows = order[start : start + size]
-                    questions = [_question(requests[index]) for index in rows]
+                    questions = [question_of(requests[index]) for index in rows]
                     for index, answer in zip(rows, self._generate([prompts[index] for index in rows], settings, questions), strict=True):
                         texts[index] = answer
                     progress.update(len(rows))
@@ -350,7 +348,7 @@ class DLPLoRALM(HFLM):
                 "Lower max_gen_toks (--gen_kwargs max_gen_toks=N)."
             )
         context = request.args[0]
-        return self._prompt(self.tok_encode(context) or [self.prefix_token_id], context, self._task_of(request), room)
+        return self._prompt(self.tok_encode(context) or [self.prefix_token_id], context, task_of(request, self.fused.bank.names), room)
 
     def _generate(self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]]) -> list[str]:
         batch = self._prompt_batch(prompts, side="left")
@@ -401,8 +399,3 @@ class DLPLoRALM(HFLM):
     def close(self) -> None:
         """Restore the backbone."""
         self.fused.close()
-
-
-def _question(request: Instance) -> tuple[str, int]:
-    """lm-eval's name of the request's task, and the index of its question."""
-    return str(request.task_name), int(request.doc_id or 0)

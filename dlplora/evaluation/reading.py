@@ -1,4 +1,4 @@
-"""Scoring the options of a question behind one reading of its context. Shapes: B rows, T tokens, V vocabulary.
+"""Two ways to read what is scored, and the answers in their logits. Shapes: B rows, T tokens, V vocabulary.
 
 The plain path reads context and option together, once an option::
 
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlplora.errors import ConfigError
 from dlplora.evaluation.scoring import Prompt, ScoringRequest, pad_rows
 
 Unit = ScoringRequest
@@ -62,6 +63,23 @@ def why_not(model: Any) -> str | None:
     return f"{type(model).__name__} caches in {', '.join(others)}, which cannot be shared" if others else None
 
 
+def decide_sharing(wanted: str, model: Any) -> tuple[bool, str]:
+    """Whether the options of a question share the reading of their context, and the same in the words of the record.
+
+    Args:
+        wanted: ``auto``, ``always`` or ``never``.
+        model: The backbone.
+
+    Raises:
+        ConfigError: If it must share and cannot.
+    """
+    obstacle = why_not(model)
+    if wanted == "always" and obstacle:
+        raise ConfigError(f"share_prefix=always: {obstacle}. Leave it out, or use share_prefix=never.")
+    shares = wanted != "never" and obstacle is None
+    return shares, "shared" if shares else f"read for every option: {obstacle or 'share_prefix=never'}"
+
+
 def questions_of(units: Iterable[Unit]) -> list[Question]:
     """Units grouped by prompt and context, longest contexts first."""
     found: dict[Any, Question] = {}
@@ -88,27 +106,50 @@ def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Questi
         yield batch
 
 
-def read_questions(
-    model: Any,
-    batch: Sequence[Question],
-    *,
-    bound: Callable[[Sequence[Prompt]], AbstractContextManager[Any]],
-    watched: Callable[[Sequence[Prompt], Tensor], AbstractContextManager[Any]],
-    pad_id: int,
-    device: torch.device,
-) -> Readings:
-    """Two forward passes at most: the contexts, then what follows the first token of longer options.
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What both ways need of a model.
 
     Args:
-        model: A patched causal LM that ``why_not`` has nothing against.
-        batch: Questions.
+        model: A patched causal LM.
         bound: Binds the routing of these rows' prompts.
         watched: Watches the gates at the marked tokens of these rows.
         pad_id: Padding token.
         device: Of the model.
+        max_length: Most tokens that are read of a unit.
+    """
+
+    model: Any
+    bound: Callable[[Sequence[Prompt]], AbstractContextManager[Any]]
+    watched: Callable[[Sequence[Prompt], Tensor], AbstractContextManager[Any]]
+    pad_id: int
+    device: torch.device
+    max_length: int
+
+
+def read_plainly(reader: Reader, batch: list[Unit]) -> Readings:
+    """One forward pass, a row a unit."""
+    windows = [unit.window(reader.max_length) for unit in batch]
+    ids, mask = pad_rows(windows, reader.pad_id, "right", reader.device)
+    prompts = [unit.prompt for unit in batch]
+    read = [len(window) - len(unit.continuation) + 1 for unit, window in zip(batch, windows, strict=True)]
+    prompt_mask = mask * (torch.arange(mask.shape[1], device=reader.device) < torch.tensor(read, device=reader.device)[:, None])
+    watched = reader.watched(prompts, prompt_mask) if all(unit.reads_prompt for unit in batch) else nullcontext()
+    with reader.bound(prompts), watched:
+        logits = reader.model(input_ids=ids, attention_mask=mask).logits  # (B, T, V)
+    here = [logits[row, start - 1 : len(window)] for row, (start, window) in enumerate(zip(read, windows, strict=True))]
+    ends = torch.tensor([len(piece) for piece in here]).cumsum(0).tolist()
+    return Readings(batch, torch.cat(here), [list(range(end - len(piece), end)) for end, piece in zip(ends, here, strict=True)])
+
+
+def read_questions(reader: Reader, batch: Sequence[Question]) -> Readings:
+    """Two forward passes at most: the contexts, then what follows the first token of longer options.
+
+    The model must be one that ``why_not`` has nothing against.
     """
     from transformers import DynamicCache
 
+    model, pad_id, device = reader.model, reader.pad_id, reader.device
     prompts = [question[0].prompt for question in batch]
     ids, mask = pad_rows([question[0].context for question in batch], pad_id, "left", device)
     longer = [(row, unit) for row, question in enumerate(batch) for unit in question if len(unit.continuation) > 1]
@@ -116,7 +157,7 @@ def read_questions(
     options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
-    with bound(prompts), watched(prompts, mask):
+    with reader.bound(prompts), reader.watched(prompts, mask):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0), **options).logits
     pieces = [logits[:, -1]]
     starts: dict[int, int] = {}
@@ -127,7 +168,7 @@ def read_questions(
         positions = mask.sum(dim=1)[rows, None] + torch.arange(later.shape[1], device=device)
         cache.batch_select_indices(rows)
         whole = torch.cat([mask[rows], later_mask], dim=1)
-        with bound([unit.prompt for _, unit in longer]):
+        with reader.bound([unit.prompt for _, unit in longer]):
             behind = model(input_ids=later, attention_mask=whole, position_ids=positions, use_cache=True, past_key_values=cache).logits
         pieces.append(behind.flatten(0, 1))
         starts = {id(unit): len(batch) + place * later.shape[1] for place, (_, unit) in enumerate(longer)}
