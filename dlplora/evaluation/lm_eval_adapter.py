@@ -271,14 +271,7 @@ class DLPLoRALM(HFLM):
     @torch.no_grad()
     def _readings(self, units: list[ScoringRequest], batch_size: int | None) -> Iterator[Readings]:
         """Logits for all units, batch by batch: behind shared contexts where that is possible, else the plain way."""
-        reader = Reader(
-            model=self.fused.model,
-            bound=self._bound,
-            watched=self._watched,
-            pad_id=self._pad_id,
-            device=self.device,
-            max_length=self.max_length,
-        )
+        reader = Reader(self.fused.model, self._bound, self._watched, self._pad_id, self.device, self.max_length)
         shared = [unit for unit in units if self._shares_prefix and unit.reads_prompt and unit.num_read <= self.max_length]
         together = {id(unit) for unit in shared}
         if shared:

@@ -106,7 +106,7 @@ def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Questi
         yield batch
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reader:
     """What both ways need of a model.
 
