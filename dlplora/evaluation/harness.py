@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +54,19 @@ def fast_task_manager(include_path: str | Path | Sequence[str | Path] = ()) -> T
 
     extra = [include_path] if isinstance(include_path, (str, Path)) else list(include_path)
     return TaskManager(include_path=[lm_eval_dir(), *extra], include_defaults=False)
+
+
+@contextmanager
+def without_environment_report() -> Iterator[None]:
+    """While open, lm-eval does not list the machine's packages behind its results: seconds of ``pip list``, which nobody here reads."""
+    from lm_eval import evaluator
+
+    original = evaluator.add_env_info
+    evaluator.add_env_info = lambda storage: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = original
 
 
 def _no_tasks() -> TaskManager:
@@ -113,7 +126,8 @@ def evaluate(
     tasks: list[Any] = given if built else _matching([str(name) for name in given], manager)
     if batch_size is not None:
         lm.batch_size_per_gpu = batch_size if batch_size == "auto" else int(batch_size)  # type: ignore[attr-defined]
-    with redirect_stdout(sys.stderr):  # the harness prints notes; standard output belongs to the caller
+    # the harness prints notes; standard output belongs to the caller
+    with redirect_stdout(sys.stderr), without_environment_report():
         raw = simple_evaluate(
             model=lm,
             tasks=tasks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def ask(lm: DLPLoRALM, kind: str) -> None:
     getattr(lm, kind)(requests(kind), disable_tqdm=True)
 
 
+def noted(answers: list[Tensor], gate: Any, x: Tensor) -> Tensor:
+    answers.append(gate(x))
+    return answers[-1]
+
+
 @torch.no_grad()
 def by_hand(lm: DLPLoRALM) -> dict[str, float]:
     """Every prompt alone, without padding; all gates' answers kept and added up number by number."""
@@ -63,7 +69,7 @@ def by_hand(lm: DLPLoRALM) -> dict[str, float]:
         handles = []
         for layer in lm.fused.patched.layers.values():
             gate = layer.gate
-            layer.gate = lambda x, gate=gate: answers.append(gate(x)) or answers[-1]  # type: ignore[func-returns-value,misc]
+            layer.gate = partial(noted, answers, gate)
             handles.append((layer, gate))
         lm.fused.model(input_ids=torch.tensor([lm.tok_encode(prompt)]), use_cache=False)
         for layer, gate in handles:
@@ -111,7 +117,8 @@ def test_nothing_is_left_on_the_layers(tiny_llama: Any, tiny_tokenizer: Any, tin
 def test_rolling_texts_have_no_prompt_and_count_nothing(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     lm = build(tiny_llama, tiny_tokenizer, tiny_pool, LastChannels(), batch_size=3)
     lm.loglikelihood_rolling(
-        [Instance(request_type="loglikelihood_rolling", doc={}, arguments=("the cat sees",), idx=0, metadata=("t", 0, 1))], disable_tqdm=True
+        [Instance(request_type="loglikelihood_rolling", doc={}, arguments=("the cat sees",), idx=0, metadata=("t", 0, 1))],
+        disable_tqdm=True,
     )
     assert lm.routing_statistics()["num_gated_prompts"] == 0
     assert lm.routing_statistics()["mean_experts_kept"] is None
