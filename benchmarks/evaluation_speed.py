@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def measure(methods: Sequence[str], limit: int | None) -> dict[str, Any]:
     with shared_matrix() as matrix:
         for method in methods:
             run = run_of(method, limit)
-            result, rows[method] = timed(lambda run=run: ours(run, matrix))
+            result, rows[method] = timed(partial(ours, run, matrix))
             scored = result if method == "oracle" else scored
             num = sum(result.num_samples.values())
             rows[method]["questions_per_s"] = round(num / rows[method]["wall_s"], 1)
