@@ -24,7 +24,7 @@ def outcomes(method: str, matrix: Any = None) -> tuple[list[Any], dict[str, Any]
 def test_methods_of_a_matrix_score_as_they_do_alone(monkeypatch: Any) -> None:
     alone = {method: outcomes(method) for method in ("dlp", "arrow_out")}
     read, built = [], []
-    monkeypatch.setattr(loading, "_read_backbone", lambda *a, original=loading._read_backbone: read.append(a) or original(*a))
+    monkeypatch.setattr(loading, "read_backbone", lambda *a, original=loading.read_backbone, **k: read.append(a) or original(*a, **k))
     monkeypatch.setattr(harness, "load_tasks", lambda *a, original=harness.load_tasks: built.append(a) or original(*a))
     with shared_matrix() as matrix:
         for method in ("dlp", "arrow_out", "dlp"):
