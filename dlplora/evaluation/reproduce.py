@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlplora.evaluation import assets
+from dlplora.evaluation.matrix import Matrix, shared_matrix
 from dlplora.evaluation.protocol import Protocol
 from dlplora.evaluation.runner import Artifacts, Run, execute, finished, prepare
 from dlplora.reporting import tables
@@ -87,6 +88,11 @@ def runs_of(planned: Plan, protocol: Protocol, name: str, folders: Folders, limi
 
 def evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None]) -> list[Record]:
     """Evaluate what has no record yet; returns all records in order."""
+    with shared_matrix() as matrix:
+        return _evaluate_missing(runs, root, say, matrix)
+
+
+def _evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None], matrix: Matrix) -> list[Record]:
     records = []
     for number, run in enumerate(runs, start=1):
         label = f"[{number}/{len(runs)}] {run.spec.name}, seed {run.seed}"
@@ -96,7 +102,7 @@ def evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None]
             records.append(read_record(known))
             continue
         start = time.perf_counter()
-        path, record = execute(run, root)
+        path, record = execute(run, root, matrix)
         say(f"{label}: {time.perf_counter() - start:.0f} s, {path}")
         records.append(record)
     return records

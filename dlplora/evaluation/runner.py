@@ -7,7 +7,7 @@ import datetime
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,13 @@ from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
 from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
-from dlplora.tasks.export import local_tasks, rows_sha256
+from dlplora.tasks.export import rows_sha256
 from dlplora.tasks.suite import Suite, Task, get_suite
 
 if TYPE_CHECKING:
     from dlplora.evaluation.harness import HarnessResult
     from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+    from dlplora.evaluation.matrix import Matrix
 
 
 TEST_ITEMS = 100
@@ -174,17 +175,22 @@ def finished(run: Run, root: Path = RESULTS) -> Path | None:
     return find_cell(run.cell(), run.seed, run.suite.name, run.spec.name, root, scratch=True)
 
 
-def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
+def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tuple[Path, Record]:
     """Evaluate and write the record; a failure is written to ``scratch`` and raised again.
+
+    Args:
+        run: What to evaluate.
+        root: Results folder.
+        matrix: What this run shares with others; None shares nothing.
 
     Raises:
         DLPLoRAError: What the evaluation raised.
     """
     started = time.perf_counter()
     try:
-        with close_after(run) as lm:
+        with close_after(run, matrix) as lm:
             loaded = time.perf_counter()
-            result = evaluate_run(run, lm)
+            result = evaluate_run(run, lm, matrix)
             evaluated = time.perf_counter()
             latency = measure_latency(run, lm)
             timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
@@ -197,9 +203,11 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
 
 
 @contextmanager
-def close_after(run: Run) -> Iterator[DLPLoRALM]:
+def close_after(run: Run, matrix: Matrix | None = None) -> Iterator[DLPLoRALM]:
     """The run's model for the time of the block."""
     lm = _load(run)
+    if matrix is not None:
+        lm.encodings = matrix.encodings(run)
     try:
         yield lm
     finally:
@@ -226,23 +234,21 @@ def _load(run: Run) -> DLPLoRALM:
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)
 
 
-def evaluate_run(run: Run, lm: DLPLoRALM) -> HarnessResult:
+def evaluate_run(run: Run, lm: DLPLoRALM, matrix: Matrix | None = None) -> HarnessResult:
     """The run's tasks through lm-eval, with every question's outcome."""
-    from dlplora.evaluation.harness import evaluate, fast_task_manager
+    from dlplora.evaluation.harness import evaluate
+    from dlplora.evaluation.matrix import shared_matrix
 
-    names = [f"{run.prefix}{task}" for task in run.task_names]
     protocol = run.protocol
-    local = [task.name for task in run.suite.tasks if task.rows]
-    with local_tasks(local, protocol.data_root) as folder:
+    with nullcontext(matrix) if matrix is not None else shared_matrix() as common:
         return evaluate(
             lm,
-            names,
+            common.tasks(run),
             limit=run.limit,
             num_fewshot=protocol.num_fewshot,
             seed=run.seed,
             log_samples=True,
             bootstrap_iters=0,  # errors are computed from the outcomes: lm-eval's bootstrap of BLEU takes longer than the evaluation
-            task_manager=fast_task_manager([] if folder is None else folder),
             apply_chat_template=protocol.apply_chat_template,
         )
 

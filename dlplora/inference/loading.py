@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,20 @@ from dlplora.modules.pool_hub import hub_failure
 
 NANO_ASSETS = ASSETS_ROOT / "nano"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_KEPT: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("kept backbones", default=None)
+
+
+@contextmanager
+def backbones_kept() -> Iterator[None]:
+    """Inside the block ``load_backbone`` gives the same objects for the same arguments.
+
+    One fused model at a time: a second one finds the first one's layers and is refused, until the first is closed.
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def nano_asset(role: str) -> Path:
@@ -66,7 +83,7 @@ def resolve_backbone(name: str | Path | None) -> str:
 def load_backbone(
     name: str | Path | None, *, dtype: str | torch.dtype = "float32", device: torch.device | str = "cpu", **options: Any
 ) -> tuple[Any, Any]:
-    """A causal LM in eval mode and its tokenizer, from a folder or the hub.
+    """A causal LM in eval mode and its tokenizer, from a folder or the hub, or kept from before (``backbones_kept``).
 
     Args:
         name: Model folder or hub id; None is the embedded nano backbone.
@@ -77,7 +94,14 @@ def load_backbone(
     Raises:
         ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
     """
-    return read_backbone(resolve_backbone(name), resolve_dtype(dtype, device), device, **options)
+    source, torch_dtype, kept = resolve_backbone(name), resolve_dtype(dtype, device), _KEPT.get()
+    key = (source, torch_dtype, str(torch.device(device)), repr(sorted(options.items(), key=lambda pair: pair[0])))
+    if kept is not None and key in kept:
+        return kept[key]
+    loaded = read_backbone(source, torch_dtype, device, **options)
+    if kept is not None:
+        kept[key] = loaded
+    return loaded
 
 
 def read_backbone(
