@@ -111,8 +111,11 @@ def _reports(commands: Any) -> None:
 
 
 def _benchmarks(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="what a method costs")
-    inner = bench.add_subparsers(dest="action", required=True, metavar="{counters}")
+    from dlplora.cli.bench import add_latency
+
+    bench = commands.add_parser("bench", help="what a method costs: on a clock, or counted")
+    inner = bench.add_subparsers(dest="action", required=True, metavar="{latency,counters}")
+    add_latency(inner).set_defaults(run=_lazy("bench", "run_latency"))
     parser = inner.add_parser("counters", help="launches, floating point operations and bytes of one step, counted: no clock")
     parser.add_argument("--methods", metavar="A,B", help="presets (default: all)")
     parser.add_argument("--shape", default="nano", help="nano or tiny (default: nano)")
@@ -151,13 +154,6 @@ def _generation(commands: Any) -> None:
     parser.set_defaults(run=_lazy("generate", "run_generate"))
 
 
-def _benchmarks(commands: Any) -> None:
-    from dlplora.cli.bench import add_latency
-
-    inner = commands.add_parser("bench", help="speed measurements").add_subparsers(dest="action", required=True, metavar="{latency}")
-    add_latency(inner).set_defaults(run=_lazy("bench", "run_latency"))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; nothing heavy is imported."""
     parser = _Parser(prog="dlplora", description="Train, route, fuse and compare LoRA adapters.", allow_abbrev=False)
@@ -170,7 +166,6 @@ def build_parser() -> argparse.ArgumentParser:
     _benchmarks(commands)
     _information(commands)
     _generation(commands)
-    _benchmarks(commands)
     return parser
 
 
