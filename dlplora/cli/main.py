@@ -113,7 +113,7 @@ def _reports(commands: Any) -> None:
 def _benchmarks(commands: Any) -> None:
     from dlplora.cli.bench import add_latency
 
-    bench = commands.add_parser("bench", help="what a method costs: a clock, and counters that need none")
+    bench = commands.add_parser("bench", help="what a method costs: on a clock, or counted")
     inner = bench.add_subparsers(dest="action", required=True, metavar="{latency,counters}")
     add_latency(inner).set_defaults(run=_lazy("bench", "run_latency"))
     parser = inner.add_parser("counters", help="launches, floating point operations and bytes of one step, counted: no clock")

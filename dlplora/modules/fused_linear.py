@@ -244,7 +244,7 @@ class FusedLinear(nn.Module):
         if self._plan_kind != kind:
             self.plan = self._new_plan(state)
             self._plan_kind = kind
-        self.plan.write(self.lora_a, self.lora_b, weights.to(self.scaling) * self.scaling, rows)
+        self.plan.write(self.lora_a, self.lora_b, weights.to(self.scaling.device) * self.scaling, rows)
 
     def _new_plan(self, state: RoutingState) -> Any:
         if state.backend == "folded":

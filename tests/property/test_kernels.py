@@ -257,6 +257,40 @@ def test_buffers_stay_where_they_are_between_requests_of_one_size() -> None:
         state.update_rows(torch.tensor([0]), torch.ones(1, 6))
 
 
+@pytest.mark.gpu
+@pytest.mark.triton
+@pytest.mark.skipif(triton_obstacle("cuda") is not None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(33, 1, 26, 8, 256, 520), (3, 70, 5, 20, 130, 64)])
+def test_grouped_kernels_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from dlplora.kernels import grouped
+
+    x, lora_a, lora_b, weights = draw(shape, 21, "row", zeros=0.8)
+    x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+    expected = loop(x, lora_a, lora_b, weights)
+    got = grouped.fused_delta(*(tensor.cuda() for tensor in (x, lora_a, lora_b, weights))).cpu()
+    assert np.abs(got.double().numpy() - expected).max() <= (1e-5 if dtype == torch.float32 else 2e-2) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merging_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
+    """The merged weight is the exact sum, rounded to the weight's precision, whatever was merged before."""
+    _, lora_a, lora_b, weights = draw((1, 1, 4, 3, 8, 6), 9, "row")
+    layer, slot = fused_layer(lora_a, lora_b)
+    layer.base.to(dtype)  # type: ignore[union-attr, operator]
+    layer.to(dtype)
+    base: Tensor = layer.base.weight.clone()  # type: ignore[union-attr, operator]
+    scaling = (0.5 + torch.arange(4)).double()
+    for chosen in (weights, weights.flip(1), torch.zeros(1, 4).index_fill(1, torch.tensor([2]), 1.0)):
+        with slot.bind(RoutingState(chosen, "merged")):
+            exact = base.double() + torch.einsum(
+                "e,eor,eri->oi", chosen[0].double() * scaling, layer.lora_b.double(), layer.lora_a.double()
+            )
+            bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
+            assert bool(((layer.plan.weight.double() - exact).abs() <= bound).all())
+    assert torch.equal(layer.base.weight, base)  # type: ignore[arg-type]
+
+
 @pytest.mark.triton
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 def test_the_grouped_kernels_compile_for_a_gpu() -> None:
