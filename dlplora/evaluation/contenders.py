@@ -168,8 +168,12 @@ def ours(shop: Workshop, entry: Entry) -> Contender:
     if "trained" in context.artifacts:
         method = type(method).load(context.artifacts["trained"], bank, context)
     model = FusedCausalLM(share_weights(shop.model), shop.tokenizer, bank, method, backend=entry.backend, context=context)
+    if entry.compiled:
+        model.compile()
     if entry.reroute_every is not None and method.granularity != "sentence":
         raise MethodError(f"'{entry.contender}' does not re-route at sentence ends; --reroute-every is for methods that do.")
+
+    token, sentence = method.granularity == "token", method.granularity == "sentence"
 
     def named(workload: Workload) -> PromptBatch:
         names = tuple(bank.names[row % entry.experts] for row in range(len(workload.prompts)))
@@ -184,18 +188,21 @@ def ours(shop: Workshop, entry: Entry) -> Contender:
         return model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, prompts=prompts, **fixed, **options)
 
     def plan(workload: Workload) -> Tensor | None:
-        state = model.plan(named(workload))
+        state = model.plan(named(workload), new_tokens=workload.new_tokens)
         return None if state is None else state.per_row()
+
+    def backend(workload: Workload) -> str:
+        state = None if token else model.plan(named(workload), new_tokens=workload.new_tokens)
+        return model.backends_used() if state is None else state.backend
 
     def count(workload: Workload) -> int:
         trace: list[dict[str, Any]] = []
         generate(workload, trace=trace)
         return len(trace) - len(workload.prompts)  # the prompts' own plans come first
 
-    token, sentence = method.granularity == "token", method.granularity == "sentence"
     return Contender(
         entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if token else plan,
-        count_reroutes=count if sentence else None, compilable=not token, backend=model.backends_used,
+        count_reroutes=count if sentence else None, compilable=not token, backend=backend,
     )  # fmt: skip
 
 
@@ -249,7 +256,7 @@ def facts(contender: Contender, workload: Workload) -> Mapping[str, Any]:
     kept = None if weights is None else float((weights != 0).sum(dim=-1).float().mean())
     return {
         "contender": entry.contender, "experts": entry.experts, "kept": entry.kept, "reroute_every": entry.reroute_every,
-        "compiled": entry.compiled, "granularity": contender.granularity, "backend": contender.backend(),
+        "compiled": entry.compiled, "granularity": contender.granularity, "backend": contender.backend(workload),
         "backend_asked": "" if entry.contender in BUILTIN else entry.backend, "experts_kept": kept,
         "sentence_reroutes": None if contender.count_reroutes is None else contender.count_reroutes(workload),
     }  # fmt: skip

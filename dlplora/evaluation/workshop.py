@@ -71,7 +71,7 @@ class Contender:
         count_reroutes: How often rows are re-routed at sentence ends of their own while a workload is generated.
         max_batch: Rows it can serve at once.
         compilable: Whether a compiled decoding step makes sense for it.
-        backend: Kernel backends used so far.
+        backend: Kernel backends that serve a workload.
     """
 
     entry: Entry
@@ -82,7 +82,7 @@ class Contender:
     count_reroutes: Callable[[Workload], int] | None = None
     max_batch: int | None = None
     compilable: bool = False
-    backend: Callable[[], str] = str
+    backend: Callable[[Workload], str] = lambda workload: ""
 
 
 @dataclass(frozen=True, kw_only=True)

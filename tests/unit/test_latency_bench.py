@@ -212,6 +212,7 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
     assert ("released_loop", None, 2) not in names
     by_name = {one.contender: one for one in record.measurements if one.batch_size == 2 and not one.reroute_every}
     assert (by_name["dlp"].experts_kept, by_name["dlp"].granularity, by_name["meteora_gate"].granularity) == (2.0, "sentence", "token")
+    assert (by_name["dlp"].backend in BACKENDS, by_name["meteora_gate"].backend, by_name["base"].backend) == (True, "dense", "")
     assert by_name["base"].resident_bytes == 4 * record.parameters + 2 * 16  # two buffers of four rotary frequencies
     assert set(record.skipped) == {"command: multitask_r64 (3 experts)", "command: released_loop (3 experts), batch 2"}
     assert record.weights == "random"
