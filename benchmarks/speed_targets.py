@@ -1,6 +1,7 @@
 """The project's targets for speed, read from the newest record of each shape; no record, no number.
 
-Nothing is measured here. ``python -m benchmarks.latency`` and ``python -m benchmarks.training_speed`` write the records.
+Nothing is measured here. ``python -m`` with ``benchmarks.latency``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` writes the
+records.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dlplora.reporting.bench import (
     newest,
     paired_ratio,
     ratio_to,
+    read_json,
     reroute_cost,
 )
 from dlplora.reporting.training_bench import newest_training
@@ -106,6 +108,19 @@ def over_floor(record: LatencyRecord | None) -> str:
     return "" if one is None else f"{statistics.median(one.tpot_s) / one.floor_s:.2f}"
 
 
+def evaluation_speed(folder: Path) -> str:
+    """Whole evaluations over stock lm-eval, smallest to largest over methods, with and without the report that stock prints."""
+    path = folder / "evaluation_speed.json"
+    record = read_json(path) if path.is_file() else {}
+    if not record or record.get("limit") is not None:
+        return ""
+    shown = []
+    for key in ("to_stock", "to_stock_without_report"):
+        values = [row[key] for row in record["methods"].values()]
+        shown.append(f"{min(values):.2f}–{max(values):.2f}")
+    return f"{shown[0]} over {len(record['methods'])} methods; {shown[1]} against stock without its report"
+
+
 def _speedups(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.2f}" for name in ("sequential", "joint") if name in values)
 
@@ -123,6 +138,7 @@ def rows(folder: Path) -> Iterator[Row]:
             yield f"{what} ({shape}, CPU)", read(record), wanted
     for shape in GPU_SHAPES:
         yield f"decode, dlp, batch 1, compiled ÷ bandwidth floor ({shape}, GPU)", over_floor(newest(records, shape, "cuda")), "<= 1.4"
+    yield "evaluation of the 26 nano tasks ÷ stock lm_eval with PEFT, a method", evaluation_speed(folder), "<= 0.5"
     for device in ("cpu", "cuda"):
         training = newest_training(folder, device)
         measured = "" if training is None else _speedups(training.speedups())

@@ -106,7 +106,7 @@ def test_a_summary_holds_medians_and_ratios() -> None:
 
 def test_targets_come_from_records_and_missing_ones_are_empty(tmp_path: Path) -> None:
     empty = list(speed_targets.rows(tmp_path))
-    assert len(empty) == 16
+    assert len(empty) == 17
     assert {measured for _, measured, _ in empty} == {""}
     save_bench(dataclasses.replace(whole(), created="2025-01-01T00:00:00+00:00", measurements=[]), tmp_path / "latency-old.json")
     save_bench(whole(), tmp_path / "latency-new.json")
@@ -118,6 +118,15 @@ def test_targets_come_from_records_and_missing_ones_are_empty(tmp_path: Path) ->
     assert rows["one re-route, router included, in decode steps (nano, CPU)"].startswith("0.80")
     assert rows["token-level methods ÷ dlp, decode (nano, CPU)"] == "meteora_gate 2.00"
     assert rows["decode, dlp, 26 experts, batch 1 ÷ one LoRA (qwen2-0.5b, CPU)"] == ""
+
+
+def test_the_target_of_evaluations(tmp_path: Path) -> None:
+    rows = {"dlp": {"to_stock": 0.21, "to_stock_without_report": 0.4}, "ties": {"to_stock": 0.1, "to_stock_without_report": 0.6}}
+    path = tmp_path / "evaluation_speed.json"
+    path.write_text(json.dumps({"limit": None, "methods": rows}))
+    assert speed_targets.evaluation_speed(tmp_path) == "0.10–0.21 over 2 methods; 0.40–0.60 against stock without its report"
+    path.write_text(json.dumps({"limit": 8, "methods": rows}))
+    assert speed_targets.evaluation_speed(tmp_path) == ""
 
 
 def test_the_floor_of_a_gpu_counts_compiled_steps(tmp_path: Path) -> None:
