@@ -1,7 +1,6 @@
 """The project's targets for speed, read from the newest record of each shape; no record, no number.
 
-Nothing is measured here. ``python -m`` with ``benchmarks.latency``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` writes the
-records.
+Nothing is measured here: ``benchmarks.latency``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` write the records.
 """
 
 from __future__ import annotations
