@@ -29,9 +29,10 @@ from lm_eval.models.huggingface import HFLM, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
+from dlplora.evaluation.answer_form import AnswerForm, Form, form_of, require_whole
 from dlplora.evaluation.gate_statistics import GateWatch
 from dlplora.evaluation.launch import accelerator_if_launched, usable_device, without_messages
 from dlplora.evaluation.model_args import ModelArgs, load_model, parse_model_args
@@ -326,8 +327,8 @@ class DLPLoRALM(HFLM):
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
                 for start in range(0, len(order), size):
                     rows = order[start : start + size]
-                    questions = [question_of(requests[index]) for index in rows]
-                    for index, answer in zip(rows, self._generate([prompts[index] for index in rows], settings, questions), strict=True):
+                    questions, forms = [question_of(requests[i]) for i in rows], [form_of(requests[i].doc) for i in rows]
+                    for index, answer in zip(rows, self._generate([prompts[i] for i in rows], settings, questions, forms), strict=True):
                         texts[index] = answer
                     progress.update(len(rows))
         self._share_statistics()
@@ -341,9 +342,13 @@ class DLPLoRALM(HFLM):
                 "Lower max_gen_toks (--gen_kwargs max_gen_toks=N)."
             )
         context = request.args[0]
-        return self._prompt(self.tok_encode(context) or [self.prefix_token_id], context, task_of(request, self.fused.bank.names), room)
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        require_whole(request.doc, len(ids), room, settings.max_new_tokens)
+        return self._prompt(ids, context, task_of(request, self.fused.bank.names), room)
 
-    def _generate(self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]]) -> list[str]:
+    def _generate(
+        self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]], forms: Sequence[Form]
+    ) -> list[str]:
         batch = self._prompt_batch(prompts, side="left")
         width = batch.input_ids.shape[1]
         trace: list[dict[str, Any]] = []
@@ -358,6 +363,7 @@ class DLPLoRALM(HFLM):
                 max_new_tokens=settings.max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([StopTexts(self.tokenizer, settings.until, width)]),
                 pad_token_id=self._pad_id,
+                logits_processor=LogitsProcessorList([AnswerForm(forms, self.tokenizer, width)] if any(forms) else []),
                 use_cache=True,
                 **settings.options,
             )

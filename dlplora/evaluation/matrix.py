@@ -37,9 +37,10 @@ class Matrix:
         from dlplora.evaluation.harness import fast_task_manager, load_tasks
 
         protocol = run.protocol
-        key = (run.suite.name, protocol.data_root, tuple(run.task_names), protocol.num_fewshot)
+        source = run.suite.source or run.suite
+        key = (run.suite.name, source.names, protocol.data_root, tuple(run.task_names), protocol.num_fewshot)
         if key not in self._tasks:
-            local = [task.name for task in run.suite.tasks if task.rows]
+            local = [task.name for task in source.tasks if task.rows]
             folder = self._folders.enter_context(local_tasks(local, protocol.data_root))
             manager = fast_task_manager([] if folder is None else folder)
             self._tasks[key] = load_tasks([f"{run.prefix}{name}" for name in run.task_names], manager)

@@ -117,7 +117,9 @@ class Run:
         }
 
     def task_version(self, task: Task) -> int | str:
-        """Version of a generated task, checksum of the rows of a local one."""
+        """Version of a generated task, checksum of the rows of a local one; of composites of local tasks, the hash of all of them."""
+        if self.suite.source is not None and any(one.rows for one in self.suite.source.tasks):
+            return config_hash([task.version, *(rows_sha256(self.protocol.data_root, one.name) for one in self.suite.source.tasks)])
         return rows_sha256(self.protocol.data_root, task.name) if task.rows else task.version
 
     def artifact_hashes(self) -> dict[str, str]:
@@ -228,7 +230,7 @@ def _load(run: Run) -> DLPLoRALM:
         dtype=protocol.dtype,
         **protocol.loading(),
         seed=run.seed,
-        few_shot=lambda task, num: run.suite.task(task).items("train", num),
+        few_shot=lambda task, num: (run.suite.source or run.suite).task(task).items("train", num),
     )
     options: dict[str, Any] = {} if protocol.max_length is None else {"max_length": protocol.max_length}
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)

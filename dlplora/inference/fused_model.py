@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from dlplora.errors import ConfigError, GenerationError, RoutingError
 from dlplora.inference import saving
 from dlplora.inference.fingerprint import base_fingerprint, check_backbone
-from dlplora.inference.generation import SentenceRerouter, VocabularyTable, settling, trace_entry, with_watcher
+from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.loading import load_backbone, nano_asset
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
+from dlplora.inference.prompt_routing import first_views
 from dlplora.inference.prompting import prompt_tensors
+from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
@@ -69,7 +71,7 @@ class FusedCausalLM(nn.Module):
         self.context = context
         self.slot = RoutingSlot()
         self.num_truncated_prompts = 0
-        self._vocabulary: VocabularyTable | None = None
+        self.vocabulary: VocabularyTable | None = None
         self._source: dict[str, Any] = {}
         self._compile_config: CompileConfig | None = None
         self.bank = method.prepare(bank, context)
@@ -234,7 +236,7 @@ class FusedCausalLM(nn.Module):
     # ------------------------------------------------------------------ routing
 
     def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
-        """Routing state for a batch of prompts, or None if gates inside the layers decide.
+        """Routing state for a batch of prompts, or None if gates inside the layers decide; it is the plan of the (first) answer.
 
         Args:
             prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
@@ -244,11 +246,13 @@ class FusedCausalLM(nn.Module):
         Raises:
             RoutingError: If the method returns weights of another shape, or not finite.
         """
+        tokens = prompts.input_ids.shape[1]
+        if self.method.granularity == "sentence":
+            prompts = first_views(self.method.view, prompts, self.tokenizer)
         weights = self.planner.route(prompts)
         if weights is None:
             return None
         reroutes = new_tokens > 0 and self.method.granularity == "sentence"
-        tokens = prompts.input_ids.shape[1]
         return self.planner.state(weights.to(self.device), own=True, reroutes=reroutes, prompt_tokens=tokens, new_tokens=new_tokens)
 
     @contextmanager
@@ -318,21 +322,11 @@ class FusedCausalLM(nn.Module):
             kwargs = {"cache_implementation": "static", "compile_config": self._compile_config, **kwargs}
         if self.slot.state is not None:
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-        state = self.plan(prompts, new_tokens=new_tokens)
+        routed = RoutedGeneration(self, prompts, ids, mask, self._copies(kwargs), trace)
+        state = routed.start(kwargs, new_tokens)
         if state is None:
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-        if trace is not None:
-            for row, text in enumerate(prompts.texts):
-                trace.append(trace_entry(row, 0, text, state.per_row()[row], self.bank.names))
-        copies = self._copies(kwargs)
-        state = state.expand(copies)
-        following: AbstractContextManager[None] = nullcontext()
-        if self.method.granularity == "sentence":
-            watcher = self._rerouter(state, [text for text in prompts.texts for _ in range(copies)], ids.shape[1], trace)
-            kwargs["stopping_criteria"] = with_watcher(watcher, kwargs.get("stopping_criteria"))
-            following = settling(self.model, watcher)
-        self.planner.used.add(state.backend)
-        with self.slot.bind(state), following:
+        with self.slot.bind(state), routed.following():
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
 
     def _new_tokens(self, kwargs: dict[str, Any], width: int) -> int:
@@ -357,17 +351,6 @@ class FusedCausalLM(nn.Module):
                 )
             return int(beams)
         return int(kwargs.get("num_return_sequences", config.num_return_sequences) or 1)
-
-    def _rerouter(self, state: RoutingState, prompts: list[str], width: int, trace: list[dict[str, Any]] | None) -> SentenceRerouter:
-        if self._vocabulary is None:
-            self._vocabulary = VocabularyTable(self.tokenizer, self.config.get_text_config().vocab_size).to(self.device)
-
-        def route(texts: Sequence[str]) -> Tensor:
-            weights = self.planner.route(PromptBatch.from_texts(texts, self.tokenizer, device=self.device))
-            assert weights is not None
-            return weights
-
-        return SentenceRerouter(state, route, prompts, self.tokenizer, self._vocabulary, width, self.method.view, trace, self.bank.names)
 
     # ------------------------------------------------------------------ files
 

@@ -150,6 +150,10 @@ class RoutingSlot:
         finally:
             self._hold(previous)
 
+    def switch(self, state: RoutingState) -> None:
+        """Hold another state for the rest of the block that ``bind`` opened."""
+        self._hold(state)
+
     def _hold(self, state: RoutingState | None) -> None:
         """Make ``state`` the one that layers read, and write its plan unless the layers hold it already."""
         if self.state is not None:
