@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from dlplora.atomic import write_atomically
 from dlplora.evaluation.counted_cases import fused_stand_in, shape_of
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.provenance import provenance
-from dlplora.reporting.store import RESULTS, write_atomically
+from dlplora.reporting.store import RESULTS
 from dlplora.training.adapter_export import save_adapter
 from dlplora.types import PromptBatch
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
+from dlplora.atomic import write_atomically
 from dlplora.kernels import cost_model, dense
 from dlplora.kernels.backends import AUTOMATIC, triton_obstacle
 from dlplora.kernels.cost_model import LayerShape, Terms
 from dlplora.kernels.folded import FoldedPlan
 from dlplora.kernels.merged import MergedPlan
 from dlplora.provenance import provenance
-from dlplora.reporting.store import write_atomically
 
 LAYERS = 8
 RANK = 8

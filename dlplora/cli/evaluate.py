@@ -109,6 +109,7 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     from dlplora.evaluation.protocol import load_protocol
     from dlplora.evaluation.runner import power_note
     from dlplora.reporting import tables
+    from dlplora.reporting.store import is_publishable
 
     quiet_loading(None)
     protocol = load_protocol(arguments.suite)
@@ -133,11 +134,11 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     reproduce.finish(runs)
     readme = Path("README.md")
     # A trial run (limited, of uncommitted code, or written elsewhere) must not replace the published table.
-    published = root == Path("results") and any(tables.is_publishable(record) for record in records)
+    published = root == Path("results") and any(is_publishable(record) for record in records)
     has_block = published and readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
     for path in reproduce.refresh_tables(arguments.suite, root, readme if has_block else None):
         say(f"wrote {path}")
-    if any(not tables.is_publishable(record) for record in records):
+    if any(not is_publishable(record) for record in records):
         say("note: limited runs, and runs of uncommitted code, are under scratch/ and not in the published table.")
     print(tables.main_table(records))
     print()

@@ -81,7 +81,7 @@ def _evaluation(commands: Any) -> None:
 
 def _reports(commands: Any) -> None:
     report = commands.add_parser("report", help="tables from records")
-    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate,check,accept,html,figures,schema}")
+    inner = report.add_subparsers(dest="action", required=True, metavar="{all,build,list,validate,check,accept,html,figures,schema}")
     for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")
@@ -98,6 +98,10 @@ def _reports(commands: Any) -> None:
         else:
             parser.add_argument("--suite", default="nano")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
+    parser = inner.add_parser("all", help="tables, figures and page of every suite, from records read once")
+    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--readme", metavar="FILE", help="as for build")
+    parser.set_defaults(run=_lazy("report", "run_all"), suite="nano")
     inner.add_parser("schema", help="print the JSON Schema of a record").set_defaults(run=_lazy("report", "run_schema"))
     for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept what they give now")):
         parser = inner.add_parser(name, help=text)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import ConfigError, RecordError, nearest
 from dlplora.evaluation.counters import Counts, count
 from dlplora.inference.fused_model import FusedCausalLM
@@ -26,7 +27,7 @@ from dlplora.methods.registry import build_method
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.seeds import derive_seed
-from dlplora.reporting.store import RESULTS, write_atomically
+from dlplora.reporting.store import RESULTS
 from dlplora.tasks.suite import Item
 from dlplora.training.adapter_export import save_adapter
 from dlplora.types import PromptBatch

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import PoolError, nearest
 from dlplora.modules.adapter_config import load_config
 from dlplora.modules.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, file_sha256, read_adapter
@@ -171,12 +171,8 @@ def write_manifest(
 def save_rows(root: Path, rows: Sequence[Mapping[str, Any]], base_fingerprint: Mapping[str, Any] | None) -> Path:
     """Write ``pool.json`` from finished rows; the file appears whole or not at all."""
     manifest = {"format": FORMAT, "base_model": dict(base_fingerprint) if base_fingerprint else None, "adapters": list(rows)}
-    path, temporary = root / MANIFEST_NAME, root / f".{MANIFEST_NAME}.tmp"
-    try:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = root / MANIFEST_NAME
+    write_atomically(path, json.dumps(manifest, indent=2) + "\n")
     return path
 
 

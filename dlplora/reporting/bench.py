@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dlplora.atomic import write_atomically
 from dlplora.config import build
 from dlplora.errors import DLPLoRAError, RecordError
-from dlplora.reporting.store import write_atomically
 
 BENCH_VERSION = 1
 FOLDER = Path("results/bench")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlplora.reporting.comparison import Loader, task_means
-from dlplora.reporting.drawing import INK, PALETTE, pyplot, write_figures
+from dlplora.reporting.drawing import INK, PALETTE, label_points, pyplot
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
-from dlplora.reporting.tables import REFERENCE_ROWS, value_of
+from dlplora.reporting.sweep_figures import SWEEP_FIGURES
+from dlplora.reporting.sweeps import SweepFile
+from dlplora.reporting.tables import value_of
 
 RADAR_METHODS = ("base", "oracle", "multitask", "dlp", "dlp_code", "meteora_gate", "arrow_out", "lorahub_in_pool")
 
@@ -28,20 +29,24 @@ def radar(records: Sequence[Record], load: Loader) -> Any:
         return None
     plt = pyplot()
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
-    figure, axes = plt.subplots(figsize=(7.5, 7.5), subplot_kw={"projection": "polar"})
+    figure = plt.figure(figsize=(7.5, 6.9))
+    axes = figure.add_axes((0.185, 0.15, 0.63, 0.63 * 7.5 / 6.9 * 1.0), projection="polar")
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.35, lw=0.6)
     for name, color in zip(shown, PALETTE, strict=False):
         values = [100 * scores[name][task] for task in tasks]
-        style = {"oracle": "--", "base": ":"}.get(name, "-")
-        axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=1.6, ls=style, label=name)
+        # methods that agree lie on top of each other: a broad pale line under a narrow one shows both
+        width, style, alpha = {"oracle": (5.0, "-", 0.35), "base": (1.4, ":", 1.0), "dlp_code": (1.4, "--", 1.0)}.get(name, (1.4, "-", 1.0))
+        axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=width, ls=style, alpha=alpha, label=name)
     axes.set_xticks(angles, [task.replace("_", " ") for task in tasks], fontsize=7.5)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
         label.set_horizontalalignment("center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right")
     axes.tick_params(axis="x", pad=1)
     axes.set_ylim(0, 100)
+    axes.set_rlabel_position(90 / len(tasks) * 2)
     axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100 %"], fontsize=7)
     axes.spines["polar"].set_color(INK)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=min(4, len(shown)))
-    figure.tight_layout(rect=(0.04, 0.07, 0.96, 1))
     return figure
 
 
@@ -61,33 +66,18 @@ def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
     for name, point in ordered:
         if not front or point[1] > front[-1][1][1]:
             front.append((name, point))
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 5.5))
     axes.step([x for _, (x, _) in front], [y for _, (_, y) in front], where="post", color=PALETTE[0], lw=1, alpha=0.6)
     best = {name for name, _ in front}
-    labelled = best | {name for name in REFERENCE_ROWS if name in middle}
     for name, (x, y) in middle.items():
-        axes.scatter(x, y, s=26, color=PALETTE[0] if name in best else INK, zorder=3)
-    _label(axes, {name: middle[name] for name in middle if name in labelled or middle[name][1] > 40})
+        axes.scatter(x, y, s=22, color=PALETTE[0] if name in best else INK, zorder=3)
+    axes.set_ylim(min(0, *(y for _, y in middle.values())), 106)
     axes.set_xlabel("time per decoded token ÷ PEFT with one adapter (median)")
     axes.set_ylabel("mean of MCQ accuracy and exact match, %")
     axes.grid(alpha=0.25)
     figure.tight_layout()
+    label_points(axes, middle)
     return figure
-
-
-def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside points; of points almost as high and near, the next name moves down a line."""
-    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1.0
-    height = max(y for _, y in points.values()) - min(y for _, y in points.values()) or 1.0
-    placed: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(points.items(), key=lambda pair: -pair[1][1]):
-        level = y
-        while any(abs(level - other) < 0.034 * height and abs(x - left) < 0.2 * width for left, other in placed):
-            level -= 0.012 * height
-        placed.append((x, level))
-        axes.annotate(
-            name, (x, y), (x + 0.02 * width, level), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.4}
-        )
 
 
 def _routes(outcomes: Mapping[str, TaskOutcomes]) -> dict[str, list[list[tuple[int, dict[str, float]]]]]:
@@ -162,21 +152,14 @@ FIGURES: dict[str, Callable[[Sequence[Record], Loader], Any]] = {
 """Name -> drawing function; one that has nothing to show returns None."""
 
 
-def draw(records: Sequence[Record], load: Loader, folder: Path, prefix: str) -> list[Path]:
-    """Write every figure as SVG and PNG, each atomically.
+def figures(records: Sequence[Record], load: Loader, sweeps: Sequence[SweepFile] = ()) -> dict[str, Any]:
+    """Figures that the records and sweeps have the numbers for, by name.
 
     Args:
-        records: Newest of each method and seed.
+        records: Newest of each method and seed, of one protocol and backbone.
         load: Outcomes of a record.
-        folder: Made if it does not exist.
-        prefix: Put before the figures' names.
+        sweeps: Of the same suite and backbone.
     """
-    return write_figures(figures(records, load), folder, prefix)
-
-
-def figures(records: Sequence[Record], load: Loader) -> dict[str, Any]:
-    """Figures that the records have the numbers for, by name."""
-    if not records:
-        return {}
-    drawn = {name: function(records, load) for name, function in FIGURES.items()}
+    drawn = {name: function(records, load) for name, function in FIGURES.items()} if records else {}
+    drawn |= {name: curves(sweeps) for name, curves in SWEEP_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

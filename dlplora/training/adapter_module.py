@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlplora.atomic import write_json
 from dlplora.errors import ConfigError
-from dlplora.training.adapter_export import EXPORT_DTYPES, write_json
+from dlplora.training.adapter_export import EXPORT_DTYPES
 from dlplora.training.answer_loss import AnswerMetrics, weighted_loss
 from dlplora.training.checkpoints import ResumableModule
 from dlplora.training.frozen import DTYPES, load_tokenizer
