@@ -1,13 +1,15 @@
 # make reproduce   every method on the embedded nano suite (FRESH=1 retrains experts, router and gates; METHODS=dlp,oracle runs some)
 # make test        the tests
 # make lint        ruff, mypy
+# make report      tables, figures and page from the records
+# make docs        the documentation site, in site/
 PYTHON ?= python3
 VENV   ?= .venv
 METHODS ?= all
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: reproduce test lint docs clean
+.PHONY: reproduce test lint report docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +29,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+report: $(READY)
+	$(BIN)/dlplora report all $(ARGS)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf runs dist build .pytest_cache .mypy_cache .ruff_cache

@@ -55,6 +55,7 @@ class RandomRoute(FusionMethod):
 
     name = "random_route"
     metadata = Metadata(title="Random expert", granularity="prompt")
+    max_kept = 1
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Keep the seed."""

@@ -10,13 +10,14 @@ Deviations, with reasons: loss is the mean cross-entropy of answer tokens (``hub
 more, as the released code does, which makes its L1 term as many times heavier). The released code calls nevergrad's NGOpt, which for
 26 experts and 40 evaluations is a COBYLA that has barely laid out its simplex; ``optimizer: cobyla`` is scipy's, ``optimizer:
 nevergrad`` the original (an optional package), and ``budget: null`` takes five evaluations an expert, at least 40. Experts are searched
-in the order of their names, so that the order of the pool changes nothing. Each expert's scaling goes with its B; the original's
-adapters all have one scaling.
+in the order of their names, and on one CPU thread, so that neither the order of the pool nor the number of threads changes anything.
+Each expert's scaling goes with its B; the original's adapters all have one scaling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -129,7 +130,8 @@ class LoRAHub(FusionMethod):
             return loss(weights) + self.config.l1 * float(np.abs(point).mean())
 
         budget = self.config.budget or max(MIN_BUDGET, 5 * len(columns))
-        best = self._minimise(value, len(columns), budget)
+        with _one_thread():
+            best = self._minimise(value, len(columns), budget)
         weights = torch.zeros(len(self._names))
         weights[columns] = torch.from_numpy(best).float()
         return weights
@@ -171,6 +173,17 @@ class LoRAHub(FusionMethod):
             options: dict[str, Any] = {"maxiter": max(1, budget - 1), "rhobeg": 0.5}
             minimize(remembered, np.zeros(size), method="COBYLA", bounds=bounds, options=options)
         return min(seen, key=lambda pair: pair[0])[1]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums on the CPU in one order: the search follows their last bit, which changes with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _nevergrad(value: Callable[[np.ndarray], float], size: int, bound: float, budget: int, seed: int) -> None:

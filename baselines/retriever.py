@@ -110,6 +110,11 @@ class RetrieverMixture(FusionMethod):
     index: Tensor
 
     @property
+    def max_kept(self) -> int:
+        """``top_k``."""
+        return int(self.config.top_k)
+
+    @property
     def artifact_roles(self) -> tuple[str, ...]:
         """The router, if its features are the encoder."""
         return ("router",) if self.config.encoder == "router" else ()

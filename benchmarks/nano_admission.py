@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dlplora.atomic import write_atomically
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.reporting.store import write_atomically
 from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.suite import SPLITS, Item, Task
 from dlplora.types import PromptBatch

@@ -1,6 +1,7 @@
 """The project's own targets, measured on this machine: ``python -m benchmarks.targets``.
 
-Prints one row a target and writes nothing. Times depend on the machine; they are looked at, never asserted in tests.
+Prints one row a target and writes nothing. Times depend on the machine; they are looked at, never asserted in tests. Rows about speed come
+from records (``--only-speed`` prints these alone); the others are measured or read here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import speed_targets
 from dlplora.methods.registry import available_presets
+from dlplora.reporting.bench import FOLDER
+from dlplora.reporting.groups import latest
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import REFERENCE_ROWS, latest, value_of
+from dlplora.reporting.tables import REFERENCE_ROWS, value_of
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = REFERENCE_ROWS
@@ -70,7 +74,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, help="questions a task of the timed evaluation (default: all)")
-    limit = parser.parse_args().limit
+    parser.add_argument("--records", metavar="DIR", default=str(FOLDER), help="folder of speed records (default: results/bench)")
+    parser.add_argument("--only-speed", action="store_true", help="print what speed records answer, measure nothing")
+    arguments = parser.parse_args()
+    limit = arguments.limit
+    speed = list(speed_targets.rows(Path(arguments.records)))
+    if arguments.only_speed:
+        speed_targets.print_table(speed)
+        return
     records = {record.method_name: record for record in latest(load_all(ROOT / "results", "nano")[0]) if record.seed == 0}
     seconds, gigabytes = evaluation(limit)
     rows = [
@@ -79,10 +90,9 @@ def main() -> None:
         ("one evaluation of dlp, start included", f"{seconds:.0f} s", "<= 30 s (180 s for six)"),
         ("its peak memory", f"{gigabytes:.2f} GB", "<= 3 GB"),
         *quality(records),
+        *speed,
     ]
-    print("| target | measured | wanted |\n|---|---:|---:|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    speed_targets.print_table(rows)
 
 
 if __name__ == "__main__":

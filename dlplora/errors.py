@@ -50,6 +50,10 @@ class GenerationError(DLPLoRAError):
     """A prompt or a decoding option cannot be served."""
 
 
+class AllocationError(DLPLoRAError):
+    """A tensor does not fit into memory."""
+
+
 class RecordError(DLPLoRAError):
     """A results record is malformed."""
 

@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         register()
         from lm_eval.__main__ import cli_evaluate
 
-        with tasks_included(include_defaults=not _only_our_tasks(options)):
+        from dlplora.evaluation.launch import leaving_together
+
+        with leaving_together(), tasks_included(include_defaults=not _only_our_tasks(options)):
             cli_evaluate()
     except DLPLoRAError as error:
         return _fail(str(error))

@@ -13,6 +13,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 WORDS = (
     "the a cat dog plum pear red blue sees likes box tree is in on Mia Leo Ann Tom . , ? ! : yes no one two three what who where".split()

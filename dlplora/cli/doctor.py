@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import shutil
 import socket
 import sysconfig
+import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 HUB_TIMEOUT_S = 3.0
+OPTIONAL_PACKAGES = ("bitsandbytes", "torchao", "optimum-quanto", "gptqmodel", "triton", "nevergrad")
+"""Quantisation, kernels and the optional search; a missing one is no fault."""
 
 
 def hub_state() -> str:
@@ -21,8 +26,6 @@ def hub_state() -> str:
             return f"not asked ({name} is set)"
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     host, port = address.hostname or "huggingface.co", address.port or (443 if address.scheme != "http" else 80)
-    import threading
-
     answer: list[str] = []
 
     def ask() -> None:
@@ -75,27 +78,108 @@ def lightning_command_state() -> str:
     return f"NOT ours ({found} belongs to another package); use `dlplora fit --config FILE`"
 
 
-def run_doctor(arguments: argparse.Namespace) -> int:
-    """Print one block to paste into a bug report; always exits 0."""
-    from dlplora.config import configs_root
-    from dlplora.lm_eval import console_command_is_ours
-    from dlplora.provenance import git_state, hardware, versions
-    from dlplora.tasks.local import ENV_ROOT
+def optional_packages() -> dict[str, str | None]:
+    """Versions of the optional packages, None for one that is absent."""
+    found: dict[str, str | None] = {}
+    for name in OPTIONAL_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
-    for name, version in versions().items():
-        print(f"{name}: {version or 'not installed'}")
+
+def gpu_states() -> list[dict[str, Any]]:
+    """Each CUDA device: name, memory in all and free, in bytes."""
     import torch
 
-    for name, value in {**hardware(), **git_state()}.items():
-        print(f"{name}: {value}")
-    print(f"cuda: {torch.version.cuda or 'not built in'}")
-    ours, reason = console_command_is_ours()
-    print(f"lm_eval command: {'ours' if ours else 'NOT ours'} ({reason})")
-    print(f"lightning command: {lightning_command_state()}")
-    for role, state in asset_states().items():
-        print(f"nano {role}: {state}")
-    print(f"configs: {configs_root()}")
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append({"name": torch.cuda.get_device_name(index), "memory_bytes": total, "free_bytes": free})
+    return found
+
+
+def data_state() -> dict[str, Any]:
+    """The folder of local rows, and the tasks in it."""
+    from dlplora.errors import TaskError
+    from dlplora.tasks.local import ENV_ROOT, readable_tasks
+
     root = os.environ.get(ENV_ROOT)
-    print(f"data root: {root or 'not set'}{'' if not root or Path(root).is_dir() else ' (not found)'}")
-    print(f"hub: {hub_state()}")
+    state: dict[str, Any] = {"root": root, "tasks": [], "problem": None}
+    if root is None:
+        state["problem"] = f"not set; {ENV_ROOT} or --data-root names the folder of your rows"
+    elif not Path(root).is_dir():
+        state["problem"] = "not found"
+    else:
+        try:
+            state["tasks"] = readable_tasks(root)
+        except TaskError as error:
+            state["problem"] = str(error)
+    return state
+
+
+def collect() -> dict[str, Any]:
+    """Everything ``doctor`` says, as one mapping."""
+    from dlplora.cli.pool import known_pools
+    from dlplora.config import configs_root
+    from dlplora.lm_eval import console_command_is_ours
+    from dlplora.modules.pool_hub import pools_root
+    from dlplora.provenance import git_state, hardware, versions
+
+    import torch  # isort: skip  # hardware() tells of threads and devices once torch is there
+
+    ours, reason = console_command_is_ours()
+    return {
+        "versions": versions(),
+        "optional": optional_packages(),
+        "hardware": {**hardware(), "cuda": torch.version.cuda, "gpus": gpu_states()},
+        "git": git_state(),
+        "commands": {"lm_eval": f"{'ours' if ours else 'NOT ours'} ({reason})", "lightning": lightning_command_state()},
+        "nano": asset_states(),
+        "configs": str(configs_root()),
+        "data": data_state(),
+        "pools": {"root": str(pools_root()), "found": known_pools()},
+        "hub": {"state": hub_state(), "cache": _hub_cache()},
+    }
+
+
+def _hub_cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Print one block to paste into a bug report; always exits 0."""
+    facts = collect()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in _lines(facts):
+        print(f"{name}: {value}")
     return 0
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    from dlplora.cli.pool import counted, size
+
+    lines: list[tuple[str, Any]] = [(name, version or "not installed") for name, version in facts["versions"].items()]
+    lines += [(f"{name} (optional)", version or "not installed") for name, version in facts["optional"].items()]
+    machine = dict(facts["hardware"])
+    gpus = machine.pop("gpus")
+    machine["memory"], machine["cuda"] = size(machine.pop("memory_bytes")), machine["cuda"] or "not built in"
+    machine["gpu"] = "; ".join(f"{gpu['name']}, {size(gpu['free_bytes'])} of {size(gpu['memory_bytes'])} free" for gpu in gpus) or "none"
+    lines += [*machine.items(), *facts["git"].items()]
+    lines += [(f"{name} command", state) for name, state in facts["commands"].items()]
+    lines += [(f"nano {role}", state) for role, state in facts["nano"].items()]
+    lines.append(("configs", facts["configs"]))
+    data = facts["data"]
+    tasks = f"{data['root']}, {counted(len(data['tasks']), 'task')}{': ' if data['tasks'] else ''}{', '.join(data['tasks'][:12])}"
+    tasks += ", …" if len(data["tasks"]) > 12 else ""
+    lines.append(("data root", tasks if data["problem"] is None else " ".join(filter(None, (data["root"], f"({data['problem']})")))))
+    pools = facts["pools"]["found"]
+    named = ", ".join(f"{name} ({'damaged' if count is None else count})" for name, count in pools.items())
+    lines.append(("pools", f"{facts['pools']['root']}, {named or 'none yet'}"))
+    lines.append(("hub", f"{facts['hub']['state']}; cache {facts['hub']['cache']}"))
+    return lines

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,14 +157,15 @@ def _tabulate(suite: str, records: Sequence[Record], root: Path) -> None:
     """Rewrite the tables of a suite and print that of some records."""
     from dlplora.evaluation import reproduce
     from dlplora.reporting import tables
+    from dlplora.reporting.store import is_publishable
 
     readme = Path("README.md")
     # A trial run (limited, of uncommitted code, or written elsewhere) must not replace the published table.
-    published = suite == "nano" and root == Path("results") and any(tables.is_publishable(record) for record in records)
+    published = suite == "nano" and root == Path("results") and any(is_publishable(record) for record in records)
     has_block = published and readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
     for path in reproduce.refresh_tables(suite, root, readme if has_block else None):
         say(f"wrote {path}")
-    if any(not tables.is_publishable(record) for record in records):
+    if any(not is_publishable(record) for record in records):
         say("note: limited runs, and runs of uncommitted code, are under scratch/ and not in the published table.")
     print(tables.main_table(records))
     print()
@@ -205,6 +207,9 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     say(power_note(runs_planned[0]))
     records = reproduce.evaluate_missing(runs_planned, root, say)
     _tabulate(protocol.suite, records, root)
-    for path in reproduce.draw_figures(protocol.suite, root):
-        say(f"wrote {path}")
+    if (root / "runs" / protocol.suite).is_dir():
+        from dlplora.cli.report import run_figures
+
+        with redirect_stdout(sys.stderr):
+            run_figures(argparse.Namespace(out=str(root), suite=protocol.suite))
     return 0

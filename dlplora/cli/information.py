@@ -1,4 +1,4 @@
-"""``dlplora methods``, ``tasks`` and ``pool``."""
+"""``dlplora methods`` and ``tasks``."""
 
 from __future__ import annotations
 
@@ -72,62 +72,4 @@ def _export(suite: str, root: str | None, folder: str) -> int:
         raise TaskError(f"only local tasks are exported, the suite is '{suite}'. Pass --suite local:all or local:TASK,TASK.")
     for path in export_local(suite.removeprefix("local:").split(","), root, folder):
         print(path)
-    return 0
-
-
-def run_pool_list(arguments: argparse.Namespace) -> int:
-    """Adapters of a pool."""
-    from dlplora.modules.pool import load_pool, read_pool
-
-    pool = load_pool(arguments.folder)
-    rows = [
-        {
-            "adapter": name,
-            "rank": spec.rank,
-            "alpha": spec.alpha,
-            "rsLoRA": spec.use_rslora,
-            "targets": spec.target_modules,
-            "base": spec.base_model,
-        }
-        for name, (spec, _) in read_pool(pool).items()
-    ]
-    print(markdown(rows))
-    return 0
-
-
-def run_pool_check(arguments: argparse.Namespace) -> int:
-    """Read every adapter; exit 2 if one cannot be fused, after naming all that cannot."""
-    import sys
-
-    from dlplora.errors import DLPLoRAError
-    from dlplora.modules.lora_bank import AdapterBank
-    from dlplora.modules.pool import load_pool, unlisted
-
-    pool = load_pool(arguments.folder)
-    for name in unlisted(pool):
-        print(f"note: {name} is not listed in pool.json and takes no part; `dlplora pool add` lists it", file=sys.stderr)
-    failed = 0
-    for name in pool.names:
-        try:
-            AdapterBank.from_peft({name: pool.folders[name]})
-        except DLPLoRAError as error:
-            failed += 1
-            print(f"dlplora: error: {error}", file=sys.stderr)
-    if failed:
-        print(f"{failed} of {len(pool.names)} adapters cannot be fused", file=sys.stderr)
-        return 2
-    bank = AdapterBank.from_pool(arguments.folder)
-    print(
-        f"{bank.num_experts} adapters fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
-        f"{bank.nbytes / 1e6:.1f} MB in float32"
-    )
-    return 0
-
-
-def run_pool_add(arguments: argparse.Namespace) -> int:
-    """Add one adapter to a pool."""
-    from dlplora.modules.pool import add_adapter
-
-    pool = add_adapter(arguments.folder, arguments.adapter, arguments.name)
-    print(f"{pool.path}: {len(pool.names)} adapters, the last one is {pool.names[-1]}")
     return 0

@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 regression or stale table, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dlplora import __version__
+from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.errors import DLPLoRAError
 
 Command = Callable[[argparse.Namespace], int]
@@ -87,7 +89,9 @@ def _evaluation(commands: Any) -> None:
 
 def _reports(commands: Any) -> None:
     report = commands.add_parser("report", help="tables from records")
-    inner = report.add_subparsers(dest="action", required=True, metavar="{build,list,validate,check,accept,html,figures,protocols,schema}")
+    inner = report.add_subparsers(
+        dest="action", required=True, metavar="{all,build,list,validate,check,accept,html,figures,protocols,schema}"
+    )
     for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")
@@ -108,6 +112,10 @@ def _reports(commands: Any) -> None:
     parser.add_argument("--out", default="results", metavar="DIR")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is stale")
     parser.set_defaults(run=_lazy("report", "run_protocols"))
+    parser = inner.add_parser("all", help="tables, figures and page of every suite, from records read once")
+    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--readme", metavar="FILE", help="as for build")
+    parser.set_defaults(run=_lazy("report", "run_all"), suite="nano")
     inner.add_parser("schema", help="print the JSON Schema of a record").set_defaults(run=_lazy("report", "run_schema"))
     for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept what they give now")):
         parser = inner.add_parser(name, help=text)
@@ -120,6 +128,22 @@ def _reports(commands: Any) -> None:
         parser.set_defaults(run=_lazy("regression", f"run_{name}"))
 
 
+def _benchmarks(commands: Any) -> None:
+    from dlplora.cli.bench import add_latency
+
+    bench = commands.add_parser("bench", help="what a method costs: on a clock, or counted")
+    inner = bench.add_subparsers(dest="action", required=True, metavar="{latency,counters}")
+    add_latency(inner).set_defaults(run=_lazy("bench", "run_latency"))
+    parser = inner.add_parser("counters", help="launches, floating point operations and bytes of one step, counted: no clock")
+    parser.add_argument("--methods", metavar="A,B", help="presets (default: all)")
+    parser.add_argument("--shape", default="nano", help="nano or tiny (default: nano)")
+    parser.add_argument("--experts", type=int, metavar="N", help="another number of experts than the shape's")
+    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="compare with results/golden/counters.json; exit 1 if anything differs")
+    parser.add_argument("--accept", action="store_true", help="make what is counted now the golden state of the shape")
+    parser.set_defaults(run=_lazy("bench_counters", "run_counters"))
+
+
 def _information(commands: Any) -> None:
     parser = commands.add_parser("methods", help="list fusion methods and their presets")
     parser.add_argument("--format", choices=["md", "json"], default="md")
@@ -130,19 +154,10 @@ def _information(commands: Any) -> None:
     parser.add_argument("--format", choices=["md", "json"], default="md")
     parser.add_argument("--export", metavar="DIR", help="write local tasks as lm-eval YAML files, for `lm_eval --include_path DIR`")
     parser.set_defaults(run=_lazy("information", "run_tasks"))
-    parser = commands.add_parser("doctor", help="versions, machine, embedded assets, lm_eval command, hub reachability")
+    parser = commands.add_parser("doctor", help="versions, machine, data, pools, quantisation packages, hub reachability")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.set_defaults(run=_lazy("doctor", "run_doctor"))
-    pool = commands.add_parser("pool", help="look at a folder of adapters, or add one to it")
-    inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check,add}")
-    for name, text in (("list", "names, ranks and targets"), ("check", "read every adapter and say what does not fit")):
-        parser = inner.add_parser(name, help=text)
-        parser.add_argument("folder")
-        parser.set_defaults(run=_lazy("information", f"run_pool_{name}"))
-    parser = inner.add_parser("add", help="check a PEFT LoRA folder, copy it into the pool and list it in pool.json")
-    parser.add_argument("folder", help="the pool; made if it does not exist")
-    parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
-    parser.add_argument("--name", help="name of the expert, which is the name of its task (default: the folder's)")
-    parser.set_defaults(run=_lazy("information", "run_pool_add"))
+    pool_commands(commands, _lazy)
 
 
 def _generation(commands: Any) -> None:
@@ -166,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     _evaluation(commands)
     _reports(commands)
+    _benchmarks(commands)
     _information(commands)
     _generation(commands)
     return parser
@@ -184,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DLPLoRAError as error:
         print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"dlplora: error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2

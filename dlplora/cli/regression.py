@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import ConfigError
 from dlplora.reporting import goldens
-from dlplora.reporting.store import write_atomically
 
 
 def _observe(arguments: argparse.Namespace) -> dict[str, Any]:

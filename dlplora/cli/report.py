@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import DLPLoRAError, RecordError
 from dlplora.reporting import store, tables
-from dlplora.reporting.samples import TaskOutcomes
+from dlplora.reporting.groups import Group, group, latest
 from dlplora.reporting.schema import Record, json_schema
-
-
-def _loader(root: Path) -> Callable[[Record], dict[str, TaskOutcomes] | None]:
-    return lambda record: store.load_samples(store.record_path(record, root), record)
+from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
 
 def _require_results(root: Path, suite: str | None = None) -> None:
@@ -32,20 +32,69 @@ def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
     return records, problems
 
 
-def run_build(arguments: argparse.Namespace) -> int:
-    """Rewrite tables, or with ``--check`` say which are stale; exit 1 if any is, or if a record is damaged.
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Keep what is loaded out of garbage collection: statsmodels and matplotlib collect at every turn, and would search it each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
-    The README of the working directory belongs to its own results and nano; others touch it only when it is named.
-    """
+
+def _groups(records: Sequence[Record], reader: store.OutcomeReader, problems: list[str]) -> list[Group]:
+    """Records in groups; one whose outcomes are damaged is named and left out."""
+    sound = []
+    for record in latest(records):
+        try:
+            store.check_samples(store.record_path(record, reader.root), record)
+        except RecordError as error:
+            problems.append(str(error))
+            print(f"dlplora: error: {error}", file=sys.stderr)
+        else:
+            sound.append(record)
+    return group(sound, reader)
+
+
+def _build(arguments: argparse.Namespace, suite: str, groups: Sequence[Group], check: bool = False) -> list[Path]:
+    """The README of the working directory belongs to its own results and nano; others touch it only when it is named."""
+    root = Path(arguments.out)
+    readme = Path(arguments.readme or "README.md")
+    own = (arguments.readme is not None and suite == arguments.suite) or (root == store.RESULTS and suite == "nano")
+    return tables.build([], suite, root, readme if own and readme.is_file() else None, check=check, groups=groups)
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Rewrite tables, or with ``--check`` say which are stale; exit 1 if any is, or if a record is damaged."""
     root = Path(arguments.out)
     _require_results(root, arguments.suite)
     records, problems = _load(arguments)
-    readme = Path(arguments.readme or "README.md")
-    own = arguments.readme is not None or (root == store.RESULTS and arguments.suite == "nano")
-    stale = tables.build(records, arguments.suite, root, readme if own and readme.is_file() else None, check=arguments.check)
+    groups = _groups(records, store.OutcomeReader(root), problems)
+    with _settled():
+        stale = _build(arguments, arguments.suite, groups, arguments.check)
     for path in stale:
         print(f"{'stale' if arguments.check else 'wrote'} {path}")
     return 1 if problems or (arguments.check and stale) else 0
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Tables, figures and page of every suite, from records read once."""
+    from dlplora.reporting.latency_figures import draw_latency
+
+    root = Path(arguments.out)
+    _require_results(root)
+    reader = store.OutcomeReader(root)
+    records, problems = _all_records(root)
+    groups = _groups(records, reader, problems)
+    with _settled():
+        for suite in dict.fromkeys(one.suite for one in groups):
+            own = [one for one in groups if one.suite == suite]
+            for path in [*_build(arguments, suite, own), *_draw(own, reader, _sweeps(suite, root, problems))]:
+                print(f"wrote {path}")
+        for path in draw_latency(root / "bench", root / "figures"):
+            print(f"wrote {path}")
+        _write_page(root / "index.html", groups, reader, problems)
+    return 1 if problems else 0
 
 
 def run_list(arguments: argparse.Namespace) -> int:
@@ -58,30 +107,69 @@ def run_list(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _all_records(root: Path) -> tuple[list[Record], list[str]]:
+    records, problems = store.load_all(root)
+    for problem in problems:
+        print(f"dlplora: error: {problem}", file=sys.stderr)
+    return records, problems
+
+
+def _sweeps(suite: str, root: Path, problems: list[str]) -> list[SweepFile]:
+    found, wrong = load_sweeps(suite, root)
+    for problem in wrong:
+        print(f"dlplora: error: {problem}", file=sys.stderr)
+    problems += wrong
+    return found
+
+
+def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence[SweepFile]) -> list[Path]:
+    """Figures of one suite; where it has several backbones, each has its own."""
+    from dlplora.reporting.drawing import write_figures
+    from dlplora.reporting.figures import figures
+
+    written = []
+    for number, one in enumerate(groups):
+        drawn = figures(one.records, reader, () if number else sweeps)
+        written += write_figures(drawn, reader.root / "figures", one.slug if len(groups) > 1 else one.suite)
+    return written
+
+
 def run_figures(arguments: argparse.Namespace) -> int:
-    """Draw every figure the records have numbers for."""
-    from dlplora.reporting.figures import draw
+    """Draw every figure the records and sweeps have numbers for."""
+    from dlplora.reporting.latency_figures import draw_latency
 
     root = Path(arguments.out)
     _require_results(root, arguments.suite)
     records, problems = _load(arguments)
-    for path in draw(tables.latest(records), _loader(root), root / "figures", arguments.suite):
-        print(f"wrote {path}")
+    reader = store.OutcomeReader(root)
+    groups = _groups(records, reader, problems)
+    with _settled():
+        drawn = _draw(groups, reader, _sweeps(arguments.suite, root, problems))
+        for path in [*drawn, *draw_latency(root / "bench", root / "figures")]:
+            print(f"wrote {path}")
     return 1 if problems else 0
+
+
+def _write_page(target: Path, groups: Sequence[Group], reader: store.OutcomeReader, problems: list[str]) -> None:
+    from dlplora.reporting.html import page
+
+    sweeps = {suite: _sweeps(suite, reader.root, problems) for suite in {one.suite for one in groups}}
+    drawn_here = tuple(f"{one.suite}_" for one in groups)
+    files = sorted(path for path in (reader.root / "figures").glob("*.svg") if not path.stem.startswith(drawn_here))
+    others = {path.stem.replace("_", " "): path.read_text(encoding="utf-8") for path in files}
+    write_atomically(target, page(groups, reader, _test_items, sweeps, others))
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 
 def run_html(arguments: argparse.Namespace) -> int:
     """Write the page of all suites."""
-    from dlplora.reporting.html import page
-
     root = Path(arguments.out)
     _require_results(root)
-    records, problems = store.load_all(root)
-    for problem in problems:
-        print(f"dlplora: error: {problem}", file=sys.stderr)
-    target = Path(arguments.page) if arguments.page else root / "index.html"
-    store.write_atomically(target, page(records, _loader(root), _test_items))
-    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    records, problems = _all_records(root)
+    reader = store.OutcomeReader(root)
+    groups = _groups(records, reader, problems)
+    with _settled():
+        _write_page(Path(arguments.page) if arguments.page else root / "index.html", groups, reader, problems)
     return 1 if problems else 0
 
 
@@ -117,7 +205,7 @@ def run_validate(arguments: argparse.Namespace) -> int:
     records, problems = _load(arguments)
     for record in records:
         try:
-            _loader(Path(arguments.out))(record)
+            store.load_samples(store.record_path(record, Path(arguments.out)), record)
         except RecordError as error:
             problems.append(str(error))
             print(f"dlplora: error: {error}", file=sys.stderr)

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_atomically
 from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.errors import ConfigError
 from dlplora.evaluation.setting import NANO, Setting
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import build_method, load_method_spec, resolved_params
 from dlplora.modules.pool import MANIFEST_NAME, write_manifest
-from dlplora.reporting.store import write_atomically
 
 RECIPE = "recipe.json"
 CONFIGS = {"pool": "experts", "multitask": "multitask", "router": "router"}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from dlplora.tasks import lm_eval_dir
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
 NO_FILTER = ",none"
@@ -55,9 +56,38 @@ def fast_task_manager(include_path: str | Path | Sequence[str | Path] = (), meta
     return TaskManager(include_path=[lm_eval_dir(), *extra], include_defaults=False, metadata=dict(metadata) if metadata else None)
 
 
+@contextmanager
+def without_environment_report() -> Iterator[None]:
+    """While open, lm-eval does not list the machine's packages behind its results: seconds of ``pip list``, which nobody here reads."""
+    from lm_eval import evaluator
+
+    original = evaluator.add_env_info
+    evaluator.add_env_info = lambda storage: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = original
+
+
+def _no_tasks() -> TaskManager:
+    """A task manager for tasks that are built already; it reads no folder."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
+
+
+def load_tasks(task_names: Sequence[str], manager: TaskManager) -> list[Task]:
+    """The named tasks, built; several evaluations may use the same objects, one after the other.
+
+    Raises:
+        TaskError: If a task is unknown, or none is given.
+    """
+    return list(manager.load(_matching(task_names, manager))["tasks"].values())
+
+
 def evaluate(
     lm: LM,
-    task_names: Sequence[str],
+    task_names: Sequence[str] | Sequence[Task],
     *,
     limit: int | None = None,
     num_fewshot: int | None = 0,
@@ -75,7 +105,7 @@ def evaluate(
 
     Args:
         lm: The model, usually a ``DLPLoRALM``.
-        task_names: Names of tasks, groups or tags known to ``task_manager``; ``*`` matches any text.
+        task_names: Names of tasks, groups or tags known to ``task_manager``; ``*`` matches any text. Or tasks that ``load_tasks`` built.
         limit: Questions a task, None for all.
         num_fewshot: Examples in the prompt; None leaves each task's own number. A task that fixes 0 keeps it.
         batch_size: Sets the model's batch size; None keeps it.
@@ -90,14 +120,17 @@ def evaluate(
     """
     from lm_eval.evaluator import simple_evaluate
 
-    manager = fast_task_manager() if task_manager is None else task_manager
-    tasks = _matching(task_names, manager)
+    given = list(task_names)
+    built = bool(given) and not any(isinstance(task, str) for task in given)
+    manager = _no_tasks() if built else fast_task_manager() if task_manager is None else task_manager
+    tasks: list[Any] = given if built else _matching([str(name) for name in given], manager)
     if batch_size is not None:
         lm.batch_size_per_gpu = batch_size if batch_size == "auto" else int(batch_size)  # type: ignore[attr-defined]
-    with redirect_stdout(sys.stderr):  # the harness prints notes; standard output belongs to the caller
+    # the harness prints notes; standard output belongs to the caller
+    with redirect_stdout(sys.stderr), without_environment_report():
         raw = simple_evaluate(
             model=lm,
-            tasks=list(tasks),
+            tasks=tasks,
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=batch_size,

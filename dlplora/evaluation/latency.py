@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
+from dlplora.inference.loading import read_backbone, resolve_backbone
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ class LatencyResult:
         return record | {"ttft_ratio": self.ttft_ratio, "tpot_ratio": self.tpot_ratio}
 
 
-def load_peft_reference(pretrained: str | Path, adapter: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_peft_reference(
+    pretrained: str | Path, adapter: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **loading: Any
+) -> Any:
     """The backbone with one PEFT adapter, base and adapter in the same dtype.
 
     PEFT casts bfloat16 adapters up to float32 unless told otherwise, which would make the reference slower than it is.
@@ -94,12 +97,16 @@ def load_peft_reference(pretrained: str | Path, adapter: str | Path, *, dtype: t
     Args:
         pretrained: Folder or hub id of the backbone.
         adapter: PEFT folder.
+        loading: Revision, quantisation and what else ``read_backbone`` takes; the same as for the model it is compared with.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(str(pretrained), dtype=dtype)
-    return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).to(device=device, dtype=dtype).eval()
+    base, _ = read_backbone(resolve_backbone(pretrained), dtype, device, **loading)
+    adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.to(device=device, dtype=dtype)
+    return adapted.eval()
 
 
 def measure_decode_ratio(
@@ -147,8 +154,8 @@ def measure_decode_ratio(
     with torch.inference_mode():
         for index in range(warmup + repeats):
             order = list(turns) if index % 2 == 0 else list(reversed(turns))
-            measured = {name: _time_generation(turns[name], ids.shape[1] + new_tokens, model.device) for name in order}
-            planning_s = _time(lambda: model.plan(prompts), model.device)
+            measured = {name: time_generation(turns[name], ids.shape[1] + new_tokens, model.device) for name in order}
+            planning_s = time_call(lambda: model.plan(prompts), model.device)
             if index >= warmup:
                 router_s.append(planning_s)
                 for name, pair in measured.items():
@@ -164,12 +171,12 @@ def measure_decode_ratio(
         batch_size=ids.shape[0],
         warmup=warmup,
         device=str(model.device),
-        dtype=str(_dtype(model.model)).removeprefix("torch."),
+        dtype=str(dtype_of(model.model)).removeprefix("torch."),
         backend=str(model.backend),
     )
 
 
-class _Clock(StoppingCriteria):
+class TokenClock(StoppingCriteria):
     """Notes when each token was there; never stops."""
 
     def __init__(self, device: torch.device) -> None:
@@ -177,15 +184,24 @@ class _Clock(StoppingCriteria):
         self.stamps: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        _synchronize(self.device)
+        synchronize(self.device)
         self.stamps.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _time_generation(generate: Callable[..., Tensor], expected_width: int, device: torch.device) -> tuple[float, float]:
-    """(TTFT, TPOT) of one call, s."""
-    clock = _Clock(device)
-    _synchronize(device)
+def time_generation(generate: Callable[..., Tensor], expected_width: int, device: torch.device) -> tuple[float, float]:
+    """(TTFT, TPOT) of one call, s.
+
+    Args:
+        generate: Takes ``stopping_criteria`` and returns the prompt with exactly the tokens asked for.
+        expected_width: Tokens of both together.
+        device: Where it runs.
+
+    Raises:
+        GenerationError: If another number of tokens came, so that times would not compare.
+    """
+    clock = TokenClock(device)
+    synchronize(device)
     start = time.perf_counter()
     output = generate(stopping_criteria=StoppingCriteriaList([clock]))
     if output.shape[1] != expected_width:
@@ -193,22 +209,25 @@ def _time_generation(generate: Callable[..., Tensor], expected_width: int, devic
     return clock.stamps[0] - start, (clock.stamps[-1] - clock.stamps[0]) / (len(clock.stamps) - 1)
 
 
-def _time(call: Callable[[], Any], device: torch.device) -> float:
-    _synchronize(device)
+def time_call(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, until the device has finished."""
+    synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until everything given to the device is done; a CPU is never behind."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _dtype(model: Any) -> torch.dtype:
+def dtype_of(model: Any) -> torch.dtype:
+    """Dtype of a model's first floating-point parameter."""
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
@@ -219,7 +238,7 @@ def _check(model: FusedCausalLM, reference: Any, input_ids: Tensor, new_tokens: 
         raise ConfigError(f"input_ids must be (rows, tokens), got shape {tuple(input_ids.shape)}.")
     if input_ids.shape[1] + new_tokens > model.max_length:
         raise GenerationError(f"{input_ids.shape[1]} prompt and {new_tokens} new tokens exceed the model's {model.max_length}.")
-    ours = _dtype(model.model)
+    ours = dtype_of(model.model)
     theirs = {parameter.dtype for parameter in reference.parameters() if parameter.is_floating_point()}
     if theirs != {ours}:
         found = ", ".join(sorted(str(dtype) for dtype in theirs))

@@ -32,6 +32,34 @@ def accelerator_if_launched(device: str | None) -> Any:
     return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """End the process group at the end of the block, if one was begun by then: gloo's threads must not outlive the interpreter.
+
+    After success all processes wait for each other, since a peer may still be in the last collective. After an error nobody waits: the
+    others may never arrive, and the launcher ends them.
+    """
+    succeeded = False
+    try:
+        yield
+        succeeded = True
+    finally:
+        _end_process_group(wait=succeeded)
+
+
+def _end_process_group(*, wait: bool) -> None:
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if wait:
+        dist.barrier()
+    dist.destroy_process_group()
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would hand the ended group to the next accelerator
+
+
 def usable_device(name: str | None) -> torch.device:
     """The named device, or the one that is there: lm-eval says ``cuda:0`` on every machine.
 

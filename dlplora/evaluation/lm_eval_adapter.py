@@ -18,9 +18,9 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -29,23 +29,37 @@ from lm_eval.models.huggingface import HFLM, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
+from dlplora.evaluation.answer_form import AnswerForm, Form, form_of, require_whole
+from dlplora.evaluation.gate_statistics import GateWatch
 from dlplora.evaluation.launch import accelerator_if_launched, usable_device, without_messages
-from dlplora.evaluation.model_args import ModelArgs, parse_model_args
+from dlplora.evaluation.model_args import ModelArgs, load_model, parse_model_args
+from dlplora.evaluation.reading import Reader, Readings, answers, batches_of, decide_sharing, questions_of, read_plainly, read_questions
 from dlplora.evaluation.routing_statistics import COUNTERS, RoutingStatistics, summarize
-from dlplora.evaluation.scoring import GenerationSettings, Prompt, ScoringRequest, Side, StopTexts, options_key, pad_rows
+from dlplora.evaluation.scoring import (
+    GenerationSettings,
+    Prompt,
+    ScoringRequest,
+    Side,
+    StopTexts,
+    options_key,
+    pad_rows,
+    question_of,
+    task_of,
+)
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.lm_eval import CACHE_REFUSAL
-from dlplora.tasks.local import ENV_ROOT
-from dlplora.tasks.suite import Item, get_suite
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-SUITE_PREFIX = re.compile(r"^dlplora_[a-z0-9]+_")
+PLANNED_TOGETHER = 64
+"""Prompts that a router reads in one batch; small inputs, so the memory of the backbone's batch is no guide."""
+TEXTS_KEPT = 100_000
+"""Texts whose tokens are remembered, contexts and contexts with an option: enough for a matrix of some thousand questions."""
 MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
 """What the parent says of a model built outside it; none of it applies to one built here."""
 
@@ -67,8 +81,8 @@ class DLPLoRALM(HFLM):
         accelerator = accelerator_if_launched(self.model_args.device)
         if fused is None:
             device = accelerator.device if accelerator else usable_device(self.model_args.device)
-            fused = _load(self.model_args, device)
-        elif self.model_args != ModelArgs():
+            fused = load_model(self.model_args, device)
+        elif dataclasses.replace(self.model_args, share_prefix="auto") != ModelArgs():
             raise ConfigError("give either a fused model or the arguments to build one, not both.")
         with without_messages(MISLEADING_NOTICES, "lm_eval.models.huggingface"):
             super().__init__(pretrained=fused.model, tokenizer=fused.tokenizer, backend="causal", **harness)
@@ -79,11 +93,15 @@ class DLPLoRALM(HFLM):
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.encodings: dict[Any, array[int]] = {}
+        """Texts tokenised so far; may be handed on to the next model with the same tokenizer."""
         self._plans: dict[Any, Tensor | None] = {}
         self._cut: set[Any] = set()
         self._task_names: list[str | None] | None = None
         self._questions: list[tuple[str, int]] | None = None
         self.statistics = RoutingStatistics(fused.bank.names)
+        self._watched = GateWatch(fused.patched.layers, self.statistics).over
+        self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused.model)
         self._totals: dict[str, float] | None = None
 
     @classmethod
@@ -107,17 +125,36 @@ class DLPLoRALM(HFLM):
             raise ConfigError(CACHE_REFUSAL)
         super().set_cache_hook(cache_hook)
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kw: Any) -> list[int]:
+        """The parent's tokens; a text is tokenised once, though lm-eval asks for a context with every option."""
+        key = (string, add_special_tokens, self.add_bos_token, left_truncate_len)
+        found = self.encodings.get(key)
+        if found is None:
+            found = array("l", super().tok_encode(string, add_special_tokens, left_truncate_len, **kw))
+            if len(self.encodings) < TEXTS_KEPT:
+                self.encodings[key] = found
+        return found.tolist()
+
     # ------------------------------------------------------------------ routing
 
     def _plan(self, prompt: Prompt) -> Tensor | None:
         """Weights (E,) of one prompt, or None if gates decide; made once per prompt and task."""
         if prompt.key not in self._plans:
-            state = self.fused.plan(self._prompt_batch([prompt]))
-            weights = None if state is None else state.weights[0]
-            if weights is not None:
-                self.statistics.add_plan(weights, prompt.task)
-            self._plans[prompt.key] = weights
+            self._plan_all([prompt])
         return self._plans[prompt.key]
+
+    def _plan_all(self, prompts: Iterable[Prompt]) -> None:
+        """Plan the prompts that have no plan yet, in batches of like length, whatever their tasks."""
+        new = sorted({prompt.key: prompt for prompt in prompts if prompt.key not in self._plans}.values(), key=lambda one: len(one.ids))
+        for start in range(0, len(new), PLANNED_TOGETHER):
+            batch = new[start : start + PLANNED_TOGETHER]
+            with torch.no_grad():
+                state = self.fused.plan(self._prompt_batch(batch))
+            for row, prompt in enumerate(batch):
+                weights = None if state is None else state.weights[row]
+                if weights is not None:
+                    self.statistics.add_plan(weights, prompt.task)
+                self._plans[prompt.key] = weights
 
     def _prompt_batch(self, prompts: Sequence[Prompt], side: Side = "right") -> PromptBatch:
         ids, mask = pad_rows([prompt.ids for prompt in prompts], self._pad_id, side, self.device)
@@ -137,9 +174,9 @@ class DLPLoRALM(HFLM):
             self._cut.add(prompt.key)
             self.statistics.count("truncated")
 
-    def _bound(self, plans: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
+    def _bound(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
         """Bind the plans of the rows of a batch; nothing to bind where gates decide."""
-        rows = [plan for plan in plans if plan is not None]
+        rows = [plan for plan in map(self._plan, prompts) if plan is not None]
         return self.fused.routing(torch.stack(rows)) if rows else nullcontext()
 
     def _autocast(self) -> torch.autocast:
@@ -160,19 +197,12 @@ class DLPLoRALM(HFLM):
             gathered = self.all_gather(self.statistics.as_tensor(self.device)).view(-1, len(COUNTERS)).sum(dim=0)
             self._totals = dict(zip(COUNTERS, gathered.tolist(), strict=True))
 
-    def _task_of(self, request: Instance) -> str | None:
-        """The name of the request's task, by the rule in the module docstring."""
-        named = str(request.task_name) if request.task_name else None
-        candidates = [request.doc.get("task") if isinstance(request.doc, Mapping) else None, named and SUITE_PREFIX.sub("", named), named]
-        given = [name for name in candidates if isinstance(name, str)]
-        return next((name for name in given if name in self.fused.bank.names), given[0] if given else None)
-
     # ------------------------------------------------------------------ scoring
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
-        self._task_names = [self._task_of(request) for request in requests]
-        self._questions = [_question(request) for request in requests]
+        self._task_names = [task_of(request, self.fused.bank.names) for request in requests]
+        self._questions = [question_of(request) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
@@ -190,11 +220,11 @@ class DLPLoRALM(HFLM):
             if len(context) + len(continuation) > self.max_length + 1:
                 self._note_cut(Prompt(tuple(context), task))
             units.append(ScoringRequest(tuple(context), tuple(continuation), prompt))
-        answers = self._score(units, disable_tqdm=disable_tqdm, batch_size=override_bs)
+        found = self._score(units, disable_tqdm=disable_tqdm, batch_size=override_bs)
         for question, unit in zip(self._questions or (), units, strict=False):
             self.statistics.add_route(question, self._plan(unit.prompt))
         self._share_statistics()
-        return answers
+        return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts; the plan of a text is made from its first window."""
@@ -203,7 +233,9 @@ class DLPLoRALM(HFLM):
         for index, request in enumerate(requests):
             (text,) = request.args
             tokens = self.tok_encode(text)
-            prompt = Prompt(tuple(tokens[: self.max_length]), self._task_of(request), text if len(tokens) <= self.max_length else None)
+            prompt = Prompt(
+                tuple(tokens[: self.max_length]), task_of(request, self.fused.bank.names), text if len(tokens) <= self.max_length else None
+            )
             windows = get_rolling_token_windows(tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
             for context, continuation in map(make_disjoint_window, windows):
                 owners.append(index)
@@ -222,42 +254,53 @@ class DLPLoRALM(HFLM):
                 raise GenerationError(f"a continuation of {length} tokens cannot be scored; allowed are 1 to {self.max_length}.")
             groups.setdefault(request.forward_key, []).append(index)
         units = sorted((requests[members[0]] for members in groups.values()), key=lambda unit: unit.sort_key)
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        self._plan_all(unit.prompt for unit in units)
+        self.batch_sizes: dict[int, int] = {}
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests") as progress:
-            for batch in self._batches(units, batch_size):
-                for unit, logprobs in zip(batch, self._continuation_logprobs(batch), strict=True):
-                    members = groups[unit.forward_key]
-                    for index in members:
-                        answers[index] = _answer(logprobs, requests[index].continuation)
-                    progress.update(len(members))
-        return answers
+            for readings in self._readings(units, batch_size):
+                logprobs = torch.log_softmax(readings.logits, dim=-1, dtype=self.softmax_dtype)
+                members = [groups[unit.forward_key] for unit in readings.units]
+                owners = [index for group in members for index in group]
+                places = [place for place, group in zip(readings.places, members, strict=True) for _ in group]
+                values = answers(logprobs, places, [requests[index].continuation for index in owners])
+                for index, value in zip(owners, values, strict=True):
+                    found[index] = value
+                progress.update(len(owners))
+        return found
 
-    def _continuation_logprobs(self, batch: list[ScoringRequest]) -> list[Tensor]:
-        """One forward pass; log-probabilities at the positions of each continuation, (len(continuation), V)."""
-        windows = [request.window(self.max_length) for request in batch]
-        ids, mask = pad_rows(windows, self._pad_id, "right", self.device)
-        plans = [self._plan(request.prompt) for request in batch]
-        with torch.no_grad(), self._autocast(), self._bound(plans):
-            logits = self.fused(input_ids=ids, attention_mask=mask).logits  # (B, T, V)
-        scored = []
-        for row, (request, window) in enumerate(zip(batch, windows, strict=True)):
-            here = logits[row, len(window) - len(request.continuation) : len(window)]
-            scored.append(torch.log_softmax(here, dim=-1, dtype=self.softmax_dtype))
-        return scored
+    @torch.no_grad()
+    def _readings(self, units: list[ScoringRequest], batch_size: int | None) -> Iterator[Readings]:
+        """Logits for all units, batch by batch: behind shared contexts where that is possible, else the plain way."""
+        reader = Reader(self.fused.model, self._bound, self._watched, self._pad_id, self.device, self.max_length)
+        shared = [unit for unit in units if self._shares_prefix and unit.reads_prompt and unit.num_read <= self.max_length]
+        together = {id(unit) for unit in shared}
+        if shared:
+            for questions in batches_of(questions_of(shared), self._size_at(shared, 0, batch_size, [])):
+                with self._autocast():
+                    yield read_questions(reader, questions)
+        for batch in self._batches([unit for unit in units if id(unit) not in together], batch_size):
+            with self._autocast():
+                yield read_plainly(reader, batch)
 
     def _batches(self, units: list[ScoringRequest], batch_size: int | None = None) -> Iterator[list[ScoringRequest]]:
         """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as it was told to."""
-        size = batch_size or self.batch_size
-        pairs = [(None, list(unit.context), list(unit.continuation)) for unit in units] if size == "auto" else []
-        self.batch_sizes: dict[int, int] = {}
+        pairs: list[Any] = []
         start = 0
         while start < len(units):
-            now = size
-            if size == "auto":
-                enough = len(units) >= self.batch_schedule
-                now = self._batch_scheduler(start, pairs) if enough else self._detect_batch_size(pairs, start)
-            yield units[start : start + int(now)]
-            start += int(now)
+            now = self._size_at(units, start, batch_size, pairs)
+            yield units[start : start + now]
+            start += now
+
+    def _size_at(self, units: list[ScoringRequest], start: int, batch_size: int | None, pairs: list[Any]) -> int:
+        """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units as the parent wants them, once it was asked."""
+        size = batch_size or self.batch_size
+        if size != "auto":
+            return int(size)
+        if not pairs:
+            pairs.extend((None, list(unit.context), list(unit.continuation)) for unit in units)
+        enough = len(units) >= self.batch_schedule
+        return int(self._batch_scheduler(start, pairs) if enough else self._detect_batch_size(pairs, start))
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for the parent's batch size detection, the only caller: every row with weights of its own."""
@@ -270,7 +313,7 @@ class DLPLoRALM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text generated for each prompt, up to its first stop text; rows are routed, and re-routed, on their own."""
-        answers = [""] * len(requests)
+        texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(options_key(request.args[1]), []).append(index)
@@ -280,15 +323,16 @@ class DLPLoRALM(HFLM):
             for members in groups.values():
                 settings = GenerationSettings.parse(requests[members[0]].args[1], default_max_new_tokens=self.max_gen_toks, eos=eos)
                 prompts = {index: self._generation_prompt(requests[index], settings) for index in members}
+                self._plan_all(prompts.values())
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
                 for start in range(0, len(order), size):
                     rows = order[start : start + size]
-                    questions = [_question(requests[index]) for index in rows]
-                    for index, answer in zip(rows, self._generate([prompts[index] for index in rows], settings, questions), strict=True):
-                        answers[index] = answer
+                    questions, forms = [question_of(requests[i]) for i in rows], [form_of(requests[i].doc) for i in rows]
+                    for index, answer in zip(rows, self._generate([prompts[i] for i in rows], settings, questions, forms), strict=True):
+                        texts[index] = answer
                     progress.update(len(rows))
         self._share_statistics()
-        return answers
+        return texts
 
     def _generation_prompt(self, request: Instance, settings: GenerationSettings) -> Prompt:
         room = self.max_length - settings.max_new_tokens
@@ -298,15 +342,19 @@ class DLPLoRALM(HFLM):
                 "Lower max_gen_toks (--gen_kwargs max_gen_toks=N)."
             )
         context = request.args[0]
-        return self._prompt(self.tok_encode(context) or [self.prefix_token_id], context, self._task_of(request), room)
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        require_whole(request.doc, len(ids), room, settings.max_new_tokens)
+        return self._prompt(ids, context, task_of(request, self.fused.bank.names), room)
 
-    def _generate(self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]]) -> list[str]:
+    def _generate(
+        self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]], forms: Sequence[Form]
+    ) -> list[str]:
         batch = self._prompt_batch(prompts, side="left")
         width = batch.input_ids.shape[1]
         trace: list[dict[str, Any]] = []
         for prompt, question in zip(prompts, questions, strict=True):
             self.statistics.add_route(question, self._plan(prompt))  # a plan is counted once per prompt
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._watched(prompts, batch.attention_mask):
             tokens = self.fused.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -315,6 +363,7 @@ class DLPLoRALM(HFLM):
                 max_new_tokens=settings.max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([StopTexts(self.tokenizer, settings.until, width)]),
                 pad_token_id=self._pad_id,
+                logits_processor=LogitsProcessorList([AnswerForm(forms, self.tokenizer, width)] if any(forms) else []),
                 use_cache=True,
                 **settings.options,
             )
@@ -343,49 +392,9 @@ class DLPLoRALM(HFLM):
             "dlplora_bank_sha256": self.fused.bank.checksum(),
             "dlplora_backend": self.fused.backends_used(),
             "dlplora_routing": self.routing_statistics(),
+            "dlplora_contexts": self.prefix_note,
         }
 
     def close(self) -> None:
         """Restore the backbone."""
         self.fused.close()
-
-
-def _question(request: Instance) -> tuple[str, int]:
-    """lm-eval's name of the request's task, and the index of its question."""
-    return str(request.task_name), int(request.doc_id or 0)
-
-
-def _answer(logprobs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Sum of the log-probabilities (T, V) of a continuation, and whether each of its tokens is the likeliest."""
-    tokens = torch.tensor(continuation, dtype=torch.long, device=logprobs.device)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    return float(chosen.sum()), bool((logprobs.argmax(dim=-1) == tokens).all())
-
-
-def _load(args: ModelArgs, device: torch.device) -> FusedCausalLM:
-    return FusedCausalLM.from_pretrained(
-        args.pretrained,
-        pool=args.pool,
-        method=args.method,
-        router=args.router,
-        multitask=args.multitask,
-        method_params=args.method_params or None,
-        artifacts=args.artifacts | ({"trained": args.trained} if args.trained else {}),
-        dtype=args.dtype,
-        device=device,
-        backend=args.backend,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        names=args.names,
-        seed=args.seed,
-        few_shot=_training_items(args.pool),
-    )
-
-
-def _training_items(pool: str | None) -> Callable[[str, int], Sequence[Item]] | None:
-    """Where methods that need examples of a task find them: the nano suite for its own pool, else the rows under ``DLPLORA_DATA``."""
-    if pool is None:
-        return lambda task, num: get_suite("nano").task(task).items("train", num)
-    if os.environ.get(ENV_ROOT):
-        return lambda task, num: get_suite(f"local:{task}").task(task).items("train", num)
-    return None

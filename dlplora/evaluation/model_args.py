@@ -1,4 +1,4 @@
-"""What may stand in ``--model_args`` of ``lm_eval --model dlplora``, parsed strictly.
+"""What may stand in ``--model_args`` of ``lm_eval --model dlplora``, parsed strictly, and the model it describes.
 
 lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already
 converted. Settings of the method are given as dotted keys, ``method.p=0.6``, or as one mapping,
@@ -9,12 +9,20 @@ converted. Settings of the method are given as dotted keys, ``method.p=0.6``, or
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dlplora.config import build
 from dlplora.errors import ConfigError, nearest
+from dlplora.tasks.local import ENV_ROOT
+from dlplora.tasks.suite import Item, get_suite
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlplora.inference.fused_model import FusedCausalLM
 
 METHOD_PREFIX = "method."
 ARTIFACT_PREFIX = "artifact."
@@ -65,8 +73,27 @@ class ModelArgs:
     """Revision of the backbone on the hub."""
     seed: int = 0
     """Seed of methods that draw random numbers."""
+    share_prefix: Literal["auto", "always", "never"] = "auto"
+    """Whether the options of a question share one reading of their context. ``auto``: where the backbone's cache allows it."""
     trust_remote_code: bool = False
     """Whether the backbone's repository may run its own code."""
+    load_in_4bit: bool = False
+    """Load the backbone in 4 bits with bitsandbytes."""
+    load_in_8bit: bool = False
+    """Load the backbone in 8 bits with bitsandbytes."""
+    bnb_4bit_quant_type: str = "nf4"
+    """``nf4`` or ``fp4``."""
+    bnb_4bit_compute_dtype: str | None = None
+    """Dtype of 4-bit products; None takes ``dtype``."""
+    bnb_4bit_use_double_quant: bool = False
+    """Whether the scales of 4-bit blocks are quantised too."""
+    attn_implementation: str | None = None
+    """Attention of transformers; None leaves the choice to transformers."""
+
+    def loading(self) -> dict[str, Any]:
+        """What the backbone's loader is asked for besides its name and dtype."""
+        keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
 
 
 def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, Any]]:
@@ -104,7 +131,7 @@ def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, An
     chosen = _chosen_names(model)
     if chosen is not None:
         model["names"] = chosen
-    for key in ("method", "pretrained", "pool", "router", "multitask", "trained", "revision", "device", "dtype"):
+    for key in ("method", "pretrained", "pool", "router", "multitask", "trained", "revision", "device", "dtype", "bnb_4bit_compute_dtype"):
         if key in model:
             model[key] = str(model[key]).removeprefix("torch.")  # lm-eval turns a folder named 42 into a number
     return build(ModelArgs, model, "--model_args"), harness
@@ -139,3 +166,34 @@ def _chosen_names(model: dict[str, Any]) -> tuple[str, ...] | None:
     if not all(names):
         raise ConfigError(f"--model_args: names must be experts joined by '+', like names=alpha+beta, got {value!r}.")
     return names
+
+
+def load_model(args: ModelArgs, device: torch.device) -> FusedCausalLM:
+    """The model that the arguments describe."""
+    from dlplora.inference.fused_model import FusedCausalLM
+
+    return FusedCausalLM.from_pretrained(
+        args.pretrained,
+        pool=args.pool,
+        method=args.method,
+        router=args.router,
+        multitask=args.multitask,
+        method_params=args.method_params or None,
+        artifacts=args.artifacts | ({"trained": args.trained} if args.trained else {}),
+        dtype=args.dtype,
+        device=device,
+        backend=args.backend,
+        **args.loading(),
+        names=args.names,
+        seed=args.seed,
+        few_shot=_training_items(args.pool),
+    )
+
+
+def _training_items(pool: str | None) -> Callable[[str, int], Sequence[Item]] | None:
+    """Where methods that need examples of a task find them: the nano suite for its own pool, else the rows under ``DLPLORA_DATA``."""
+    if pool is None:
+        return lambda task, num: get_suite("nano").task(task).items("train", num)
+    if os.environ.get(ENV_ROOT):
+        return lambda task, num: get_suite(f"local:{task}").task(task).items("train", num)
+    return None

@@ -10,6 +10,9 @@ from typing import Any
 from dlplora.config import build, config_hash, find_config, load_yaml
 from dlplora.errors import ConfigError
 
+LATER = {"since": 2}
+"""Metadata of settings added after the first records: at their default they are left out, so that old hashes stay what they were."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
@@ -24,9 +27,17 @@ class Protocol:
     backbone: str | None = None
     """Model folder or hub id; null is the embedded nano backbone."""
     revision: str | None = None
-    """Revision of a hub id."""
+    """Revision of a hub id: branch, tag or commit; null is the default branch. Records keep the commit that was loaded."""
     dtype: str = "float32"
     """Dtype of backbone and bank."""
+    load_in_4bit: bool = dataclasses.field(default=False, metadata=LATER)
+    """Load the backbone in 4 bits (NF4, bitsandbytes); products and bank keep ``dtype``."""
+    load_in_8bit: bool = dataclasses.field(default=False, metadata=LATER)
+    """Load the backbone in 8 bits (bitsandbytes)."""
+    attn_implementation: str | None = dataclasses.field(default=None, metadata=LATER)
+    """Attention of transformers: ``eager``, ``sdpa`` or ``flash_attention_2``; null leaves the choice to transformers."""
+    trust_remote_code: bool = dataclasses.field(default=False, metadata=LATER)
+    """Whether Python code of the backbone's repository may run."""
     num_fewshot: int = 0
     """Worked examples in each prompt."""
     batch_size: int = 64
@@ -52,16 +63,24 @@ class Protocol:
                 raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}.")
         if self.num_fewshot < 0 or self.latency_repeats < 0:
             raise ConfigError("'num_fewshot' and 'latency_repeats' cannot be negative.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("'load_in_4bit' and 'load_in_8bit' exclude each other; give one of them.")
         if not self.seeds:
             raise ConfigError("'seeds' must name at least one seed.")
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values."""
-        return dataclasses.asdict(self)
+        """All settings as plain values; those of ``LATER`` only where they are set."""
+        later = {item.name: item.default for item in dataclasses.fields(self) if item.metadata == LATER}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in later or value != later[key]}
 
     def hash(self) -> str:
         """Hash of the settings that decide a run; the list of seeds and the place of the rows are not among them."""
         return config_hash({key: value for key, value in self.resolved().items() if key not in {"seeds", "data_root"}})
+
+    def loading(self) -> dict[str, Any]:
+        """What the backbone's loader is asked for besides its name and dtype."""
+        keys = ("revision", "load_in_4bit", "load_in_8bit", "attn_implementation", "trust_remote_code")
+        return {key: getattr(self, key) for key in keys}
 
 
 def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Protocol:

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dlplora.atomic import write_atomically
 from dlplora.config import config_hash
 from dlplora.data.encoding import encode_pairs
 from dlplora.evaluation.runner import TEST_ITEMS, Run, blank_record, close_after
 from dlplora.reporting.protocols import record_path
 from dlplora.reporting.schema import Record, TaskResult, read_record, to_json
 from dlplora.reporting.statistics import mean_stderr
-from dlplora.reporting.store import RESULTS, write_atomically
+from dlplora.reporting.store import RESULTS
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlplora.evaluation import assets
+from dlplora.evaluation.matrix import Matrix, shared_matrix
 from dlplora.evaluation.protocol import Protocol
 from dlplora.evaluation.runner import Artifacts, Run, execute, finished, prepare
 from dlplora.evaluation.setting import NANO, Setting
 from dlplora.reporting import tables
 from dlplora.reporting.schema import Record, read_record
-from dlplora.reporting.store import RESULTS, load_all, load_samples, record_path
+from dlplora.reporting.store import RESULTS, load_all
 
 METHODS = tables.REFERENCE_ROWS
 SECONDS = {"pool": 600, "router": 45, "evaluate": 25}
@@ -91,6 +92,11 @@ def runs_of(planned: Plan, protocol: Protocol, name: str, folders: Folders, limi
 
 def evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None]) -> list[Record]:
     """Evaluate what has no record yet; returns all records in order."""
+    with shared_matrix() as matrix:
+        return _evaluate_missing(runs, root, say, matrix)
+
+
+def _evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None], matrix: Matrix) -> list[Record]:
     records = []
     for number, run in enumerate(runs, start=1):
         label = f"[{number}/{len(runs)}] {run.spec.name}, seed {run.seed}"
@@ -100,7 +106,7 @@ def evaluate_missing(runs: Sequence[Run], root: Path, say: Callable[[str], None]
             records.append(read_record(known))
             continue
         start = time.perf_counter()
-        path, record = execute(run, root)
+        path, record = execute(run, root, matrix)
         say(f"{label}: {time.perf_counter() - start:.0f} s, {path}")
         records.append(record)
     return records
@@ -115,13 +121,3 @@ def refresh_tables(suite: str, root: Path = RESULTS, readme: Path | None = None)
     """Rewrite tables and README block from all publishable records."""
     records, _ = load_all(root, suite)
     return tables.build(records, suite, root, readme)
-
-
-def draw_figures(suite: str, root: Path = RESULTS) -> list[Path]:
-    """Draw every figure that the publishable records of a suite have numbers for; none without such records."""
-    from dlplora.reporting.figures import draw
-
-    records = tables.latest(load_all(root, suite)[0])
-    if not records:
-        return []
-    return draw(records, lambda record: load_samples(record_path(record, root), record), root / "figures", suite)

@@ -121,7 +121,7 @@ class Job:
     def protocol_name(self) -> str:
         """Of the records: one protocol over several backbones is as many protocols."""
         stem = Path(self.profile.protocol).stem
-        return stem if self.profile.train_backbone else f"{stem}_{self.name}"
+        return stem if self.profile.train_backbone or stem == self.name else f"{stem}_{self.name}"
 
     @property
     def setting(self) -> Setting:

@@ -1,4 +1,4 @@
-"""What a run's routing looked like: counters of plans, and the figures that go into a record.
+"""What a run's routing looked like: counters of plans and of gates, and the figures that go into a record.
 
 Shapes: E experts.
 """
@@ -14,7 +14,9 @@ from dlplora.inference.generation import kept_experts
 
 Question = tuple[str, int]
 """lm-eval's name of a task, and the index of a question in it."""
-COUNTERS = ("plans", "preferring", "judged", "right", "kept", "entropy_nats", "several", "reroutes", "truncated")
+COUNTERS = (
+    "plans", "gated", "preferring", "judged", "right", "kept", "entropy_nats", "several", "massed", "own_share", "reroutes", "truncated",
+)  # fmt: skip
 
 
 class RoutingStatistics:
@@ -22,7 +24,8 @@ class RoutingStatistics:
 
     A prompt is judged right when the expert of largest weight is the one trained on its task; prompts of tasks that no
     expert was trained on are not judged, and a plan of zeros names no expert. A method none of whose plans prefers an expert
-    (no adapter, an average) does not route, and has no accuracy.
+    (no adapter, an average) does not route, and has no accuracy. Where gates decide, a prompt's weights are their means over its
+    tokens and all gates; experts kept, entropy and the share with several experts are means over the same.
 
     Args:
         expert_names: Expert index to name, which is the name of the task it was trained on.
@@ -51,14 +54,32 @@ class RoutingStatistics:
         values = weights.detach().to("cpu", torch.float64)
         kept = int((values != 0).sum())
         self.sums["plans"] += 1
+        self._add(values, values.abs(), task, kept=kept, several=kept > 1, entropy_nats=_entropy_nats(values))
+
+    def add_gates(self, weights: Tensor, sizes: Tensor, task: str | None, *, kept: float, several: float, entropy_nats: float) -> None:
+        """Count what the gates decided on one prompt; all figures are means over its tokens and the gates.
+
+        Args:
+            weights: Routing weights (E,). sizes: Their absolute values (E,), averaged after taking them.
+            task: Name of the prompt's task, if known.
+            kept: Weights that are not zero. several: Share with more than one of those. entropy_nats: Entropy.
+        """
+        self.sums["gated"] += 1
+        self._add(weights, sizes, task, kept=kept, several=several, entropy_nats=entropy_nats)
+
+    def _add(self, values: Tensor, sizes: Tensor, task: str | None, *, kept: float, several: float, entropy_nats: float) -> None:
         self.sums["kept"] += kept
-        self.sums["several"] += kept > 1
-        self.sums["entropy_nats"] += _entropy_nats(values)
+        self.sums["several"] += several
+        self.sums["entropy_nats"] += entropy_nats
         best = int(values.argmax())
         self.sums["preferring"] += int((values == values[best]).sum()) == 1
         if task in self.expert_names:
             self.sums["judged"] += 1
             self.sums["right"] += bool(values[best] > 0) and self.expert_names[best] == task
+            total = float(sizes.sum())
+            if total > 0:
+                self.sums["massed"] += 1
+                self.sums["own_share"] += float(sizes[self.expert_names.index(task)]) / total
 
     def count(self, name: str, by: int = 1) -> None:
         """Raise one of ``COUNTERS``."""
@@ -70,19 +91,23 @@ class RoutingStatistics:
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float | int | None]:
-    """Means over plans, as recorded; None where nothing was measured.
+    """Means over distinct prompts, as recorded; None where nothing was measured.
 
     Returns:
-        ``router_accuracy``, ``mean_experts_kept``, ``mean_entropy_nats``, ``fraction_multi`` (plans with more than one expert),
-        ``num_plans`` (distinct prompts), ``num_reroutes`` (sentence ends that led to a new plan), ``num_truncated_prompts``.
+        ``router_accuracy``, ``mean_experts_kept``, ``mean_entropy_nats``, ``fraction_multi`` (plans, or tokens and gates, with more than
+        one expert), ``own_expert_share`` (of the absolute weights, what the expert of the prompt's task has), ``num_plans`` (prompts with
+        a plan), ``num_gated_prompts`` (prompts that gates decided on), ``num_reroutes`` (sentence ends that led to a new plan),
+        ``num_truncated_prompts``.
     """
-    plans, judged = sums["plans"], sums["judged"]
+    prompts, judged = sums["plans"] + sums["gated"], sums["judged"]
     return {
         "router_accuracy": sums["right"] / judged if judged and sums["preferring"] else None,
-        "mean_experts_kept": sums["kept"] / plans if plans else None,
-        "mean_entropy_nats": sums["entropy_nats"] / plans if plans else None,
-        "fraction_multi": sums["several"] / plans if plans else None,
-        "num_plans": int(plans),
+        "mean_experts_kept": sums["kept"] / prompts if prompts else None,
+        "mean_entropy_nats": sums["entropy_nats"] / prompts if prompts else None,
+        "fraction_multi": sums["several"] / prompts if prompts else None,
+        "own_expert_share": sums["own_share"] / sums["massed"] if sums["massed"] else None,
+        "num_plans": int(sums["plans"]),
+        "num_gated_prompts": int(sums["gated"]),
         "num_reroutes": int(sums["reroutes"]),
         "num_truncated_prompts": int(sums["truncated"]),
     }

@@ -7,7 +7,7 @@ import datetime
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,18 @@ from dlplora.inference.loading import nano_asset, resolve_backbone
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
 from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import load_pool
+from dlplora.modules.pool_hub import find_pool
 from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
 from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
-from dlplora.tasks.export import local_tasks, rows_sha256
+from dlplora.tasks.export import rows_sha256
 from dlplora.tasks.suite import Suite, Task, get_suite
 
 if TYPE_CHECKING:
     from dlplora.evaluation.harness import HarnessResult
     from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+    from dlplora.evaluation.matrix import Matrix
 
 
 TEST_ITEMS = 100
@@ -55,7 +57,7 @@ class Artifacts:
         found: dict[str, Path] = {}
         for role, path in given.items():
             if path is not None:
-                found[role] = Path(path)
+                found[role] = find_pool(path) if role == "pool" else Path(path)
             elif embedded and nano_asset(role).is_dir():
                 found[role] = nano_asset(role)
         return found
@@ -115,9 +117,11 @@ class Run:
         }
 
     def task_version(self, task: Task) -> int | str:
-        """Version of a generated task, checksum of the rows of any other."""
+        """Version of a generated task, checksum of the rows of any other; of composites of local tasks, the hash of all of them."""
         if task.facts:
             return str(task.facts["sha256"])
+        if self.suite.source is not None and any(one.rows for one in self.suite.source.tasks):
+            return config_hash([task.version, *(rows_sha256(self.protocol.data_root, one.name) for one in self.suite.source.tasks)])
         return rows_sha256(self.protocol.data_root, task.name) if task.rows else task.version
 
     def artifact_hashes(self) -> dict[str, str]:
@@ -175,17 +179,22 @@ def finished(run: Run, root: Path = RESULTS) -> Path | None:
     return find_cell(run.cell(), run.seed, run.suite.name, run.spec.name, root, scratch=True)
 
 
-def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
+def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tuple[Path, Record]:
     """Evaluate and write the record; a failure is written to ``scratch`` and raised again.
+
+    Args:
+        run: What to evaluate.
+        root: Results folder.
+        matrix: What this run shares with others; None shares nothing.
 
     Raises:
         DLPLoRAError: What the evaluation raised.
     """
     started = time.perf_counter()
     try:
-        with close_after(run) as lm:
+        with close_after(run, matrix) as lm:
             loaded = time.perf_counter()
-            result = evaluate_run(run, lm)
+            result = evaluate_run(run, lm, matrix)
             evaluated = time.perf_counter()
             latency = measure_latency(run, lm)
             timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
@@ -198,9 +207,11 @@ def execute(run: Run, root: Path = RESULTS) -> tuple[Path, Record]:
 
 
 @contextmanager
-def close_after(run: Run) -> Iterator[DLPLoRALM]:
+def close_after(run: Run, matrix: Matrix | None = None) -> Iterator[DLPLoRALM]:
     """The run's model for the time of the block."""
     lm = _load(run)
+    if matrix is not None:
+        lm.encodings = matrix.encodings(run)
     try:
         yield lm
     finally:
@@ -221,32 +232,29 @@ def _load(run: Run) -> DLPLoRALM:
         artifacts={role: path for role, path in run.folders.items() if role != "pool"},
         dtype=protocol.dtype,
         device=None if protocol.backbone is None else usable_device(None),
-        revision=protocol.revision,
+        **protocol.loading(),
         seed=run.seed,
-        few_shot=lambda task, num: run.suite.task(task).items("train", num),
+        few_shot=lambda task, num: (run.suite.source or run.suite).task(task).items("train", num),
     )
     options: dict[str, Any] = {} if protocol.max_length is None else {"max_length": protocol.max_length}
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)
 
 
-def evaluate_run(run: Run, lm: DLPLoRALM) -> HarnessResult:
+def evaluate_run(run: Run, lm: DLPLoRALM, matrix: Matrix | None = None) -> HarnessResult:
     """The run's tasks through lm-eval, with every question's outcome."""
-    from dlplora.evaluation.harness import evaluate, fast_task_manager
+    from dlplora.evaluation.harness import evaluate
+    from dlplora.evaluation.matrix import shared_matrix
 
-    names = [f"{run.prefix}{task}" for task in run.task_names]
     protocol = run.protocol
-    local = [task.name for task in run.suite.tasks if task.rows and not task.facts]
-    given = {} if protocol.data_root is None else {"data_root": str(Path(protocol.data_root).resolve())}
-    with local_tasks(local, protocol.data_root) as folder:
+    with nullcontext(matrix) if matrix is not None else shared_matrix() as common:
         return evaluate(
             lm,
-            names,
+            common.tasks(run),
             limit=run.limit,
             num_fewshot=protocol.num_fewshot,
             seed=run.seed,
             log_samples=True,
             bootstrap_iters=0,  # errors are computed from the outcomes: lm-eval's bootstrap of BLEU takes longer than the evaluation
-            task_manager=fast_task_manager([] if folder is None else folder, {"suite": run.suite.name, **given}),
             apply_chat_template=protocol.apply_chat_template,
         )
 
@@ -263,7 +271,11 @@ def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
     pool = load_pool(run.folders["pool"])
     first = pool.names[0]
     reference = load_peft_reference(
-        resolve_backbone(protocol.backbone), pool.folders[first], dtype=lm.fused.dtype, device=str(lm.fused.device)
+        resolve_backbone(protocol.backbone),
+        pool.folders[first],
+        dtype=lm.fused.dtype,
+        device=str(lm.fused.device),
+        **protocol.loading(),
     )
     text = " ".join(item.prompt for item in run.suite.tasks[0].items("test", 16))
     ids = lm.fused.tokenizer(text)["input_ids"][: protocol.latency_prompt_tokens]
@@ -359,4 +371,6 @@ def _record(
         trained_parameters=sum(parameter.numel() for parameter in lm.fused.method.parameters() if parameter.requires_grad),
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}
-    return dataclasses.replace(record, backbone={**record.backbone, "fingerprint": fingerprint}, aggregates=aggregate(record, kinds))
+    commit = getattr(lm.fused.model, "hub_commit", None)  # what the revision of a hub id stood for
+    backbone = {**record.backbone, "fingerprint": fingerprint, **({"commit": commit} if commit else {})}
+    return dataclasses.replace(record, backbone=backbone, aggregates=aggregate(record, kinds))

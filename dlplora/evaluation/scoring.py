@@ -6,9 +6,10 @@ Shapes: B rows, T tokens of the padded batch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lm_eval.models.huggingface import handle_stop_sequences, normalize_gen_kwargs
@@ -16,6 +17,9 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from dlplora.errors import GenerationError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,21 @@ class ScoringRequest:
         tokens = self.context + self.continuation
         return -len(tokens), tokens
 
+    @property
+    def context_sort_key(self) -> tuple[int, tuple[int, ...]]:
+        """The same for contexts alone."""
+        return -len(self.context), self.context
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that the model reads of it, if none is cut."""
+        return len(self.context) + len(self.continuation) - 1
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the prompt ends where the context ends; not so in windows of a rolling text."""
+        return self.context[-len(self.prompt.ids) :] == self.prompt.ids
+
     def window(self, max_length: int) -> tuple[int, ...]:
         """The tokens the model reads: everything but the last, cut on the left to ``max_length``.
 
@@ -73,6 +92,22 @@ class ScoringRequest:
             logits     c c c|x y z        the last three score x, y and z
         """
         return (self.context + self.continuation)[-(max_length + 1) : -1]
+
+
+SUITE_PREFIX = re.compile(r"^dlplora_[a-z0-9]+_")
+
+
+def task_of(request: Instance, experts: Sequence[str]) -> str | None:
+    """The name of a request's task: of its document's field ``task`` and lm-eval's name, the first that names an expert."""
+    named = str(request.task_name) if request.task_name else None
+    candidates = [request.doc.get("task") if isinstance(request.doc, Mapping) else None, named and SUITE_PREFIX.sub("", named), named]
+    given = [name for name in candidates if isinstance(name, str)]
+    return next((name for name in given if name in experts), given[0] if given else None)
+
+
+def question_of(request: Instance) -> tuple[str, int]:
+    """lm-eval's name of the request's task, and the index of its question."""
+    return str(request.task_name), int(request.doc_id or 0)
 
 
 Side = Literal["left", "right"]

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from dlplora.errors import ConfigError, GenerationError, RoutingError
 from dlplora.inference import saving
-from dlplora.inference.generation import SentenceRerouter, VocabularyTable, trace_entry, with_watcher
-from dlplora.inference.loading import base_fingerprint, check_fingerprint, load_backbone, nano_asset
+from dlplora.inference.fingerprint import base_fingerprint, check_backbone
+from dlplora.inference.generation import VocabularyTable
+from dlplora.inference.loading import load_backbone, nano_asset
 from dlplora.inference.patching import patch
+from dlplora.inference.planning import Planner
+from dlplora.inference.prompt_routing import first_views
+from dlplora.inference.prompting import prompt_tensors
+from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
@@ -25,6 +30,8 @@ from dlplora.modules.pool import load_pool
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
+    from transformers import CompileConfig
+
     from dlplora.tasks.suite import Item
 
 
@@ -36,7 +43,7 @@ class FusedCausalLM(nn.Module):
         tokenizer: Its tokenizer.
         bank: The experts, on the model's device.
         method: A method; it is prepared and attached here.
-        backend: ``auto``, ``dense``, ``folded`` or ``reference``.
+        backend: ``auto``, or a key of ``kernels.backends.BACKENDS``.
         context: What the method may use; None builds one without artefacts.
 
     Attributes:
@@ -62,17 +69,22 @@ class FusedCausalLM(nn.Module):
         self._pool = bank
         self.tokenizer = tokenizer
         self.context = context
-        self.backend = backend
         self.slot = RoutingSlot()
         self.num_truncated_prompts = 0
-        self._vocabulary: VocabularyTable | None = None
+        self.vocabulary: VocabularyTable | None = None
         self._source: dict[str, Any] = {}
-        self._backends_used: set[str] = set()
+        self._compile_config: CompileConfig | None = None
         self.bank = method.prepare(bank, context)
         self.model = model
         self.method = method
         self.patched = patch(model, self.bank, self.slot, method.metadata.combine)
         method.attach(self)
+        try:
+            self.planner = Planner(method, self.bank, self.patched.layers, backend)
+        except RoutingError:
+            self.close()
+            raise
+        self.slot.gate_backend = self.planner.gate_backend
         self.eval()
 
     @classmethod
@@ -89,12 +101,12 @@ class FusedCausalLM(nn.Module):
         dtype: str | torch.dtype = "float32",
         device: torch.device | str | None = None,
         backend: str = "auto",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         names: Sequence[str] | None = None,
         seed: int = 0,
         untrained: bool = False,
         few_shot: Callable[[str, int], Sequence[Item]] | None = None,
+        compile: bool = False,
+        **loading: Any,
     ) -> FusedCausalLM:
         """Load a backbone, a pool and a method.
 
@@ -109,11 +121,12 @@ class FusedCausalLM(nn.Module):
             dtype: ``float32``, ``float16`` or ``bfloat16``; the bank follows it.
             device: None means CPU.
             backend: See the class.
-            revision, trust_remote_code: As in transformers.
             names: Experts to use, in this order; None takes the whole pool.
             seed: Seed of methods that draw random numbers.
             untrained: Whether a method may be loaded that needs training and has none yet, in order to train it.
             few_shot: Training items of a task, for methods that need some; see ``MethodContext``.
+            compile: Whether ``generate`` runs its decode steps compiled; see ``compile``.
+            loading: ``revision``, ``trust_remote_code``, ``quantization_config``, ``load_in_4bit`` and what else ``load_backbone`` takes.
 
         Raises:
             DLPLoRAError: Its subclasses name the file, key or size that does not fit.
@@ -132,8 +145,8 @@ class FusedCausalLM(nn.Module):
         if pool is None:
             raise ConfigError("a pool of adapters is needed for this backbone: pass pool=FOLDER.")
         opened = load_pool(pool)
-        model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
-        check_fingerprint(opened.base_model, model, opened.path)
+        model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, **loading)
+        check_backbone(opened, model, pretrained)
         bank = AdapterBank.from_pool(pool, names, dtype=model.dtype, device=device)
         context = MethodContext(
             tokenizer=tokenizer,
@@ -145,10 +158,22 @@ class FusedCausalLM(nn.Module):
         )
         built = saving.choose_method(saved, method, method_params, bank, context, untrained=untrained)
         fused = cls(model, tokenizer, bank, built, backend=backend, context=context)
-        fused._source = {"pretrained": str(pretrained) if pretrained is not None else None, "revision": revision}
+        fused._source = {"pretrained": str(pretrained) if pretrained is not None else None, "revision": loading.get("revision")}
+        if compile:
+            fused.compile()
         return fused
 
     # ------------------------------------------------------------------ what users expect of a model
+
+    @property
+    def backend(self) -> str:
+        """Kernel backend asked for; assigning another one checks that it can serve the method."""
+        return self.planner.backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self.planner = self.planner.with_backend(name)
+        self.slot.gate_backend = self.planner.gate_backend
 
     @property
     def device(self) -> torch.device:
@@ -190,47 +215,51 @@ class FusedCausalLM(nn.Module):
         return base_fingerprint(self.model)
 
     def backends_used(self) -> str:
-        """Names of the kernel backends that plans have used so far, sorted; ``dense`` for gates."""
-        return ", ".join(sorted(self._backends_used)) or "dense"
+        """Names of the kernel backends that plans and gates have used so far, sorted."""
+        return ", ".join(sorted(self.planner.used))
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Run the decode steps of ``generate`` compiled from now on, under a static cache, as transformers does it.
+
+        Plans then have room for as many experts as the method may keep, so that neither a sentence end nor another number of
+        kept experts compiles or captures anything again; nor does another request of as many rows that fits the cache.
+
+        Args:
+            options: Of ``transformers.CompileConfig``: ``backend``, ``mode``, ``fullgraph``, ``dynamic``.
+        """
+        from transformers import CompileConfig
+
+        self._compile_config = CompileConfig(**options)
+        self._compile_config._compile_all_devices = True  # type: ignore[assignment]
+        self.planner.fixed_width = True
 
     # ------------------------------------------------------------------ routing
 
-    def plan(self, prompts: PromptBatch) -> RoutingState | None:
-        """Routing state for a batch of prompts, or None if gates inside the layers decide.
+    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
+        """Routing state for a batch of prompts, or None if gates inside the layers decide; it is the plan of the (first) answer.
 
-        The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
+        Args:
+            prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
+            new_tokens: Tokens to be generated under the plan; 0 if the prompts are only read. A sentence-level method's plan then
+                has room for re-routing.
 
         Raises:
             RoutingError: If the method returns weights of another shape, or not finite.
         """
-        weights = self._route(prompts)
-        return None if weights is None else self._state(weights)
-
-    def _route(self, prompts: PromptBatch) -> Tensor | None:
-        if "task_id" not in self.method.metadata.needs:
-            prompts = prompts.without_task_names()
-        weights = self.method.route(prompts)
-        if weights is not None and tuple(weights.shape) != (len(prompts), self.bank.num_experts):
-            raise RoutingError(
-                f"method '{self.method.name}' returned routing weights of shape {tuple(weights.shape)}, "
-                f"expected {(len(prompts), self.bank.num_experts)} (rows, experts)."
-            )
-        return weights
-
-    def _state(self, weights: Tensor) -> RoutingState:
-        if weights.shape[-1] != self.bank.num_experts:
-            raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
-        factor = self.method.metadata.combine == "factor"
-        if factor and self.backend not in {"auto", "dense"}:
-            raise RoutingError(f"backend '{self.backend}' sums deltas, method '{self.method.name}' sums factors; use dense or auto.")
-        state = RoutingState(weights.to(self.device), "dense" if factor else self.backend, rank=self.bank.rank)
-        self._backends_used.add(state.backend)
-        return state
+        tokens = prompts.input_ids.shape[1]
+        if self.method.granularity == "sentence":
+            prompts = first_views(self.method.view, prompts, self.tokenizer)
+        weights = self.planner.route(prompts)
+        if weights is None:
+            return None
+        reroutes = new_tokens > 0 and self.method.granularity == "sentence"
+        return self.planner.state(weights.to(self.device), own=True, reroutes=reroutes, prompt_tokens=tokens, new_tokens=new_tokens)
 
     @contextmanager
     def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
         """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block."""
-        state = weights if isinstance(weights, RoutingState) else self._state(weights)
+        state = weights if isinstance(weights, RoutingState) else self.planner.state(weights.to(self.device))
+        self.planner.used.add(state.backend)
         with self.slot.bind(state):
             yield state
 
@@ -243,39 +272,6 @@ class FusedCausalLM(nn.Module):
         return self.model(*args, **kwargs)
 
     # ------------------------------------------------------------------ generation
-
-    def _prompts(
-        self, texts: Any, input_ids: Tensor | None, mask: Tensor | None, prompts: PromptBatch | None
-    ) -> tuple[Tensor, Tensor, PromptBatch]:
-        """Left-padded ids (B, T) and mask, and the prompts a router reads."""
-        if texts is not None:
-            if prompts is not None or input_ids is not None:
-                raise GenerationError("give texts, or input_ids, or prompts; not several of them.")
-            texts = [texts] if isinstance(texts, str) else list(texts)
-            prompts = PromptBatch.from_texts(texts, self.tokenizer, device=self.device)
-        if input_ids is None:
-            if prompts is None:
-                raise GenerationError("generate() needs a prompt: texts, input_ids or prompts.")
-            input_ids, mask = prompts.input_ids, prompts.attention_mask
-        input_ids = input_ids.to(self.device)
-        mask = torch.ones_like(input_ids) if mask is None else mask.to(self.device)
-        rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-        special = set(self.tokenizer.all_special_ids)
-        for i, row in enumerate(rows):
-            if not any(token not in special for token in row):
-                raise GenerationError(f"prompt {i} is empty: it holds no token besides special ones.")
-        if prompts is None:
-            prompts = PromptBatch.from_ids(rows, self.tokenizer, device=self.device)
-        return *self._left_pad(rows), prompts
-
-    def _left_pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id or 0), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
-        return ids.to(self.device), mask.to(self.device)
 
     def _fit(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Tensor]:
         """Keep the last tokens of prompts that leave no room for ``new_tokens``, and count them."""
@@ -318,24 +314,19 @@ class FusedCausalLM(nn.Module):
         Raises:
             GenerationError: For an empty prompt, no room for new tokens, or beams with sentence-level routing.
         """
-        ids, mask, prompts = self._prompts(texts, input_ids, attention_mask, prompts)
+        ids, mask, prompts = prompt_tensors(self.tokenizer, self.device, texts, input_ids, attention_mask, prompts)
         new_tokens = self._new_tokens(kwargs, ids.shape[1])
         ids, mask = self._fit(ids, mask, new_tokens)
         kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        if self._compile_config is not None and "past_key_values" not in kwargs:
+            kwargs = {"cache_implementation": "static", "compile_config": self._compile_config, **kwargs}
         if self.slot.state is not None:
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-        state = self.plan(prompts)
+        routed = RoutedGeneration(self, prompts, ids, mask, self._copies(kwargs), trace)
+        state = routed.start(kwargs, new_tokens)
         if state is None:
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-        if trace is not None:
-            for row, text in enumerate(prompts.texts):
-                trace.append(trace_entry(row, 0, text, state.per_row()[row], self.bank.names))
-        copies = self._copies(kwargs)
-        state = state.expand(copies)
-        if self.method.granularity == "sentence":
-            watcher = self._rerouter(state, [text for text in prompts.texts for _ in range(copies)], ids.shape[1], trace)
-            kwargs["stopping_criteria"] = with_watcher(watcher, kwargs.get("stopping_criteria"))
-        with self.slot.bind(state):
+        with self.slot.bind(state), routed.following():
             return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
 
     def _new_tokens(self, kwargs: dict[str, Any], width: int) -> int:
@@ -360,17 +351,6 @@ class FusedCausalLM(nn.Module):
                 )
             return int(beams)
         return int(kwargs.get("num_return_sequences", config.num_return_sequences) or 1)
-
-    def _rerouter(self, state: RoutingState, prompts: list[str], width: int, trace: list[dict[str, Any]] | None) -> SentenceRerouter:
-        if self._vocabulary is None:
-            self._vocabulary = VocabularyTable(self.tokenizer, self.config.get_text_config().vocab_size).to(self.device)
-
-        def route(texts: Sequence[str]) -> Tensor:
-            weights = self._route(PromptBatch.from_texts(texts, self.tokenizer, device=self.device))
-            assert weights is not None
-            return weights
-
-        return SentenceRerouter(state, route, prompts, self.tokenizer, self._vocabulary, width, self.method.view, trace, self.bank.names)
 
     # ------------------------------------------------------------------ files
 

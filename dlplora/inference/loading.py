@@ -1,22 +1,37 @@
-"""Finding and loading backbones, and telling one backbone from another."""
+"""Finding and loading backbones: a folder, a hub id, or the embedded one; as they are or quantised."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dlplora.config import ASSETS_ROOT
-from dlplora.errors import ConfigError, PoolError
+from dlplora.errors import ConfigError
+from dlplora.inference.quantization import bitsandbytes_config, check_widths, is_quantized
+from dlplora.modules.pool_hub import hub_failure
 
 NANO_ASSETS = ASSETS_ROOT / "nano"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FINGERPRINT_ROWS = 64
+_KEPT: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("kept backbones", default=None)
+
+
+@contextmanager
+def backbones_kept() -> Iterator[None]:
+    """Inside the block ``load_backbone`` gives the same objects for the same arguments.
+
+    One fused model at a time: a second one finds the first one's layers and is refused, until the first is closed.
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def nano_asset(role: str) -> Path:
@@ -43,41 +58,6 @@ def _cpu_has_bfloat16() -> bool:
     return bool(supported and supported()) or torch.backends.cpu.get_cpu_capability() in {"SVE256"}
 
 
-def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one backbone from another, independent of dtype and of fused layers.
-
-    Returns:
-        ``model_type``, ``hidden_size``, ``num_hidden_layers``, ``vocab_size``, and ``embedding_sha256`` over the first 64 rows
-        of the input embedding, rounded to float16.
-    """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-    rows = embedding[:_FINGERPRINT_ROWS].detach().to(device="cpu", dtype=torch.float16).contiguous()
-    return {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "embedding_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
-    }
-
-
-def check_fingerprint(expected: Mapping[str, Any] | None, model: nn.Module, pool: Path) -> None:
-    """Compare a pool's backbone with a model; a pool without a fingerprint passes (sizes are checked when it is fused).
-
-    Raises:
-        PoolError: Naming each fact that differs, on both sides.
-    """
-    if not expected:
-        return
-    found = base_fingerprint(model)
-    different = [
-        f"{key} {expected[key]} (pool) and {found[key]} (backbone)" for key in found if key in expected and expected[key] != found[key]
-    ]
-    if different:
-        raise PoolError(f"pool {pool} was made for another backbone: {'; '.join(different)}. Pass the backbone it was trained on.")
-
-
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
@@ -101,34 +81,130 @@ def resolve_backbone(name: str | Path | None) -> str:
 
 
 def load_backbone(
-    name: str | Path | None,
-    *,
-    dtype: str | torch.dtype = "float32",
-    device: torch.device | str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    name: str | Path | None, *, dtype: str | torch.dtype = "float32", device: torch.device | str = "cpu", **options: Any
 ) -> tuple[Any, Any]:
-    """A causal LM in eval mode and its tokenizer, from a folder or the hub.
+    """A causal LM in eval mode and its tokenizer, from a folder or the hub, or kept from before (``backbones_kept``).
+
+    Args:
+        name: Model folder or hub id; None is the embedded nano backbone.
+        dtype: Of weights and products; of what is not quantised in a quantised model.
+        device: Where the model goes.
+        options: Of ``read_backbone``: revision, quantisation, attention, ``trust_remote_code``.
 
     Raises:
-        ConfigError: If it is not found; one line with what was looked for, where, and how to supply it.
+        ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    source, torch_dtype, kept = resolve_backbone(name), resolve_dtype(dtype, device), _KEPT.get()
+    key = (source, torch_dtype, str(torch.device(device)), repr(sorted(options.items(), key=lambda pair: pair[0])))
+    if kept is not None and key in kept:
+        return kept[key]
+    loaded = read_backbone(source, torch_dtype, device, **options)
+    if kept is not None:
+        kept[key] = loaded
+    return loaded
 
-    source = resolve_backbone(name)
-    torch_dtype = resolve_dtype(dtype, device)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if Path(source).is_dir():
-        options.pop("revision")
+
+def read_backbone(
+    source: str,
+    torch_dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+    **bits: Any,
+) -> tuple[Any, Any]:
+    """Read model and tokenizer; always new objects.
+
+    Args:
+        source: What ``resolve_backbone`` returns.
+        torch_dtype: Dtype.
+        device: Where the model goes.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether code of the model's repository may run.
+        quantization_config: Any quantisation configuration of transformers.
+        attn_implementation: As in transformers: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves it to transformers.
+        bits: ``load_in_4bit``, ``load_in_8bit`` and the ``bnb_4bit_*`` settings; see ``bitsandbytes_config``.
+
+    Raises:
+        ConfigError: As ``load_backbone``.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+    quantised = bitsandbytes_config(torch_dtype, **bits)
+    if quantised is not None and quantization_config is not None:
+        raise ConfigError("give quantization_config, or load_in_4bit / load_in_8bit; not both.")
+    quantised = quantised or quantization_config
+    found: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({} if Path(source).is_dir() else {"revision": revision})}
+    options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "quantization_config": quantised}
+    options = {key: value for key, value in options.items() if value is not None}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+        stored, _ = PreTrainedConfig.get_config_dict(source, **found)
+        if quantised is not None or "quantization_config" in stored:
+            options["device_map"] = {"": torch.device(device)}  # quantised weights are made where they stay
+        tokenizer = AutoTokenizer.from_pretrained(source, **found)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **found, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(_why_not(source, revision, error)) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise ConfigError(
-            f"cannot load backbone '{source}' (looked for a local folder, the hub cache in HF_HOME, then the hub): {reason} "
-            "Pass a local folder, or download it once with a connection (unset HF_HUB_OFFLINE)."
-        ) from error
+            f"backbone '{source}': {len(missing)} weights are not in its files, the first is {missing[0]}; they would be random. "
+            "Pass a complete causal language model."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(torch.device(device)).eval(), tokenizer  # type: ignore[arg-type]
+    check_widths(model)
+    model.hub_commit = hub_commit(source, revision)
+    return (model if is_quantized(model) else model.to(torch.device(device))).eval(), tokenizer
+
+
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub id stands for in the cache; None for a local folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return None
+    file = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def _why_not(source: str, revision: str | None, error: Exception) -> str:
+    """One line for what transformers says over several."""
+    from huggingface_hub import constants
+
+    text = str(error).strip()
+    reason = text.split("\n")[0] or type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            f"backbone '{source}' brings Python code of its own (auto_map in config.json), which is not run unless asked for: "
+            "pass trust_remote_code=True if you trust its author, or a model of an architecture that transformers knows."
+        )
+    if Path(source).is_dir():
+        return f"cannot load backbone '{source}': {reason}"
+    if isinstance(error, OSError):
+        looked = hub_failure(source, revision, constants.HF_HUB_OFFLINE, reason)
+        return (
+            f"cannot load backbone '{source}': there is no such folder, and {looked} "
+            f"Pass a local model folder, or fetch it once with a connection: hf download {source}."
+        )
+    return f"cannot load backbone '{source}': {reason}"
+
+
+def empty_backbone(source: str, revision: str | None = None) -> Any:
+    """The architecture of a backbone without its weights (on the ``meta`` device), from its ``config.json``.
+
+    Raises:
+        ConfigError: As ``load_backbone``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **({} if Path(source).is_dir() else {"revision": revision}))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_why_not(source, revision, error)) from error

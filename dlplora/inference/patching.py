@@ -23,12 +23,14 @@ class PatchHandle:
 
     model: nn.Module
     layers: dict[str, FusedLinear]
+    slot: RoutingSlot
     hooks: list[Any] = field(default_factory=list)
 
     def restore(self) -> None:
         """Put the original modules back; they were never changed. A second call does nothing."""
         for path, layer in self.layers.items():
             _set(self.model, path, layer.base)
+        self.slot.release(self.layers.values())
         self.layers = {}
         for hook in self.hooks:
             hook.remove()
@@ -53,6 +55,20 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
         IncompatibleAdapterError: If a module does not exist in the model, is not linear, or has other sizes. Nothing is
             changed then.
     """
+    others = list(slot.layers)
+    try:
+        layers = _fused(model, bank, slot, combine)
+    except IncompatibleAdapterError:
+        slot.layers = others
+        raise
+    for path, layer in layers.items():
+        layer.train(layer.base.training)
+        _set(model, path, layer)
+    return PatchHandle(model, layers, slot)
+
+
+def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Literal["delta", "factor"]) -> dict[str, FusedLinear]:
+    """The fused layers by module path; ``model`` is only looked at."""
     known = dict(model.named_modules())
     layers: dict[str, FusedLinear] = {}
     for path, entry in bank.modules.items():
@@ -77,7 +93,4 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
                 "they were trained on another backbone."
             )
         layers[path] = layer
-    for path, layer in layers.items():
-        layer.train(layer.base.training)
-        _set(model, path, layer)
-    return PatchHandle(model, layers)
+    return layers

@@ -67,22 +67,33 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
+def question_spans(prompt: str) -> list[tuple[int, int]]:
+    """Where the questions of a prompt lie, (start, end) in characters without white space at either end; see ``questions``."""
+    found: list[tuple[int, int]] = []
+    begin = 0
+    for gap in [*re.finditer(r"\n\s*\n", prompt), None]:
+        stop = len(prompt) if gap is None else gap.start()
+        block = prompt[begin:stop]
+        ends = [end for end in sentence_end_positions(block) if block[:end].rstrip("\"'”’»)]").endswith(("?", "？"))]
+        cuts = [0, *ends[:-1], len(block)]
+        found += [(begin + start, begin + end) for start, end in pairwise(cuts)]
+        begin = stop if gap is None else gap.end()
+    return [span for start, end in found if (span := _stripped(prompt, start, end)) is not None]
+
+
+def _stripped(text: str, start: int, end: int) -> tuple[int, int] | None:
+    inner = text[start:end]
+    if not inner.strip():
+        return None
+    return start + len(inner) - len(inner.lstrip()), end - len(inner) + len(inner.rstrip())
+
+
 def questions(prompt: str) -> list[str]:
     """The questions of a prompt in order: a blank line or a question mark closes one; a text without either is one question.
 
     What follows the last question mark (``Answer:``) belongs to the last question.
     """
-    found: list[str] = []
-    for block in re.split(r"\n\s*\n", prompt):
-        start = 0
-        ends = [end for end in sentence_end_positions(block) if block[:end].rstrip("\"'”’»)]").endswith(("?", "？"))]
-        for i, end in enumerate(ends):
-            stop = len(block) if i == len(ends) - 1 else end
-            found.append(block[start:stop].strip())
-            start = stop
-        if not ends and block.strip():
-            found.append(block.strip())
-    return found
+    return [prompt[start:end] for start, end in question_spans(prompt)]
 
 
 def last_question(prompt: str) -> str:

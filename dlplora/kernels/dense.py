@@ -21,5 +21,6 @@ def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> T
     experts, rank, _ = lora_a.shape
     low = x.to(lora_a.dtype) @ lora_a.reshape(experts * rank, -1).T
     low = low.unflatten(-1, (experts, rank)) * per_token(weights).to(low.dtype).unsqueeze(-1)
-    up = lora_b.transpose(0, 1).reshape(lora_b.shape[1], experts * rank)
-    return (low.flatten(-2) @ up.T).to(x.dtype)
+    # A view, not a copy, if B is stored by rank as the bank stores it.
+    up = lora_b.mT.reshape(experts * rank, -1)
+    return (low.flatten(-2) @ up).to(x.dtype)

@@ -28,5 +28,4 @@ def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor, scal
     shares = per_token(weights)
     mixed = (low * shares.to(low.dtype).unsqueeze(-1)).sum(-2, keepdim=True)
     spread = (mixed * (shares * scaling).to(low.dtype).unsqueeze(-1)).flatten(-2)
-    up = lora_b.transpose(0, 1).reshape(lora_b.shape[1], experts * rank)
-    return (spread @ up.T).to(x.dtype)
+    return (spread @ lora_b.mT.reshape(experts * rank, -1)).to(x.dtype)

@@ -6,37 +6,12 @@ when the plan is made. A later plan is written into the same buffers: their addr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dlplora.kernels.allocation import zeros
 
-@dataclass
-class FoldedPlan:
-    """Kept experts of each row, weights and scaling folded in.
-
-    Args:
-        a_sel: (B, K * R, I).
-        b_sel: (B, O, K * R), multiplied by routing weight and scaling in float32, then cast.
-        width: K, experts a row can keep.
-    """
-
-    a_sel: Tensor
-    b_sel: Tensor
-    width: int
-
-    def update_rows(self, lora_a: Tensor, lora_b: Tensor, rows: Tensor, weights: Tensor) -> None:
-        """Write new plans for some rows in place.
-
-        Args:
-            lora_a: (E, R, I). lora_b: (E, O, R).
-            rows: Row indices (N,).
-            weights: Routing weight times scaling (N, E) with at most ``width`` non-zero entries a row.
-        """
-        a_rows, b_rows = _gather(lora_a, lora_b, weights, self.width)
-        self.a_sel[rows] = a_rows
-        self.b_sel[rows] = b_rows
+SHRINK_PLAN = "Use a smaller batch, keep fewer experts per prompt, or backend=dense, which needs no copy."
 
 
 def kept_width(weights: Tensor) -> int:
@@ -44,14 +19,74 @@ def kept_width(weights: Tensor) -> int:
     return max(1, int((weights != 0).sum(dim=-1).max()))
 
 
-def _gather(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    # Indices of the non-zero weights first, in ascending order of expert, so that equal plans have equal buffers.
+def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Indices (N, K) and weights (N, K) of the kept experts of each row, in ascending order; the rest is filled with zero weights.
+
+    Equal plans therefore have equal buffers.
+    """
     order = torch.sort((weights == 0).to(torch.int8), dim=-1, stable=True).indices[:, :width]
-    kept = weights.gather(1, order).to(torch.promote_types(lora_b.dtype, torch.float32))
-    rows = weights.shape[0]
-    a_sel = lora_a[order].flatten(1, 2)
-    b_sel = (lora_b[order].to(kept.dtype) * kept[:, :, None, None]).to(lora_b.dtype)
-    return a_sel, b_sel.permute(0, 2, 1, 3).reshape(rows, lora_b.shape[1], -1)
+    return order, weights.gather(1, order)
+
+
+def gather(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row; see ``FoldedPlan``."""
+    order, kept = kept_first(weights, width)
+    kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32))
+    b_sel = (lora_b.mT[order] * kept[:, :, None, None]).to(lora_b.dtype)
+    return lora_a[order].flatten(1, 2), b_sel.flatten(1, 2)
+
+
+class FoldedPlan(nn.Module):
+    """Kept experts of each row, weights and scaling folded in. A module, so that compiled graphs see its buffers as fixed.
+
+    Args:
+        rows: B, or 1 for a plan that all rows share.
+        width: K, experts a row can keep.
+        lora_a: (E, R, I), for sizes, dtype and device. lora_b: (E, O, R).
+
+    Attributes:
+        a_sel: (B, K * R, I).
+        b_sel: (B, K * R, O), multiplied by routing weight and scaling in float32, then cast.
+
+    Raises:
+        AllocationError: If the buffers do not fit into memory.
+    """
+
+    a_sel: Tensor
+    b_sel: Tensor
+
+    def __init__(self, rows: int, width: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__()
+        self.width = min(width, lora_a.shape[0])
+        inner = self.width * lora_a.shape[1]
+        for name, size in (("a_sel", lora_a.shape[2]), ("b_sel", lora_b.shape[1])):
+            what = f"folded {name[0].upper()} of {rows} rows with {self.width} experts each"
+            buffer = zeros((rows, inner, size), dtype=lora_a.dtype, device=lora_a.device, what=what, shrink=SHRINK_PLAN)
+            self.register_buffer(name, buffer, persistent=False)
+        self.eval()
+
+    def write(self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
+        """Write the plan of all rows, or of some, in place.
+
+        Args:
+            lora_a: (E, R, I). lora_b: (E, O, R).
+            weights: Routing weight times scaling (N, E) with at most ``width`` non-zero entries a row.
+            rows: Row indices (N,); None for all.
+        """
+        a_rows, b_rows = gather(lora_a, lora_b, weights, self.width)
+        if rows is None:
+            self.a_sel.copy_(a_rows)
+            self.b_sel.copy_(b_rows)
+        else:
+            self.a_sel[rows] = a_rows
+            self.b_sel[rows] = b_rows
+
+    def delta(self, x: Tensor) -> Tensor:
+        """The delta (B, T, O) in the dtype of ``x`` (B, T, I); a plan of one row serves every row with 2-D products."""
+        inner = x.to(self.a_sel.dtype)
+        if self.a_sel.shape[0] == 1:
+            return ((inner @ self.a_sel[0].T) @ self.b_sel[0]).to(x.dtype)
+        return torch.bmm(torch.bmm(inner, self.a_sel.mT), self.b_sel).to(x.dtype)
 
 
 def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = None) -> FoldedPlan:
@@ -62,26 +97,11 @@ def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = No
         weights: Routing weight times scaling (B, E).
         width: K; None takes the largest number of kept experts in a row.
     """
-    width = kept_width(weights) if width is None else min(width, lora_a.shape[0])
-    return FoldedPlan(*_gather(lora_a, lora_b, weights, width), width)
-
-
-def apply(x: Tensor, plan: FoldedPlan) -> Tensor:
-    """The delta of a folded plan; a plan of one row serves every row of ``x`` with 2-D products.
-
-    Args:
-        x: (B, T, I).
-        plan: Buffers of B rows, or of one row shared by all.
-
-    Returns:
-        (B, T, O) in the dtype of ``x``.
-    """
-    inner = x.to(plan.a_sel.dtype)
-    if plan.a_sel.shape[0] == 1:
-        return ((inner @ plan.a_sel[0].T) @ plan.b_sel[0].T).to(x.dtype)
-    return torch.bmm(torch.bmm(inner, plan.a_sel.mT), plan.b_sel.mT).to(x.dtype)
+    plan = FoldedPlan(weights.shape[0], kept_width(weights) if width is None else width, lora_a, lora_b)
+    plan.write(lora_a, lora_b, weights)
+    return plan
 
 
 def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:
     """Fold and apply in one call, for (E,) and (B, E) weights; the same operation as ``reference.fused_delta``."""
-    return apply(x, fold(lora_a, lora_b, weights.reshape(-1, weights.shape[-1])))
+    return fold(lora_a, lora_b, weights.reshape(-1, weights.shape[-1])).delta(x)

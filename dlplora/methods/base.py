@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
+HASHED_IF_SET = {"hashed_if_set": True}
+"""Metadata of a parameter that came later with a default that changes nothing: at its default it is left out of records and hashes."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
 
 
@@ -136,9 +138,27 @@ class FusionMethod(nn.Module):
         return "tail"
 
     @property
+    def prompt_routing(self) -> str:
+        """How a sentence-level method routes the prompt itself: ``whole``, ``question`` or ``sentence`` (``inference.prompt_routing``)."""
+        return "whole"
+
+    @property
+    def kv_policy(self) -> str:
+        """Cached keys and values after a re-route: ``stale``, ``recompute`` or ``prompt_frozen`` (``inference.kv_policy``)."""
+        return "stale"
+
+    @property
     def weight_sum(self) -> WeightSum:
         """Documented sum of a row of routing weights; a method whose configuration decides overrides it."""
         return self.metadata.weight_sum
+
+    @property
+    def max_kept(self) -> int | None:
+        """The most experts ``route`` may keep for a row; None if it says nothing about it, and then all of them.
+
+        Plans that are rewritten during generation get room for so many.
+        """
+        return None
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:

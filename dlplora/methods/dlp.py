@@ -12,6 +12,8 @@ switch          paper                             released code                 
 ``renormalize`` softmax of the kept probabilities the same                           both ``softmax``; ``dlp_renorm`` uses ``sum``
 ``reroute``     first token of every new sentence once for the whole prompt          ``dlp`` sentence, ``dlp_code`` prompt
 ``view``        not stated                        the whole question                 ``tail`` (**ours**)
+``prompt_...``  not stated                        the whole question                 ``whole``
+``kv_policy``   not stated                        nothing to decide                  ``stale``
 =============== ================================= ================================== ===========================================
 
 A softmax of probabilities flattens: at most a factor e lies between two kept experts, and two experts kept at p = 0.6 differ by less
@@ -28,8 +30,9 @@ Shapes: B rows, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +40,14 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import ConfigError, MethodError
-from dlplora.methods.base import FusionMethod, Granularity, Metadata, MethodContext, WeightSum
+from dlplora.methods.base import HASHED_IF_SET, FusionMethod, Granularity, Metadata, MethodContext, WeightSum
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.modules.routing import nucleus_mask, renormalize, threshold_mask, top_k_mask
 from dlplora.types import PromptBatch
+
+_SLACK = 1e-4
+"""Probabilities are float32 and sum to one only up to rounding."""
 
 
 class DLP(FusionMethod):
@@ -73,7 +79,12 @@ class DLP(FusionMethod):
         reroute: Literal["prompt", "sentence"] = "sentence"
         """When to route: once for the prompt, or again after every generated sentence."""
         view: Literal["tail", "window", "whole", "segment"] = "tail"
-        """What the router reads at a sentence end. ``tail``: the prompt's last question and the text since."""
+        """What the router reads at a sentence end. ``tail``: the prompt's last question and the text since; ``window``: the last 64
+        tokens; ``whole``: prompt and text; ``segment``: the i-th question of the prompt for the i-th answer."""
+        prompt_routing: Literal["whole", "question", "sentence"] = field(default="whole", metadata=HASHED_IF_SET)
+        """With ``reroute: sentence``: the prompt under one plan, or each of its questions, or sentences, under its own."""
+        kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=HASHED_IF_SET)
+        """With ``reroute: sentence``: cached keys and values after a re-route are kept, all made again, or only those of generated text."""
         min_keep: int = 1
         """Experts kept by ``nucleus`` and ``threshold`` even if no probability reaches p."""
         router: str | None = None
@@ -105,9 +116,33 @@ class DLP(FusionMethod):
         return self.config.view
 
     @property
+    def prompt_routing(self) -> str:
+        """How the prompt itself is routed, as configured."""
+        return self.config.prompt_routing
+
+    @property
+    def kv_policy(self) -> str:
+        """What becomes of cached keys and values, as configured."""
+        return self.config.kv_policy
+
+    @property
     def weight_sum(self) -> WeightSum:
         """One, unless probabilities are used as they are."""
         return "at_most_one" if self.config.renormalize == "none" else "one"
+
+    @property
+    def max_kept(self) -> int:
+        """Bound of the selector: at least p each, or p together and the crossing one, fits only so often into a mass of one."""
+        config = self.config
+        if config.selector in {"topk", "argmax"}:
+            return 1 if config.selector == "argmax" else config.k
+        experts = len(self.expert_names)
+        if config.selector == "nucleus":
+            # The kept ones but the last hold at most p, and being the best ranked at least their share of the mass.
+            most = experts if config.p >= 1.0 else math.floor(config.p * experts + _SLACK) + 1
+        else:
+            most = experts if config.p * experts <= 1.0 else math.floor(1.0 / config.p + _SLACK)
+        return min(max(most, config.min_keep), experts)
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:

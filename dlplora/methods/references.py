@@ -10,13 +10,14 @@ differ by the rule alone; none merges into the base weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import MethodError, nearest
-from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.methods.base import HASHED_IF_SET, FusionMethod, Granularity, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 
@@ -26,6 +27,7 @@ class Base(FusionMethod):
 
     name = "base"
     metadata = Metadata(title="Base model", granularity="none", weight_sum="zero")
+    max_kept = 0
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """Zeros (B, E)."""
@@ -37,6 +39,41 @@ class Oracle(FusionMethod):
 
     name = "oracle"
     metadata = Metadata(title="Single LoRA (oracle)", granularity="task", needs=("task_id",))
+    max_kept = 1
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config:
+        """What the oracle does with prompts of several questions."""
+
+        segments: bool = field(default=False, metadata=HASHED_IF_SET)
+        """Whether a prompt may hold several questions of known tasks; then the i-th answer has the adapter of the i-th task. A point of
+        reference for composite prompts, told both the tasks and, by the line breaks of the text, where an answer ends."""
+        prompt_routing: Literal["whole", "question"] = field(default="whole", metadata=HASHED_IF_SET)
+        """With ``segments``: the prompt under the first task's adapter, or each question under its own."""
+        kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=HASHED_IF_SET)
+        """With ``segments``: what becomes of cached keys and values when the adapter changes."""
+
+    config: Config
+
+    @property
+    def granularity(self) -> Granularity:
+        """``task``, or ``sentence`` with ``segments``."""
+        return "sentence" if self.config.segments else "task"
+
+    @property
+    def view(self) -> str:
+        """The question whose answer comes next; only its task is read."""
+        return "segment"
+
+    @property
+    def prompt_routing(self) -> str:
+        """As configured."""
+        return self.config.prompt_routing
+
+    @property
+    def kv_policy(self) -> str:
+        """As configured."""
+        return self.config.kv_policy
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """One-hot rows (B, E).

@@ -31,6 +31,10 @@ PROTOCOL_KEYS = frozenset(
         "backbone",
         "revision",
         "dtype",
+        "load_in_4bit",
+        "load_in_8bit",
+        "attn_implementation",
+        "trust_remote_code",
         "device",
         "suite",
         "tasks",
@@ -49,7 +53,6 @@ PROTOCOL_KEYS = frozenset(
         "apply_chat_template",
         "system_instruction",
         "backend",
-        "kv_policy",
         "pool",
     )
 )
@@ -222,8 +225,13 @@ def _refuse_protocol_keys(values: Mapping[str, Any], where: str) -> None:
 
 
 def resolved_params(spec: MethodSpec) -> dict[str, Any]:
-    """All parameters of a spec with the defaults filled in; this is what a record stores and hashes."""
-    return asdict(build(method_class(spec.method).Config, spec.params, spec.where))
+    """All parameters of a spec with the defaults filled in; this is what a record stores and hashes.
+
+    A parameter marked ``HASHED_IF_SET`` is left out at its default, so that adding one does not make old records another experiment.
+    """
+    config: Any = build(method_class(spec.method).Config, spec.params, spec.where)
+    later = {one.name: one.default for one in fields(config) if one.metadata.get("hashed_if_set")}
+    return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
 
 
 def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = None) -> FusionMethod:

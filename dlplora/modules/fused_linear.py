@@ -6,7 +6,7 @@ time of a ``with`` block. Shapes: B rows, T tokens, E experts, I inputs, O outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,108 +14,169 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.errors import RoutingError
-from dlplora.kernels import dense, factor, folded, reference
-from dlplora.kernels.backends import select_backend
+from dlplora.kernels import dense, factor, reference
+from dlplora.kernels.backends import PlanFacts, select_backend
+from dlplora.kernels.cost_model import Work
+from dlplora.kernels.folded import FoldedPlan
+from dlplora.kernels.merged import MergedPlan
 from dlplora.modules.lora_bank import BankEntry
 
 Gate = Callable[[Tensor], Tensor]
 """Token-level gate: layer input (B, T, I) -> routing weights (B, T, E)."""
+PLANNED = ("folded", "merged", "triton")
+"""Backends whose layers hold buffers made from a plan."""
 
 
 class RoutingState:
-    """Routing weights of one request, and what the layers folded from them.
+    """Routing weights of one request, and which backend serves them.
 
     Args:
         weights: (E,) static, (B, E) per row, or (B, T, E) per token; float32.
         backend: ``auto`` or a backend's name; ``state.backend`` is the one in use.
-        rank: Largest rank in the bank, for the choice of ``auto``.
-        width: Experts a row may keep in folded buffers; None takes what ``weights`` keep now. Give the largest number
-            that re-routing may keep, so that the buffers never have to grow.
+        width: Experts a row may keep; None takes what ``weights`` keep now. Give the largest number that re-routing may keep, so
+            that the layers' buffers never have to grow.
+        reroutes: Whether rows may be routed again, each for itself.
+        work: What the plan will be used for, for the choice of ``auto``.
 
     Raises:
-        RoutingError: If the weights are not finite, or the backend cannot serve them.
+        RoutingError: If the weights are not finite, keep more than ``width``, or the backend cannot serve them.
     """
 
-    def __init__(self, weights: Tensor, backend: str = "auto", *, rank: int = 1, width: int | None = None) -> None:
+    def __init__(
+        self, weights: Tensor, backend: str = "auto", *, width: int | None = None, reroutes: bool = False, work: Work | None = None
+    ) -> None:
         if weights.ndim not in (1, 2, 3):
             raise RoutingError(f"routing weights must be (E,), (B, E) or (B, T, E), got shape {tuple(weights.shape)}.")
-        if not bool(torch.isfinite(weights).all()):
+        facts = PlanFacts.of(weights, width=width, reroutes=reroutes)
+        if not facts.finite:
             raise RoutingError("routing weights hold NaN or infinite values; check the router and its temperature.")
+        if width is not None and facts.kind != "token" and facts.width > max(width, 1):
+            raise RoutingError(_too_many(facts.width, width))
+        self.backend = select_backend(backend, facts, work)
         self.weights = weights.float()
-        self.backend = select_backend(backend, self.weights, weights.shape[-1], rank)
-        self.is_zero = not bool(self.weights.any())
-        self._rank = rank
-        self._requested = backend
-        self._width = width
-        self._plans: dict[int, folded.FoldedPlan] = {}
-        self._layers: dict[int, FusedLinear] = {}
+        if reroutes and facts.kind == "row":
+            self.weights = self.weights.clone()  # re-routing writes into it
+        self.num_rows = facts.rows
+        """Rows the weights were made for; 1 for static weights."""
+        self.num_experts = facts.experts
+        self.width = facts.width
+        self.plan_rows = 1 if self.backend == "merged" else facts.plan_rows
+        # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
+        self.is_zero = facts.zero and not reroutes
+        self.version = 0
+        """Counts updates, so that a layer's plan is known to be stale."""
+        self._options: dict[str, Any] = {"backend": backend, "width": width, "reroutes": reroutes, "work": work}
+        self._slot: RoutingSlot | None = None
 
     @property
-    def num_rows(self) -> int:
-        """Rows the weights were made for; 1 for static weights."""
-        return 1 if self.weights.ndim == 1 else self.weights.shape[0]
+    def is_planned(self) -> bool:
+        """Whether layers hold buffers made from these weights."""
+        return self.backend in PLANNED and not self.is_zero
 
     def per_row(self) -> Tensor:
         """Static or per-row weights as (B, E) with B = 1 for static ones."""
         return self.weights.reshape(-1, self.weights.shape[-1])
 
-    def folded_plan(self, layer: FusedLinear) -> folded.FoldedPlan:
-        """The layer's folded buffers, made at first use and kept."""
-        plan = self._plans.get(id(layer))
-        if plan is None:
-            rows = self.per_row()
-            width = max(folded.kept_width(rows), self._width or 1)
-            shared = rows[:1] if rows.shape[0] > 1 and bool((rows == rows[:1]).all()) and self._width is None else rows
-            plan = folded.fold(layer.lora_a, layer.lora_b, shared * layer.scaling, width)
-            self._plans[id(layer)] = plan
-            self._layers[id(layer)] = layer
-        return plan
-
     def update_rows(self, rows: Tensor, weights: Tensor) -> None:
-        """Replace the weights of some rows in place; folded buffers keep their addresses if they are wide enough.
+        """Replace the weights of some rows in place; the layers' buffers keep their addresses.
 
         Args:
             rows: Row indices (N,), int64.
             weights: New routing weights (N, E).
 
         Raises:
-            RoutingError: If the state is not per row, or the weights are not finite.
+            RoutingError: If the state is not per row, or the weights are not finite or keep more experts than the plan has room for.
         """
         if self.weights.ndim != 2:
             raise RoutingError(f"only per-row weights (B, E) can be updated, this state has shape {tuple(self.weights.shape)}.")
-        if not bool(torch.isfinite(weights).all()):
+        if self.backend == "merged" and self.num_rows > 1:
+            raise RoutingError(
+                f"backend 'merged' cannot serve {self.num_rows} rows that are routed apart. "
+                "Backends that can: reference, dense, folded, triton."
+            )
+        # One transfer for both checks.
+        finite, kept = torch.stack([torch.isfinite(weights).all().long(), (weights != 0).sum(-1).max()]).tolist()
+        if not finite:
             raise RoutingError("routing weights hold NaN or infinite values; check the router and its temperature.")
-        self.weights[rows] = weights.to(self.weights)
+        fixed = self._options["width"]
+        if fixed is not None and kept > self.width:
+            raise RoutingError(_too_many(kept, fixed))
         self.is_zero = False
-        wanted = folded.kept_width(weights)
-        for key, plan in list(self._plans.items()):
-            if wanted > plan.width or plan.a_sel.shape[0] != self.num_rows:
-                del self._plans[key]  # folded again, wider, at the next forward
-                continue
-            layer = self._layers[key]
-            plan.update_rows(layer.lora_a, layer.lora_b, rows, weights.to(layer.scaling) * layer.scaling)
+        self.weights[rows] = weights.to(self.weights)
+        self.version += 1
+        if self.backend not in PLANNED:
+            return
+        if kept > self.width or self.plan_rows != self.num_rows:
+            # Nobody said how wide plans may get, or that rows would part: the next plan is another one.
+            self.width, self.plan_rows = max(kept, self.width), self.num_rows
+            rows, weights = torch.arange(self.num_rows, device=self.weights.device), self.weights
+        if self._slot is not None:
+            self._slot.rewrite(self, rows, weights)
 
     def expand(self, times: int) -> RoutingState:
         """The state for ``times`` copies of each row (beams, ``num_return_sequences``)."""
         if self.weights.ndim == 1 or times == 1:
             return self
-        return RoutingState(self.weights.repeat_interleave(times, dim=0), self._requested, rank=self._rank, width=self._width)
+        return RoutingState(self.weights.repeat_interleave(times, dim=0), **self._options)
+
+
+def _too_many(kept: int, width: int) -> str:
+    return (
+        f"a row keeps {kept} experts, the plan has room for {width}: the method keeps more than its `max_kept` says. "
+        "Correct it, or use backend=dense."
+    )
 
 
 class RoutingSlot:
-    """Where the layers of one model find the routing state of the running request. One request at a time per model."""
+    """Where the layers of one model find the routing state of the running request. One request at a time per model.
+
+    Layers that hold a plan keep its buffers between requests: a request of the same size is written into them in place.
+    """
 
     def __init__(self) -> None:
         self.state: RoutingState | None = None
+        self.gate_backend = "dense"
+        """Backend of layers whose gate decides."""
+        self.layers: list[FusedLinear] = []
+        self._written: tuple[RoutingState, int] | None = None
 
     @contextmanager
     def bind(self, state: RoutingState) -> Iterator[RoutingState]:
         """Hold ``state`` for the time of the block; the previous one comes back afterwards, also after an error."""
-        previous, self.state = self.state, state
+        previous = self.state
         try:
+            self._hold(state)
             yield state
         finally:
-            self.state = previous
+            self._hold(previous)
+
+    def switch(self, state: RoutingState) -> None:
+        """Hold another state for the rest of the block that ``bind`` opened."""
+        self._hold(state)
+
+    def _hold(self, state: RoutingState | None) -> None:
+        """Make ``state`` the one that layers read, and write its plan unless the layers hold it already."""
+        if self.state is not None:
+            self.state._slot = None
+        if state is not None:
+            if state.is_planned and self._written != (state, state.version):
+                self._written = None  # an error half way leaves no plan that counts
+                for layer in self.layers:
+                    layer.write_plan(state)
+                self._written = (state, state.version)
+            state._slot = self
+        self.state = state
+
+    def rewrite(self, state: RoutingState, rows: Tensor, weights: Tensor) -> None:
+        """Write new weights (N, E) of some rows into the plans of all layers."""
+        for layer in self.layers:
+            layer.write_plan(state, rows, weights)
+        self._written = (state, state.version)
+
+    def release(self, layers: Iterable[FusedLinear]) -> None:
+        """Forget layers that are no longer in the model."""
+        gone = {id(layer) for layer in layers}
+        self.layers = [layer for layer in self.layers if id(layer) not in gone]
 
 
 def _sizes(base: Any) -> tuple[int, int]:
@@ -133,12 +194,12 @@ class FusedLinear(nn.Module):
     Args:
         base: Any module with ``in_features`` and ``out_features`` (or a transformers ``Conv1D``).
         entry: The bank's experts for this module.
-        slot: Where the routing state is found.
-
+        slot: Where the routing state is found; the layer makes itself known to it.
         combine: ``delta``: weighted sum of the experts' deltas. ``factor``: of their A and B apart (``kernels.factor``).
 
     Attributes:
         gate: A token-level gate; if set, it decides and the slot is not read.
+        plan: Buffers of the bound plan, a module, for backends that have them.
     """
 
     def __init__(self, base: nn.Module, entry: BankEntry, slot: RoutingSlot, combine: Literal["delta", "factor"] = "delta") -> None:
@@ -147,13 +208,17 @@ class FusedLinear(nn.Module):
         self.base = base
         self.in_features, self.out_features = _sizes(base)
         self.register_buffer("lora_a", entry.lora_a, persistent=False)
-        self.register_buffer("lora_b", entry.lora_b, persistent=False)
+        # Stored by rank, as the bank does it: the kernels read (E, R, O).
+        self.register_buffer("lora_b", entry.lora_b.mT.contiguous().mT, persistent=False)
         self.register_buffer("scaling", entry.scaling, persistent=False)
         self.lora_a: Tensor
         self.lora_b: Tensor
         self.scaling: Tensor
         self.slot = slot
         self.gate: Gate | None = None
+        self.plan: Any = None
+        self._plan_kind: tuple[Any, ...] = ()
+        slot.layers.append(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A gate is the method's: it is held, not registered, so that it is no part of the backbone's state."""
@@ -162,6 +227,41 @@ class FusedLinear(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def write_plan(self, state: RoutingState, rows: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Write a state's plan into the layer's buffers, which are made anew only if their sizes do not fit.
+
+        Args:
+            state: Its backend must be one of ``PLANNED``.
+            rows, weights: Only these rows (N,) and their routing weights (N, E); None for all of the state.
+
+        Raises:
+            RoutingError: If the state is for another number of experts, or the base weight cannot be merged into.
+            AllocationError: If the buffers do not fit into memory.
+        """
+        if state.num_experts != self.lora_a.shape[0]:
+            raise RoutingError(self._wrong_experts(state))
+        if self.combine == "factor":
+            return
+        kind = (state.backend, state.plan_rows, min(state.width, state.num_experts), self.lora_a.dtype, self.lora_a.device)
+        if weights is None:
+            weights = state.per_row()[: state.plan_rows]
+        if self._plan_kind != kind:
+            self.plan = self._new_plan(state)
+            self._plan_kind = kind
+        self.plan.write(self.lora_a, self.lora_b, weights.to(self.scaling.device) * self.scaling, rows)
+
+    def _new_plan(self, state: RoutingState) -> Any:
+        if state.backend == "folded":
+            return FoldedPlan(state.plan_rows, state.width, self.lora_a, self.lora_b)
+        if state.backend == "merged":
+            return MergedPlan(self.base, state.width)
+        from dlplora.kernels.grouped import GroupedPlan
+
+        return GroupedPlan(state.plan_rows, state.width, self.lora_a, self.lora_b)
+
+    def _wrong_experts(self, state: RoutingState) -> str:
+        return f"routing weights are for {state.num_experts} experts, the bank has {self.lora_a.shape[0]}."
+
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus fused delta, (B, T, O).
 
@@ -169,28 +269,32 @@ class FusedLinear(nn.Module):
             RoutingError: If no routing weights are bound and no gate is installed, or their rows do not fit the batch.
         """
         if self.gate is not None:
-            return self.base(x) + self._token_delta(x, self.gate(x))
+            return self.base(x) + self._token_delta(x, self.gate(x), self.slot.gate_backend)
         state = self.slot.state
         if state is None:
             raise RoutingError("no routing weights are bound: call the model inside `with model.routing(weights):`, or use generate().")
-        out = self.base(x)
         if state.is_zero:
-            return out
-        return out + self._delta(x, state)
+            return self.base(x)
+        self._check(x, state)
+        if state.backend == "merged":
+            return self.plan.output(x)
+        return self.base(x) + self._delta(x, state)
 
-    def _token_delta(self, x: Tensor, weights: Tensor) -> Tensor:
+    def _token_delta(self, x: Tensor, weights: Tensor, backend: str) -> Tensor:
         if self.combine == "factor":
             return factor.fused_delta(x, self.lora_a, self.lora_b, weights, self.scaling)
-        return dense.fused_delta(x, self.lora_a, self.lora_b, weights * self.scaling)
+        kernel = reference if backend == "reference" else dense
+        return kernel.fused_delta(x, self.lora_a, self.lora_b, weights * self.scaling)
 
-    def _delta(self, x: Tensor, state: RoutingState) -> Tensor:
+    def _check(self, x: Tensor, state: RoutingState) -> None:
         if x.ndim == 3 and state.num_rows not in (1, x.shape[0]):
             raise RoutingError(f"routing weights were made for {state.num_rows} rows, the batch has {x.shape[0]}.")
-        if state.weights.shape[-1] != self.lora_a.shape[0]:
-            raise RoutingError(f"routing weights are for {state.weights.shape[-1]} experts, the bank has {self.lora_a.shape[0]}.")
-        if self.combine == "factor":
-            return self._token_delta(x, state.weights)
-        if state.backend == "folded":
-            return folded.apply(x, state.folded_plan(self))
-        kernel = dense if state.backend == "dense" else reference
-        return kernel.fused_delta(x, self.lora_a, self.lora_b, state.weights * self.scaling)
+        if state.num_experts != self.lora_a.shape[0]:
+            raise RoutingError(self._wrong_experts(state))
+
+    def _delta(self, x: Tensor, state: RoutingState) -> Tensor:
+        if state.backend == "folded" and self.combine == "delta":
+            return self.plan.delta(x)
+        if state.backend == "triton" and self.combine == "delta":
+            return self.plan.delta(x, self.lora_a, self.lora_b)
+        return self._token_delta(x, state.weights, state.backend)

@@ -9,13 +9,17 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
+from dlplora.kernels.allocation import zeros
 from dlplora.modules.adapter_files import AdapterSpec, LoraWeights, read_adapter
 from dlplora.modules.pool import load_pool, read_pool
+
+SHRINK_BANK = "Load fewer experts (names=...), adapters of a smaller rank, or a smaller dtype (dtype=bfloat16)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class AdapterBank:
         for module, experts in weights.items():
             if len(experts) != len(names):
                 raise AdapterError(f"module '{module}': {len(experts)} adapters for {len(names)} names.")
-            modules[module] = _stack(module, names, experts, dtype, device)
+            modules[module] = _stack(module, names, experts, dtype, device, specs or {})
         return cls(names, modules, specs)
 
     @classmethod
@@ -182,20 +186,30 @@ class AdapterBank:
 
 
 def _stack(
-    module: str, names: Sequence[str], experts: Sequence[LoraWeights | None], dtype: torch.dtype, device: torch.device | str
+    module: str,
+    names: Sequence[str],
+    experts: Sequence[LoraWeights | None],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    specs: Mapping[str, AdapterSpec],
 ) -> BankEntry:
     present = [(name, expert) for name, expert in zip(names, experts, strict=True) if expert is not None]
     first_name, first = present[0]
     d_in, d_out = first[0].shape[1], first[1].shape[0]
     for name, (lora_a, lora_b, _) in present:
         if (lora_a.shape[1], lora_b.shape[0]) != (d_in, d_out):
+            mine, theirs = (
+                f" (base {specs[key].base_model})" if key in specs and specs[key].base_model else "" for key in (name, first_name)
+            )
             raise IncompatibleAdapterError(
-                f"adapter '{name}' has sizes {lora_a.shape[1]} -> {lora_b.shape[0]} at '{module}', adapter '{first_name}' has "
-                f"{d_in} -> {d_out}; they were trained on different backbones."
+                f"adapter '{name}'{mine} has sizes {lora_a.shape[1]} -> {lora_b.shape[0]} at '{module}', "
+                f"adapter '{first_name}'{theirs} has {d_in} -> {d_out}; they were trained on different backbones."
             )
     ranks = tuple(0 if expert is None else expert[0].shape[0] for expert in experts)
-    stacked_a = torch.zeros((len(experts), max(ranks), d_in), dtype=dtype, device=device)
-    stacked_b = torch.zeros((len(experts), d_out, max(ranks)), dtype=dtype, device=device)
+    target: dict[str, Any] = {"dtype": dtype, "device": device, "shrink": SHRINK_BANK}
+    stacked_a = zeros((len(experts), max(ranks), d_in), what=f"stacked A of module '{module}'", **target)
+    # Stored as (E, R, O): the kernels read B by rank, and (E, O, R) is a view of it.
+    stacked_b = zeros((len(experts), max(ranks), d_out), what=f"stacked B of module '{module}'", **target).mT
     scaling = torch.zeros(len(experts), dtype=torch.float32, device=device)
     for i, expert in enumerate(experts):
         if expert is not None:

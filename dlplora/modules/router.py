@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlplora.atomic import replacing, write_json
 from dlplora.config import build
 from dlplora.errors import ConfigError, MethodError, RoutingError
 
@@ -276,7 +277,7 @@ class MiniMLPRouter(nn.Module):
         return torch.tensor([position[name] for name in names], dtype=torch.long)
 
     def save(self, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None) -> None:
-        """Write ``router.safetensors`` and ``router.json``, each to a temporary name first, then renamed.
+        """Write ``router.safetensors`` and ``router.json``, each atomically.
 
         Args:
             folder: Made if it does not exist.
@@ -298,10 +299,9 @@ class MiniMLPRouter(nn.Module):
             "metrics": self.metrics,
         }
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
-        save_file(tensors, folder / "router.safetensors.tmp")
-        (folder / "router.json.tmp").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(folder / "router.safetensors.tmp", folder / "router.safetensors")
-        os.replace(folder / "router.json.tmp", folder / "router.json")
+        with replacing(folder / "router.safetensors") as temporary:
+            save_file(tensors, temporary)
+        write_json(folder / "router.json", description)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], embedding: nn.Module | None = None) -> MiniMLPRouter:

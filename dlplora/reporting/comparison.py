@@ -53,8 +53,8 @@ class Scores:
     """Task -> metric -> (n, m)."""
     bleu: Mapping[str, NDArray[np.int64]]
     """Task -> n-gram counts (n, m, 10)."""
-    drawn: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False, compare=False)
-    """Bootstrap distributions already computed; every comparison of an aggregate reads the same draws."""
+    drawn: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
+    """Bootstrap distributions and verdicts already computed; every comparison of an aggregate reads the same draws."""
 
     def of(self, methods: Sequence[str]) -> Scores:
         """The scores of some of the methods; those without outcomes are left out."""
@@ -138,7 +138,10 @@ def sum_counts(counts: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64]:
 
 
 def distribution(scores: Scores, key: str, resamples: int = RESAMPLES) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Observed aggregate (m,) and its bootstrap distribution (R, m); None if a task lacks the metric."""
+    """Observed metric of every task (k, m) and its bootstrap distribution (k, R, m); None if a task lacks the metric.
+
+    The aggregate is the mean over tasks of either.
+    """
     if (key, resamples) not in scores.drawn:
         scores.drawn[key, resamples] = _distribution(scores, key, resamples)
     return scores.drawn[key, resamples]  # type: ignore[no-any-return]
@@ -151,12 +154,11 @@ def _distribution(scores: Scores, key: str, resamples: int) -> tuple[NDArray[np.
         if not tasks or any(task not in scores.bleu for task in tasks):
             return None
         counts = [scores.bleu[task] for task in tasks]
-        observed = np.mean([statistics.corpus_bleu(task.sum(axis=0)) for task in counts], axis=0)
-        return observed, statistics.bootstrap_bleu(counts, resamples)
+        return np.stack([statistics.corpus_bleu(task.sum(axis=0)) for task in counts]), statistics.bootstrap_bleu(counts, resamples)
     if not tasks or any(metric not in scores.values[task] for task in tasks):
         return None
     values = [scores.values[task][metric] for task in tasks]
-    return np.mean([task.mean(axis=0) for task in values], axis=0), statistics.bootstrap_means(values, resamples)
+    return np.stack([task.mean(axis=0) for task in values]), statistics.bootstrap_means(values, resamples)
 
 
 def against(scores: Scores, key: str, reference: str | None = None, resamples: int = RESAMPLES) -> dict[str, Verdict]:
@@ -171,15 +173,44 @@ def against(scores: Scores, key: str, reference: str | None = None, resamples: i
     found = distribution(scores, key, resamples) if scores.methods else None
     if found is None or (reference is not None and reference not in scores.methods):
         return {}
-    observed, drawn = found
-    base = int(np.argmax(observed)) if reference is None else scores.methods.index(reference)
+    asked = ("against", key, reference, resamples)
+    if asked not in scores.drawn:
+        observed, drawn = (part.mean(axis=0) for part in found)
+        base = int(np.argmax(observed)) if reference is None else scores.methods.index(reference)
+        scores.drawn[asked] = _verdicts(scores.methods, base, observed, drawn)
+    return scores.drawn[asked]  # type: ignore[no-any-return]
+
+
+def _verdicts(
+    methods: Sequence[str], base: int, observed: NDArray[np.float64], drawn: NDArray[np.float64], right: NDArray[np.float64] | None = None
+) -> dict[str, Verdict]:
+    """Every other method against one, from observed values (m,) and draws (R, m); p-values by McNemar's where ``right`` (n, m) is given."""
     rows = {}
-    for index, name in enumerate(scores.methods):
+    for index, name in enumerate(methods):
         if index != base:
             difference = float(observed[index] - observed[base])
-            rows[name] = (difference, *statistics.paired_difference(difference, drawn[:, index] - drawn[:, base]))
+            low, high, p = statistics.paired_difference(difference, drawn[:, index] - drawn[:, base])
+            rows[name] = (difference, low, high, p if right is None else statistics.exact_mcnemar(right[:, index], right[:, base]))
     corrected = statistics.holm({name: row[3] for name, row in rows.items()})
     return {name: Verdict(difference=row[0], low=row[1], high=row[2], p=row[3], p_holm=corrected[name]) for name, row in rows.items()}
+
+
+def by_task(scores: Scores, reference: str, resamples: int = RESAMPLES) -> dict[tuple[str, str], dict[str, Verdict]]:
+    """(Task, metric) -> every other method against one, corrected by Holm over the methods.
+
+    Right or wrong (accuracy, exact match) is tested by McNemar's exact test, the sign test where there are several seeds; BLEU and ROUGE by
+    the paired bootstrap. Intervals are the bootstrap's.
+    """
+    found: dict[tuple[str, str], dict[str, Verdict]] = {}
+    if reference not in scores.methods:
+        return found
+    base = scores.methods.index(reference)
+    for key, (kind, metric) in AGGREGATES.items():
+        both = distribution(scores, key, resamples)
+        for number, task in enumerate(scores.tasks(kind)) if both is not None else ():
+            right = scores.values[task][metric] if metric == MAIN_METRIC[kind] else None
+            found[task, metric] = _verdicts(scores.methods, base, both[0][number], both[1][number], right)  # type: ignore[index]
+    return found
 
 
 def ties_with_best(scores: Scores, key: str) -> set[str]:

@@ -1,39 +1,23 @@
-"""Pictures of results, from records and their outcomes only; vector and bitmap, readable on light and dark ground.
-
-Text and axes are drawn in one mid-grey ink on a transparent ground. Colours: Okabe and Ito's palette, told apart by colour-blind readers.
-"""
+"""Pictures of results, from records and their outcomes only; vector and bitmap, readable on light and dark ground."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlplora.reporting.comparison import Loader, task_means
+from dlplora.reporting.drawing import INK, PALETTE, label_points, pyplot
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
-from dlplora.reporting.tables import REFERENCE_ROWS, value_of
+from dlplora.reporting.sweep_figures import SWEEP_FIGURES
+from dlplora.reporting.sweeps import SweepFile
+from dlplora.reporting.tables import value_of
 
-INK = "#7a7f87"
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999933")
 RADAR_METHODS = ("base", "oracle", "multitask", "dlp", "dlp_code", "meteora_gate", "arrow_out", "lorahub_in_pool")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK)
-    plt.rcParams.update({**settings, "svg.fonttype": "none", "svg.hashsalt": "dlplora", "font.size": 9, "axes.spines.top": False})
-    plt.rcParams.update({"axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none"})
-    return plt
 
 
 def radar(records: Sequence[Record], load: Loader) -> Any:
@@ -43,22 +27,26 @@ def radar(records: Sequence[Record], load: Loader) -> Any:
     tasks = list(records[0].suite_tasks) if records else []
     if not shown or len(tasks) < 3:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
-    figure, axes = plt.subplots(figsize=(7.5, 7.5), subplot_kw={"projection": "polar"})
+    figure = plt.figure(figsize=(7.5, 6.9))
+    axes = figure.add_axes((0.185, 0.15, 0.63, 0.63 * 7.5 / 6.9 * 1.0), projection="polar")
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.35, lw=0.6)
     for name, color in zip(shown, PALETTE, strict=False):
         values = [100 * scores[name][task] for task in tasks]
-        style = {"oracle": "--", "base": ":"}.get(name, "-")
-        axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=1.6, ls=style, label=name)
+        # methods that agree lie on top of each other: a broad pale line under a narrow one shows both
+        width, style, alpha = {"oracle": (5.0, "-", 0.35), "base": (1.4, ":", 1.0), "dlp_code": (1.4, "--", 1.0)}.get(name, (1.4, "-", 1.0))
+        axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=width, ls=style, alpha=alpha, label=name)
     axes.set_xticks(angles, [task.replace("_", " ") for task in tasks], fontsize=7.5)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
         label.set_horizontalalignment("center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right")
     axes.tick_params(axis="x", pad=1)
     axes.set_ylim(0, 100)
+    axes.set_rlabel_position(90 / len(tasks) * 2)
     axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100 %"], fontsize=7)
     axes.spines["polar"].set_color(INK)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=min(4, len(shown)))
-    figure.tight_layout(rect=(0.04, 0.07, 0.96, 1))
     return figure
 
 
@@ -71,40 +59,25 @@ def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
             points.setdefault(record.method_name, []).append((tpot, 50 * (accuracy + match)))  # type: ignore[operator, arg-type]
     if len(points) < 2:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     middle = {name: (float(np.median([x for x, _ in rows])), float(np.mean([y for _, y in rows]))) for name, rows in points.items()}
     ordered = sorted(middle.items(), key=lambda pair: (pair[1][0], -pair[1][1]))
     front: list[tuple[str, tuple[float, float]]] = []
     for name, point in ordered:
         if not front or point[1] > front[-1][1][1]:
             front.append((name, point))
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 5.5))
     axes.step([x for _, (x, _) in front], [y for _, (_, y) in front], where="post", color=PALETTE[0], lw=1, alpha=0.6)
     best = {name for name, _ in front}
-    labelled = best | {name for name in REFERENCE_ROWS if name in middle}
     for name, (x, y) in middle.items():
-        axes.scatter(x, y, s=26, color=PALETTE[0] if name in best else INK, zorder=3)
-    _label(axes, {name: middle[name] for name in middle if name in labelled or middle[name][1] > 40})
+        axes.scatter(x, y, s=22, color=PALETTE[0] if name in best else INK, zorder=3)
+    axes.set_ylim(min(0, *(y for _, y in middle.values())), 106)
     axes.set_xlabel("time per decoded token ÷ PEFT with one adapter (median)")
     axes.set_ylabel("mean of MCQ accuracy and exact match, %")
     axes.grid(alpha=0.25)
     figure.tight_layout()
+    label_points(axes, middle)
     return figure
-
-
-def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside points; of points almost as high and near, the next name moves down a line."""
-    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1.0
-    height = max(y for _, y in points.values()) - min(y for _, y in points.values()) or 1.0
-    placed: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(points.items(), key=lambda pair: -pair[1][1]):
-        level = y
-        while any(abs(level - other) < 0.034 * height and abs(x - left) < 0.2 * width for left, other in placed):
-            level -= 0.012 * height
-        placed.append((x, level))
-        axes.annotate(
-            name, (x, y), (x + 0.02 * width, level), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.4}
-        )
 
 
 def _routes(outcomes: Mapping[str, TaskOutcomes]) -> dict[str, list[list[tuple[int, dict[str, float]]]]]:
@@ -130,7 +103,7 @@ def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
             strongest = max(weights, key=lambda name: weights[name]) if weights else None
             if strongest in tasks:
                 matrix[tasks.index(task), tasks.index(strongest)] += 1 / len(routes)
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 6.5))
     image = axes.imshow(100 * matrix, cmap="cividis", vmin=0, vmax=100)
     names = [task.replace("_", " ") for task in tasks]
@@ -154,7 +127,7 @@ def experts_kept(records: Sequence[Record], load: Loader) -> Any:
     counts = {name: counter for name, counter in counts.items() if counter}
     if not counts:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     most = max(max(counter) for counter in counts.values())
     figure, axes = plt.subplots(figsize=(6, 3))
     width = 0.8 / len(counts)
@@ -179,32 +152,14 @@ FIGURES: dict[str, Callable[[Sequence[Record], Loader], Any]] = {
 """Name -> drawing function; one that has nothing to show returns None."""
 
 
-def draw(records: Sequence[Record], load: Loader, folder: Path, prefix: str) -> list[Path]:
-    """Write every figure as SVG and PNG, each atomically.
+def figures(records: Sequence[Record], load: Loader, sweeps: Sequence[SweepFile] = ()) -> dict[str, Any]:
+    """Figures that the records and sweeps have the numbers for, by name.
 
     Args:
-        records: Newest of each method and seed.
+        records: Newest of each method and seed, of one protocol and backbone.
         load: Outcomes of a record.
-        folder: Made if it does not exist.
-        prefix: Put before the figures' names.
+        sweeps: Of the same suite and backbone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in figures(records, load).items():
-        for suffix in ("svg", "png"):
-            path = folder / f"{prefix}_{name}.{suffix}"
-            temporary = path.with_name(f".{path.name}.tmp")
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            figure.savefig(temporary, format=suffix, dpi=160, metadata=metadata, transparent=True)
-            os.replace(temporary, path)
-            written.append(path)
-    _pyplot().close("all")
-    return written
-
-
-def figures(records: Sequence[Record], load: Loader) -> dict[str, Any]:
-    """Figures that the records have the numbers for, by name."""
-    if not records:
-        return {}
-    drawn = {name: function(records, load) for name, function in FIGURES.items()}
+    drawn = {name: function(records, load) for name, function in FIGURES.items()} if records else {}
+    drawn |= {name: curves(sweeps) for name, curves in SWEEP_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

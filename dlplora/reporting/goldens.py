@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting.statistics import ALPHA, exact_mcnemar
-from dlplora.reporting.store import RESULTS, write_atomically
+from dlplora.reporting.store import RESULTS
 
 FORMAT = 1
 LOGIT_TOLERANCE = 1e-3

@@ -1,10 +1,13 @@
-"""One self-contained page of results: filters, a sortable table, the figures, and single questions with their routing.
+"""One self-contained page of results: filters, a sortable table, the figures, and every question with its answers and routing.
 
-Nothing is fetched: style, script, numbers and pictures stand in the file.
+Nothing is fetched: style, script, numbers and pictures stand in the file. The questions are packed task by task (gzip) and unpacked by the
+browser when they are looked at, so that the page opens at once however many there are.
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import json
 import re
@@ -13,121 +16,170 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from dlplora.reporting.comparison import MAIN_METRIC, Loader, collect, task_means
+from dlplora.reporting.comparison import MAIN_METRIC, Loader, task_means
+from dlplora.reporting.drawing import close_figures
 from dlplora.reporting.figures import figures
+from dlplora.reporting.groups import Group
+from dlplora.reporting.reported import HEADING, NOTE, reported
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
-from dlplora.reporting.tables import COLUMNS, caption, latest, rows_of
+from dlplora.reporting.sweeps import SweepFile
+from dlplora.reporting.tables import COLUMNS, caption, row_order, rows_of
 
-QUESTIONS = 4
-"""Questions a task that the page holds; all of them would make it large."""
+MOST_PACKED = 1_700_000
+"""Bytes of packed questions of one page; above this every task loses the second half of its questions."""
+QUESTIONS = 100
 CAPTIONS = {
     "radar": "Every task, in percent right",
     "quality_against_latency": "Quality against decoding time, and the Pareto front",
     "routing_confusion": "Which expert dlp trusts most, by task",
     "experts_kept": "Experts that answer a sentence",
+    "quality_against_p": "Quality against p, the bound of selection",
+    "quality_against_router_errors": "Quality when the router errs",
+    "weighting": "How kept experts are weighted",
+    "quality_against_experts": "Quality against the number of experts",
 }
 Questions = Callable[[str, str], Sequence[Any]]
 """Suite and task -> the task's test items (``prompt``, ``answer``, ``choices``), or nothing if they cannot be made here."""
 
 
-def page(records: Sequence[Record], load: Loader, questions: Questions) -> str:
+def page(
+    groups: Sequence[Group],
+    load: Loader,
+    questions: Questions,
+    sweeps: Mapping[str, Sequence[SweepFile]] | None = None,
+    others: Mapping[str, str] | None = None,
+) -> str:
     """The page as text.
 
     Args:
-        records: Any; the newest of each method, protocol and seed are shown.
+        groups: What is shown.
         load: Outcomes of a record.
         questions: What was asked.
+        sweeps: Sweep files by suite; they belong to its first group.
+        others: Caption -> SVG of figures that other commands drew; they follow those of the first group.
     """
-    chosen = latest(records)
-    suites = sorted({record.suite for record in chosen})
+    first = {one.suite: one for one in reversed(groups)}
+    shown = [_group(one, load, (sweeps or {}).get(one.suite, ()) if first[one.suite] is one else ()) for one in groups]
+    if shown:
+        shown[0]["figures"] |= {title: _inline(svg) for title, svg in (others or {}).items()}
+    most = QUESTIONS
+    packed = [_questions(one, load, questions, most) for one in groups]
+    while most > 1 and sum(len(text) for part in packed for text in part.values()) > MOST_PACKED:
+        most //= 2
+        packed = [_questions(one, load, questions, most) for one in groups]
     data = {
         "columns": [
             {"key": one.key, "title": one.title, "scale": one.scale, "digits": one.digits, "better": bool(one.larger_is_better)}
             for one in COLUMNS
         ],
-        "backbones": sorted({str(record.backbone.get("name")) for record in chosen}),
-        "suites": [_suite(name, [record for record in chosen if record.suite == name], load, questions) for name in suites],
+        "groups": [{**one, "questions": part} for one, part in zip(shown, packed, strict=True)],
+        "reported": [[one.method, one.setting, one.metric, one.text, one.evidence, one.source, one.url] for one in reported()],
+        "reportedTitle": HEADING,
+        "reportedNote": NOTE.replace("*", ""),
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     folder = resources.files("dlplora.reporting") / "page"
-    parts = {"CSS": (folder / "page.css").read_text("utf-8"), "JS": (folder / "page.js").read_text("utf-8"), "DATA": text}
+    names = {"CSS": "page.css", "JS": "page.js", "TABLE": "vendor/dataTables.min.js", "LICENCE": "vendor/dataTables.LICENSE.txt"}
+    parts = {key: folder.joinpath(*name.split("/")).read_text("utf-8") for key, name in names.items()} | {"DATA": text}
     template = (folder / "page.html").read_text("utf-8")
-    return re.sub(r"/\*(CSS|JS|DATA)\*/", lambda match: parts[match[1]], template)
+    return re.sub(r"/\*(CSS|JS|TABLE|LICENCE|DATA)\*/", lambda match: parts[match[1]], template)
 
 
-def _suite(name: str, records: Sequence[Record], load: Loader, questions: Questions) -> dict[str, Any]:
-    cache: dict[int, Any] = {}
-
-    def remembered(record: Record) -> Any:
-        if id(record) not in cache:
-            cache[id(record)] = load(record)
-        return cache[id(record)]
-
+def _group(one: Group, load: Loader, sweeps: Sequence[SweepFile]) -> dict[str, Any]:
+    records = one.records
+    table, means = rows_of(records, one.scores), task_means(records)
     rows = []
-    for backbone in sorted({str(record.backbone.get("name")) for record in records}):
-        own = [record for record in records if str(record.backbone.get("name")) == backbone]
-        table, means = rows_of(own, collect(own, remembered)), task_means(own)
-        for method, summary in table.summaries.items():
-            cells = {key: [mean, error, method in table.ties.get(key, ())] for key, (mean, error) in summary.items() if mean is not None}
-            rows.append({"method": method, "backbone": backbone, "cells": cells, "tasks": means[method]})
+    for method, summary in table.summaries.items():
+        cells = {
+            key: [mean, error, "best" if mean == table.best[key] else "tie" if method in table.ties.get(key, ()) else ""]
+            for key, (mean, error) in summary.items()
+            if mean is not None
+        }
+        rows.append({"method": method, "cells": cells, "tasks": means[method]})
+    drawn = {CAPTIONS.get(key, key): _svg(figure) for key, figure in figures(records, load, sweeps).items()}
+    close_figures()
     return {
-        "name": name,
+        "suite": one.suite,
+        "protocol": one.protocol,
+        "backbone": one.backbone,
         "caption": caption(records).replace("`", ""),
         "tasks": list(records[0].suite_tasks),
         "rows": rows,
-        "figures": {CAPTIONS.get(key, key): _svg(figure) for key, figure in figures(records, remembered).items()},
-        "questions": _questions(name, records, remembered, questions),
+        "figures": drawn,
     }
 
 
 def _svg(figure: Any) -> str:
-    """A figure as an inline SVG element; identifiers are made its own, since several stand in one document."""
+    """A figure as an inline SVG element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
+    return _inline(buffer.getvalue())
+
+
+def _inline(text: str) -> str:
+    """An SVG file as an element; identifiers are made its own, since several stand in one document."""
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     mark = f"f{zlib.crc32(text.encode()):08x}-"
     return re.sub(r'(id="|url\(#|xlink:href="#)', lambda match: match[1] + mark, text)
 
 
-def _questions(suite: str, records: Sequence[Record], load: Loader, questions: Questions) -> dict[str, list[dict[str, Any]]]:
-    """Task -> the first questions with every method's answer, of each method's first seed."""
+def _questions(one: Group, load: Loader, questions: Questions, most: int) -> dict[str, str]:
+    """Task -> its questions with every method's answers (of the method's first seed), packed."""
     first: dict[str, Record] = {}
-    for record in sorted(records, key=lambda one: one.seed):
+    for record in sorted(one.records, key=lambda row: (row_order(row), row.seed)):
         first.setdefault(record.method_name, record)
-    outcomes = {name: load(record) for name, record in first.items()}
-    known = {name: found for name, found in outcomes.items() if found is not None}
-    if not known:
-        return {}
+    known = {name: outcomes for name, record in first.items() if (outcomes := load(record)) is not None}
     kinds = {task: row.kind for record in first.values() for task, row in record.tasks.items()}
     found = {}
-    for task in records[0].suite_tasks:
-        items = questions(suite, task)
-        found[task] = [_question(number, items, task, kinds[task], known) for number in range(QUESTIONS)]
-    return {task: [one for one in rows if one["answers"]] for task, rows in found.items()}
+    for task in one.records[0].suite_tasks:
+        runs = {name: outcomes[task] for name, outcomes in known.items() if task in outcomes and len(outcomes[task].questions)}
+        if runs:
+            seeds = {name: first[name].seed for name in runs}
+            text = json.dumps(
+                _packed(runs, seeds, questions(one.suite, task), kinds[task], most), ensure_ascii=False, separators=(",", ":")
+            )
+            found[task] = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return found
 
 
-def _question(number: int, items: Sequence[Any], task: str, kind: str, known: Mapping[str, Mapping[str, TaskOutcomes]]) -> dict[str, Any]:
-    item = items[number] if number < len(items) else None
-    answers = []
-    for method, outcomes in known.items():
-        rows = outcomes.get(task)
-        if rows is None or number >= len(rows.questions) or rows.questions[number] != number:
-            continue
-        answer = rows.choice[number] if rows.choice[number] is not None else rows.answer[number]
-        routing = json.loads(rows.routing[number] or "null")
-        answers.append([method, bool(rows.metrics[MAIN_METRIC[kind]][number]), answer, routing and [_strongest(step) for step in routing]])
+def _packed(runs: Mapping[str, TaskOutcomes], seeds: Mapping[str, int], items: Sequence[Any], kind: str, most: int) -> dict[str, Any]:
+    """One task: questions, and for each method what it said and how it was routed, as indices into lists of what occurs.
+
+    Returns:
+        ``items`` ([prompt, options, answer], or null where the suite cannot be made), ``said`` and ``routes`` (what occurs), and
+        ``methods``: [name, seed, per question [right, index into said, index into routes] or null].
+    """
+    said: dict[Any, int] = {}
+    routes: dict[str, int] = {}
+    total = 1 + max(int(rows.questions[-1]) for rows in runs.values())
+    num = min(most, total)
+    methods = []
+    for name, rows in runs.items():
+        place = {int(question): row for row, question in enumerate(rows.questions)}
+        cells: list[list[int] | None] = []
+        for number in range(num):
+            row = place.get(number)
+            if row is None:
+                cells.append(None)
+                continue
+            answer = rows.choice[row] if rows.choice[row] is not None else rows.answer[row]
+            right = int(rows.metrics[MAIN_METRIC[kind]][row] > 0.5)
+            cells.append([right, said.setdefault(answer, len(said)), routes.setdefault(rows.routing[row] or "null", len(routes))])
+        methods.append([name, seeds[name], cells])
+    asked = [[item.prompt, list(item.choices) if item.choices else None, item.answer] for item in items[:num]]
     return {
-        "number": number,
-        "prompt": None if item is None else item.prompt,
-        "choices": None if item is None or item.choices is None else list(item.choices),
-        "gold": None if item is None else item.answer,
-        "answers": answers,
+        "total": total,
+        "num": num,
+        "items": asked + [None] * (num - len(asked)),
+        "said": list(said),
+        "routes": [_strongest(json.loads(text)) for text in routes],
+        "methods": methods,
     }
 
 
-def _strongest(step: Sequence[Any], most: int = 5) -> list[Any]:
-    """One step of a trace with its strongest experts: an average over all of them needs no list of all of them."""
-    at, weights = step
-    return [at, dict(sorted(weights.items(), key=lambda pair: -abs(pair[1]))[:most])]
+def _strongest(route: Sequence[Sequence[Any]] | None, most: int = 5) -> list[Any] | None:
+    """A trace with the strongest experts of each step: an average over all of them needs no list of all of them."""
+    if route is None:
+        return None
+    return [[at, dict(sorted(weights.items(), key=lambda pair: -abs(pair[1]))[:most]), len(weights)] for at, weights in route]

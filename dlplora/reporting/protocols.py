@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dlplora.atomic import write_atomically
 from dlplora.reporting.schema import Record
-from dlplora.reporting.store import RESULTS, is_publishable, load_all, write_atomically
+from dlplora.reporting.store import RESULTS, is_publishable, load_all
 from dlplora.reporting.tables import REFERENCE_ROWS, latest
 
 ROOM = "released_code"

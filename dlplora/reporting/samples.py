@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dlplora.atomic import replacing
 from dlplora.errors import RecordError
 
 METRICS = ("acc", "acc_norm", "exact_match", "rouge1", "rouge2", "rougeL")
@@ -54,8 +55,6 @@ class TaskOutcomes:
 
 def write_samples(path: str | Path, outcomes: Sequence[Outcome]) -> None:
     """Write the outcomes of one run; the file appears whole or not at all."""
-    import os
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -69,14 +68,8 @@ def write_samples(path: str | Path, outcomes: Sequence[Outcome]) -> None:
         "bleu": pa.array([None if one.bleu is None else list(one.bleu) for one in rows], pa.list_(pa.int32())),
         "routing": pa.array([_routing_text(one) for one in rows], pa.string()).dictionary_encode(),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _routing_text(outcome: Outcome) -> str | None:
@@ -100,7 +93,9 @@ def read_samples(path: str | Path, *, texts: bool = True) -> dict[str, TaskOutco
 
     numbers = ["task", "question", *METRICS, "bleu"]
     try:
-        table = pq.read_table(path, columns=[*numbers, *(("choice", "answer", "routing") if texts else ())])
+        # a file is small and there are hundreds: threads cost more than they save
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=[*numbers, *(("choice", "answer", "routing") if texts else ())], use_threads=False)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise RecordError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
     missing = [name for name in numbers if name not in table.column_names]

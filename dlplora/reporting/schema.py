@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +162,12 @@ def _refuse_not_finite(value: Any, where: str, field_path: str) -> None:
         _refuse_not_finite(inner, where, f"{field_path}.{key}" if field_path else str(key))
 
 
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Annotations of a dataclass; resolving them again for each of 26 tasks took most of the reading time."""
+    return typing.get_type_hints(cls)
+
+
 def _parse(cls: type, raw: Any, where: str, prefix: str) -> Any:
     if not isinstance(raw, dict):
         raise RecordError(f"{where}: field '{prefix}' must be an object, got {type(raw).__name__}.")
@@ -168,7 +175,7 @@ def _parse(cls: type, raw: Any, where: str, prefix: str) -> Any:
     for key in raw:
         if key not in fields:
             raise RecordError(f"{where}: unknown field '{prefix}{key}'.{nearest(key, fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values: dict[str, Any] = {}
     for name, item in fields.items():
         if name not in raw:

@@ -58,9 +58,15 @@ def corpus_bleu(sums: Any) -> Array:
     return np.asarray(np.where(right.any(axis=-1), score, 0.0))
 
 
-def _resampled_counts(num: int, resamples: int, seed: int) -> NDArray[np.int64]:
-    """How often each question is drawn in each bootstrap sample, (resamples, n)."""
-    return np.random.default_rng(seed).multinomial(num, np.full(num, 1.0 / num), size=resamples)
+@lru_cache(maxsize=64)
+def _resampled_counts(num: int, resamples: int, seed: int) -> Array:
+    """How often each question is drawn in each bootstrap sample, (resamples, n); remembered, since every metric uses the same draws.
+
+    Whole numbers as float64: products of integer matrices are slow, and sums below 2**53 are exact.
+    """
+    drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1.0 / num), size=resamples).astype(np.float64)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def bleu_stderr(stats: Sequence[Sequence[int]], resamples: int = RESAMPLES, seed: int = 0) -> float | None:
@@ -95,7 +101,7 @@ def exact_mcnemar(first: Sequence[float] | Array, second: Sequence[float] | Arra
 
 
 def bootstrap_means(tasks: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Bootstrap distribution of the mean over tasks of the mean over questions, for several methods on the same draws.
+    """Bootstrap distributions of the mean over questions of every task, for several methods on the same draws.
 
     Args:
         tasks: For each of k tasks the scores of m methods, (n_k, m); questions are drawn within their task.
@@ -103,10 +109,9 @@ def bootstrap_means(tasks: Sequence[Array], resamples: int = RESAMPLES, seed: in
         seed: Of the draws.
 
     Returns:
-        (R, m).
+        Task by task, (k, R, m); their mean over tasks is the distribution of the aggregate.
     """
-    drawn = [_resampled_counts(len(task), resamples, seed + index) @ task / len(task) for index, task in enumerate(tasks)]
-    return np.asarray(np.mean(drawn, axis=0))
+    return np.stack([_resampled_counts(len(task), resamples, seed + index) @ task / len(task) for index, task in enumerate(tasks)])
 
 
 def bootstrap_bleu(tasks: Sequence[NDArray[np.int64]], resamples: int = RESAMPLES, seed: int = 0) -> Array:
@@ -114,9 +119,9 @@ def bootstrap_bleu(tasks: Sequence[NDArray[np.int64]], resamples: int = RESAMPLE
     scores = []
     for index, task in enumerate(tasks):
         counts = _resampled_counts(len(task), resamples, seed + index)
-        sums = (counts @ task.reshape(len(task), -1)).reshape(resamples, *task.shape[1:])
+        sums = (counts @ task.reshape(len(task), -1).astype(np.float64)).reshape(resamples, *task.shape[1:])
         scores.append(corpus_bleu(sums))
-    return np.asarray(np.mean(scores, axis=0))
+    return np.stack(scores)
 
 
 def paired_difference(observed: float, drawn: Array) -> tuple[float, float, float]:
@@ -197,7 +202,8 @@ def friedman_p(scores: Array) -> float | None:
 
     if len(scores) < 3 or scores.shape[1] < 2:
         return None
-    value = float(friedmanchisquare(*scores).pvalue)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no task tells any two methods apart
+        value = float(friedmanchisquare(*scores).pvalue)
     return value if math.isfinite(value) else None
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting.samples import Outcome, TaskOutcomes, read_samples, write_samples
 from dlplora.reporting.schema import Record, read_record, to_json
@@ -28,23 +26,6 @@ def record_path(record: Record, root: Path = RESULTS) -> Path:
     """``runs/<suite>/`` for publishable records, ``scratch/<suite>/`` for limited, failed and dirty ones."""
     room = "runs" if is_publishable(record) else "scratch"
     return root / room / record.suite / f"{record.method_name}-{record.cell}-s{record.seed}.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def save(record: Record, root: Path = RESULTS, outcomes: Sequence[Outcome] | None = None) -> Path:
@@ -70,20 +51,52 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def check_samples(path: Path, record: Record) -> None:
+    """Nothing if a record's outcomes are there and the ones it was written with, or if it kept none.
+
+    Raises:
+        RecordError: Naming file and field if they are not.
+    """
+    if record.samples_sha256 is None:
+        return
+    file = samples_path(path)
+    if not file.is_file():
+        raise RecordError(f"{file}: missing; {path.name} names it in 'samples_sha256'.")
+    if file_checksum(file) != record.samples_sha256:
+        raise RecordError(f"{file}: its checksum is not the one that {path.name} names in 'samples_sha256'.")
+
+
 def load_samples(path: Path, record: Record, *, texts: bool = True) -> dict[str, TaskOutcomes] | None:
     """The outcomes of a record's questions by task; None if none were kept.
 
     Raises:
         RecordError: If the file is missing, damaged, or not the one the record was written with.
     """
-    if record.samples_sha256 is None:
-        return None
-    file = samples_path(path)
-    if not file.is_file():
-        raise RecordError(f"{file}: missing; {path.name} names it in 'samples_sha256'.")
-    if file_checksum(file) != record.samples_sha256:
-        raise RecordError(f"{file}: its checksum is not the one that {path.name} names in 'samples_sha256'.")
-    return read_samples(file, texts=texts)
+    check_samples(path, record)
+    return None if record.samples_sha256 is None else read_samples(samples_path(path), texts=texts)
+
+
+class OutcomeReader:
+    """The outcomes of the records under one results folder. Calling it gives everything, and remembers it: figures and page ask twice.
+
+    Args:
+        root: Results folder.
+    """
+
+    def __init__(self, root: Path = RESULTS) -> None:
+        self.root = root
+        self._known: dict[Path, dict[str, TaskOutcomes] | None] = {}
+
+    def __call__(self, record: Record) -> dict[str, TaskOutcomes] | None:
+        """As ``load_samples``."""
+        path = record_path(record, self.root)
+        if path not in self._known:
+            self._known[path] = load_samples(path, record)
+        return self._known[path]
+
+    def numbers(self, record: Record) -> dict[str, TaskOutcomes] | None:
+        """Without answers and routing, which statistics do not need."""
+        return load_samples(record_path(record, self.root), record, texts=False)
 
 
 def find_cell(cell: str, seed: int, suite: str, method_name: str, root: Path = RESULTS, *, scratch: bool = False) -> Path | None:

@@ -7,15 +7,20 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
-from dlplora.reporting.comparison import Scores, Verdict, against, collect, ranking, task_means, task_wins, ties_with_best
+from dlplora.reporting.comparison import Scores, Verdict, against, by_task, ranking, task_means, task_wins, ties_with_best
+from dlplora.reporting.groups import Group, by_setting, group
+from dlplora.reporting.groups import latest as latest
+from dlplora.reporting.latency_tables import latency_source, speed_page
 from dlplora.reporting.notes import NOTES
+from dlplora.reporting.reported import reported_page
 from dlplora.reporting.schema import AGGREGATES, Record
-from dlplora.reporting.store import is_publishable, load_samples, record_path, write_atomically
+from dlplora.reporting.store import OutcomeReader
 
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
 
@@ -73,14 +78,6 @@ def value_of(record: Record, key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def latest(records: Iterable[Record]) -> list[Record]:
-    """Publishable records, the newest for each protocol, method configuration and seed."""
-    newest: dict[tuple[str, str, int], Record] = {}
-    for record in sorted((record for record in records if is_publishable(record)), key=lambda record: record.created):
-        newest[record.protocol_name, record.method_name, record.seed] = record
-    return list(newest.values())
-
-
 def _group(records: Sequence[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -119,7 +116,8 @@ def _cell(column: Column, mean: float | None, error: float | None, best: float |
     return f"{text} {TIE}" if ties else text
 
 
-def _order(record: Record) -> tuple[int, str]:
+def row_order(record: Record) -> tuple[int, str]:
+    """Sort key of a table's rows: the reference rows first, then by name."""
     known = REFERENCE_ROWS
     return (known.index(record.method_name) if record.method_name in known else len(known), record.method_name)
 
@@ -143,7 +141,7 @@ def rows_of(records: Sequence[Record], scores: Scores | None = None) -> Rows:
         records: Newest of each method and seed.
         scores: Outcomes of single questions; without them nothing is said about significance.
     """
-    groups = _group(sorted(records, key=_order))
+    groups = _group(sorted(records, key=row_order))
     summaries = {name: {column.key: _summary(group, column.key) for column in COLUMNS} for name, group in groups.items()}
     best: dict[str, float | None] = {}
     for column in COLUMNS:
@@ -167,14 +165,14 @@ def main_table(records: Sequence[Record], scores: Scores | None = None) -> str:
 
 
 def csv_table(records: Sequence[Record]) -> str:
-    """The main table as CSV, unrounded, in the records' units, with a column for every standard error."""
-    rows = rows_of(records)
+    """The main tables as CSV, unrounded, in the records' units, with a column for every standard error; one row a method and setting."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", *(name for column in COLUMNS for name in (column.key, f"{column.key}_stderr"))])
-    for name, summary in rows.summaries.items():
-        values = [value for column in COLUMNS for value in summary[column.key]]
-        writer.writerow([name, *("" if value is None else repr(value) for value in values)])
+    writer.writerow(["protocol", "backbone", "method", *(name for column in COLUMNS for name in (column.key, f"{column.key}_stderr"))])
+    for (_, protocol, backbone), rows in by_setting(records).items():
+        for name, summary in rows_of(rows).summaries.items():
+            values = [value for column in COLUMNS for value in summary[column.key]]
+            writer.writerow([protocol, backbone, name, *("" if value is None else repr(value) for value in values)])
     return buffer.getvalue()
 
 
@@ -211,8 +209,7 @@ def caption(records: Sequence[Record]) -> str:
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`, {len(records[0].suite_tasks)} tasks × {items} questions, "
         f"seeds {', '.join(map(str, seeds))}{fewer}, ± one standard error, code {', '.join(commits)}, {', '.join(threads)}. "
         f"Bold: best of the column; {TIE}: not significantly worse (paired bootstrap over questions, Holm over the methods, 5 %). "
-        "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter. "
-        "Generated from `results/runs` by `dlplora report build`."
+        f"{latency_source(records)} Generated from `results/runs` by `dlplora report build`."
     )
 
 
@@ -226,7 +223,7 @@ def readme_block(records: Sequence[Record], scores: Scores | None = None) -> str
 
 def task_table(records: Sequence[Record]) -> str:
     """One row a task, one column a method: accuracy for multiple choice, exact match for generation, in percent."""
-    groups = _group(sorted(records, key=_order))
+    groups = _group(sorted(records, key=row_order))
     if not groups:
         return ""
     first = next(iter(groups.values()))[0]
@@ -269,24 +266,47 @@ def pair_table(scores: Scores, reference: str = REFERENCE_METHOD) -> str:
     return "\n".join(lines) + "\n\n" + note
 
 
+def pairs_csv(groups: Sequence[Group], reference: str = REFERENCE_METHOD) -> str:
+    """Every method against one of them on every task and metric, as CSV in the records' units."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["protocol", "backbone", "task", "metric", "method", "reference", "difference", "low", "high", "p", "p_holm"])
+    for one in groups:
+        for (task, metric), verdicts in by_task(one.scores, reference).items():
+            for name, verdict in verdicts.items():
+                numbers = (verdict.difference, verdict.low, verdict.high, verdict.p, verdict.p_holm)
+                writer.writerow([one.protocol, one.backbone, task, metric, name, reference, *(f"{number:.4g}" for number in numbers)])
+    return buffer.getvalue()
+
+
 def _difference(verdict: Verdict, scale: float) -> str:
     mark = " *" if verdict.significant else ""
     return f"{verdict.difference * scale:+.1f} [{verdict.low * scale:+.1f}, {verdict.high * scale:+.1f}]{mark}"
 
 
 def page(records: Sequence[Record], suite: str, scores: Scores | None = None) -> str:
-    """The content of ``results/tables/<suite>.md``."""
+    """The content of ``results/tables/<suite>.md`` for one protocol and backbone."""
+    return "\n\n".join(part for part in (f"# Results on `{suite}`", NOTES.get(suite, ""), *_sections(records, scores)) if part) + "\n"
+
+
+def _sections(records: Sequence[Record], scores: Scores | None, depth: str = "##") -> list[str]:
     pairs = "" if scores is None else pair_table(scores)
-    parts = [
-        f"# Results on `{suite}`",
-        NOTES.get(suite, ""),
+    return [
         main_table(records, scores),
         caption(records),
-        f"## In pairs with `{REFERENCE_METHOD}`" if pairs else "",
+        f"{depth} In pairs with `{REFERENCE_METHOD}`" if pairs else "",
         pairs,
-        "## By task (accuracy or exact match, %)",
+        f"{depth} By task (accuracy or exact match, %)",
         task_table(records),
     ]
+
+
+def _suite_page(groups: Sequence[Group], suite: str) -> str:
+    if len(groups) < 2:
+        return page(groups[0].records if groups else (), suite, groups[0].scores if groups else None)
+    parts = [f"# Results on `{suite}`", NOTES.get(suite, "")]
+    for one in groups:
+        parts += [f"## {one.title[0].upper()}{one.title[1:]}", *_sections(one.records, one.scores, "###")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -302,8 +322,24 @@ def with_block(text: str, block: str, where: str) -> str:
     return text[:start] + block + text[stop + len(END) :]
 
 
-def build(records: Sequence[Record], suite: str, root: Path, readme: Path | None, *, check: bool = False) -> list[Path]:
-    """Write the tables of a suite and the README block; with ``check`` write nothing.
+def build(
+    records: Sequence[Record],
+    suite: str,
+    root: Path,
+    readme: Path | None,
+    *,
+    check: bool = False,
+    groups: Sequence[Group] | None = None,
+) -> list[Path]:
+    """Write the tables of a suite, with nano's those of speed records, and the README block; with ``check`` write nothing.
+
+    Args:
+        records: Of any suite.
+        suite: The one to write.
+        root: Results folder.
+        readme: File whose block holds the suite's first group, or None.
+        check: Only say what is stale.
+        groups: The suite's records with their outcomes, if they were read already.
 
     Returns:
         The files whose content changed, or would change.
@@ -311,14 +347,22 @@ def build(records: Sequence[Record], suite: str, root: Path, readme: Path | None
     Raises:
         RecordError: If a record's outcomes are damaged, or the README has no markers.
     """
-    chosen = latest([record for record in records if record.suite == suite])
-    scores = collect(chosen, lambda record: load_samples(record_path(record, root), record, texts=False))
+    if groups is None:
+        groups = group([record for record in records if record.suite == suite], OutcomeReader(root))
     tables = root / "tables"
-    wanted = {tables / f"{suite}.md": page(chosen, suite, scores)}
-    if chosen:
-        wanted |= {tables / f"{suite}.csv": csv_table(chosen), tables / f"{suite}.tex": latex_table(chosen, scores)}
+    wanted = {tables / f"{suite}.md": _suite_page(groups, suite), tables / "reported.md": reported_page()}
+    speed = speed_page(root / "bench") if suite == "nano" else None
+    if speed is not None:
+        wanted[tables / "speed.md"] = speed
+    if groups:
+        chosen = [record for one in groups for record in one.records]
+        latex = "\n".join((f"% {one.title}\n" if len(groups) > 1 else "") + latex_table(one.records, one.scores) for one in groups)
+        wanted[tables / f"{suite}.csv"] = csv_table(chosen)
+        wanted[tables / f"{suite}.tex"] = latex
+        wanted[tables / f"{suite}_pairs.csv"] = pairs_csv(groups)
     if readme is not None:
-        wanted[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(chosen, scores), str(readme))
+        block = readme_block(groups[0].records, groups[0].scores) if groups else readme_block([])
+        wanted[readme] = with_block(readme.read_text(encoding="utf-8"), block, str(readme))
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if not check:
         for path in stale:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dlplora.tasks import lm_eval_dir
+from dlplora.tasks.composite_export import composite_configs, composite_folders
 from dlplora.tasks.local import ENV_ROOT, data_root, local_suite, readable_tasks
 from dlplora.tasks.suite import Task
 
@@ -49,7 +50,7 @@ def task_config(task: Task, root: str | None) -> dict[str, Any]:
 
 
 def export_local(names: Sequence[str], root: str | None, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write one YAML file a task, and the group ``dlplora_local``.
+    """Write one YAML file a task, the group ``dlplora_local``, and composites of the tasks (``composite_export``).
 
     Args:
         names: Task names; ``["all"]`` takes every task of the folder.
@@ -62,13 +63,14 @@ def export_local(names: Sequence[str], root: str | None, folder: str | os.PathLi
     Raises:
         TaskError: If rows are missing or malformed; nothing is written then.
     """
-    tasks = [task for task in local_suite(names, root).tasks if "test" in task.rows]
+    made = composite_folders(data_root(root), names)
+    tasks = [task for task in local_suite([name for name in names if name not in made], root).tasks if "test" in task.rows]
     configs = {task.name: task_config(task, root) for task in tasks}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     group = {"group": GROUP, "task": [config["task"] for config in configs.values()], "metadata": {"version": 1.0}}
     written = []
-    for name, config in [*configs.items(), ("_group", group)]:
+    for name, config in [*configs.items(), ("_group", group), *composite_configs(tasks, data_root(root), made).items()]:
         path = target / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         written.append(path)
@@ -90,7 +92,7 @@ def local_tasks(names: Sequence[str] | None = None, root: str | None = None) -> 
     if root is None and names is None and not Path(os.environ.get(ENV_ROOT) or "\0").is_dir():
         yield None
         return
-    wanted = readable_tasks(root) if names is None else list(names)
+    wanted = [*readable_tasks(root), *composite_folders(data_root(root))] if names is None else list(names)
     if not wanted:
         yield None
         return

@@ -17,6 +17,8 @@ from dlplora.errors import TaskError, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+TASK_SEPARATOR = "+"
+"""Between the task names of a prompt that asks several questions, in their order; only methods that are told the task see them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ class Suite:
 
     name: str
     tasks: tuple[Task, ...]
+    source: Suite | None = None
+    """The suite that composites are made of; its tasks are those that adapters and methods are trained on."""
     prefix: str | None = None
 
     @property
@@ -156,16 +160,21 @@ class Suite:
         """The same suite with only the named tasks, in the order given (None keeps all)."""
         if names is None:
             return self
-        return Suite(self.name, tuple(self.task(name) for name in names), self.prefix)
+        return Suite(self.name, tuple(self.task(name) for name in names), self.source, self.prefix)
 
 
 @lru_cache(maxsize=8)
 def get_suite(name: str, data_root: str | None = None) -> Suite:
-    """A suite by name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; or one of the paper's.
+    """A suite by name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
+    ``local_composite:TASK,TASK`` for composites of either; or one of the paper's.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
+    if name.partition(":")[0].endswith("_composite"):
+        from dlplora.tasks.composite import composite_suite
+
+        return composite_suite(get_suite(name.replace("_composite", "", 1), data_root))
     if name == "nano":
         from dlplora.tasks.nano import nano_suite
 
@@ -179,7 +188,8 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
         if name in SUITES:
             return paper_suite(name, data_root)
-    raise TaskError(f"unknown suite '{name}'. Known: nano, paper, paper26, paper_local, local:TASK,TASK (rows under --data-root).")
+    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local"
+    raise TaskError(f"unknown suite '{name}'. Known: {known}.")
 
 
 def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:

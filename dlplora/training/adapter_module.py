@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlplora.atomic import write_json
 from dlplora.errors import ConfigError
-from dlplora.training.adapter_export import EXPORT_DTYPES, write_json
+from dlplora.training.adapter_export import EXPORT_DTYPES
 from dlplora.training.answer_loss import AnswerMetrics, weighted_loss
 from dlplora.training.checkpoints import ResumableModule
 from dlplora.training.frozen import DTYPES, load_tokenizer
+from dlplora.training.recomputation import keep_recomputing
 from dlplora.training.settings import LoRASettings, OptimizerSettings, step_rng
 
 
@@ -34,6 +36,7 @@ class AdapterModule(ResumableModule):
         export_dtype: str,
         base_model_name: str | None,
         dtype: str,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
         for name, value, known in (("export_dtype", export_dtype, EXPORT_DTYPES), ("dtype", dtype, DTYPES)):
@@ -47,6 +50,8 @@ class AdapterModule(ResumableModule):
         self.export_dtype = export_dtype
         self.base_model_name = base_model_name
         self.backbone_dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self._recomputed: list[Any] = []
         self.metrics: AnswerMetrics | None = None
         self.plain_head = True
         self._started = 0.0
@@ -82,6 +87,7 @@ class AdapterModule(ResumableModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Weighted cross-entropy of one batch; logged every ``log_every_n_steps`` steps only, since logging costs time."""
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        keep_recomputing(self._recomputed)
         if self.lora.lora_dropout > 0:
             with step_rng(self.seed, step, self.global_rank, self.device):
                 logits = self.logits(batch)

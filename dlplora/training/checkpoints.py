@@ -18,6 +18,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dlplora.atomic import replacing
 from dlplora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -32,15 +33,10 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
         """Write one resume file; after a crash at any moment the old file or the new one is there, whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as handle:
-            torch.save(checkpoint, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        torch.load(temporary, map_location="cpu", weights_only=True)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            with temporary.open("wb") as handle:  # by handle: by name, the name would become part of the file
+                torch.save(checkpoint, handle)
+            torch.load(temporary, map_location="cpu", weights_only=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None, **_: Any

@@ -14,6 +14,7 @@ from dlplora.training.adapter_module import AdapterModule
 from dlplora.training.answer_loss import answer_logits, has_plain_head
 from dlplora.training.checkpoints import planned_steps
 from dlplora.training.frozen import load_frozen
+from dlplora.training.recomputation import recompute_activations
 from dlplora.training.settings import LoRASettings, OptimizerSettings, expert_generator, initial_lora_a
 
 
@@ -30,6 +31,7 @@ class LitExpert(AdapterModule):
         export_dtype: Stored precision of the adapter.
         base_model_name: What the exported adapter names as its base; None is ``backbone``.
         dtype: Precision of the frozen backbone. The adapter itself always trains in float32.
+        gradient_checkpointing: Recompute the decoder layers in the backward pass: less memory, more time, the same gradients.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class LitExpert(AdapterModule):
         export_dtype: str = "float32",
         base_model_name: str | None = None,
         dtype: str = "float32",
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(backbone, lora, optimizer, seed, export_folder, export_dtype, base_model_name, dtype)
+        super().__init__(backbone, lora, optimizer, seed, export_folder, export_dtype, base_model_name, dtype, gradient_checkpointing)
         self.adapter_name = adapter_name
         self.model: Any = None
 
@@ -57,6 +60,8 @@ class LitExpert(AdapterModule):
         backbone = load_frozen(self.backbone, self.backbone_dtype)
         self.plain_head = has_plain_head(backbone)
         self.model = get_peft_model(backbone, self.lora.peft_config())
+        if self.gradient_checkpointing:
+            self._recomputed = recompute_activations(backbone)
         names = self.datamodule.task_names
         name = self.adapter_name or (names[0] if len(names) == 1 else "multitask")
         generator = expert_generator(self.seed, name)

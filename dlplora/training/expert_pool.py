@@ -19,6 +19,7 @@ from dlplora.training.adapter_module import AdapterModule
 from dlplora.training.answer_loss import answer_logits, has_plain_head
 from dlplora.training.frozen import load_frozen
 from dlplora.training.grouped_lora import ExpertGroup, GroupedLoRA
+from dlplora.training.recomputation import recompute_activations
 from dlplora.training.settings import LoRASettings, OptimizerSettings
 
 Mode = Literal["joint", "sequential", "auto"]
@@ -46,10 +47,10 @@ class LitExpertPool(AdapterModule):
     """One LoRA adapter per task of an ``ExpertPoolDataModule``.
 
     The trainer's ``gradient_clip_val`` bounds the gradient norm of every expert by itself, and the schedule spans every
-    expert's own steps.
+    expert's own steps. With ``accumulate_grad_batches`` an expert takes ``num_steps`` divided by it steps.
 
     Args:
-        backbone, lora, optimizer, seed, export_dtype, base_model_name, dtype: As for ``LitExpert``.
+        backbone, lora, optimizer, seed, export_dtype, base_model_name, dtype, gradient_checkpointing: As for ``LitExpert``.
         mode: ``joint``, ``sequential``, or ``auto`` (by device).
         group_size: Most experts in a joint batch.
         export_folder: The pool's folder: one PEFT folder per expert, the manifest ``pool.json``, and ``training.json``.
@@ -71,8 +72,9 @@ class LitExpertPool(AdapterModule):
         export_dtype: str = "float32",
         base_model_name: str | None = None,
         dtype: str = "float32",
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(backbone, lora, optimizer, seed, export_folder, export_dtype, base_model_name, dtype)
+        super().__init__(backbone, lora, optimizer, seed, export_folder, export_dtype, base_model_name, dtype, gradient_checkpointing)
         if lora.bias != "none":
             raise ConfigError(f"lora: a pool needs bias 'none', got {lora.bias!r}: biases of several adapters cannot be fused.")
         if group_size < 1:
@@ -98,23 +100,29 @@ class LitExpertPool(AdapterModule):
         """Load the backbone, freeze it, put the grouped layers in, and draw every expert's initial weights."""
         if self.model is not None:
             return
-        from dlplora.inference.loading import base_fingerprint
+        from dlplora.inference.fingerprint import base_fingerprint
 
         self.model = load_frozen(self.backbone, self.backbone_dtype)
         self.fingerprint = base_fingerprint(self.model)  # before the layers are wrapped
         self.plain_head = has_plain_head(self.model)
-        self.patch = GroupedLoRA(self.model, self.lora)
-        self.experts.extend(ExpertGroup(names, self.patch.shapes, self.lora, self.seed) for names in self.groups)
+        patch = self.patch = GroupedLoRA(self.model, self.lora)
+        if self.gradient_checkpointing:  # a layer runs again after `use` has ended, and needs the factors it ran with
+            self._recomputed = recompute_activations(self.model, lambda: patch.use(patch.active.factors))
+        self.experts.extend(ExpertGroup(names, patch.shapes, self.lora, self.seed) for names in self.groups)
 
     def on_fit_start(self) -> None:
         """Refuse trainer settings under which the experts would not be trained as if alone.
 
         Raises:
-            ConfigError: For accumulated gradients, more than one epoch, or DDP that cannot skip the experts at rest.
+            ConfigError: For gradients accumulated across two groups, more than one epoch, or DDP that cannot skip the experts at rest.
         """
         trainer = self.trainer
-        if trainer.accumulate_grad_batches != 1:
-            raise ConfigError("trainer: a pool trains without accumulate_grad_batches; lower group_size or batch_size instead.")
+        steps = int(self.datamodule.hparams["num_steps"])
+        if steps % trainer.accumulate_grad_batches:
+            raise ConfigError(
+                f"trainer: num_steps of a pool {steps} must be a multiple of accumulate_grad_batches ({trainer.accumulate_grad_batches}): "
+                "a step must not mix two groups of experts. Change one of them."
+            )
         if trainer.max_epochs != 1 and trainer.max_steps == -1:
             raise ConfigError(
                 f"trainer: a pool trains in one epoch (num_steps for every group), max_epochs is {trainer.max_epochs}. Set max_epochs: 1."
@@ -127,7 +135,7 @@ class LitExpertPool(AdapterModule):
 
     def configure_optimizers(self) -> Any:
         """One AdamW; experts outside the active group have no gradient, so neither their weights nor their moments move."""
-        steps = int(self.datamodule.hparams["num_steps"])
+        steps = int(self.datamodule.hparams["num_steps"]) // self.trainer.accumulate_grad_batches
         return self.optimizer_settings.build(self.experts.parameters(), steps, period=steps)
 
     def configure_gradient_clipping(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlplora.atomic import write_json
 from dlplora.errors import MethodError
-from dlplora.training.adapter_export import write_json
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
 from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.settings import OptimizerSettings, step_rng

@@ -85,8 +85,9 @@ class OptimizerSettings:
     def rate_factor(self, step: int, total_steps: int) -> float:
         """Learning rate of a step (from 0) as a fraction of the peak.
 
-        >>> [OptimizerSettings(warmup_steps=2, decay_fraction=0.5).rate_factor(s, 8) for s in range(8)]
-        [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+        Examples:
+            >>> [OptimizerSettings(warmup_steps=2, decay_fraction=0.5).rate_factor(s, 8) for s in range(8)]
+            [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
         """
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         fall = min(1.0, (total_steps - step) / (self.decay_fraction * total_steps)) if self.decay_fraction else 1.0

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlplora.errors import AdapterError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.kernels.backends import BACKENDS, triton_obstacle
 from dlplora.methods.references import Base
 from dlplora.modules.lora_bank import AdapterBank
 
@@ -27,7 +30,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "all linear layers": {"target_modules": "all-linear"},
     "some layers": {"layers_to_transform": [1]},
     "mlp only": {"target_modules": ["up_proj", "down_proj"]},
+    "a regular expression": {"target_modules": r".*\.1\..*\.(q|up)_proj"},
+    "excluded modules": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "model.layers.0.self_attn.k_proj"]},
+    "a layers pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
+    "an anchored pattern": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"^model.layers.1.*v_proj": 5}},
+    "a pattern that is a suffix of another": {"rank_pattern": {"proj": 5, "q_proj": 2}},
+    "rank above the layer's width": {"r": 40, "lora_alpha": 3},
+    "gaussian start": {"init_lora_weights": "gaussian"},
+    "orthogonal start": {"init_lora_weights": "orthogonal"},
+    "float64": {"dtype": torch.float64},
 }
+
+NO_TRITON = pytest.mark.skipif(triton_obstacle("cpu") is not None, reason=f"triton backend: {triton_obstacle('cpu')}")
+EVERY_BACKEND = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.triton, NO_TRITON]) if name == "triton" else name for name in BACKENDS]
+)
 
 
 @torch.no_grad()
@@ -48,7 +65,7 @@ def one_hot(index: int, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["reference", "dense", "folded"])
+@EVERY_BACKEND
 def test_one_adapter_is_pefts(
     kind: str, backend: str, tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -57,8 +74,17 @@ def test_one_adapter_is_pefts(
     assert float((expected - logits(tiny_llama)).abs().max()) > 0.05
     fused = fuse(tiny_llama, tiny_tokenizer, folders)
     fused.backend = backend
-    with fused.routing(one_hot(0, 2)):
+    with fused.routing(one_hot(0, 2)) as state:
+        assert state.backend == backend
         torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_all_kinds_in_one_bank(tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folders = {f"kind{i}": make_adapter(tmp_path / f"kind{i}", seed=i, **options) for i, options in enumerate(KINDS.values())}
+    fused = fuse(tiny_llama, tiny_tokenizer, folders)
+    for index, folder in enumerate(folders.values()):
+        with fused.routing(one_hot(index, len(folders))):
+            torch.testing.assert_close(logits(fused), peft_logits(tiny_llama, folder).float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -73,7 +99,21 @@ def test_adapters_stored_in_half_precision(
         torch.testing.assert_close(logits(fused), peft_logits(tiny_llama, folder).float(), atol=1e-5, rtol=1e-5)
 
 
-def test_gpt2_with_transposed_layers(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_the_output_layer(tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "it", seed=1, target_modules=["lm_head", "q_proj"])
+    expected = peft_logits(tiny_llama, folder)
+    with pytest.raises(AdapterError, match=r"'base_model.model.lm_head.base_layer.weight'.*save_embedding_layers=False"):
+        AdapterBank.from_peft({"it": folder})
+    file = folder / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "lora_" in key}, file)
+    fused = fuse(tiny_llama, tiny_tokenizer, {"it": folder})
+    assert "lm_head" in fused.patched.layers
+    with fused.routing(torch.ones(1)):
+        torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
+
+
+@EVERY_BACKEND
+def test_gpt2_with_transposed_layers(backend: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(3)
@@ -87,12 +127,16 @@ def test_gpt2_with_transposed_layers(tiny_tokenizer: Any, tmp_path: Path) -> Non
                 parameter.normal_(0, 0.3)
     adapted.save_pretrained(tmp_path / "it")
     fused = fuse(base, tiny_tokenizer, {"it": tmp_path / "it"})
+    fused.backend = backend
     with fused.routing(torch.ones(1)):
         torch.testing.assert_close(logits(fused), peft_logits(base, tmp_path / "it"), atol=1e-5, rtol=1e-5)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [1.0, 1.0, 1.0], [0.0, 0.7, 0.0]])
-def test_a_weighted_sum_is_pefts_concatenation(weights: list[float], tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+def test_a_weighted_sum_is_pefts_concatenation(
+    weights: list[float], backend: str, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path
+) -> None:
     names = ["alpha", "beta", "gamma"]
     adapted = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(tiny_pool / names[0]), adapter_name=names[0])
     for name in names[1:]:
@@ -105,18 +149,26 @@ def test_a_weighted_sum_is_pefts_concatenation(weights: list[float], tiny_llama:
                 module.scaling["sum"] = 1.0
     adapted.set_adapter("sum")
     fused = fuse(tiny_llama, tiny_tokenizer, {name: tiny_pool / name for name in names})
+    fused.backend = backend
     with fused.routing(torch.tensor(weights)):
         torch.testing.assert_close(logits(fused), logits(adapted.eval()), atol=2e-5, rtol=1e-5)
 
 
-def test_rows_with_different_experts_are_pefts_mixed_batch(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+@EVERY_BACKEND
+def test_rows_with_different_experts_are_pefts_mixed_batch(backend: str, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     names = ["alpha", "beta", "gamma"]
     adapted = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(tiny_pool / "alpha"), adapter_name="alpha")
     for name in names[1:]:
         adapted.load_adapter(str(tiny_pool / name), adapter_name=name)
     expected = logits(adapted.eval(), adapter_names=["gamma", "__base__", "beta"])
     fused = fuse(tiny_llama, tiny_tokenizer, {name: tiny_pool / name for name in names})
-    with fused.routing(torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])):
+    fused.backend = backend
+    rows = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    if backend == "merged":
+        with pytest.raises(RoutingError, match="its 3 rows are routed differently"), fused.routing(rows):
+            pass
+        return
+    with fused.routing(rows):
         torch.testing.assert_close(logits(fused), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -17,7 +17,7 @@ from dlplora.errors import ConfigError, IncompatibleAdapterError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import MethodContext
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.tasks.suite import Item
+from dlplora.tasks.suite import Item, get_suite
 from dlplora.types import PromptBatch
 
 NAMES = ("alpha", "beta", "gamma")
@@ -112,6 +112,25 @@ def test_the_search_improves_repeats_and_changes_no_adapter(tiny_llama: Any, tin
             assert better < loss(torch.zeros(3)) - 0.01
         assert float(plan.weights.abs().max()) <= 1.5
     assert torch.equal(found[0], found[1])
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    """On the embedded model, whose products are large enough to be divided among threads."""
+    before = torch.get_num_threads()
+    few_shot = lambda task, num: get_suite("nano").task(task).items("train", num)  # noqa: E731
+    fused = FusedCausalLM.from_pretrained(None, method="lorahub_in_pool", few_shot=few_shot)
+    found, losses = [], []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(fused.method.search("object_counting"))  # type: ignore[operator]
+            losses.append(fused.method.objective("object_counting")(torch.full((26,), 0.1)))  # type: ignore[operator]
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        fused.close()
+    assert torch.equal(found[0], found[1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_leaving_one_out_leaves_out_exactly_that_one(tiny_llama: Any, tiny_tokenizer: Any, uniform_pool: Path) -> None:

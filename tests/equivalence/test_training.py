@@ -43,8 +43,8 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    """The same rows, the same start, PEFT's layers, HF's own loss, torch's AdamW and clipping."""
+def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulate: int = 1) -> dict[str, torch.Tensor]:
+    """The same rows, the same start, PEFT's layers, HF's own loss, torch's AdamW and clipping; ``accumulate`` batches a step."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = AutoModelForCausalLM.from_pretrained(backbone)
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -69,9 +69,11 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS) -> dict[s
     plan = data.plan([task])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    updates = steps // accumulate
     for step in range(steps):
-        fall = min(1.0, (steps - step) / (0.6 * steps))
-        optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (step + 1) / 2) * fall
+        update = step // accumulate
+        fall = min(1.0, (updates - update) / (0.6 * updates))
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (update + 1) / 2) * fall
         ids, labels = [], []
         for _, index in plan.batch(step):
             item = plan_source[index]
@@ -83,10 +85,12 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS) -> dict[s
         batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
         targets = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-        optimizer.zero_grad()
-        model(input_ids=batch, attention_mask=mask, labels=targets).loss.backward()
+        (model(input_ids=batch, attention_mask=mask, labels=targets).loss / accumulate).backward()
+        if (step + 1) % accumulate:
+            continue
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        optimizer.zero_grad()
     from peft import get_peft_model_state_dict
 
     return {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model).items()}
@@ -110,6 +114,46 @@ def test_a_pool_is_its_experts_trained_alone(mode: str, tiny_llama_folder: Path,
         truth = by_hand(tiny_llama_folder, rows, name)
         for key, tensor in exported(pool / name).items():
             torch.testing.assert_close(tensor, truth[key], atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "joint"])
+def test_accumulated_gradients_and_recomputed_layers_change_nothing(mode: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    options = ["--model.init_args.mode", mode, "--trainer.gradient_clip_val", "1.0", "--trainer.accumulate_grad_batches", "2"]
+    options += ["--data.init_args.num_steps", "6"]
+    plain = train("experts", tiny_llama_folder, rows, tmp_path / mode, ",".join(NAMES), *options)
+    again = [*options, "--model.init_args.gradient_checkpointing", "true"]
+    recomputed = train("experts", tiny_llama_folder, rows, tmp_path / f"{mode}_again", ",".join(NAMES), *again)
+    for name in NAMES:
+        truth = by_hand(tiny_llama_folder, rows, name, steps=6, accumulate=2)
+        for key, tensor in exported(plain / name).items():
+            torch.testing.assert_close(tensor, truth[key], atol=5e-4, rtol=1e-3)
+            assert torch.equal(exported(recomputed / name)[key], tensor)
+
+
+@pytest.mark.parametrize("config", ["expert", "experts"])
+def test_recomputation_runs_layers_twice(config: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    calls: list[bool] = []
+    forward = LlamaAttention.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.training)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", counted)
+    counts, weights = [], []
+    for flag in ("false", "true"):
+        calls.clear()
+        options = ["--model.init_args.gradient_checkpointing", flag, "--model.init_args.lora.lora_dropout", "0.3"]
+        options += ["--data.init_args.tasks", "all"] if config == "expert" else ["--model.init_args.mode", "joint"]
+        folder = train(config, tiny_llama_folder, rows, tmp_path / flag, "pets", *options, "--trainer.limit_val_batches", "0")
+        counts.append(len(calls))
+        weights.append(exported(folder if config == "expert" else folder / "pets"))
+    assert counts[1] - counts[0] == 2 * STEPS  # two layers, each once more a step
+    if config == "experts":
+        assert not any(calls)  # the frozen backbone stays in evaluation mode
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_exported_experts_load_in_peft(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
@@ -142,7 +186,7 @@ def test_another_task_joins_a_pool_and_the_rest_stays(tiny_llama_folder: Path, r
 @pytest.mark.parametrize(
     ("option", "part"),
     [
-        (["--trainer.accumulate_grad_batches", "2"], "without accumulate_grad_batches"),
+        (["--trainer.accumulate_grad_batches", "2"], "multiple of accumulate_grad_batches (2)"),
         (["--trainer.max_epochs", "2"], "one epoch"),
         (["--model.init_args.lora.bias", "all"], "bias 'none'"),
         (["--model.init_args.group_size", "0"], "'group_size' must be at least 1"),

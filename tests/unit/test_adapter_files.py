@@ -17,7 +17,8 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.references import Base, Oracle
 from dlplora.modules.adapter_files import read_adapter
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import add_adapter, load_pool, unlisted, write_manifest
+from dlplora.modules.pool import load_pool, unlisted, write_manifest
+from dlplora.modules.pool_add import add_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -97,6 +98,8 @@ def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor], str], None]) 
         (lambda tensors, key: tensors.update({"base_model.model.embed.lora_embedding_A": torch.ones(1)}), "trained embedding"),
         (lambda tensors, key: tensors.update({"base_model.model.lm_head.weight": torch.ones(1)}), "no LoRA factor"),
         (lambda tensors, key: tensors.clear(), "no LoRA weights"),
+        (lambda tensors, key: tensors.update({key.removeprefix("base_model.model."): tensors[key].clone()}), "are one factor"),
+        (lambda tensors, key: tensors.update({"base_model.model.model.norm.bias": torch.ones(1)}), "trained bias"),
     ],
 )
 def test_damaged_weights(folder: Path, change: Any, part: str) -> None:
@@ -124,6 +127,8 @@ def test_manifests_are_checked(pool: Path, tmp_path: Path) -> None:
         ({"adapters": [{"name": "x"}]}, "malformed field 'path'"),
         ({"adapters": [{"name": "x", "path": "../../x", "sha256": "0"}]}, "leaves the pool folder"),
         ({"adapters": manifest["adapters"][:1] * 2}, "must be unique"),
+        ({"adapters": [{"name": "../x", "path": "alpha", "sha256": "0"}]}, "'../x' cannot name an adapter"),
+        ({"adapters": [{"name": "a\nb", "path": "alpha", "sha256": "0"}]}, "cannot name an adapter"),
     ):
         (pool / "pool.json").write_text(json.dumps(manifest | change))
         with pytest.raises(PoolError, match=part):

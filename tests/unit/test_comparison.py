@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from dlplora.reporting import comparison, store, tables
+from dlplora.reporting.groups import group
 from dlplora.reporting.samples import Outcome
 from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.statistics import bleu_statistics
@@ -96,3 +99,52 @@ def test_the_page_shows_pairs_and_marks_ties(scores: comparison.Scores) -> None:
     assert "0–1–2" in line
     first = {line.split("`")[1]: line.split("|")[2].strip() for line in reversed(page.splitlines()) if line.startswith("| `")}
     assert first == {"oracle": "**92.0** ± 2.5", "dlp": f"90.0 ± 2.5 {tables.TIE}", "base": "50.0 ± 2.5"}
+
+
+def test_every_task_and_metric_is_compared_as_statsmodels_and_sacrebleu_would(scores: comparison.Scores) -> None:
+    from statsmodels.stats.contingency_tables import mcnemar
+    from statsmodels.stats.multitest import multipletests
+
+    verdicts = comparison.by_task(scores, "dlp")
+    assert set(verdicts) == {("a", "acc"), ("b", "acc"), *(("g", metric) for metric in ("exact_match", "bleu", "rouge1", "rougeL"))}
+    for task, metric in (("a", "acc"), ("g", "exact_match")):
+        columns = dict(zip(scores.methods, scores.values[task][metric].T, strict=True))
+        p_values = []
+        for name in ("oracle", "base"):
+            table = [[np.sum((columns[name] == x) & (columns["dlp"] == y)) for y in (1, 0)] for x in (1, 0)]
+            p_values.append(float(mcnemar(table, exact=True).pvalue))
+            assert verdicts[task, metric][name].p == pytest.approx(p_values[-1])
+            assert verdicts[task, metric][name].difference == pytest.approx(columns[name].mean() - columns["dlp"].mean())
+        corrected = multipletests(p_values, method="holm")[1]
+        assert [verdicts[task, metric][name].p_holm for name in ("oracle", "base")] == pytest.approx(list(corrected))
+    bleu = verdicts["g", "bleu"]["base"]
+    assert bleu.significant
+    assert bleu.low < bleu.difference < bleu.high < 0
+    assert comparison.by_task(scores, "nobody") == {}
+
+
+def test_the_aggregates_interval_is_that_of_a_plain_loop(scores: comparison.Scores) -> None:
+    """Drawn question by question in Python, two tasks, means over tasks."""
+    rng = np.random.default_rng(11)
+    differences = []
+    for _ in range(3000):
+        by_task = []
+        for task in ("a", "b"):
+            rows = rng.integers(0, NUM, NUM)
+            values = scores.values[task]["acc"][rows]
+            by_task.append(values[:, scores.methods.index("base")].mean() - values[:, scores.methods.index("dlp")].mean())
+        differences.append(np.mean(by_task))
+    verdict = comparison.against(scores, "mcq_acc", "dlp")["base"]
+    low, high = np.quantile(differences, (0.025, 0.975))
+    assert (verdict.low, verdict.high) == pytest.approx((low, high), abs=0.012)
+
+
+def test_pairs_as_csv(tmp_path: Path) -> None:
+    for name, rate in (("dlp", 0.9), ("base", 0.2)):
+        saved(tmp_path, name, {"a": rate, "b": 0.9, "g": rate})
+    groups = group(store.load_all(tmp_path)[0], store.OutcomeReader(tmp_path))
+    rows = list(csv.DictReader(io.StringIO(tables.pairs_csv(groups))))
+    assert len(rows) == 2 + 4  # accuracy of two tasks, four metrics of the third
+    assert {row["method"] for row in rows} == {"base"}
+    (same,) = [row for row in rows if row["task"] == "b"]
+    assert (float(same["difference"]), float(same["p"])) == (0.0, 1.0)

@@ -121,4 +121,4 @@ def test_a_short_generation_is_not_a_measurement() -> None:
         return ids
 
     with pytest.raises(GenerationError, match="expected 8 tokens"):
-        latency._time_generation(too_short, 8, torch.device("cpu"))
+        latency.time_generation(too_short, 8, torch.device("cpu"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from dlplora.atomic import write_atomically
 from dlplora.reporting import protocols
 from dlplora.reporting.schema import Record, TaskResult, to_json
-from dlplora.reporting.store import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from dlplora import atomic
+from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting import store, tables
+from dlplora.reporting.groups import latest
 from dlplora.reporting.schema import Record, TaskResult, aggregate, read_record, to_json
 
 KINDS = {"a": "mcq", "b": "mcq", "g": "gen"}
@@ -116,10 +119,10 @@ def test_one_damaged_record_does_not_hide_the_rest(tmp_path: Path) -> None:
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.txt"
-    store.write_atomically(path, "old")
-    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    write_atomically(path, "old")
+    monkeypatch.setattr(atomic.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        store.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -156,7 +159,7 @@ def test_build_is_idempotent_and_check_finds_staleness(tmp_path: Path) -> None:
     readme.write_text(f"# x\n\n{tables.BEGIN}\nold\n{tables.END}\n\nend\n")
     records = [make_record()]
     stale = {path.name for path in tables.build(records, "toy", tmp_path, readme, check=True)}
-    assert stale == {"README.md", "toy.md", "toy.csv", "toy.tex"}
+    assert stale == {"README.md", "toy.md", "toy.csv", "toy.tex", "toy_pairs.csv", "reported.md"}
     assert "old" in readme.read_text()
     tables.build(records, "toy", tmp_path, readme)
     assert tables.build(records, "toy", tmp_path, readme, check=True) == []
@@ -167,8 +170,8 @@ def test_build_is_idempotent_and_check_finds_staleness(tmp_path: Path) -> None:
 
 def test_only_the_newest_record_of_a_configuration_is_shown() -> None:
     old = make_record(created="2025-01-01T00:00:00+00:00", cell="old")
-    assert tables.latest([make_record(), old]) == [make_record()]
-    assert tables.latest([make_record(limit=3)]) == []
+    assert latest([make_record(), old]) == [make_record()]
+    assert latest([make_record(limit=3)]) == []
 
 
 def test_one_experiment_with_two_outcomes_names_both_files(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dlplora.cli.main import main
 from dlplora.config import list_configs
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods import registry
@@ -87,6 +88,36 @@ def test_entry_points_of_third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = registry.load_method_spec("outside")
     assert (spec.name, spec.method, spec.params, spec.path) == ("outside", "outside", {}, None)
     assert isinstance(registry.build_method(spec), Outside)
+
+
+def test_an_installed_package_brings_its_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Laid out as pip would leave it: a package and its dist-info folder on the path. Nothing of ours is patched."""
+    package, info = tmp_path / "even_mixture", tmp_path / "even_mixture-0.1.dist-info"
+    package.mkdir()
+    info.mkdir()
+    source = """
+        import torch
+        from dlplora.methods.base import FusionMethod, Metadata
+
+        class EvenMixture(FusionMethod):
+            name = "even_mixture"
+            metadata = Metadata(title="Even mixture", granularity="prompt")
+
+            def route(self, prompts):
+                return torch.full((len(prompts), len(self.expert_names)), 1.0 / len(self.expert_names))
+        """
+    write(package / "__init__.py", source)
+    write(info / "METADATA", "Metadata-Version: 2.1\nName: even-mixture\nVersion: 0.1\n")
+    write(info / "entry_points.txt", f"[{registry.ENTRY_POINT_GROUP}]\neven_mixture = even_mixture:EvenMixture\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["methods"]) == 0
+    assert "| even_mixture | Even mixture |" in capsys.readouterr().out
+    assert main(["generate", "Is it red?", "--method", "even_mixture", "--max-new-tokens", "2", "--trace"]) == 0
+    assert capsys.readouterr().out
+    monkeypatch.undo()
+    assert "even_mixture" not in registry.available_methods()
 
 
 @pytest.mark.parametrize(

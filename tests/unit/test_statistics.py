@@ -64,7 +64,7 @@ def test_corners_of_bleu_are_sacrebleus(sums: list[int]) -> None:
 
 def difference(tasks: list[np.ndarray], resamples: int = 4000, seed: int = 0) -> tuple[float, float, float]:
     """Interval and p-value of method 0 minus method 1."""
-    drawn = st.bootstrap_means(tasks, resamples, seed)
+    drawn = st.bootstrap_means(tasks, resamples, seed).mean(axis=0)
     return st.paired_difference(float(np.mean([task[:, 0].mean() - task[:, 1].mean() for task in tasks])), drawn[:, 0] - drawn[:, 1])
 
 
@@ -94,7 +94,7 @@ def test_paired_bootstrap_interval_agrees_with_the_normal_one() -> None:
 def test_bleu_bootstrap() -> None:
     good = np.array([st.bleu_statistics(wanted, wanted) for _, wanted in PAIRS] * 6)
     poor = np.array([st.bleu_statistics(said, wanted) for said, wanted in PAIRS] * 6)
-    drawn = st.bootstrap_bleu([np.stack([good, poor], axis=1)], 400)
+    (drawn,) = st.bootstrap_bleu([np.stack([good, poor], axis=1)], 400)
     assert drawn[:, 0] == pytest.approx(np.full(400, 100.0))
     observed = 100 - float(st.corpus_bleu(poor.sum(axis=0)))
     low, high, p = st.paired_difference(observed, drawn[:, 0] - drawn[:, 1])

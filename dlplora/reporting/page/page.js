@@ -8,113 +8,159 @@
     if (cls) node.className = cls;
     return node;
   };
-  const options = (select, values, all) => {
-    select.replaceChildren(...(all ? [new Option(all, "")] : []), ...values.map((value) => new Option(value, value)));
-  };
-  const state = { key: null, descending: true };
-  const suite = () => data.suites.find((one) => one.name === $("suite").value) || data.suites[0];
+  const options = (select, values) => select.replaceChildren(...values.map(([text, value]) => new Option(text, value)));
+  const same = (values) => values.map((value) => [value, value]);
+  const groups = () => data.groups.filter((one) => one.suite === $("suite").value);
+  const settings = (one) => one.backbone + (one.protocol === one.suite ? "" : " · " + one.protocol);
+  // "all" backbones are shown together in the table; figures and questions then are the first one's
+  const chosen = () => groups().filter((one) => $("backbone").value === "" || settings(one) === $("backbone").value);
+  const group = () => chosen()[0];
 
-  const columns = () => {
+  // Missing numbers stay last whichever way a column is sorted.
+  const order = (sign) => (a, b) => (a === null || b === null ? (a === null) - (b === null) : sign * (a - b));
+  DataTable.type("measured", { detect: () => false, order: { asc: order(1), desc: order(-1) } });
+
+  let table = null;
+  const column = (title, get, scale, digits) => ({
+    title, type: "measured", orderSequence: ["desc", "asc"], className: "number",
+    data: null,
+    render: (row, kind) => {
+      const [value, error, mark] = get(row) || [null, null, ""];
+      if (kind === "sort" || kind === "type") return value;
+      if (value === null) return "";
+      const text = (value * scale).toFixed(digits) + (error === null ? "" : " ± " + (error * scale).toFixed(digits));
+      return mark === "best" ? "<b>" + text + "</b>" : text + (mark === "tie" ? " °" : "");
+    },
+  });
+  const draw = () => {
+    if (table) table.destroy();
     const task = $("task").value;
-    if (!task) return data.columns;
-    return [{ key: "task", title: task.replaceAll("_", " ") + " %", scale: 100, digits: 1, better: true }];
-  };
-  const cell = (row, column) => (column.key === "task" ? [row.tasks[$("task").value] ?? null, null, false] : row.cells[column.key] || [null, null, false]);
-  const shown = () => {
-    const part = $("method").value.trim().toLowerCase();
-    const backbone = $("backbone").value;
-    const rows = suite().rows.filter((row) => row.method.toLowerCase().includes(part) && (!backbone || row.backbone === backbone));
-    if (state.key === null) return rows;
-    const value = (row) => (state.key === "method" ? row.method : cell(row, { key: state.key })[0]);
-    return rows.slice().sort((a, b) => {
-      const [x, y] = [value(a), value(b)];
-      if (x === null || y === null) return (x === null) - (y === null);
-      const order = typeof x === "string" ? x.localeCompare(y) : x - y;
-      return state.descending ? -order : order;
+    const several = groups().length > 1;
+    const rows = chosen().flatMap((one) => one.rows.map((row) => ({ ...row, name: row.method + (several ? " · " + settings(one) : "") })));
+    const best = Math.max(...rows.map((row) => row.tasks[task] ?? -1));
+    const columns = task
+      ? [column(task.replaceAll("_", " ") + " %", (row) => (task in row.tasks ? [row.tasks[task], null, row.tasks[task] === best ? "best" : ""] : null), 100, 1)]
+      : data.columns.map((one) => column(one.title, (row) => row.cells[one.key], one.scale, one.digits));
+    const node = make("table");
+    node.id = "table";
+    $("holder").replaceChildren(node);
+    table = new DataTable(node, {
+      data: rows, columns: [{ title: "method", data: "name", type: "string", render: DataTable.render.text() }, ...columns],
+      paging: false, searching: true, order: [], autoWidth: false, info: false,
+      layout: { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null },
+      language: { emptyTable: "No results.", zeroRecords: "No method matches." },
     });
+    filter();
   };
-  const heading = (key, title) => {
-    const th = make("th");
-    th.scope = "col";
-    const button = make("button", title);
-    button.type = "button";
-    button.dataset.key = key;
-    th.append(button);
-    if (state.key === key) th.setAttribute("aria-sort", state.descending ? "descending" : "ascending");
-    return th;
+  const filter = () => {
+    table.column(0).search($("method").value.trim(), { smart: false }).draw();
+    $("count").textContent = table.rows({ search: "applied" }).count() + " of " + table.rows().count() + " rows";
   };
-  const table = () => {
-    const list = columns();
-    if (state.key !== null && state.key !== "method" && !list.some((one) => one.key === state.key)) state.key = null;
-    const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.key : null;
-    const head = make("tr");
-    head.append(heading("method", "method"), ...list.map((one) => heading(one.key, one.title)));
-    $("table").tHead.replaceChildren(head);
-    const rows = shown();
-    const best = Object.fromEntries(list.filter((one) => one.better).map((one) => [one.key, Math.max(...rows.map((row) => cell(row, one)[0] ?? -Infinity))]));
-    $("table").tBodies[0].replaceChildren(...rows.map((row) => {
-      const tr = make("tr");
-      const name = make("td", row.method + (data.backbones.length > 1 ? " · " + row.backbone : ""));
-      tr.append(name, ...list.map((one) => {
-        const [value, error, tie] = cell(row, one);
-        if (value === null) return make("td", "");
-        const text = (value * one.scale).toFixed(one.digits) + (error === null ? "" : " ± " + (error * one.scale).toFixed(one.digits)) + (tie ? " °" : "");
-        return make("td", text, one.better && value === best[one.key] ? "best" : "");
-      }));
-      return tr;
-    }));
-    $("count").textContent = rows.length + " of " + suite().rows.length + " rows";
-    if (focused) { const again = $("table").tHead.querySelector(`[data-key="${focused}"]`); if (again) again.focus(); }
-  };
+
   const hue = (name) => {
-    const index = suite().tasks.indexOf(name);
-    return `hsl(${((index < 0 ? 0 : index) * 137.5) % 360} 60% 50%)`;
+    const index = group().tasks.indexOf(name); // experts bear the names of their tasks; a merged one has no colour
+    return index < 0 ? "hsl(0 0% 55%)" : `hsl(${(index * 137.5) % 360} 60% 50%)`;
+  };
+  const strongest = (weights) => Object.entries(weights).sort((a, b) => b[1] - a[1])[0];
+  const pieces = (route, answer) => route.map(([at, weights], index) => [answer.slice(at, index + 1 < route.length ? route[index + 1][0] : undefined), weights]);
+  const spoken = (route, answer) => {
+    // The generated text, each stretch underlined in the colour of the expert that weighed most when it was spoken.
+    const box = make("span");
+    for (const [text, weights] of pieces(route, answer)) {
+      const top = strongest(weights);
+      const part = make("span", text, "said");
+      part.style.borderColor = top ? hue(top[0]) : "transparent";
+      part.title = top ? top[0] : "no expert";
+      box.append(part);
+    }
+    return box;
   };
   const trace = (route, answer) => {
     const box = make("div");
-    route.forEach(([at, weights], index) => {
+    route.forEach(([at, weights, count], index) => {
       const names = Object.entries(weights).sort((a, b) => b[1] - a[1]);
       const chip = make("span", undefined, "chip");
       chip.style.borderColor = names.length ? hue(names[0][0]) : "transparent";
-      const end = index + 1 < route.length ? route[index + 1][0] : undefined;
-      const said = answer === null ? "" : answer.slice(at, end).trim();
-      chip.textContent = (said ? "“" + said + "” " : "") + (names.slice(0, 4).map(([name, weight]) => name + " " + weight.toFixed(2)).join(", ") || "no expert") + (names.length > 4 ? ", …" : "");
+      const said = typeof answer === "string" && route.length > 1 ? pieces(route, answer)[index][0].trim() : "";
+      const more = count > names.length ? ", and " + (count - names.length) + " more" : "";
+      chip.textContent = (said ? "“" + said + "” " : "") + (names.map(([name, weight]) => name + " " + weight.toFixed(2)).join(", ") || "no expert") + more;
       box.append(chip);
     });
     return box;
   };
-  const question = () => {
-    const chosen = ((suite().questions || {})[$("q-task").value] || [])[Number($("q-number").value)];
-    if (!chosen) return $("question").replaceChildren(make("p", "No outcomes of single questions were kept for this suite.", "hint"));
-    const table = make("table");
+
+  const unpacked = new Map();
+  const unpack = (text) => {
+    if (!unpacked.has(text)) {
+      const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+      unpacked.set(text, new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json());
+    }
+    return unpacked.get(text);
+  };
+  let asked = 0;
+  const load = async () => {
+    const packed = group().questions[$("q-task").value];
+    const ticket = ++asked;
+    if (!packed) {
+      options($("q-number"), []);
+      $("q-note").textContent = "";
+      return $("question").replaceChildren(make("p", "No outcomes of single questions were kept.", "hint"));
+    }
+    const task = await unpack(packed);
+    if (ticket !== asked) return undefined; // another task was chosen meanwhile
+    options($("q-number"), task.items.map((_, index) => [String(index), String(index)]));
+    $("q-note").textContent = "Answers of each method's first seed." + (task.num < task.total ? " " + task.num + " of " + task.total + " questions are in this page." : "");
+    return question();
+  };
+  const question = async () => {
+    const packed = group().questions[$("q-task").value];
+    if (!packed) return;
+    const ticket = asked;
+    const task = await unpack(packed);
+    if (ticket !== asked) return;
+    const number = Number($("q-number").value);
+    const [prompt, choices, gold] = task.items[number] || [null, null, null];
+    const node = make("table");
+    node.append(make("thead"), make("tbody"));
     const head = make("tr");
-    head.append(...["method", "", "answer", "routing"].map((title) => make("th", title)));
-    table.append(make("thead"), make("tbody"));
-    table.tHead.append(head);
-    for (const [method, right, answer, route] of chosen.answers) {
+    head.append(...["method", "", "answer", "routing"].map((title) => { const th = make("th", title); th.scope = "col"; return th; }));
+    node.tHead.append(head);
+    for (const [name, seed, cells] of task.methods) {
+      const cell = cells[number];
+      if (!cell || ($("q-which").value !== "" && String(cell[0]) !== $("q-which").value)) continue;
+      const [right, answer, route] = [cell[0], task.said[cell[1]], task.routes[cell[2]]];
       const tr = make("tr");
-      const mark = make("td", right ? "right" : "wrong", right ? "right" : "wrong");
-      const said = typeof answer === "number" ? (chosen.choices ? chosen.choices[answer] : "option " + (answer + 1)) : answer;
+      const said = make("td");
+      if (typeof answer === "number") said.textContent = choices ? choices[answer] : "option " + (answer + 1);
+      else if (route) said.append(spoken(route, answer || ""));
+      else said.textContent = answer;
       const routing = make("td");
-      routing.append(route === null ? make("span", "token by token", "hint") : trace(route, typeof answer === "string" ? answer : null));
-      tr.append(make("td", method), mark, make("td", said), routing);
-      table.tBodies[0].append(tr);
+      routing.append(route === null ? make("span", "token by token", "hint") : trace(route, answer));
+      const title = make("td", name);
+      title.title = "seed " + seed;
+      tr.append(title, make("td", right ? "right" : "wrong", right ? "right" : "wrong"), said, routing);
+      node.tBodies[0].append(tr);
     }
     const scroll = make("div", undefined, "scroll");
     scroll.tabIndex = 0;
-    scroll.append(table);
-    const parts = chosen.prompt === null ? [] : [make("pre", chosen.prompt + (chosen.choices ? "\n\nOptions: " + chosen.choices.join(" | ") : "")), make("p", "Right: " + chosen.gold, "right")];
+    scroll.setAttribute("role", "region");
+    scroll.setAttribute("aria-label", "Answers");
+    scroll.append(node);
+    const parts = prompt === null ? [] : [make("pre", prompt + (choices ? "\n\nOptions: " + choices.join(" | ") : "")), make("p", "Right: " + gold, "right")];
     $("question").replaceChildren(...parts, scroll);
   };
-  const numbers = () => {
-    const list = (suite().questions || {})[$("q-task").value] || [];
-    $("q-number").replaceChildren(...list.map((one, index) => new Option(String(one.number), String(index))));
+  const step = (by) => {
+    const select = $("q-number");
+    select.selectedIndex = Math.min(select.options.length - 1, Math.max(0, select.selectedIndex + by));
     question();
   };
+
   const whole = () => {
-    const now = suite();
-    options($("task"), now.tasks, "all");
-    options($("q-task"), Object.keys(now.questions || {}));
+    const now = group();
+    const kept = $("task").value;
+    options($("task"), [["all", ""], ...same(now.tasks)]);
+    if (now.tasks.includes(kept)) $("task").value = kept;
+    options($("q-task"), same(Object.keys(now.questions)));
     $("caption").textContent = now.caption;
     $("figures").replaceChildren(...Object.entries(now.figures).map(([name, svg]) => {
       const figure = make("figure");
@@ -122,25 +168,39 @@
       figure.append(make("figcaption", name));
       return figure;
     }));
-    table();
-    numbers();
+    draw();
+    load();
   };
-  options($("suite"), data.suites.map((one) => one.name));
-  options($("backbone"), data.backbones, "all");
-  $("table").tHead.addEventListener("click", (event) => {
-    const button = event.target.closest("button");
-    if (!button) return;
-    const key = button.dataset.key;
-    state.descending = state.key === key ? !state.descending : key !== "method";
-    state.key = key;
-    table();
-    $("table").tHead.querySelector(`[data-key="${key}"]`).focus();
-  });
+  const suite = () => {
+    const found = same(groups().map(settings));
+    options($("backbone"), found.length > 1 ? [["all", ""], ...found] : found);
+    whole();
+  };
+
+  $("h-reported").textContent = data.reportedTitle;
+  $("reported-note").textContent = data.reportedNote;
+  const reported = $("reported");
+  const head = reported.createTHead().insertRow();
+  head.append(...["method", "setting", "metric", "reported", "evidence", "source"].map((title) => { const th = make("th", title); th.scope = "col"; return th; }));
+  const body = reported.createTBody();
+  for (const [method, setting, metric, value, evidence, source, url] of data.reported) {
+    const row = body.insertRow();
+    row.append(...[method, setting, metric, value, evidence].map((text) => make("td", text)));
+    const link = make("a", source);
+    link.href = url;
+    row.insertCell().append(link);
+  }
+
   $("filters").addEventListener("submit", (event) => event.preventDefault());
-  $("suite").addEventListener("change", whole);
-  for (const id of ["backbone", "task"]) $(id).addEventListener("change", table);
-  $("method").addEventListener("input", table);
-  $("q-task").addEventListener("change", numbers);
-  $("q-number").addEventListener("change", question);
-  if (data.suites.length) whole();
+  if (!data.groups.length) return;
+  options($("suite"), same([...new Set(data.groups.map((one) => one.suite))]));
+  $("suite").addEventListener("change", suite);
+  $("backbone").addEventListener("change", whole);
+  $("task").addEventListener("change", draw);
+  $("method").addEventListener("input", filter);
+  $("q-task").addEventListener("change", load);
+  for (const id of ["q-number", "q-which"]) $(id).addEventListener("change", question);
+  $("q-before").addEventListener("click", () => step(-1));
+  $("q-next").addEventListener("click", () => step(1));
+  suite();
 })();

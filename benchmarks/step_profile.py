@@ -1,0 +1,150 @@
+"""Where one decode step spends its time, by operator: ``python -m benchmarks.step_profile``.
+
+Each contender generates a short and a longer continuation under torch's profiler; the difference, divided by the tokens between them, is
+one step without its prefill. The profiler slows everything down, so its times are shares, not latencies; the calls are exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dlplora.cli.terminal import quiet_loading, split_names
+from dlplora.errors import DLPLoRAError
+from dlplora.evaluation.contenders import build_contender
+from dlplora.evaluation.latency_bench import Group, LatencyPlan, build_workshop, make_workload
+from dlplora.evaluation.machine import OthersWatch
+from dlplora.evaluation.shapes import load_shape
+from dlplora.evaluation.workshop import Contender, Entry
+from dlplora.provenance import provenance
+from dlplora.reporting.bench import BENCH_VERSION, FOLDER, save_bench
+
+SHORT, LONG = 2, 18
+TOP = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProfile:
+    """One contender."""
+
+    calls: float
+    """Operator calls a step, those of other operators included."""
+    self_ms: float
+    """Time in operators, each without the operators it calls, ms a step, slowed down by the profiler."""
+    operators: dict[str, dict[str, float]]
+    """Name -> ``calls`` and ``self_ms`` of the most expensive ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRecord:
+    """All contenders of one call."""
+
+    shape: str
+    dtype: str
+    device: str
+    batch_size: int
+    prompt_tokens: int
+    profiles: dict[str, StepProfile]
+    warnings: list[str]
+    provenance: dict[str, Any]
+    created: str
+    kind: str = "profile"
+    schema_version: int = BENCH_VERSION
+
+
+def _operators(contender: Contender, workload: Any) -> dict[str, tuple[int, float]]:
+    """Operator -> calls and self time in ms of one generation."""
+    activities = [ProfilerActivity.CPU]
+    if workload.prompts.input_ids.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    contender.generate(workload)
+    with profile(activities=activities) as profiler:
+        contender.generate(workload)
+    field = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
+    return {event.key: (event.count, getattr(event, field) / 1e3) for event in profiler.key_averages()}
+
+
+def step_of(short: dict[str, tuple[int, float]], long: dict[str, tuple[int, float]], steps: int) -> StepProfile:
+    """One step, from two generations that differ by so many."""
+    rows = {}
+    for name, (calls, self_ms) in long.items():
+        before = short.get(name, (0, 0.0))
+        rows[name] = {"calls": (calls - before[0]) / steps, "self_ms": (self_ms - before[1]) / steps}
+    top = sorted(rows, key=lambda name: -rows[name]["self_ms"])[:TOP]
+    return StepProfile(
+        calls=sum(row["calls"] for row in rows.values()),
+        self_ms=sum(row["self_ms"] for row in rows.values()),
+        operators={name: rows[name] for name in top},
+    )
+
+
+def measure(options: argparse.Namespace) -> ProfileRecord:
+    """Profile the contenders one after another."""
+    entries = Group(contenders=tuple(split_names(options.contenders)), batch=(options.batch,), prompt=(options.prompt,)).entries()
+    plan = LatencyPlan(shape=options.shape, dtype=options.dtype, device=options.device, groups={"profile": Group()})
+    device = plan.torch_device
+    watch = OthersWatch(device)
+    model, tokenizer = load_shape(plan.shape, plan.dtype, device)
+    profiles = {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        shop = build_workshop(plan, model, tokenizer, max(entry.experts for entry in entries), Path(folder))
+        for entry in entries:
+            profiles[entry.contender] = _profile(build_contender(shop, entry), entry, options, tokenizer, device)
+    return ProfileRecord(
+        shape=plan.shape, dtype=plan.dtype, device=str(device), batch_size=options.batch, prompt_tokens=options.prompt, profiles=profiles,
+        warnings=watch.warnings(), provenance=provenance(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _profile(contender: Contender, entry: Entry, options: argparse.Namespace, tokenizer: Any, device: torch.device) -> StepProfile:
+    print(f"profiling {entry.label}", file=sys.stderr, flush=True)
+    short, long = (
+        _operators(contender, make_workload(tokenizer, device, options.batch, options.prompt, number)) for number in (SHORT, LONG)
+    )
+    return step_of(short, long, LONG - SHORT)
+
+
+def markdown(record: ProfileRecord) -> str:
+    """One row a contender: calls, time, and the operators that take most of it."""
+    lines = ["| contender | operator calls a step | ms in operators | most expensive: share (calls) |", "|---|---:|---:|---|"]
+    for name, one in record.profiles.items():
+        shares = [f"`{key}` {100 * row['self_ms'] / one.self_ms:.0f} % ({row['calls']:.0f})" for key, row in one.operators.items()]
+        lines.append(f"| `{name}` | {one.calls:.0f} | {one.self_ms:.2f} | {', '.join(shares)} |")
+    return "\n".join([*(f"Warning: {warning}." for warning in record.warnings), *lines])
+
+
+def main() -> int:
+    """Profile, write the record, print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", default="nano")
+    parser.add_argument("--contenders", default="base,peft_single,released_loop,dlp,meteora_gate,xlora")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", metavar="DIR", help="folder of the record (default: results/bench, or results/scratch/bench if dirty)")
+    options = parser.parse_args()
+    quiet_loading(None)
+    try:
+        record = measure(options)
+    except DLPLoRAError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    clean = record.provenance.get("git", {}).get("dirty") is not True
+    folder = Path(options.out) if options.out else FOLDER if clean else Path("results/scratch/bench")
+    path = save_bench(record, folder / f"profile-{record.shape}-{record.device.split(':')[0]}.json")
+    print(f"wrote {path}", file=sys.stderr)
+    print(markdown(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

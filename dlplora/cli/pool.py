@@ -1,0 +1,231 @@
+"""``dlplora pool``: list, check, inspect and add adapters."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlplora.cli.information import markdown
+
+
+def _show(rows: Sequence[Mapping[str, Any]], style: str) -> None:
+    if style == "json":
+        print(json.dumps(list(rows), indent=2))
+    elif style == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows([_plain(value) for value in row.values()] for row in rows)
+    else:
+        print(markdown(rows))
+
+
+def _plain(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def size(num_bytes: int | None) -> str | None:
+    """Bytes for people: kB, MB or GB."""
+    if num_bytes is None:
+        return None
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def run_pool_list(arguments: argparse.Namespace) -> int:
+    """Adapters of a pool, in its order; without a pool, the pools below ``DLPLORA_POOLS``."""
+    from dlplora.modules.adapter_headers import read_header
+    from dlplora.modules.pool import load_pool
+
+    if arguments.folder is None:
+        return _list_pools(arguments.format)
+    pool = load_pool(arguments.folder)
+    rows = []
+    for name in pool.names:
+        header, row = read_header(pool.folders[name], name), pool.rows.get(name, {})
+        revision = row.get("revision")
+        rows.append(
+            {
+                "adapter": name,
+                "rank": header.config["r"],
+                "alpha": header.config["lora_alpha"],
+                "rsLoRA": bool(header.config.get("use_rslora")),
+                "targets": header.targets,
+                "base": header.config.get("base_model_name_or_path"),
+                "source": row.get("source"),
+                "revision": revision if arguments.format == "json" or not revision else revision[:12],
+                "sha256": pool.sha256[name] if arguments.format == "json" else pool.sha256[name][:12],
+            }
+        )
+    _show(rows, arguments.format)
+    return 0
+
+
+def _list_pools(style: str) -> int:
+    from dlplora.modules.pool_hub import pools_root
+
+    pools = known_pools()
+    if pools:
+        _show([{"pool": name, "adapters": count} for name, count in pools.items()], style)
+    _note(f"{counted(len(pools), 'pool')} in {pools_root()} (DLPLORA_POOLS)")
+    return 0
+
+
+def known_pools() -> dict[str, int | None]:
+    """Pools that can be called by name, and how many adapters each lists; None where the manifest cannot be read."""
+    from dlplora.modules.pool import MANIFEST_NAME
+    from dlplora.modules.pool_hub import pools_root
+
+    found: dict[str, int | None] = {}
+    for path in sorted(pools_root().glob(f"*/{MANIFEST_NAME}")):
+        try:
+            found[path.parent.name] = len(json.loads(path.read_text(encoding="utf-8"))["adapters"])
+        except (OSError, ValueError, KeyError, TypeError):
+            found[path.parent.name] = None
+    return found
+
+
+def run_pool_check(arguments: argparse.Namespace) -> int:
+    """Read every adapter; exit 2 if one cannot be fused, after naming all that cannot."""
+    from dlplora.errors import DLPLoRAError
+    from dlplora.modules.lora_bank import AdapterBank
+    from dlplora.modules.pool import load_pool, unlisted
+    from dlplora.modules.pool_inspect import inspect_adapter
+
+    pool = load_pool(arguments.folder)
+    for name in unlisted(pool):
+        _note(f"note: {name} is not listed in pool.json and takes no part; `dlplora pool add` lists it")
+    failed = 0
+    for name in pool.names:
+        try:
+            AdapterBank.from_peft({name: pool.folders[name]})
+        except DLPLoRAError as error:
+            failed += 1
+            _note(f"dlplora: error: {error}")
+    if failed:
+        _note(f"{failed} of {len(pool.names)} adapters cannot be fused")
+        return 2
+    for name in pool.names:
+        for hint in inspect_adapter(name, pool.folders[name]).hints:
+            _note(f"note: {name}: {hint}")
+    bank = AdapterBank.from_pool(arguments.folder)
+    fits = ""
+    if arguments.pretrained:
+        from dlplora.inference.backbone_check import check_pool_fits
+
+        fits = f"; they fit {check_pool_fits(pool, bank, arguments.pretrained, arguments.revision)}"
+    print(
+        f"{counted(bank.num_experts, 'adapter')} fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
+        f"{size(bank.nbytes)} in float32{fits}"
+    )
+    return 0
+
+
+def run_pool_inspect(arguments: argparse.Namespace) -> int:
+    """A matrix of every adapter below a folder, with a hint for each problem; always exits 0 if there is something to show."""
+    from dlplora.modules.pool_hub import find_pool
+    from dlplora.modules.pool_inspect import inspect_folder
+
+    seen = inspect_folder(find_pool(arguments.folder))
+    plain = arguments.format == "md"
+    rows = [
+        {
+            "adapter": finding.name,
+            "usable": finding.usable,
+            "rank": finding.rank,
+            "alpha": finding.alpha,
+            "rsLoRA": finding.use_rslora,
+            "DoRA": finding.use_dora,
+            "targets": finding.targets,
+            "modules": finding.num_modules,
+            "base": finding.base,
+            "B all zero": finding.zero_b,
+            "dtype": finding.dtype,
+            "file" if plain else "file_bytes": size(finding.num_bytes) if plain else finding.num_bytes,
+            "in the bank" if plain else "bank_bytes": size(finding.bank_bytes) if plain else finding.bank_bytes,
+            "hints": "; ".join(finding.hints),
+        }
+        for finding in seen.findings
+    ]
+    _show(rows, arguments.format)
+    together = f"{seen.bank_adapters} of {len(rows)} adapters fit into one bank"
+    if seen.bank_adapters:
+        together += (
+            f": {size(seen.bank_bytes)} in float32, {size(seen.bank_bytes // 2)} in a 16-bit type, "
+            f"{100 * seen.padding_bytes / seen.bank_bytes:.0f} % of it padding to the largest rank"
+        )
+    _note(together)
+    return 0
+
+
+def run_pool_add(arguments: argparse.Namespace) -> int:
+    """Add one adapter to a pool."""
+    from dlplora.modules.pool_add import add_adapter
+    from dlplora.modules.pool_inspect import inspect_adapter
+
+    pool = add_adapter(
+        arguments.folder,
+        arguments.adapter,
+        arguments.name,
+        revision=arguments.revision,
+        allow_pickle=arguments.allow_pickle,
+        offline=arguments.offline,
+        allow_other_base=arguments.allow_other_base,
+    )
+    row = pool.rows[pool.names[-1]]
+    for hint in inspect_adapter(row["name"], pool.folders[row["name"]]).hints:
+        _note(f"note: {hint}")
+    commit = f" at commit {row['revision'][:12]}" if row["revision"] else ""
+    note = f", converted from {row['converted_from']}" if "converted_from" in row else ""
+    print(f"added {row['name']}: rank {row['rank']}, {', '.join(row['target_modules'])}, from {row['source']}{commit}{note}")
+    print(f"{Path(pool.path)} now has {counted(len(pool.names), 'adapter')}")
+    return 0
+
+
+def add_parser(commands: Any, lazy: Any) -> None:
+    """Declare ``dlplora pool``; ``lazy(module, function)`` makes the command that imports when it runs."""
+    pool = commands.add_parser("pool", help="look at a folder of adapters, or add one to it")
+    inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check,inspect,add}")
+    where = "folder of the pool, or the name of one below DLPLORA_POOLS"
+    formats = {"choices": ["md", "json", "csv"], "default": "md"}
+
+    parser = inner.add_parser("list", help="names, ranks, targets and sources; without POOL, the pools that have a name")
+    parser.add_argument("folder", nargs="?", metavar="POOL", help=where)
+    parser.add_argument("--format", **formats)
+    parser.set_defaults(run=lazy("pool", "run_pool_list"))
+
+    parser = inner.add_parser("check", help="read every adapter and say what does not fit")
+    parser.add_argument("folder", metavar="POOL", help=where)
+    parser.add_argument("--pretrained", metavar="MODEL", help="also compare with this backbone, by its config.json")
+    parser.add_argument("--revision", help="of the backbone on the hub")
+    parser.set_defaults(run=lazy("pool", "run_pool_check"))
+
+    parser = inner.add_parser("inspect", help="a table of all adapters below a folder, from their headers, with a hint for each problem")
+    parser.add_argument("folder", metavar="DIR", help="folder of adapter folders, at any depth up to three")
+    parser.add_argument("--format", **formats)
+    parser.set_defaults(run=lazy("pool", "run_pool_inspect"))
+
+    parser = inner.add_parser("add", help="check a PEFT LoRA adapter, copy it into the pool and list it in pool.json")
+    parser.add_argument("folder", metavar="POOL", help=f"{where}; made if it does not exist")
+    parser.add_argument("adapter", metavar="PATH_OR_HUB_ID", help="PEFT folder, ORG/NAME, or hf://ORG/NAME[/FOLDER][@REVISION]")
+    parser.add_argument("--name", help="name of the expert, which is the name of its task (default: the folder's)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub; the commit is written into pool.json")
+    parser.add_argument("--offline", action="store_true", help="look in the hub cache only, as with HF_HUB_OFFLINE=1")
+    parser.add_argument("--allow-pickle", action="store_true", help="convert adapter_model.bin, read with weights_only=True")
+    parser.add_argument("--allow-other-base", action="store_true", help="take an adapter that names another base model, if its sizes fit")
+    parser.set_defaults(run=lazy("pool", "run_pool_add"))

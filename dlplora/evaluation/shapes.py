@@ -1,0 +1,179 @@
+"""True shapes of public backbones with random weights: what a latency depends on, without a download.
+
+Time depends on the sizes of the matrices, not on the numbers in them. The sizes below are the published ones, typed by hand; a test
+compares the number of parameters with the published count. Shapes: E experts, R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlplora.errors import ConfigError, nearest
+from dlplora.inference.loading import load_backbone, resolve_dtype
+from dlplora.modules.lora_bank import AdapterBank, BankEntry
+from dlplora.training.adapter_export import save_adapter
+from dlplora.training.settings import LoRASettings
+
+LORA = LoRASettings(rank=8, lora_alpha=16, lora_dropout=0.0, target_modules=("q_proj", "v_proj"))
+"""The paper's adapters; dropout is off at inference anyway."""
+POSITIONS = 8192
+"""Positions of every benchmarked backbone; rotary positions have no table, so a longer context costs nothing until it is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a decoder of the LLaMA or Qwen-2 family, in the names of transformers' configurations."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tie_word_embeddings: bool
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        from transformers import LlamaConfig, Qwen2Config
+
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "family"}
+        make = {"llama": LlamaConfig, "qwen2": Qwen2Config}[self.family]
+        return make(**sizes, max_position_embeddings=POSITIONS, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+SHAPES: dict[str, Shape | None] = {
+    "nano": None,
+    "tiny": Shape(
+        family="llama", vocab_size=3072, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    ),
+    "qwen2-0.5b": Shape(
+        family="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "qwen2-1.5b": Shape(
+        family="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "qwen2-7b": Shape(
+        family="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    ),
+    "llama2-7b": Shape(
+        family="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, tie_word_embeddings=False,
+    ),
+    "llama3-8b": Shape(
+        family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Name -> sizes. ``nano`` is the embedded backbone with its own weights; ``tiny`` is for trying a command out."""
+
+
+def find_shape(name: str) -> Shape | None:
+    """The sizes behind a name; None for the embedded backbone.
+
+    Raises:
+        ConfigError: If the name is unknown.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"unknown shape '{name}'.{nearest(name, SHAPES)} Known: {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def meta_model(name: str) -> Any:
+    """The backbone without any weights: for counting.
+
+    Raises:
+        ConfigError: If the name is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dlplora.inference.loading import nano_asset
+
+    shape = find_shape(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(nano_asset("backbone")) if shape is None else shape.config())
+
+
+def adapted_sizes(model: nn.Module, targets: Sequence[str] = LORA.target_modules) -> dict[str, tuple[int, int]]:
+    """Path -> (I, O) of the linear modules that adapters change, in the order of the model."""
+    return {
+        path: (module.in_features, module.out_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in targets
+    }
+
+
+def needed_bytes(name: str, dtype: torch.dtype, num_experts: int) -> tuple[int, int]:
+    """Bytes of the backbone and of a pool of so many adapters, before anything is allocated."""
+    model = meta_model(name)
+    per_expert = sum(LORA.rank * (inputs + outputs) for inputs, outputs in adapted_sizes(model).values())
+    return sum(one.numel() for one in model.parameters()) * dtype.itemsize, per_expert * num_experts * dtype.itemsize
+
+
+def load_shape(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """The backbone on its device, and a tokenizer whose ids all lie in its vocabulary (the embedded one).
+
+    Raises:
+        ConfigError: For an unknown shape or dtype, or a dtype the device emulates.
+    """
+    shape = find_shape(name)
+    model, tokenizer = load_backbone(None, dtype=dtype, device=device)
+    if shape is None:
+        model.config.max_position_embeddings = POSITIONS
+        return model, tokenizer
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=resolve_dtype(dtype, device))
+    return model.eval(), tokenizer
+
+
+def random_bank(model: nn.Module, names: Sequence[str], seed: int = 0) -> AdapterBank:
+    """A pool of random adapters (``LORA``) in the dtype and on the device of the model, as small as trained ones."""
+    parameter = next(iter(model.parameters()))
+    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=parameter.dtype, device=parameter.device).normal_(0.0, 0.02, generator=generator)
+
+    scaling = torch.full((len(names),), LORA.scaling, device=parameter.device)
+    ranks = (LORA.rank,) * len(names)
+    modules = {  # B is stored by rank and seen as (E, O, R), as a loaded bank stores it
+        path: BankEntry(draw(len(names), LORA.rank, inputs), draw(len(names), LORA.rank, outputs).mT, scaling, ranks)
+        for path, (inputs, outputs) in adapted_sizes(model).items()
+    }
+    return AdapterBank(names, modules)
+
+
+def first_experts(bank: AdapterBank, number: int) -> AdapterBank:
+    """The first experts of a bank as views: a sweep over pool sizes holds its largest pool only."""
+    modules = {
+        path: BankEntry(entry.lora_a[:number], entry.lora_b[:number], entry.scaling[:number], entry.ranks[:number])
+        for path, entry in bank.modules.items()
+    }
+    return AdapterBank(bank.names[:number], modules, bank.specs)
+
+
+def write_adapter(bank: AdapterBank, expert: int, folder: Path, dtype: str) -> Path:
+    """One expert of a bank as a PEFT folder."""
+    entries = bank.modules.items()
+    tensors = {f"base_model.model.{path}.lora_A.weight": entry.lora_a[expert] for path, entry in entries}
+    tensors |= {f"base_model.model.{path}.lora_B.weight": entry.lora_b[expert] for path, entry in entries}
+    return save_adapter(folder, LORA.peft_config(), tensors, dtype)
+
+
+def share_weights(model: Any) -> Any:
+    """A second module tree over the same parameters: wrapping its layers leaves the first one alone and costs no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

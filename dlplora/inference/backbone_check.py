@@ -1,0 +1,36 @@
+"""Whether a pool fits a backbone, told from the backbone's ``config.json`` alone: no weight is read or downloaded."""
+
+from __future__ import annotations
+
+from dlplora.errors import IncompatibleAdapterError
+from dlplora.inference.fingerprint import check_base_names
+from dlplora.inference.loading import empty_backbone, resolve_backbone
+from dlplora.inference.patching import patch
+from dlplora.modules.fused_linear import RoutingSlot
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.pool import Pool
+
+
+def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: str | None = None) -> str:
+    """Put the bank's layers into an empty model of the backbone's architecture.
+
+    Args:
+        pool, bank: The adapters.
+        pretrained: Model folder or hub id.
+        revision: Of a hub id.
+
+    Returns:
+        The architecture and its name, for people.
+
+    Raises:
+        IncompatibleAdapterError: If a module is missing or has other sizes, or an adapter names another base model.
+        ConfigError: If the backbone's configuration is not found.
+    """
+    source = resolve_backbone(pretrained)
+    model = empty_backbone(source, revision)
+    try:
+        patch(model, bank.to("meta"), RoutingSlot()).restore()
+    except IncompatibleAdapterError as error:
+        raise IncompatibleAdapterError(f"{source}: {error}") from error
+    check_base_names(pool, source)
+    return f"{type(model).__name__} ({source})"

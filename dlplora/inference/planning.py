@@ -1,0 +1,136 @@
+"""From prompts to a routing state: ask the method, check its answer, choose the backend, size the plan.
+
+Shapes: B rows, E experts, K experts a row can keep.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dlplora.errors import RoutingError
+from dlplora.kernels.backends import require_gates_served, require_known
+from dlplora.kernels.cost_model import LayerShape, Work
+from dlplora.kernels.merged import unreadable
+from dlplora.methods.base import FusionMethod
+from dlplora.modules.fused_linear import FusedLinear, RoutingState
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.types import PromptBatch
+
+_MANY = 1000
+"""Decode steps that make the cost of a plan and of its prefill disappear."""
+
+TYPICAL_PROMPT = 128
+"""Tokens of a row that weights bound by a caller are taken to be for, who does not say."""
+
+
+class Planner:
+    """Makes the routing states of one fused model.
+
+    Args:
+        method: Prepared and attached.
+        bank: The bank that runs.
+        layers: The fused layers by module path.
+        backend: ``auto`` or a backend's name.
+
+    Attributes:
+        used: Names of the backends that bound plans and gates have used so far; whoever binds a state adds its backend.
+        fixed_width: Whether every plan has room for as many experts as the method may keep, so that compiled graphs fit all of them.
+
+    Raises:
+        RoutingError: If the backend is unknown, or cannot serve the method or a layer; names which property forbids it.
+    """
+
+    def __init__(self, method: FusionMethod, bank: AdapterBank, layers: Mapping[str, FusedLinear], backend: str) -> None:
+        self.method, self.bank, self.backend = method, bank, backend
+        self.used: set[str] = set()
+        self.fixed_width = False
+        self._combines_factors = method.metadata.combine == "factor"
+        self._fused = layers
+        self._layers = _shapes(layers)
+        require_known(backend)
+        if self._combines_factors and backend not in {"auto", "dense"}:
+            raise RoutingError(f"backend '{backend}' sums deltas, method '{method.name}' sums factors; use dense or auto.")
+        if any(layer.gate is not None for layer in layers.values()):
+            require_gates_served(backend, method.name)
+            self.used.add(self.gate_backend)
+        if backend == "merged":
+            _require_plain(layers)
+
+    def with_backend(self, backend: str) -> Planner:
+        """A planner of the same model for another backend."""
+        other = Planner(self.method, self.bank, self._fused, backend)
+        other.fixed_width = self.fixed_width
+        return other
+
+    @property
+    def gate_backend(self) -> str:
+        """Backend of layers whose gate decides."""
+        return "reference" if self.backend == "reference" else "dense"
+
+    def route(self, prompts: PromptBatch) -> Tensor | None:
+        """Routing weights (B, E) of the method, or None if gates decide. Task names reach only methods that declare ``task_id``.
+
+        Raises:
+            RoutingError: If they have another shape.
+        """
+        if "task_id" not in self.method.metadata.needs:
+            prompts = prompts.without_task_names()
+        weights = self.method.route(prompts)
+        if weights is not None and tuple(weights.shape) != (len(prompts), self.bank.num_experts):
+            raise RoutingError(
+                f"method '{self.method.name}' returned routing weights of shape {tuple(weights.shape)}, "
+                f"expected {(len(prompts), self.bank.num_experts)} (rows, experts)."
+            )
+        return weights
+
+    def state(
+        self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = TYPICAL_PROMPT, new_tokens: int = 0
+    ) -> RoutingState:
+        """The state of routing weights (E,), (B, E) or (B, T, E) on the device of the model.
+
+        Args:
+            weights: From ``route``, or from a caller.
+            own: Whether they come from the method, so that its ``max_kept`` holds for them.
+            reroutes: Whether rows will be routed again at sentence ends.
+            prompt_tokens, new_tokens: Expected work, for the choice of ``auto``.
+
+        Raises:
+            RoutingError: If they are for another number of experts, not finite, or the backend cannot serve them.
+        """
+        if weights.shape[-1] != self.bank.num_experts:
+            raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
+        itemsize = next(iter(self.bank.modules.values())).lora_a.itemsize if self.bank.modules else 4
+        if self.fixed_width:  # the choice must not depend on the request, or the next one would be compiled again
+            prompt_tokens, new_tokens = 1, _MANY
+        work = Work(layers=self._layers, device=weights.device.type, itemsize=itemsize, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        fixed = own and (reroutes or self.fixed_width) and weights.ndim == 2
+        return RoutingState(
+            weights,
+            "dense" if self._combines_factors else self.backend,
+            width=self._width() if fixed else None,
+            reroutes=reroutes,
+            work=work,
+        )
+
+    def _width(self) -> int:
+        """K for plans that must not grow."""
+        most = self.method.max_kept
+        return self.bank.num_experts if most is None else max(1, min(most, self.bank.num_experts))
+
+
+def _shapes(layers: Mapping[str, FusedLinear]) -> tuple[LayerShape, ...]:
+    """The layers' sizes, equal ones counted."""
+    sizes = Counter((layer.in_features, layer.out_features, layer.lora_a.shape[0], layer.lora_a.shape[1]) for layer in layers.values())
+    return tuple(LayerShape(*size, count) for size, count in sizes.items())
+
+
+def _require_plain(layers: Mapping[str, FusedLinear]) -> None:
+    for path, layer in layers.items():
+        reason = unreadable(layer.base)
+        if reason is not None:
+            raise RoutingError(
+                f"backend 'merged' cannot serve module '{path}': {reason}. Backends that can: reference, dense, folded, triton; or auto."
+            )

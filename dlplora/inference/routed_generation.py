@@ -1,0 +1,131 @@
+"""From prompts to a running generation: the first plan, how the prompt itself is routed, and who watches for sentence ends.
+
+Shapes: B rows, T tokens of the left-padded prompt, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from dlplora.inference.generation import SentenceRerouter, VocabularyTable, kept_experts, settling, trace_entry, with_watchers
+from dlplora.inference.kv_policy import CacheRefresher, own_cache
+from dlplora.inference.prompt_routing import first_views, piecewise_weights, segment_task
+from dlplora.modules.fused_linear import RoutingSlot, RoutingState
+from dlplora.types import PromptBatch
+
+if TYPE_CHECKING:
+    from dlplora.inference.fused_model import FusedCausalLM
+
+
+class PlanSwitch(StoppingCriteria):
+    """Ends the prefill: from the first generated token on, the layers find the per-row plan in the slot. Never stops anything."""
+
+    def __init__(self, slot: RoutingSlot, state: RoutingState) -> None:
+        self.slot, self.state = slot, state
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        """Put the per-row plan into the slot; always returns False (B,)."""
+        self.slot.switch(self.state)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class RoutedGeneration:
+    """One call of ``generate`` under a method that routes.
+
+    Args:
+        fused: The model.
+        prompts: What the router reads, one a row.
+        ids, mask: Left-padded prompts (B, T) as they are processed.
+        copies: Sequences a prompt (``num_return_sequences``, or beams).
+        trace: A list that receives one dict per routed sentence.
+    """
+
+    def __init__(
+        self, fused: FusedCausalLM, prompts: PromptBatch, ids: Tensor, mask: Tensor, copies: int, trace: list[dict[str, Any]] | None
+    ) -> None:
+        self.fused, self.prompts, self.ids, self.mask, self.copies, self.trace = fused, prompts, ids, mask, copies, trace
+        self._watcher: SentenceRerouter | None = None
+        self.sentences = fused.method.granularity == "sentence"
+
+    def start(self, kwargs: dict[str, Any], new_tokens: int) -> RoutingState | None:
+        """The state that the prompt is processed under, None if gates decide; ``kwargs`` of ``generate`` receive the watchers."""
+        state = self.fused.plan(self.prompts, new_tokens=new_tokens)
+        if state is None:
+            return None
+        if self.trace is not None:
+            read = first_views(self.fused.method.view, self.prompts, self.fused.tokenizer) if self.sentences else self.prompts
+            for row, text in enumerate(read.texts):
+                self.trace.append(trace_entry(row, 0, text, state.per_row()[row], self.fused.bank.names))
+        piecewise = self.sentences and self.fused.method.prompt_routing != "whole"
+        prefill = self._prefill_state(state).expand(self.copies) if piecewise else None
+        state = state.expand(self.copies)
+        self.fused.planner.used.add(state.backend)
+        if not self.sentences:
+            return state
+        self._watcher = self._rerouter(state, piecewise, kwargs)
+        watchers: list[StoppingCriteria] = [self._watcher]
+        if prefill is not None:
+            watchers.insert(0, PlanSwitch(self.fused.slot, state))
+        kwargs["stopping_criteria"] = with_watchers(watchers, kwargs.get("stopping_criteria"))
+        return state if prefill is None else prefill
+
+    def following(self) -> AbstractContextManager[None]:
+        """Re-routing right before each forward, for the time of the block; nothing to do where nobody watches."""
+        return nullcontext() if self._watcher is None else settling(self.fused.model, self._watcher)
+
+    def _prefill_state(self, state: RoutingState) -> RoutingState:
+        names = self.prompts.task_names
+
+        def route(texts: Sequence[str], places: Sequence[tuple[int, int]]) -> Tensor:
+            tasks = None if names is None else [segment_task(names[row], piece) for row, piece in places]
+            return self._route(texts, tasks)
+
+        how = self.fused.method.prompt_routing
+        weights, shown = piecewise_weights(self.ids, self.mask, how, state.per_row(), route, self.fused.tokenizer)
+        if self.trace is not None:
+            entries = self.trace[-len(shown) :]
+            for entry, parts in zip(entries, shown, strict=True):
+                entry["prompt_pieces"] = [{"text": text, "weights": kept_experts(chosen, self.fused.bank.names)} for text, chosen in parts]
+        return self.fused.planner.state(weights.to(self.fused.device))
+
+    def _route(self, texts: Sequence[str], task_names: Sequence[str | None] | None = None) -> Tensor:
+        weights = self.fused.planner.route(
+            PromptBatch.from_texts(texts, self.fused.tokenizer, device=self.fused.device, task_names=task_names)
+        )
+        assert weights is not None
+        return weights
+
+    def _rerouter(self, state: RoutingState, piecewise: bool, kwargs: dict[str, Any]) -> SentenceRerouter:
+        fused, names = self.fused, self.prompts.task_names
+        cache = own_cache(fused.model, fused.method.kv_policy, kwargs)
+        refresher = None
+        if cache is not None:
+            mask = self.mask.repeat_interleave(self.copies, dim=0)
+            policy = fused.method.kv_policy
+            first = None if piecewise and policy == "recompute" else state.per_row()
+            refresher = CacheRefresher(fused.model, fused.routing, policy, cache, mask, first)
+        return SentenceRerouter(
+            state,
+            self._route,
+            [text for text in self.prompts.texts for _ in range(self.copies)],
+            fused.tokenizer,
+            self._vocabulary(),
+            self.ids.shape[1],
+            fused.method.view,
+            self.trace,
+            fused.bank.names,
+            task_names=None if names is None else [name for name in names for _ in range(self.copies)],
+            refresh=refresher,
+        )
+
+    def _vocabulary(self) -> VocabularyTable:
+        fused = self.fused
+        if fused.vocabulary is None:
+            fused.vocabulary = VocabularyTable(fused.tokenizer, fused.config.get_text_config().vocab_size).to(fused.device)
+        return fused.vocabulary

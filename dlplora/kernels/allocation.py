@@ -1,0 +1,37 @@
+"""The one place where large tensors are allocated, so that running out of memory says what to do about it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import AllocationError
+
+# The CPU allocator raises a bare RuntimeError, and torch.OutOfMemoryError is a RuntimeError too: the text tells.
+_SYMPTOMS = ("allocate memory", "out of memory", "overflow")
+
+
+def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str, what: str, shrink: str) -> Tensor:
+    """A tensor of zeros that never becomes an inference tensor, so that it can be written again later.
+
+    Args:
+        shape, dtype, device: As for ``torch.zeros``.
+        what: What the tensor is, for the error.
+        shrink: Which settings make it smaller, a sentence.
+
+    Raises:
+        AllocationError: If it does not fit; names the tensor, its size and ``shrink``.
+    """
+    try:
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        if not any(symptom in str(error) for symptom in _SYMPTOMS):
+            raise
+        size = prod(shape) * dtype.itemsize
+        raise AllocationError(
+            f"out of memory on {device}: {what}, {'x'.join(map(str, shape))} in {str(dtype).removeprefix('torch.')}, "
+            f"needs {size / 2**30:.3g} GiB. {shrink}"
+        ) from error

@@ -1,0 +1,277 @@
+"""Records of speed measurements: raw samples, their ratios with intervals, and where they are kept. No deep-learning package is imported.
+
+A latency record holds every contender of one process under every workload, round by round, so a ratio is taken inside a round: what else
+the machine did hit both sides of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dlplora.atomic import write_atomically
+from dlplora.config import build
+from dlplora.errors import DLPLoRAError, RecordError
+
+BENCH_VERSION = 1
+FOLDER = Path("results/bench")
+SINGLE, BASE = "peft_single", "base"
+"""The two references: PEFT with one unmerged adapter in the same dtype, and the bare backbone."""
+Quantity = Literal["ttft_s", "tpot_s", "router_s"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One contender under one workload."""
+
+    group: str
+    """Measurements of one group were taken in turns; only they are compared."""
+    contender: str
+    """Name of a preset, or ``base``, ``peft_single``, ``peft_mixed``, ``peft_xlora``, ``peft_arrow``, ``released_loop``."""
+    experts: int
+    """Adapters in the pool it was built with; 0 for the bare backbone."""
+    kept: int | None
+    """Experts a row was made to keep; None leaves it to the method."""
+    reroute_every: int | None
+    """Tokens after which every row was re-routed, sentence ends aside; None for sentence ends only."""
+    compiled: bool
+    """Whether ``generate`` compiled the decoding step (static cache)."""
+    granularity: str
+    backend: str
+    """Kernel backends in use; empty where none of ours is."""
+    backend_asked: str
+    """What was asked for: ``auto`` or a name; empty likewise."""
+    batch_size: int
+    """Rows, all different."""
+    prompt_tokens: int
+    new_tokens: int
+    warmup: int
+    """Rounds before the first sample."""
+    ttft_s: list[float]
+    """Time to the first token, routing included, s; one sample a round."""
+    tpot_s: list[float]
+    """Mean time of a token after the first, s; one sample a round."""
+    router_s: list[float]
+    """Routing a batch of prompts alone, s (part of ``ttft_s``); empty where nothing is routed ahead."""
+    experts_kept: float | None
+    """Experts with a routing weight, mean over rows; None where gates decide token by token."""
+    sentence_reroutes: int | None
+    """Re-routes of single rows at sentence ends of the generated text, which the times contain; None for what does not re-route."""
+    resident_bytes: int
+    """Parameters and buffers, the backbone's included."""
+    transient_bytes: int | None
+    """Memory one generation needed on top of that; a lower bound on a CPU."""
+    floor_s: float
+    """Time in which the memory moves what a decode step of the bare backbone must read."""
+
+    @property
+    def workload(self) -> tuple[str, int, int, int, bool]:
+        """What two measurements must share to be compared: group, batch, prompt, new tokens, compilation."""
+        return self.group, self.batch_size, self.prompt_tokens, self.new_tokens, self.compiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyRecord:
+    """Everything measured in one process."""
+
+    shape: str
+    parameters: int
+    weights: str
+    """``random`` or ``shipped``: where the backbone's numbers came from; latency does not depend on them."""
+    adapters: dict[str, str]
+    """Group -> the same for its pool, with rank and targets."""
+    dtype: str
+    device: str
+    bandwidth_bytes_per_s: float
+    measurements: list[Measurement]
+    skipped: dict[str, str]
+    """What was asked for and could not be measured -> why."""
+    warnings: list[str]
+    """What disturbed the measurement, as far as known."""
+    provenance: dict[str, Any]
+    created: str
+    kind: str = "latency"
+    schema_version: int = BENCH_VERSION
+    summary: list[dict[str, Any]] = field(default_factory=list)
+    """Medians and ratios for readers of the file; nobody reads them back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A paired ratio: median over the rounds, and a 95 % interval of it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(ours: Sequence[float], reference: Sequence[float], *, resamples: int = 2000) -> Ratio:
+    """Ratio within each round; the interval is a percentile bootstrap of the median over rounds, the range for fewer than three.
+
+    Args:
+        ours, reference: Samples of the same rounds, in order.
+        resamples: Draws of the bootstrap; its seed is fixed.
+
+    Raises:
+        RecordError: If the rounds differ in number, or there are none.
+    """
+    if len(ours) != len(reference) or not ours:
+        raise RecordError(f"a paired ratio needs samples of the same rounds, got {len(ours)} and {len(reference)}.")
+    ratios = np.asarray(ours, dtype=np.float64) / np.asarray(reference, dtype=np.float64)
+    low, high = float(ratios.min()), float(ratios.max())
+    if len(ratios) >= 3:
+        draws = np.random.default_rng(0).integers(len(ratios), size=(resamples, len(ratios)))
+        low, high = (float(value) for value in np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975)))
+    return Ratio(median=float(np.median(ratios)), low=low, high=high)
+
+
+def reference_of(record: LatencyRecord, one: Measurement, name: str) -> Measurement | None:
+    """The measurement of a reference under the same workload."""
+    found = (other for other in record.measurements if other.contender == name and other.workload == one.workload)
+    return next(found, None)
+
+
+def ratio_to(record: LatencyRecord, one: Measurement, name: str, quantity: Quantity) -> Ratio | None:
+    """A contender's time over a reference's; None if the reference was not measured."""
+    other = reference_of(record, one, name)
+    return None if other is None else paired_ratio(getattr(one, quantity), getattr(other, quantity))
+
+
+def plain_of(record: LatencyRecord, forced: Measurement) -> Measurement | None:
+    """The same contender without forced re-routing."""
+    key = ("contender", "experts", "kept", "backend_asked", "workload")
+    wanted = [getattr(forced, name) for name in key]
+    plain = (other for other in record.measurements if other.reroute_every is None)
+    return next((other for other in plain if [getattr(other, name) for name in key] == wanted), None)
+
+
+def reroutes_in(new_tokens: int, every: int) -> int:
+    """Forced re-routes that fall between the first token and the last: after every ``every``-th token but the last one.
+
+    >>> reroutes_in(17, 8), reroutes_in(16, 8)
+    (2, 1)
+    """
+    return (new_tokens - 1) // every
+
+
+def reroute_cost(record: LatencyRecord, forced: Measurement) -> Ratio | None:
+    """What one re-route of the whole batch costs, router included, in decode steps of the same contender.
+
+    The extra time of the forced run over all steps, divided by the re-routes in it and by a step of the plain run, round by round.
+    None if the plain run is missing or nothing was re-routed.
+    """
+    plain = plain_of(record, forced)
+    count = 0 if forced.reroute_every is None else reroutes_in(forced.new_tokens, forced.reroute_every)
+    if plain is None or count == 0:
+        return None
+    steps = forced.new_tokens - 1
+    extra = [(a - b) * steps / count for a, b in zip(forced.tpot_s, plain.tpot_s, strict=True)]
+    return paired_ratio(extra, plain.tpot_s)
+
+
+def summarise(record: LatencyRecord) -> list[dict[str, Any]]:
+    """Medians, quartile distances and ratios of every measurement."""
+    rows = []
+    for one in record.measurements:
+        row: dict[str, Any] = {
+            key: getattr(one, key)
+            for key in ("group", "contender", "experts", "kept", "reroute_every", "compiled", "backend", "batch_size", "prompt_tokens")
+        }
+        quantity: Quantity
+        for quantity in ("ttft_s", "tpot_s", "router_s"):
+            samples = getattr(one, quantity)
+            row[quantity] = {"median": statistics.median(samples), "iqr": iqr(samples)} if samples else None
+        for name in (SINGLE, BASE):
+            for quantity in ("ttft_s", "tpot_s"):
+                ratio = ratio_to(record, one, name, quantity)
+                row[f"{quantity[:-2]}_over_{name}"] = None if ratio is None else dataclasses.asdict(ratio)
+        cost = reroute_cost(record, one)
+        row["reroute_in_steps"] = None if cost is None else dataclasses.asdict(cost)
+        row["tpot_over_floor"] = statistics.median(one.tpot_s) / one.floor_s
+        rows.append(row)
+    return rows
+
+
+def iqr(samples: Sequence[float]) -> float:
+    """Distance between the quartiles; 0 for a single sample."""
+    if len(samples) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive")
+    return upper - lower
+
+
+def save_bench(record: Any, path: Path) -> Path:
+    """Write a record of this or another kind as JSON, atomically.
+
+    Raises:
+        RecordError: If a number is not finite.
+    """
+    try:
+        text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}; NaN and infinities are not results.") from error
+    write_atomically(path, text + "\n")
+    return path
+
+
+def read_latency(path: Path) -> LatencyRecord:
+    """Read one latency record strictly.
+
+    Raises:
+        RecordError: Naming the file and the field that does not fit.
+    """
+    raw = read_json(path)
+    if (raw.get("kind"), raw.get("schema_version")) != ("latency", BENCH_VERSION):
+        found = f"{raw.get('kind')!r}, {raw.get('schema_version')!r}"
+        raise RecordError(f"{path}: expected kind 'latency' in version {BENCH_VERSION}, got {found}.")
+    try:
+        measurements = [build(Measurement, row, f"{path}: measurements[{i}]") for i, row in enumerate(raw.get("measurements", ()))]
+        record = build(LatencyRecord, {**raw, "measurements": measurements}, str(path))
+    except (DLPLoRAError, TypeError) as error:
+        raise RecordError(str(error)) from error
+    for one in record.measurements:
+        times = [*one.ttft_s, *one.tpot_s, *one.router_s, one.floor_s]
+        if not all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in times):
+            raise RecordError(f"{path}: {one.contender}: times must be positive numbers of seconds.")
+        if len(one.ttft_s) != len(one.tpot_s) or not one.ttft_s:
+            raise RecordError(f"{path}: {one.contender}: {len(one.ttft_s)} first and {len(one.tpot_s)} later samples; one of each a round.")
+    return record
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        RecordError: If it cannot be read or is none.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read as JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise RecordError(f"{path}: expected an object, got {type(raw).__name__}.")
+    return raw
+
+
+def latency_records(folder: Path = FOLDER) -> list[LatencyRecord]:
+    """Every latency record of a folder, oldest first.
+
+    Raises:
+        RecordError: If one is damaged.
+    """
+    paths = sorted(folder.glob("latency-*.json"))
+    return sorted((read_latency(path) for path in paths), key=lambda record: record.created)
+
+
+def newest(records: Iterable[LatencyRecord], shape: str, device_type: str | None = None) -> LatencyRecord | None:
+    """The newest record of a shape, on one kind of device if named."""
+    found = [one for one in records if one.shape == shape and (device_type is None or one.device.split(":")[0] == device_type)]
+    return max(found, key=lambda one: one.created, default=None)

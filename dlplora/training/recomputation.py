@@ -1,0 +1,44 @@
+"""Gradient checkpointing over a frozen backbone: activations inside decoder layers are recomputed instead of kept.
+
+transformers switches it on and checks that a layer is in training mode; our backbone stays in evaluation mode, where none of its dropout is
+active. So only the flag of the decoder layers themselves is set, not that of the modules inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dlplora.errors import ConfigError
+
+
+def recompute_activations(model: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> list[nn.Module]:
+    """Recompute the decoder layers of a causal LM in the backward pass.
+
+    Args:
+        model: The causal LM, changed in place.
+        around: Asked in the forward pass of every layer for what has to be in force when the layer runs again.
+
+    Returns:
+        The layers; ``keep_recomputing`` restores their flag after somebody has called ``eval()``.
+
+    Raises:
+        ConfigError: If the model does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing; set model.init_args.gradient_checkpointing to false.")
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), around())}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    keep_recomputing(layers)
+    return layers
+
+
+def keep_recomputing(layers: list[nn.Module]) -> None:
+    """Set the layers' own training flag, and nobody else's."""
+    for layer in layers:
+        layer.training = True

@@ -1,0 +1,273 @@
+"""``dlplora bench latency``: shapes, contenders, the plan, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlplora.cli.main import main
+from dlplora.errors import ConfigError
+from dlplora.evaluation import latency_bench
+from dlplora.evaluation.contenders import BUILTIN, ForcedRerouter, build_contender, known_contenders
+from dlplora.evaluation.latency_bench import Group, LatencyPlan, load_plan, make_workload, run_plan
+from dlplora.evaluation.machine import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes
+from dlplora.evaluation.released_loop import KeptExperts, LoopedLoRALinear
+from dlplora.evaluation.shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
+from dlplora.evaluation.workshop import Entry, Workshop
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.sentences import last_question
+from dlplora.kernels.backends import BACKENDS
+from dlplora.methods.registry import available_presets, build_method
+from dlplora.reporting.bench import read_latency, reroutes_in
+from dlplora.types import PromptBatch
+
+CPU = torch.device("cpu")
+MILLIONS = {"qwen2-0.5b": 494.03, "qwen2-1.5b": 1543.71, "qwen2-7b": 7615.62, "llama2-7b": 6738.42, "llama3-8b": 8030.26}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    model, tokenizer = load_shape("tiny", "float32", CPU)
+    bank = random_bank(model, [f"expert_{index}" for index in range(4)])
+    # adapters of the benchmark are small; here a difference between experts has to show
+    for entry in bank.modules.values():
+        entry.lora_a.mul_(20)
+        entry.lora_b.mul_(20)
+    return Workshop(model=model, tokenizer=tokenizer, bank=bank, folder=tmp_path_factory.mktemp("shop"), shipped=False)
+
+
+def logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("name", "millions"), MILLIONS.items())
+def test_shapes_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    assert sum(parameter.numel() for parameter in meta_model(name).parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_bytes_of_backbone_and_pool() -> None:
+    # Qwen-2 0.5B: q 896 -> 896 and v 896 -> 128 at rank 8 in 24 layers are 540672 numbers an adapter
+    assert needed_bytes("qwen2-0.5b", torch.bfloat16, 1000) == (494_032_768 * 2, 540_672 * 1000 * 2)
+    with pytest.raises(ConfigError, match=r"does not fit into .* GB free on cpu: backbone x 1000000000.0 GB, 3 experts 0.0 GB. Use less"):
+        require_memory({"backbone x": 10**18, "3 experts": 1000}, CPU, "Use less.")
+
+
+def test_a_second_tree_shares_weights_but_not_layers(shop: Workshop) -> None:
+    twin = share_weights(shop.model)
+    assert twin.model.layers[0].self_attn is not shop.model.model.layers[0].self_attn
+    assert twin.lm_head.weight is shop.model.lm_head.weight
+    assert resident_bytes(shop.model, twin) == resident_bytes(shop.model)
+    before = logits(shop.model, torch.tensor([[1, 5, 9]]))
+    twin.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+    assert torch.equal(logits(shop.model, torch.tensor([[1, 5, 9]])), before)
+
+
+def test_smaller_pools_are_views_of_the_largest(shop: Workshop) -> None:
+    small = first_experts(shop.bank, 2)
+    path = next(iter(small.modules))
+    assert small.names == ("expert_0", "expert_1")
+    assert small.modules[path].lora_a.data_ptr() == shop.bank.modules[path].lora_a.data_ptr()
+    assert small.nbytes * 2 == shop.bank.nbytes
+
+
+def test_step_bytes_by_hand(shop: Workshop) -> None:
+    # tiny: two layers; q, o 32x32, k, v 32x16, mlp 3x32x48, two norms of 32; one norm of 32; a head of 3072x32; the embedding is looked up
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32 + 3072 * 32
+    cached = 2 * 2 * 2 * 8 * (3 * 10)  # layers, keys and values, heads, width; three rows of ten tokens
+    assert step_bytes(shop.model, 3, 10) == 4 * (weights + cached)
+
+
+def test_every_contender_computes_what_it_claims(shop: Workshop) -> None:
+    """PEFT's models, driven here without a clock, against our fused layer on the same experts."""
+    ids = make_workload(shop.tokenizer, CPU, 2, 9, 2).prompts.input_ids
+    fused = FusedCausalLM(share_weights(shop.model), shop.tokenizer, shop.bank, build_method("avg_delta"), backend="reference")
+
+    def ours(weights: torch.Tensor) -> torch.Tensor:
+        with fused.routing(weights):
+            return logits(fused, ids)
+
+    base = build_contender(shop, Entry(contender="base", experts=0)).modules[0]
+    assert torch.equal(logits(base, ids), logits(shop.model, ids))
+    single = build_contender(shop, Entry(contender="peft_single", experts=1)).modules[0]
+    one_hot = torch.eye(4)
+    torch.testing.assert_close(logits(single, ids), ours(one_hot[0]), atol=1e-5, rtol=1e-5)
+    assert (ours(one_hot[0]) - ours(one_hot[1])).abs().max() > 1e-2
+    mixed = build_contender(shop, Entry(contender="peft_mixed", experts=4)).modules[0]
+    torch.testing.assert_close(logits(mixed, ids, adapter_names=["0", "1"]), ours(one_hot[:2]), atol=1e-5, rtol=1e-5)
+    assert {parameter.dtype for parameter in mixed.parameters()} == {torch.float32}
+
+
+def test_the_released_loop_computes_the_definition(shop: Workshop) -> None:
+    contender = build_contender(shop, Entry(contender="released_loop", experts=4))
+    model = contender.modules[0]
+    workload = make_workload(shop.tokenizer, CPU, 1, 11, 2)
+    assert contender.plan is not None
+    weights = contender.plan(workload)
+    assert weights is not None
+    fused = FusedCausalLM(share_weights(shop.model), shop.tokenizer, shop.bank, build_method("avg_delta"), backend="reference")
+    mixed = torch.tensor([[0.0, 0.3, 0.0, 0.7]])
+    layer = next(module for module in model.modules() if isinstance(module, LoopedLoRALinear))
+    for plan in (weights, mixed):
+        layer.kept.take(plan)
+        with fused.routing(plan):
+            expected = logits(fused, workload.prompts.input_ids)
+        torch.testing.assert_close(logits(model, workload.prompts.input_ids), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="one prompt at a time, got 2"):
+        KeptExperts().take(torch.ones(2, 4))
+
+
+def test_forced_reroutes_happen_where_the_arithmetic_expects_them(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = build_contender(shop, Entry(contender="dlp", experts=4, kept=2, reroute_every=3))
+    workload = make_workload(shop.tokenizer, CPU, 2, 9, 10)
+    assert contender.plan is not None
+    plan = contender.plan(workload)
+    assert plan is not None
+    assert (plan != 0).sum(dim=-1).tolist() == [2, 2]
+    widths: list[int] = []
+    original = ForcedRerouter._reroute
+
+    def noted(self: ForcedRerouter, generated: torch.Tensor) -> None:
+        original(self, generated)
+        widths.append(generated.shape[1])
+        texts = [str(shop.tokenizer.decode(row % 3072, skip_special_tokens=True)) for row in generated]
+        views = [last_question(prompt) + text for prompt, text in zip(workload.prompts.texts, texts, strict=True)]
+        expected = self.model.method.route(PromptBatch.from_texts(views, shop.tokenizer))
+        assert self.model.slot.state is not None
+        assert torch.equal(self.model.slot.state.weights, expected)
+
+    monkeypatch.setattr(ForcedRerouter, "_reroute", noted)
+    assert contender.generate(workload).shape == (2, 19)
+    assert widths == [3, 6, 9]
+    assert reroutes_in(10, 3) == 3
+
+
+def test_workloads_have_different_rows_of_one_length(shop: Workshop) -> None:
+    prompts = make_workload(shop.tokenizer, CPU, 32, 50, 2).prompts
+    assert prompts.input_ids.shape == (32, 50)
+    assert bool((prompts.attention_mask == 1).all())
+    assert len({tuple(row) for row in prompts.input_ids.tolist()}) == 32
+
+
+def test_all_names_every_contender_and_preset() -> None:
+    assert set(known_contenders()) == set(BUILTIN) | set(available_presets())
+    entries = Group(contenders=("all",), experts=(4,), reroute_every=(8,)).entries()
+    assert len(entries) == len(set(entries))
+    forced = {entry.contender for entry in entries if entry.reroute_every}
+    assert "dlp" in forced
+    assert "dlp_code" not in forced  # routes once a prompt
+    assert "xlora" not in forced
+
+
+def test_settings_apply_where_they_mean_something() -> None:
+    group = Group(contenders=("base", "peft_single", "dlp", "dlp@1000", "ties"), experts=(2, 26), kept=(1, 4))
+    assert [(one.contender, one.experts, one.kept) for one in group.entries()] == [
+        ("base", 0, None), ("peft_single", 1, None), ("dlp", 2, 1), ("dlp", 2, 4), ("dlp", 26, 1), ("dlp", 26, 4), ("dlp", 1000, None),
+        ("ties", 2, None), ("ties", 26, None),
+    ]  # fmt: skip
+    every = Group(contenders=("base", "dlp"), backends=("all",)).entries()
+    assert [one.backend for one in every] == ["auto", "auto", *BACKENDS]
+
+
+@pytest.mark.parametrize("name", ["nano", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
+def test_shipped_plans_load(name: str) -> None:
+    assert load_plan(name).groups
+
+
+def test_rounds_alternate_and_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def timed(contender: Any, workload: Any) -> tuple[float, float]:
+        order.append(contender.entry.contender)
+        return 2.0 * len(order), 1.0 * len(order)
+
+    monkeypatch.setattr(latency_bench, "_once", timed)
+    plan = LatencyPlan(
+        shape="tiny", groups={"a": Group(contenders=("base", "peft_single"), prompt=(4,), new_tokens=2, repeats=3, warmup=1)}
+    )
+    record = run_plan(plan)
+    # a warm-up and a run for the memory each; then rounds forth, back, forth
+    assert order == ["base", "base", "peft_single", "peft_single", *"base peft_single peft_single base base peft_single".split()]
+    assert record.measurements[0].tpot_s == [5.0, 8.0, 9.0]
+    assert record.measurements[1].ttft_s == [12.0, 14.0, 20.0]
+    row = record.summary[1]
+    assert row["tpot_over_base"]["median"] == pytest.approx(10 / 9)  # of 6/5, 7/8 and 10/9
+    assert (record.weights, record.shape, record.measurements[0].warmup) == ("random", "tiny", 1)
+
+
+def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--shape tiny --contenders base,peft_single,released_loop,dlp,meteora_gate,multitask_r64 --experts 3 --kept 2 --batch 1,2"
+    arguments += f" --prompt 8 --new-tokens 4 --reroute-every 2 --repeats 1 --warmup 0 --out {tmp_path}/it.json"
+    assert main(["bench", "latency", *arguments.split()]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Shape `tiny`")
+    assert "| `dlp, re-routed every 2` | 3 | 2 |" in shown.out
+    record = read_latency(tmp_path / "it.json")
+    names = [(one.contender, one.reroute_every, one.batch_size) for one in record.measurements]
+    assert names[:5] == [("base", None, 1), ("peft_single", None, 1), ("released_loop", None, 1), ("dlp", None, 1), ("dlp", 2, 1)]
+    assert ("released_loop", None, 2) not in names
+    by_name = {one.contender: one for one in record.measurements if one.batch_size == 2 and not one.reroute_every}
+    assert (by_name["dlp"].experts_kept, by_name["dlp"].granularity, by_name["meteora_gate"].granularity) == (2.0, "sentence", "token")
+    assert (by_name["dlp"].backend in BACKENDS, by_name["meteora_gate"].backend, by_name["base"].backend) == (True, "dense", "")
+    assert by_name["base"].resident_bytes == 4 * record.parameters + 2 * 16  # two buffers of four rotary frequencies
+    assert set(record.skipped) == {"command: multitask_r64 (3 experts)", "command: released_loop (3 experts), batch 2"}
+    assert record.weights == "random"
+    assert json.loads((tmp_path / "it.json").read_text())["summary"][0]["tpot_over_base"]["median"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("--shape qwen", "unknown shape 'qwen'. Did you mean 'qwen2-7b'?"),
+        ("--contenders dpl", "unknown contender 'dpl'. Did you mean 'dlp'?"),
+        ("--contenders dlp@many", "behind '@' stands a number"),
+        ("--experts 0", "'experts' must be at least 1, got 0"),
+        ("--experts a", "--experts takes whole numbers"),
+        ("--kept 0", "'kept' must be at least 1"),
+        ("--reroute-every 1", "'reroute_every' must be at least 2"),
+        ("--new-tokens 1", "'new_tokens' must be at least 2"),
+        ("--repeats 0", "'repeats' must be at least 1"),
+        ("--backends fast", "unknown backend 'fast'"),
+        ("--dtype float8", "unknown dtype 'float8'"),
+        ("--device gpu", "unknown device 'gpu'"),
+        ("--config nowhere", "unknown bench 'nowhere'"),
+        ("--config nano --batch 2", "--batch belongs to a single group"),
+        ("--compile --shape tiny", "--compile needs a GPU"),
+    ],
+)
+def test_bad_input_ends_with_one_line(options: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "latency", *options.split()]) == 2
+    shown = capsys.readouterr()
+    assert part in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert not shown.out
+
+
+def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    times = iter([(0.0, 100.0, 10.0), (10.0, 134.0, 16.0)])  # 34 s of work in 10 s of four cores, 6 of them ours
+    monkeypatch.setattr(OthersWatch, "_times", lambda self: next(times))
+    watch = OthersWatch(CPU)
+    assert watch.warnings() == [
+        "load average 64.0 on 4 cores at the start",
+        "other processes used 70 % of 4 cores during the measurement",
+    ]
+
+
+def test_a_quiet_machine_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 1.0, 1.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    times = iter([(0.0, 100.0, 10.0), (10.0, 120.0, 29.5)])
+    monkeypatch.setattr(OthersWatch, "_times", lambda self: next(times))
+    assert OthersWatch(CPU).warnings() == []
+
+
+def test_bandwidth_counts_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.5, 0.25, 1.0])
+    monkeypatch.setattr("dlplora.evaluation.machine.time_call", lambda call, device: next(times))
+    assert measure_bandwidth(CPU, nbytes=1000, repeats=3) == 2 * 1000 / 0.25
