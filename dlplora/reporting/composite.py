@@ -109,7 +109,7 @@ def curves(records: Sequence[Record]) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     styles = {"oracle_segment": "--", "base": ":"}
     for axis, reading in zip(axes, ("mixture", "concat"), strict=True):
-        for name, color in zip(shown, (*PALETTE, "#444444"), strict=False):
+        for name, color in zip(shown, (*PALETTE, "#a0522d"), strict=False):
             tasks = by_name[name].tasks
             sizes = sorted(int(task.split("_")[1]) for task in tasks if task.startswith(f"{reading}_"))
             values = [100 * tasks[f"{reading}_{n}"].metrics["exact_match"] for n in sizes]
