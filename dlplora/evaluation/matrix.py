@@ -43,7 +43,8 @@ class Matrix:
         if key not in self._tasks:
             local = [task.name for task in source.tasks if task.rows and not task.facts]
             folder = self._folders.enter_context(local_tasks(local, protocol.data_root))
-            given = {} if protocol.data_root is None else {"data_root": str(Path(protocol.data_root).resolve())}
+            # exported local tasks name their folder themselves
+            given = {} if protocol.data_root is None or local else {"data_root": str(Path(protocol.data_root).resolve())}
             manager = fast_task_manager([] if folder is None else folder, {"suite": run.suite.name, **given})
             self._tasks[key] = load_tasks([f"{run.prefix}{name}" for name in run.task_names], manager)
         return self._tasks[key]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.errors import GenerationError
-from dlplora.inference import generation
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
@@ -168,10 +168,11 @@ def test_no_value_reaches_the_host_between_sentence_ends(talkative: Any, tiny_to
 
 def test_a_loop_that_cannot_be_followed_is_refused(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     fused = FusedCausalLM(talkative, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength())
-    state = fused.plan(PromptBatch.from_texts(TEXTS, tiny_tokenizer), new_tokens=8)
-    assert state is not None
-    watcher = fused._rerouter(state, list(TEXTS), 1, None)
-    with generation.settling(fused.model, watcher):
+    ids, options = torch.ones((2, 1), dtype=torch.long), {}
+    routed = RoutedGeneration(fused, PromptBatch.from_texts(TEXTS, tiny_tokenizer), ids, torch.ones_like(ids), 1, None)
+    assert routed.start(options, new_tokens=8) is not None
+    (watcher,) = options["stopping_criteria"]
+    with routed.following():
         watcher(torch.tensor([[1, 5], [1, 6]]), None)
         with pytest.raises(GenerationError, match="does not prepare inputs between two tokens"):
             watcher(torch.tensor([[1, 5, 7], [1, 6, 8]]), None)
