@@ -53,6 +53,7 @@ class LorauterConfig(RetrieverConfig):
     """Divides the similarities, which lie in [-1, 1]."""
 
     def __post_init__(self) -> None:
+        RetrieverConfig.__post_init__(self)
         if self.temperature <= 0:
             raise ConfigError(f"'temperature' must be positive, got {self.temperature}.")
 

@@ -33,10 +33,13 @@ def _print(rows: Sequence[Mapping[str, Any]], style: str) -> None:
 
 
 def run_methods(arguments: argparse.Namespace) -> int:
-    """Methods as their classes describe themselves."""
+    """Methods as their classes describe themselves, with the parameters that each one trains at the embedded size."""
+    from dlplora.evaluation.parameter_counts import nano_parameter_counts
     from dlplora.methods.registry import describe_methods
 
-    _print(describe_methods(), arguments.format)
+    num_experts, counts = nano_parameter_counts()
+    column = f"trained parameters (nano, {num_experts} experts)"
+    _print([{**row, column: counts[row["name"]]} for row in describe_methods()], arguments.format)
     return 0
 
 

@@ -45,8 +45,9 @@ class Metadata:
     combine: Literal["delta", "factor"] = "delta"
     """``delta``: sum of scaling * B @ A. ``factor``: A and B are summed first, which adds cross terms."""
     needs: tuple[Need, ...] = ()
-    """What the method must be given beyond prompts. Only ``task_id`` methods see the protocol's task name. ``trained``: a folder that
-    ``LitFusion`` exported, given as ``trained=FOLDER``."""
+    """What the method must be given beyond prompts. ``inputs``: training prompts of known tasks; ``labels``: their answers, or their task
+    where a router learns that; ``few_shot``: a few solved examples at evaluation; ``task_id``: the protocol's task name, which no other
+    method sees; ``trained``: a folder that ``LitFusion`` exported, given as ``trained=FOLDER``."""
     trainable: bool = False
     weight_sum: WeightSum = "one"
     """The documented sum of the routing weights of a row (conformance test T8)."""

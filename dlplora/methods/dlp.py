@@ -58,7 +58,7 @@ class DLP(FusionMethod):
         title="DLP-LoRA",
         paper="https://arxiv.org/abs/2410.01497",
         granularity="sentence",
-        needs=("inputs",),
+        needs=("inputs", "labels"),
         trainable=True,
     )
 

@@ -249,21 +249,28 @@ def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = N
     return cls(build(cls.Config, spec.params, spec.where))
 
 
+def discovered_specs() -> dict[str, MethodSpec]:
+    """What ``method=NAME`` may name: every preset, then every method without a preset, each group sorted."""
+    presets = available_presets()
+    covered = {spec.method for spec in presets.values()}
+    return presets | {name: load_method_spec(name) for name in available_methods() if name not in covered}
+
+
 def describe_methods() -> list[dict[str, Any]]:
-    """One row per method, read from the classes: what ``dlplora methods`` prints and what stands beside every result."""
+    """One row per preset, read from its class and configuration: what ``dlplora methods`` prints beside the parameter counts."""
     rows = []
-    for name, cls in available_methods().items():
-        facts = cls.metadata
+    for name, spec in discovered_specs().items():
+        method = build_method(spec)
+        facts = method.metadata
         rows.append(
             {
                 "name": name,
                 "title": facts.title,
                 "paper": facts.paper,
-                "granularity": facts.granularity,
+                "granularity": method.granularity,
                 "depth": facts.depth,
-                "combine": facts.combine,
+                "fusion": "factor" if facts.combine == "factor" else "output",
                 "needs": list(facts.needs),
-                "trainable": facts.trainable,
                 "heterogeneous": facts.heterogeneous,
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from dlplora.config import configs_root, list_configs
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.methods.registry import build_method, load_method_spec
+from dlplora.methods.registry import build_method, load_method_spec, method_class
 from dlplora.training.config_check import check_command_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,11 +78,56 @@ def test_every_training_file_names_known_classes_and_keys(name: str) -> None:
     assert set(classes) == {"model", "data"}
 
 
+COLUMNS = ["preset", "file", "paper", "section", "upstream commit", "deviations, with reasons", "equivalence test"]
+FIDELITY = (ROOT / "baselines" / "README.md").read_text(encoding="utf-8")
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+
+
+def fidelity_faults(text: str, name: str) -> list[str]:
+    """What is wrong with one method's row of a fidelity table."""
+    lines = text.splitlines()
+    header = next((cells_of(line) for line in lines if line.startswith("| preset")), [])
+    if header != COLUMNS:
+        return [f"columns are {header}"]
+    rows = [cells_of(line) for line in lines if line.startswith("| `")]
+    mine = [row for row in rows if f"`{name}`" in row[0]]
+    if len(mine) != 1:
+        return [f"{len(mine)} rows for '{name}'"]
+    (row,) = mine
+    if len(row) != len(COLUMNS):
+        return [f"{len(row)} cells"]
+    faults = [f"'{column}' is empty" for column, cell in zip(COLUMNS, row, strict=True) if not cell]
+    spec = load_method_spec(name)
+    cls = method_class(spec.method)
+    paper = cls.metadata.paper
+    if paper is not None and f"arXiv:{paper.rsplit('/', 1)[-1]}" not in row[2]:
+        faults.append(f"the class cites {paper}, the row {row[2]}")
+    file = row[1].strip("`")
+    if cls.__module__.replace(".", "/") + ".py" not in {file, f"baselines/{file}"}:
+        faults.append(f"the class is in {cls.__module__}, the row says {file}")
+    if not re.search(r"[\w.-]+/[\w.-]+@[0-9a-f]{7}\b|PEFT \d|\bnone\b|not public|not looked up|not recorded", row[4]):
+        faults.append(f"no commit: {row[4]}")
+    tests = re.findall(r"`(tests/\S+\.py)`", row[6])
+    if not tests or not all((ROOT / test).is_file() for test in tests):
+        faults.append(f"no such test: {row[6]}")
+    return faults
+
+
 @pytest.mark.parametrize("name", list_configs("method"))
 def test_every_method_has_a_row_in_the_fidelity_table(name: str) -> None:
-    rows = [line for line in (ROOT / "baselines" / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    mine = [row for row in rows if f"`{name}`" in row.split("|")[1]]
-    assert len(mine) == 1
-    cells = [cell.strip() for cell in mine[0].strip("|").split("|")]
-    assert len(cells) == 5
-    assert all(cells)
+    assert not fidelity_faults(FIDELITY, name)
+
+
+def test_a_gap_in_the_fidelity_table_is_seen() -> None:
+    (line,) = [line for line in FIDELITY.splitlines() if line.startswith("| `spectr`")]
+    assert fidelity_faults(FIDELITY.replace(line, ""), "spectr") == ["0 rows for 'spectr'"]
+    assert fidelity_faults(FIDELITY.replace("| section ", "| "), "spectr")[0].startswith("columns are")
+    for place, column in enumerate(COLUMNS[1:], start=1):
+        cells = cells_of(line)
+        cells[place] = " "
+        assert f"'{column}' is empty" in fidelity_faults(FIDELITY.replace(line, "| " + " | ".join(cells) + " |"), "spectr")
+    assert "the class cites" in fidelity_faults(FIDELITY.replace("arXiv:2504.03454", "arXiv:2504.00000"), "spectr")[0]
+    assert "no such test" in fidelity_faults(FIDELITY.replace("test_training_free.py", "test_gone.py"), "spectr")[0]

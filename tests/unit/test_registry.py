@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -244,19 +245,43 @@ def test_unknown_names_get_a_hint_and_the_list(tmp_path: Path) -> None:
 
 def test_described_rows_come_from_the_classes() -> None:
     rows = {row["name"]: row for row in registry.describe_methods()}
-    assert set(rows) == set(registry.available_methods())
+    assert set(list_configs("method")) <= set(rows)
     assert rows["dlp"] == {
         "name": "dlp",
         "title": "DLP-LoRA",
         "paper": "https://arxiv.org/abs/2410.01497",
         "granularity": "sentence",
         "depth": "model",
-        "combine": "delta",
-        "needs": ["inputs"],
-        "trainable": True,
+        "fusion": "output",
+        "needs": ["inputs", "labels"],
         "heterogeneous": True,
     }
-    assert [name for name, row in rows.items() if "task_id" in row["needs"]] == [
-        "lorahub",
-        "oracle",
-    ]  # weights per task, and the task itself
+    assert (rows["dlp_code"]["granularity"], rows["oracle_segment"]["granularity"]) == ("prompt", "sentence")  # the preset decides
+    assert [name for name, row in rows.items() if row["fusion"] == "factor"] == [
+        "arrow_factor", "avg_factor", "lorahub_in_pool", "lorahub_leave_one_out", "retriever_fusion",
+    ]  # fmt: skip
+    told_the_task = ["lorahub_in_pool", "lorahub_leave_one_out", "oracle", "oracle_segment"]  # weights per task, and the task itself
+    assert [name for name, row in rows.items() if "task_id" in row["needs"]] == told_the_task
+
+
+def test_trained_parameters_are_counted_on_the_method(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand for the embedded backbone: 4 layers, width 128, q (128 -> 128) and v (128 -> 128 or less), 26 experts of rank 8."""
+    assert main(["methods", "--format", "json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(list_configs("method")) == set(rows)
+    counts = {name: row["trained parameters (nano, 26 experts)"] for name, row in rows.items()}
+    wanted = {
+        "xlora": 26 * 128 + 26,
+        "xlora_frozen": 26 * 128 + 26,
+        "lora_flow": 4 * (26 * 128 + 26),
+        "phatgoose": 4 * 2 * 26 * 128,
+        "meteora_gate": 4 * 2 * 26 * 128,
+        "mole": 4 * (26 * 128 * 26 + 1),
+        "mole_lr": 4 * (128 * 16 + 26 * 16 * 26 + 1),
+    }
+    assert {name: counts[name] for name in wanted} == wanted
+    assert counts["multitask_r64"] == 8 * counts["multitask"]
+    assert counts["multitask_r208"] == 26 * counts["multitask"] == counts["meteora_full"] - counts["meteora_gate"]
+    assert 0 < counts["dlp"] == counts["dlp_code"] <= 5_000_000
+    assert {name for name, count in counts.items() if count == 0} >= {"base", "oracle", "ties", "arrow_out", "lorauter", "lorahub_in_pool"}
+    assert None not in counts.values()
