@@ -67,7 +67,7 @@ class Encoder:
         if kind == "router":
             self.model = MiniMLPRouter.load(context.artifact("router", method), context.embedding)
         elif kind != "features":
-            self.model = _sentence_transformer(kind, method)
+            self.model = _sentence_transformer(kind, method, context.device)
 
     @torch.no_grad()
     def __call__(self, prompts: PromptBatch) -> Tensor:
@@ -86,18 +86,21 @@ class Encoder:
         return F.normalize(F.layer_norm(mean, mean.shape[-1:]), dim=-1)
 
 
-def _sentence_transformer(name: str, method: str) -> Any:
+def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise MethodError(
-            f"method '{method}': encoder '{name}' needs the package sentence-transformers (pip install sentence-transformers), "
+            f"method '{method}': encoder '{name}' needs the package sentence-transformers (pip install 'dlplora[retrieval]'), "
             "or choose encoder=features or encoder=router."
         ) from error
     try:
-        return SentenceTransformer(name)
+        return SentenceTransformer(name, device=str(device))  # by itself it would take a GPU wherever there is one
     except (OSError, ValueError) as error:
-        raise MethodError(f"method '{method}': cannot load the encoder '{name}': {' '.join(str(error).split())[:200]}") from error
+        raise MethodError(
+            f"method '{method}': cannot load the encoder '{name}', neither a folder nor a cached hub id: "
+            f"{' '.join(str(error).split())[:200]} Choose encoder=features, encoder=router, or the folder of a sentence-transformers model."
+        ) from error
 
 
 class RetrieverMixture(FusionMethod):

@@ -182,6 +182,8 @@ def finished(run: Run, root: Path = RESULTS) -> Path | None:
 def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tuple[Path, Record]:
     """Evaluate and write the record; a failure is written to ``scratch`` and raised again.
 
+    What is refused before the evaluation begins (an unfit pool, gates of another pool, a missing encoder) leaves nothing behind.
+
     Args:
         run: What to evaluate.
         root: Results folder.
@@ -191,6 +193,7 @@ def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tup
         DLPLoRAError: What the evaluation raised.
     """
     started = time.perf_counter()
+    loaded = None
     try:
         with close_after(run, matrix) as lm:
             loaded = time.perf_counter()
@@ -201,7 +204,8 @@ def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tup
             outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
             record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
     except DLPLoRAError as error:
-        save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
+        if loaded is not None:
+            save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
         raise
     return save(record, root, outcomes), record
 

@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -187,19 +187,19 @@ def load_method_spec(name_or_path: str, overrides: Mapping[str, Any] | None = No
     else:
         known = sorted({*presets, *methods})
         raise MethodError(f"unknown method '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
-    _refuse_protocol_keys(spec.params, f"{spec.where}: params")
+    _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(methods[spec.method]))
     build(methods[spec.method].Config, spec.params, spec.where)
     return spec
 
 
 def _read_spec_file(path: Path, methods: Mapping[str, type[FusionMethod]]) -> tuple[str, dict[str, Any]]:
     content = load_yaml(path)
-    _refuse_protocol_keys(content, str(path))
+    _refuse_protocol_keys(content, str(path), SPEC_KEYS)
     for key in content:
         if key not in SPEC_KEYS:
             # a parameter one level too high is the likeliest slip
             method = methods.get(str(content.get("method")))
-            parameters = [f.name for f in fields(method.Config)] if method is not None else []
+            parameters = _parameters(method) if method is not None else []
             advice = " It is a parameter: indent it under 'params'." if key in parameters else nearest(key, SPEC_KEYS)
             raise ConfigError(f"{path}: unknown key '{key}'.{advice} Valid keys: {', '.join(SPEC_KEYS)}.")
     method_name = content.get("method")
@@ -215,12 +215,16 @@ def _read_spec_file(path: Path, methods: Mapping[str, type[FusionMethod]]) -> tu
     return method_name, {str(key): value for key, value in params.items()}
 
 
-def _refuse_protocol_keys(values: Mapping[str, Any], where: str) -> None:
+def _parameters(cls: type[FusionMethod]) -> list[str]:
+    return [f.name for f in fields(cls.Config)]
+
+
+def _refuse_protocol_keys(values: Mapping[str, Any], where: str, valid: Sequence[str]) -> None:
     for key in values:
         if key in PROTOCOL_KEYS:
             raise ConfigError(
                 f"{where}: '{key}' belongs to the evaluation protocol, which is the same for all methods. Set it in configs/protocol or on "
-                f"the command line, not in a method file."
+                f"the command line, not in a method file.{nearest(key, valid)} Valid keys here: {', '.join(valid) or 'none'}."
             )
 
 
@@ -245,7 +249,7 @@ def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = N
     elif overrides:
         spec = MethodSpec(spec.name, spec.method, {**spec.params, **overrides}, spec.path)
     cls = method_class(spec.method)
-    _refuse_protocol_keys(spec.params, f"{spec.where}: params")
+    _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(cls))
     return cls(build(cls.Config, spec.params, spec.where))
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from baselines.averages import AvgFactor, RandomRoute
 from baselines.merges import DareLinear, DareTies, MagnitudePrune, MergeConfig, SVDMerge, Ties, factored
-from dlplora.errors import ConfigError, IncompatibleAdapterError
+from dlplora.errors import AdapterError, ConfigError, IncompatibleAdapterError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import MethodContext
 from dlplora.methods.registry import build_method
@@ -160,6 +160,90 @@ def test_half_precision_adapters_are_merged_in_float32(
         got = entry.lora_b[0].float() @ entry.lora_a[0].float()
         wanted = exact.modules[path].lora_b[0] @ exact.modules[path].lora_a[0]
         assert float((got - wanted).norm() / wanted.norm()) < 0.01  # only the storage is rounded
+
+
+EVERY_MERGE = [*MERGES, "avg_factor"]
+
+
+def fused_merge(name: str, pool: Path, tokenizer: Any, model: Any, dtype: torch.dtype = torch.float32) -> FusedCausalLM:
+    """The preset's own settings on a fresh backbone; nobody calls ``eval`` on it."""
+    backbone = copy.deepcopy(model).to(dtype)
+    bank = AdapterBank.from_pool(pool, dtype=dtype)
+    return FusedCausalLM(backbone, tokenizer, bank, build_method(name), context=context(tokenizer, backbone))
+
+
+@pytest.mark.parametrize("name", EVERY_MERGE)
+def test_a_merged_adapter_has_no_dropout(name: str, uniform_pool: Path, tiny_tokenizer: Any, tiny_llama: Any) -> None:
+    """PEFT's new adapter comes up with its dropout in training mode. The experts here were trained with dropout 0.1."""
+    backbone = copy.deepcopy(tiny_llama).train()
+    method = build_method(name)
+    fused = FusedCausalLM(backbone, tiny_tokenizer, AdapterBank.from_pool(uniform_pool), method, context=context(tiny_tokenizer, backbone))
+    assert not any(module.training for module in fused.modules())
+    ids = torch.tensor([[1, 5, 9, 40, 33, 7]])
+    with torch.no_grad(), fused.routing(torch.ones(1)):
+        assert torch.equal(fused(input_ids=ids).logits, fused(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", EVERY_MERGE)
+def test_a_second_merge_is_a_new_one(name: str, uniform_pool: Path, tiny_tokenizer: Any, tiny_llama: Any) -> None:
+    """PEFT keeps the old adapter silently if the name is taken; ours is called ``merged`` each time and made anew."""
+    method = build_method(name)
+    told = context(tiny_tokenizer, tiny_llama)
+    method.prepare(AdapterBank.from_pool(uniform_pool, ["alpha", "beta"]), told)
+    again = method.prepare(AdapterBank.from_pool(uniform_pool, ["beta", "gamma"]), told)
+    fresh = build_method(name).prepare(AdapterBank.from_pool(uniform_pool, ["beta", "gamma"]), told)
+    assert again.names == fresh.names == ("merged",)
+    assert again.checksum() == fresh.checksum()
+    with pytest.raises(AdapterError, match="adapter names must be unique"):
+        AdapterBank(("merged", "merged"), again.modules)
+
+
+@pytest.mark.parametrize("name", EVERY_MERGE)
+def test_a_half_precision_pool_stays_in_half_precision(name: str, uniform_pool: Path, tiny_tokenizer: Any, tiny_llama: Any) -> None:
+    """PEFT turns such adapters into float32 when it loads them, unless it is told not to."""
+    fused = fused_merge(name, uniform_pool, tiny_tokenizer, tiny_llama, torch.bfloat16)
+    for entry in fused.bank.modules.values():
+        assert (entry.lora_a.dtype, entry.lora_b.dtype) == (torch.bfloat16, torch.bfloat16)
+    for layer in fused.patched.layers.values():
+        assert (layer.lora_a.dtype, layer.lora_b.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", EVERY_MERGE)
+def test_a_merge_of_half_precision_factors_is_computed_in_float32(
+    name: str, make_adapter: Callable[..., Path], tiny_tokenizer: Any, tiny_llama: Any, tmp_path: Path
+) -> None:
+    """The same rounded factors, once stored as bfloat16 and once as float32: only the storage of the result may differ."""
+    for seed, expert in enumerate(NAMES):
+        make_adapter(tmp_path / expert, seed=seed, dtype=torch.bfloat16)
+    told = context(tiny_tokenizer, tiny_llama)
+    half = build_method(name).prepare(AdapterBank.from_pool(tmp_path, dtype=torch.bfloat16), told)
+    full = build_method(name).prepare(AdapterBank.from_pool(tmp_path, dtype=torch.float32), told)
+    for path, entry in half.modules.items():
+        assert torch.equal(entry.lora_a, full.modules[path].lora_a.bfloat16())
+        assert torch.equal(entry.lora_b, full.modules[path].lora_b.bfloat16())
+
+
+@pytest.mark.parametrize("name", EVERY_MERGE)
+def test_a_merge_wants_no_gradients(name: str, uniform_pool: Path, tiny_tokenizer: Any, tiny_llama: Any) -> None:
+    """PEFT's ``set_adapter`` asks for gradients again; a merge has nothing to train, and neither has what is under it."""
+    before = [parameter.requires_grad_(False) for parameter in tiny_llama.parameters()]
+    assert before
+    fused = fused_merge(name, uniform_pool, tiny_tokenizer, tiny_llama)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    for layer in fused.patched.layers.values():
+        assert not layer.lora_a.requires_grad
+        assert not layer.lora_b.requires_grad
+    ids = torch.tensor([[1, 5, 9]])
+    with fused.routing(torch.ones(1)):
+        assert not fused(input_ids=ids).logits.requires_grad
+
+
+def test_adapters_that_train_biases_are_refused(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT loads one such adapter and fails at the second; a merge would lose the biases."""
+    make_adapter(tmp_path / "alpha", seed=1)
+    make_adapter(tmp_path / "beta", seed=2, bias="lora_only")
+    with pytest.raises(AdapterError, match=r"beta.*bias is 'lora_only'"):
+        AdapterBank.from_pool(tmp_path)
 
 
 def test_factored_is_exact_or_the_best() -> None:

@@ -216,8 +216,21 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("method: dlp\nparam: {p: 1}\n", ConfigError, r"mine\.yaml: unknown key 'param'\. Did you mean 'params'\?"),
         ("method: dlp\nselector: topk\n", ConfigError, r"mine\.yaml: unknown key 'selector'\. It is a parameter: indent it"),
         ("method: dlp\nparams: {thresold: 1}\n", ConfigError, r"mine\.yaml: unknown key 'thresold'"),
-        ("method: dlp\nmax_length: 10\n", ConfigError, r"mine\.yaml: 'max_length' belongs to the evaluation protocol"),
-        ("method: dlp\nparams: {seed: 0}\n", ConfigError, r"mine\.yaml: params: 'seed' belongs to the evaluation protocol"),
+        (
+            "method: dlp\nmax_length: 10\n",
+            ConfigError,
+            r"mine\.yaml: 'max_length' belongs to the evaluation protocol.*Valid keys here: method, params",
+        ),
+        (
+            "method: dlp\nparams: {seed: 0}\n",
+            ConfigError,
+            r"mine\.yaml: params: 'seed' belongs to the evaluation protocol.*Valid keys here: selector, p,",
+        ),
+        (
+            "method: xlora\nparams: {pool: 0}\n",
+            ConfigError,
+            r"'pool' belongs to .* Valid keys here: layerwise, temperature, global_scaling",
+        ),
         ("params: {p: 1}\n", ConfigError, r"mine\.yaml: 'method' must name a method, got None"),
         (
             "method: dpl\n",
