@@ -16,7 +16,7 @@ Each expert's scaling goes with its B; the original's adapters all have one scal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +117,16 @@ class LoRAHub(FusionMethod):
             raise MethodError(f"method '{self.name}' searches weights a task and knows none called {task!r}.{hint}")
         return self._names.index(task)
 
+    def budget(self, size: int) -> int:
+        """Evaluations of the objective a task, for ``size`` weights to be found."""
+        return self.config.budget or max(MIN_BUDGET, 5 * size)
+
+    @property
+    def reported(self) -> Mapping[str, int]:
+        """Tasks searched, and the evaluations allowed to each; the record's seed is the search's."""
+        size = len(self._names) - int(self.config.leave_one_out)
+        return {"search_budget": self.budget(size), "search_examples": self.config.num_examples, "searched_tasks": int(self.searched.sum())}
+
     def search(self, task: str) -> Tensor:
         """The best weights (E,) for a task within the budget."""
         columns = [index for index, name in enumerate(self._names) if not self.config.leave_one_out or name != task]
@@ -129,9 +139,8 @@ class LoRAHub(FusionMethod):
             weights[columns] = torch.from_numpy(np.asarray(point)).float().clamp(-self.config.bound, self.config.bound)
             return loss(weights) + self.config.l1 * float(np.abs(point).mean())
 
-        budget = self.config.budget or max(MIN_BUDGET, 5 * len(columns))
         with _one_thread():
-            best = self._minimise(value, len(columns), budget)
+            best = self._minimise(value, len(columns), self.budget(len(columns)))
         weights = torch.zeros(len(self._names))
         weights[columns] = torch.from_numpy(best).float()
         return weights

@@ -367,7 +367,7 @@ def _record(
     record = dataclasses.replace(
         blank_record(run),
         tasks=tasks,
-        routing=lm.routing_statistics(),
+        routing={**lm.routing_statistics(), **lm.fused.method.reported},
         latency=latency,
         backend=lm.fused.backends_used(),
         timings_s={name: round(value, 3) for name, value in timings.items()},

@@ -166,6 +166,11 @@ class FusionMethod(nn.Module):
         """Roles of the folders this instance reads; a record names their hashes and no others."""
         return ("trained",) if "trained" in self.metadata.needs else ()
 
+    @property
+    def reported(self) -> Mapping[str, float | int | None]:
+        """Numbers of an evaluation that a record keeps beside its routing statistics, the budget of a search for instance."""
+        return {}
+
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Bind to a pool's bank and return the bank to run, which for static methods may be a merged one.
 

@@ -149,6 +149,20 @@ def test_leaving_one_out_leaves_out_exactly_that_one(tiny_llama: Any, tiny_token
     assert bool((tried[:, [0, 2]] != 0).any(0).all())
 
 
+def test_budget_and_number_of_searches_are_reported(tiny_llama: Any, tiny_tokenizer: Any, uniform_pool: Path) -> None:
+    """And the budget is what the search takes: the objective is asked that often and not once more."""
+    fused = fuse(tiny_llama, tiny_tokenizer, uniform_pool)
+    assert dict(fused.method.reported) == {"search_budget": 40, "search_examples": 5, "searched_tasks": 0}  # type: ignore[union-attr]
+    fused.plan(PromptBatch.from_texts(["a", "b"], tiny_tokenizer, task_names=["beta", "beta"]))
+    assert fused.method.reported["searched_tasks"] == 1  # type: ignore[union-attr]
+    assert [LoRAHub(LoRAHubConfig()).budget(size) for size in (2, 8, 25, 26)] == [40, 40, 125, 130]
+    asked: list[int] = []
+    objective = fused.method.objective  # type: ignore[union-attr]
+    fused.method.objective = lambda task: lambda weights: asked.append(1) or objective(task)(weights)  # type: ignore[union-attr, assignment]
+    fused.method.search("gamma")  # type: ignore[operator]
+    assert 0 < len(asked) <= 40
+
+
 def test_what_it_cannot_do_is_said(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path, uniform_pool: Path) -> None:
     with pytest.raises(IncompatibleAdapterError, match=r"'lorahub'.*alpha 4, beta 6, gamma 2"):
         fuse(tiny_llama, tiny_tokenizer, tiny_pool)

@@ -268,6 +268,52 @@ def test_a_resumed_run_ends_at_the_same_weights(
         assert all(torch.equal(first[key], second[key]) for key in first), file
 
 
+@pytest.mark.parametrize("preset", ["meteora_full", "mole_lr", "xlora_frozen"])
+def test_gates_resume_to_the_same_weights(
+    preset: str, tiny_llama_folder: Path, rows: Path, make_adapter: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As above, for what ``LitFusion`` trains; its resume files hold what the method trains, and nothing of backbone or pool."""
+    from dlplora.training.fusion import LitFusion
+
+    for seed, name in enumerate(("pets", "echo")):
+        make_adapter(tmp_path / "pool" / name, seed=seed)
+    content = yaml.safe_load(Path("configs/train/fusion.yaml").read_text())
+    content["trainer"]["callbacks"][0]["init_args"] = {"every_n_steps": 2, "keep": 3}
+    content["model"]["init_args"] |= {"method": preset, "pretrained": str(tiny_llama_folder), "pool": str(tmp_path / "pool")}
+    content["model"]["init_args"]["optimizer"] |= {"lr": 0.05, "warmup_steps": 1}
+    content["data"]["init_args"] |= {"suite": "local:pets,echo", "data_root": str(rows), "batch_size": BATCH, "num_steps": STEPS}
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(content))
+
+    def run(name: str) -> int:
+        folders = ["--model.init_args.export_folder", str(tmp_path / name), "--trainer.default_root_dir", str(tmp_path / f"{name}_logs")]
+        return fit(["fit", "--config", str(tmp_path / "it.yaml"), "--ckpt_path", "last", *folders])
+
+    assert run("whole") == 0
+    original = LitFusion.training_step
+
+    def dying(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 5:
+            raise PowerCutError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitFusion, "training_step", dying)
+    with pytest.raises(PowerCutError):
+        run("parts")
+    monkeypatch.setattr(LitFusion, "training_step", original)
+    saved = sorted((tmp_path / "parts_logs" / "checkpoints").glob("*.ckpt"))
+    first = load_file(tmp_path / "whole" / "method.safetensors")
+    begun = torch.load(saved[0], weights_only=True)["state_dict"]
+    own = {f"fused.method.{key}": begun.get(f"fused.method.{key}") for key in first}
+    stored = {None if tensor is None else tensor.untyped_storage().data_ptr() for tensor in own.values()}
+    assert None not in stored
+    assert {tensor.untyped_storage().data_ptr() for tensor in begun.values()} == stored  # layers that run trained copies name them again
+    assert run("parts") == 0
+    second = load_file(tmp_path / "parts" / "method.safetensors")
+    assert set(first) == set(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], begun[f"fused.method.{key}"]) for key in first)  # it did go on learning
+
+
 def test_a_resume_file_with_code_in_it_is_refused(tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
     class Evil:
         def __reduce__(self) -> Any:
