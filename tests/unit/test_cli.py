@@ -61,6 +61,20 @@ def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty" in fails(capsys, "generate", "", "--raw")
 
 
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from dlplora.training import launch
+
+    def interrupted(_: object) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning's trainer does
+
+    monkeypatch.setattr(launch, "run", interrupted)
+    assert main(["fit", "--config", "any.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted; --ckpt_path last goes on from the newest checkpoint.\n"
+
+
 def test_a_terminal_without_the_character_shows_its_escape() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     shown = subprocess.run(
