@@ -184,8 +184,9 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     """The paper's comparison on one backbone."""
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce, reproduce_paper
-    from dlplora.evaluation.runner import power_note
+    from dlplora.evaluation.runner import power_note, require_limit
 
+    require_limit(arguments.limit)
     if arguments.fresh:
         raise ConfigError(f"--fresh belongs to `dlplora reproduce nano`; remove {arguments.runs or 'the folder under runs/paper'} instead.")
     quiet_loading(None)
