@@ -30,7 +30,10 @@ def parse_parameter(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--method-param must be KEY=VALUE, got '{text}'.")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--method-param {key}: cannot read {value!r} as a YAML value.") from error
 
 
 def chosen_methods(text: str | None) -> list[str]:
@@ -49,14 +52,18 @@ def chosen_seeds(text: str) -> list[int]:
     """Seeds from ``0,1,2``.
 
     Raises:
-        ConfigError: If one is not a whole number, or negative.
+        ConfigError: If one is not a whole number, out of range, or named twice.
     """
+    from dlplora.evaluation.runner import require_seed
+
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--seeds takes whole numbers separated by commas, got '{text}'.") from error
-    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"--seeds takes different numbers from 0 on, got '{text}'.")
+    for seed in seeds:
+        require_seed(seed)
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds takes different numbers, got '{text}'.")
     return seeds
 
 
@@ -121,7 +128,7 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce
     from dlplora.evaluation.protocol import load_protocol
-    from dlplora.evaluation.runner import power_note
+    from dlplora.evaluation.runner import power_note, require_limit
 
     given = [name for name in ("backbone", "tasks", "data_root") if getattr(arguments, name) is not None]
     if given:
@@ -132,6 +139,7 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     protocol = load_protocol(arguments.suite)
     methods = chosen_methods(arguments.methods)
     seeds = chosen_seeds(arguments.seeds) if arguments.seeds else list(protocol.seeds)
+    require_limit(arguments.limit)  # before hours of training
     runs, root = Path(arguments.runs or "runs/nano"), Path(arguments.out)
     if not arguments.dry_run:
         require_writable(root, "--out")
@@ -176,8 +184,9 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     """The paper's comparison on one backbone."""
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce, reproduce_paper
-    from dlplora.evaluation.runner import power_note
+    from dlplora.evaluation.runner import power_note, require_limit
 
+    require_limit(arguments.limit)
     if arguments.fresh:
         raise ConfigError(f"--fresh belongs to `dlplora reproduce nano`; remove {arguments.runs or 'the folder under runs/paper'} instead.")
     quiet_loading(None)

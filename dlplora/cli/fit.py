@@ -17,7 +17,7 @@ Train what a configuration describes, or validate / test what it trained.
                          --model.init_args.optimizer.lr 1e-3, --seed_everything 1
 
 All keys: dlplora fit --help-all. Progress goes to standard error; the last line on standard output is JSON.
-Exit codes: 0 done, 2 bad configuration.
+Exit codes: 0 done, 2 bad configuration, 130 interrupted.
 """
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command and its arguments; None reads ``sys.argv``.
 
     Returns:
-        Exit code: 0 when done, 2 for bad configuration (one line on standard error).
+        Exit code: 0 when done, 2 for bad configuration, 130 when interrupted (one line on standard error).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in {"fit", "validate", "test"} or arguments[1:2] in (["--help"], ["-h"]):
@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DLPLoRAError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except SystemExit as error:  # Lightning ends an interrupted training with code 1 and no word
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print("interrupted; --ckpt_path last goes on from the newest checkpoint.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 regression or stale table, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from dlplora import __version__
 from dlplora.cli.pool import add_parser as pool_commands
-from dlplora.errors import DLPLoRAError
+from dlplora.errors import ConfigError, DLPLoRAError
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -187,16 +188,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
+def _refuse_empty(arguments: argparse.Namespace) -> None:
+    """An empty value, usually an unset shell variable, must not mean the default or the working folder."""
+    for name, value in vars(arguments).items():
+        if name != "prompt" and isinstance(value, str) and not value.strip(" ,"):
+            raise ConfigError(f"the value of '{name.replace('_', '-')}' is empty (got {value!r}); give one, or leave the option out.")
+
+
+def _run(given: list[str]) -> int:
     if given[:1] and given[0] in {"fit", "validate", "test"}:
         from dlplora.cli.fit import main as fit_main
 
         return fit_main(given)
     arguments = build_parser().parse_args(given)
+    _refuse_empty(arguments)
+    return int(arguments.run(arguments))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return int(arguments.run(arguments))
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except DLPLoRAError as error:
         print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -204,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"dlplora: error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        print(f"dlplora: error: {error.strerror or error}: {error.filename2 or error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dlplora: interrupted; the same command goes on where this one stopped.", file=sys.stderr)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def quiet_loading(pretrained: str | None) -> None:
-    """Switch off transformers' loading bars where they say nothing: for the embedded backbone, and where nobody watches.
+    """Switch off transformers' loading bars where they say nothing (for the embedded backbone, and where nobody watches), and a warning.
 
     Args:
         pretrained: The backbone asked for; None is the embedded one.
     """
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # PEFT reads it, not the user
     if pretrained is None or not sys.stderr.isatty():
         from transformers.utils import logging
 

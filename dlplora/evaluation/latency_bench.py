@@ -83,6 +83,10 @@ class Group:
             small = [value for value in getattr(self, name) if value < least]
             if small:
                 raise ConfigError(f"'{name}' must be at least {least}, got {small[0]}.")
+        if max(self.kept, default=0) > min(self.experts):
+            raise ConfigError(
+                f"'kept' asks for {max(self.kept)} experts of a pool of {min(self.experts)}; name larger pools or keep fewer."
+            )
         for name, least in (("new_tokens", 2), ("repeats", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"'{name}' must be at least {least}, got {getattr(self, name)}.")
@@ -167,6 +171,8 @@ class LatencyPlan:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ConfigError(f"unknown device '{self.device}'; use cpu, cuda, cuda:1 or mps.") from error
+        if device.type == "meta":
+            raise ConfigError("device 'meta' computes nothing that could be timed; use cpu, cuda, cuda:1 or mps.")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device '{self.device}' was asked for, but torch finds no GPU; use --device cpu.")
         return device

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora import __version__
 from dlplora.config import config_hash
-from dlplora.errors import DLPLoRAError, TaskError
+from dlplora.errors import ConfigError, DLPLoRAError, TaskError
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import nano_asset, resolve_backbone
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from dlplora.evaluation.matrix import Matrix
 
 
+MAX_SEEDS = 2**32
+"""Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""
 TEST_ITEMS = 100
 """Questions that a generated task has; a local one has the rows of its file."""
 DISAGREEMENT = 0.1
@@ -134,6 +136,18 @@ class Run:
         return config_hash(self.description())
 
 
+def require_limit(limit: int | None) -> None:
+    """Refuse a limit below one question a task."""
+    if limit is not None and limit < 1:
+        raise TaskError(f"limit must be at least 1 question a task, got {limit}.")
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that numpy's generator cannot take."""
+    if not 0 <= seed < MAX_SEEDS:
+        raise ConfigError(f"seed must be from 0 to {MAX_SEEDS - 1}, got {seed}.")
+
+
 def prepare(
     protocol: Protocol,
     protocol_name: str,
@@ -153,8 +167,8 @@ def prepare(
     suite = get_suite(protocol.suite, protocol.data_root)
     for name in protocol.tasks or ():
         suite.task(name)
-    if limit is not None and limit < 1:
-        raise TaskError(f"limit must be at least 1 question a task, got {limit}.")
+    require_limit(limit)
+    require_seed(seed)
     folders = (artifacts or Artifacts()).resolved(embedded=protocol.backbone is None)
     for role, path in folders.items():
         if not path.is_dir():

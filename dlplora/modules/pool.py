@@ -67,6 +67,8 @@ def _from_manifest(root: Path) -> Pool:
     path = root / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("adapters", []), list):
+            raise PoolError(f"{path} must hold an object whose 'adapters' is a list of rows; restore it, or remove it to take all folders.")
         if manifest["format"] not in READABLE_FORMATS:
             raise PoolError(f"{path}: format {manifest['format']!r} is not known; this version reads formats 1 and 2.")
         rows = [(str(row["name"]), str(row["path"]), str(row["sha256"]), row) for row in manifest["adapters"]]
@@ -74,6 +76,8 @@ def _from_manifest(root: Path) -> Pool:
         raise PoolError(f"{path} is not JSON: {error}.") from error
     except (KeyError, TypeError) as error:
         raise PoolError(f"{path}: missing or malformed field {error}; write it again with `dlplora pool`.") from error
+    if not rows:
+        raise PoolError(f"{path} lists no adapter; add one with `dlplora pool add`, or remove the file.")
     names = [name for name, *_ in rows]
     for name in names:
         if Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():
@@ -117,6 +121,9 @@ def load_pool(folder: str | Path) -> Pool:
     if not names:
         hint = " It looks like a single adapter; pass its parent folder." if (root / CONFIG_NAME).is_file() else ""
         raise PoolError(f"no PEFT LoRA folders (with {CONFIG_NAME}) in {root}.{hint}")
+    for name in names:
+        if not (root / name).resolve().is_relative_to(root.resolve()):
+            raise PoolError(f"{root}: adapter folder '{name}' is a link out of the pool; copy it in with `dlplora pool add`.")
     folders = {name: root / name for name in names}
     sums = {name: file_sha256(folders[name] / WEIGHTS_NAME) if (folders[name] / WEIGHTS_NAME).is_file() else "" for name in names}
     return Pool(root, tuple(names), folders, sums, None)

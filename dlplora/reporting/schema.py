@@ -140,6 +140,8 @@ def read_record(path: str | Path) -> Record:
         raise RecordError(f"{path}: cannot be read: {error}.") from error
     except json.JSONDecodeError as error:
         raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
+    except RecursionError as error:
+        raise RecordError(f"{path}: not a record: its brackets are nested too deeply.") from error
     if not isinstance(raw, dict):
         raise RecordError(f"{path}: expected an object, got {type(raw).__name__}.")
     version = raw.get("schema_version")

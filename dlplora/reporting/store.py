@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dlplora.atomic import write_atomically
+from dlplora.atomic import replacing, write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting.samples import Outcome, TaskOutcomes, read_samples, write_samples
 from dlplora.reporting.schema import Record, read_record, to_json
@@ -29,15 +29,19 @@ def record_path(record: Record, root: Path = RESULTS) -> Path:
 
 
 def save(record: Record, root: Path = RESULTS, outcomes: Sequence[Outcome] | None = None) -> Path:
-    """Write a record where it belongs, its questions' outcomes first, and return the path.
+    """Write a record where it belongs, with its questions' outcomes, and return the path.
 
-    A record names the checksum of its outcomes, so a run that is cut off between the two files leaves no record.
+    Both files are on disk before either appears, so a full disk leaves what was there. A record names the checksum of its outcomes, which
+    appear first, so a run that is cut off between the two leaves no record.
     """
     path = record_path(record, root)
-    if outcomes:
-        write_samples(samples_path(path), outcomes)
-        record = dataclasses.replace(record, samples_sha256=file_checksum(samples_path(path)))
-    write_atomically(path, to_json(record))
+    if not outcomes:
+        write_atomically(path, to_json(record))
+        return path
+    with replacing(path) as record_file, replacing(samples_path(path)) as samples_file:
+        write_samples(samples_file, outcomes)
+        record = dataclasses.replace(record, samples_sha256=file_checksum(samples_file))
+        record_file.write_text(to_json(record), encoding="utf-8")
     return path
 
 

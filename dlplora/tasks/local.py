@@ -39,17 +39,25 @@ def read_rows(path: Path, task: str) -> list[Item]:
         TaskError: With file and line for text that is not JSON, a missing field, or an index out of range.
     """
     items: list[Item] = []
-    with path.open(encoding="utf-8") as handle:
+    with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise TaskError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8.") from error
             except json.JSONDecodeError as error:
                 raise TaskError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
+            except RecursionError as error:
+                raise TaskError(f"{where}: not a row: its brackets are nested too deeply.") from error
             if not isinstance(row, dict):
                 raise TaskError(f"{where}: expected an object, got {type(row).__name__}.")
+            try:  # Python's reader takes both; no tokenizer and no other reader does
+                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+            except ValueError as error:
+                raise TaskError(f"{where}: holds NaN, an infinite number or half of a surrogate pair; write text.") from error
             items.append(parse_row(row, task, where))
     if not items:
         raise TaskError(f"{path}: no rows.")

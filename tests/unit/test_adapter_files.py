@@ -127,6 +127,8 @@ def test_manifests_are_checked(pool: Path, tmp_path: Path) -> None:
         ({"adapters": [{"name": "x"}]}, "malformed field 'path'"),
         ({"adapters": [{"name": "x", "path": "../../x", "sha256": "0"}]}, "leaves the pool folder"),
         ({"adapters": manifest["adapters"][:1] * 2}, "must be unique"),
+        ({"adapters": []}, "lists no adapter"),
+        ({"adapters": {"x": 1}}, "'adapters' is a list of rows"),
         ({"adapters": [{"name": "../x", "path": "alpha", "sha256": "0"}]}, "'../x' cannot name an adapter"),
         ({"adapters": [{"name": "a\nb", "path": "alpha", "sha256": "0"}]}, "cannot name an adapter"),
     ):
@@ -140,6 +142,14 @@ def test_manifests_are_checked(pool: Path, tmp_path: Path) -> None:
         load_pool(tmp_path / "no")
     with pytest.raises(PoolError, match="looks like a single adapter"):
         load_pool(pool / "alpha")
+
+
+def test_a_folder_that_is_a_link_out_of_the_pool_is_refused_without_a_manifest_too(pool: Path, tmp_path: Path) -> None:
+    (pool / "pool.json").unlink(missing_ok=True)
+    shutil.move(pool / "beta", tmp_path / "outside")
+    (pool / "beta").symlink_to(tmp_path / "outside")
+    with pytest.raises(PoolError, match="'beta' is a link out of the pool"):
+        load_pool(pool)
 
 
 def test_adding_an_adapter(tmp_path: Path, tiny_pool: Path, folder: Path) -> None:

@@ -97,14 +97,30 @@ def test_two_backbones_are_never_averaged(tmp_path: Path, capsys: pytest.Capture
     assert [row.split(",")[:3] for row in rows[1:]] == [["toy", b, m] for b in ("large", "small") for m in ("base", "dlp")]
 
 
-def test_interrupted_between_the_two_files_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_interrupted_or_on_a_full_disk_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: BaseException
+) -> None:
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise stopped
 
-    monkeypatch.setattr(store, "write_atomically", stop)
-    with pytest.raises(KeyboardInterrupt):
-        store.save(make_record(), tmp_path, outcomes({"a": 1, "b": 1, "g": 1}))
-    assert list(store.iterate(tmp_path)) == []
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "to_json", stop)
+        with pytest.raises(type(stopped)):
+            store.save(make_record(), tmp_path, outcomes({"a": 1, "b": 1, "g": 1}))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     path = store.save(make_record(), tmp_path, outcomes({"a": 1, "b": 1, "g": 1}))
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "to_json", stop)
+        with pytest.raises(type(stopped)):
+            store.save(make_record(), tmp_path, outcomes({"a": 0, "b": 1, "g": 1}))
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
     assert store.load_samples(path, read_record(path)) is not None
+
+
+def test_a_record_of_brackets_only_is_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = results.glob("runs/toy/base-*.json")
+    path.write_text("[" * 100_000)
+    assert main(["report", "validate", "--suite", "toy", "--out", str(results)]) == 1
+    assert f"{path}: not a record: its brackets are nested too deeply" in capsys.readouterr().err

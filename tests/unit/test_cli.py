@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["eval", "--pool", "/no/such/pool"], ["/no/such/pool"]),
         (["eval", "--pretrained", "./no_such_model"], ["no_such_model"]),
         (["eval", "--limit", "0"], ["limit"]),
+        (["eval", "--seed", "-1"], ["seed", "-1"]),
+        (["eval", "--seed", "4294967296"], ["seed", "4294967295"]),
+        (["eval", "--method-param", "p=[1"], ["--method-param p", "'[1'"]),
+        (["eval", "--tasks", ""], ["'tasks' is empty"]),
+        (["eval", "--pool", " "], ["'pool' is empty"]),
+        (["reproduce", "nano", "--seeds", ""], ["'seeds' is empty"]),
+        (["reproduce", "nano", "--methods", ","], ["'methods' is empty"]),
+        (["reproduce", "nano", "--limit", "0", "--dry-run"], ["limit"]),
+        (["generate", "caf\udce9"], ["prompt", "UTF-8"]),
+        (["pool", "check", ""], ["'folder' is empty"]),
         (["tasks", "--suite", "nanno"], ["nanno"]),
         (["tasks", "--suite", "local:x"], ["--data-root"]),
         (["pool", "list", "/no/such/pool"], ["/no/such/pool"]),
@@ -48,6 +59,29 @@ def test_bad_input_gives_one_line(capsys: pytest.CaptureFixture[str], arguments:
 @needs_assets
 def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty" in fails(capsys, "generate", "", "--raw")
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from dlplora.training import launch
+
+    def interrupted(_: object) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning's trainer does
+
+    monkeypatch.setattr(launch, "run", interrupted)
+    assert main(["fit", "--config", "any.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted; --ckpt_path last goes on from the newest checkpoint.\n"
+
+
+def test_a_terminal_without_the_character_shows_its_escape() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "dlplora.cli.main", "tasks"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "\\u23ce" in shown.stdout
 
 
 def test_help_loads_no_deep_learning_package() -> None:

@@ -164,9 +164,9 @@ def test_all_names_every_contender_and_preset() -> None:
 
 
 def test_settings_apply_where_they_mean_something() -> None:
-    group = Group(contenders=("base", "peft_single", "dlp", "dlp@1000", "ties"), experts=(2, 26), kept=(1, 4))
+    group = Group(contenders=("base", "peft_single", "dlp", "dlp@1000", "ties"), experts=(2, 26), kept=(1, 2))
     assert [(one.contender, one.experts, one.kept) for one in group.entries()] == [
-        ("base", 0, None), ("peft_single", 1, None), ("dlp", 2, 1), ("dlp", 2, 4), ("dlp", 26, 1), ("dlp", 26, 4), ("dlp", 1000, None),
+        ("base", 0, None), ("peft_single", 1, None), ("dlp", 2, 1), ("dlp", 2, 2), ("dlp", 26, 1), ("dlp", 26, 2), ("dlp", 1000, None),
         ("ties", 2, None), ("ties", 26, None),
     ]  # fmt: skip
     every = Group(contenders=("base", "dlp"), backends=("all",)).entries()
@@ -234,6 +234,8 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
         ("--backends fast", "unknown backend 'fast'"),
         ("--dtype float8", "unknown dtype 'float8'"),
         ("--device gpu", "unknown device 'gpu'"),
+        ("--device meta", "device 'meta' computes nothing"),
+        ("--experts 4 --kept 99", "'kept' asks for 99 experts of a pool of 4"),
         ("--config nowhere", "unknown bench 'nowhere'"),
         ("--config nano --batch 2", "--batch belongs to a single group"),
         ("--compile --shape tiny", "--compile needs a GPU"),

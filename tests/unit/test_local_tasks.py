@@ -45,6 +45,9 @@ def test_rows_become_items_and_splits_do_not_overlap(tmp_path: Path) -> None:
         ({"question": "x", "choices": ["a", "b"], "answer": "a"}, "index from 0 to 1"),
         ({"question": "x", "choices": ["a"], "answer": 0}, "at least two"),
         ({"question": "x", "answer": {"no": 1}}, "'answer' must be text"),
+        ({"question": "x", "answer": float("nan")}, "holds NaN"),
+        ({"question": "x\ud800", "answer": "x"}, "half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, row: object, message: str) -> None:
@@ -53,6 +56,13 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, row: object, messag
         get_suite("local:t", str(tmp_path))
     assert f"{path}:2" in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_rows_in_another_encoding_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "t", "test", [{"question": "fine", "answer": "x"}])
+    path.write_bytes(path.read_bytes().rstrip() + b'\n{"question": "caf\xe9", "answer": "x"}\n')
+    with pytest.raises(TaskError, match=r"test.jsonl:2: not UTF-8 \(byte 18 of the line\)"):
+        get_suite("local:t", str(tmp_path))
 
 
 def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
