@@ -78,5 +78,5 @@ class PromptBatch:
         cls, texts: Sequence[str], tokenizer: Any, *, device: torch.device | str = "cpu", task_names: Sequence[str | None] | None = None
     ) -> PromptBatch:
         """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad."""
-        rows = [tokenizer(text)["input_ids"] for text in texts]
+        rows = tokenizer(list(texts))["input_ids"] if texts else []  # one call: without padding or truncation, rows stay apart
         return cls.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts)

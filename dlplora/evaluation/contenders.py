@@ -7,6 +7,7 @@ through ``generate``; none is told apart by its name once it is built. Shapes: B
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dlplora.evaluation.shapes import share_weights
 from dlplora.evaluation.workshop import Contender, Entry, Workload, Workshop
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.generation import view_text
+from dlplora.inference.sentences import last_question
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.reporting.bench import BASE, SINGLE
 from dlplora.types import PromptBatch
@@ -45,6 +47,7 @@ class ForcedRerouter(StoppingCriteria):
     def __init__(self, model: FusedCausalLM, workload: Workload, every: int) -> None:
         self.model, self.workload, self.every = model, workload, every
         self.num_reroutes = 0
+        self._tail = functools.cache(last_question)  # as long as the one request, like the re-router's own
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Always False (B,)."""
@@ -59,8 +62,8 @@ class ForcedRerouter(StoppingCriteria):
         assert state is not None, "generate binds the routing state"
         # Random weights emit ids that the small tokenizer does not have; the text only has to be of the right length.
         since = tokenizer.batch_decode((generated % len(tokenizer)).tolist(), skip_special_tokens=True)
-        view = self.model.method.view
-        texts = [view_text(view, prompt, text, 0, tokenizer) for prompt, text in zip(self.workload.prompts.texts, since, strict=True)]
+        view, prompts = self.model.method.view, self.workload.prompts.texts
+        texts = [view_text(view, prompt, text, 0, tokenizer, self._tail) for prompt, text in zip(prompts, since, strict=True)]
         weights = self.model.method.route(PromptBatch.from_texts(texts, tokenizer, device=self.model.device))
         assert weights is not None
         state.update_rows(torch.arange(len(texts), device=state.weights.device), weights.to(state.weights))

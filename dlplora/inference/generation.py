@@ -34,7 +34,9 @@ _LOOK_BACK = 3
 """Tokens between a stop character and the white space that confirms it: closing quotes and brackets."""
 
 
-def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any) -> str:
+def view_text(
+    view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any, tail: Callable[[str], str] = last_question
+) -> str:
     """What the router reads at a sentence end.
 
     Args:
@@ -44,12 +46,13 @@ def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokeni
         generated: Text generated so far.
         num_sentences: Sentences finished so far.
         tokenizer: Counts the tokens of ``window``.
+        tail: Prompt -> its last question; whoever reads the same prompts again gives one that remembers.
 
     Raises:
         GenerationError: If the view is unknown.
     """
     if view == "tail":
-        return last_question(prompt) + generated
+        return tail(prompt) + generated
     if view == "whole":
         return prompt + generated
     if view == "window":
@@ -165,6 +168,7 @@ class SentenceRerouter(StoppingCriteria):
         self.state, self.route, self.prompts, self.tokenizer, self.table = state, route, list(prompts), tokenizer, table
         self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
         self._rows = [_Row(start=0) for _ in prompts]
+        self._tail = functools.cache(last_question)
         self.task_names, self.refresh = task_names, refresh
         self.num_reroutes = 0
         self.deferred = False
@@ -204,7 +208,7 @@ class SentenceRerouter(StoppingCriteria):
             if ended is not None:
                 rows.append(row)
                 texts.append(ended)
-                views.append(view_text(self.view, self.prompts[row], ended, self._rows[row].finished, self.tokenizer))
+                views.append(view_text(self.view, self.prompts[row], ended, self._rows[row].finished, self.tokenizer, self._tail))
         if rows:
             weights = self._weights(rows, views, texts)
             if self.refresh is not None:

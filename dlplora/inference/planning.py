@@ -105,7 +105,10 @@ class Planner:
         itemsize = next(iter(self.bank.modules.values())).lora_a.itemsize if self.bank.modules else 4
         if self.fixed_width:  # the choice must not depend on the request, or the next one would be compiled again
             prompt_tokens, new_tokens = 1, _MANY
-        work = Work(layers=self._layers, device=weights.device.type, itemsize=itemsize, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        work = Work(
+            layers=self._layers, device=weights.device.type, itemsize=itemsize, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+            eager=not self.fixed_width,
+        )  # fmt: skip
         fixed = own and (reroutes or self.fixed_width) and weights.ndim == 2
         return RoutingState(
             weights,

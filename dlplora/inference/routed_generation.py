@@ -102,7 +102,9 @@ class RoutedGeneration:
         return weights
 
     def _rerouter(self, state: RoutingState, piecewise: bool, kwargs: dict[str, Any]) -> SentenceRerouter:
-        fused, names = self.fused, self.prompts.task_names
+        fused = self.fused
+        # Which question an answer belongs to is only worked out for methods that are told its task.
+        names = self.prompts.task_names if "task_id" in fused.method.metadata.needs else None
         cache = own_cache(fused.model, fused.method.kv_policy, kwargs)
         refresher = None
         if cache is not None:

@@ -10,7 +10,7 @@ import re
 from itertools import pairwise
 
 _STOP = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s|$))|[。！？]+[”’」』）]*|\n+")
-_WORD_BEFORE = re.compile(r"(?:^|[\s(\[\"'“‘])([^\s(\[\"'“‘]+)$")
+_OPENING = "([\"'“‘"
 _ABBREVIATIONS = frozenset(
     (
         "mr mrs ms dr prof st mt jr sr vs etc e.g i.e cf al fig no vol ed approx dept inc ltd co corp gen col sgt rev hon a.m p.m u.s u.k"
@@ -19,18 +19,21 @@ _ABBREVIATIONS = frozenset(
 STOP_CHARACTERS = ".!?…。！？"
 
 
-def _is_abbreviation(before: str) -> bool:
-    """Whether the full stop after ``before`` belongs to its last word."""
-    match = _WORD_BEFORE.search(before)
-    if match is None:
+def _is_abbreviation(text: str, stop: int) -> bool:
+    """Whether the full stop at index ``stop`` belongs to the word before it, or on the line before it."""
+    # Read backwards: a pattern anchored at the end would be tried from every character of the text.
+    end = start = stop - text.endswith("\n", 0, stop)
+    while start and not text[start - 1].isspace() and text[start - 1] not in _OPENING:
+        start -= 1
+    word = text[start:end]
+    if not word:
         return False
-    word = match[1]
     if word.lower().rstrip(".") in _ABBREVIATIONS:
         return True
     if re.fullmatch(r"(?:[A-Z]\.)*[A-Z]", word):  # initials; the pronoun "I" is the one capital that ends sentences
         return word != "I"
-    line_start = before.rfind("\n") + 1
-    return word.isdigit() and before[line_start:].strip() == word  # "1. " opens a list item
+    line_start = text.rfind("\n", 0, stop) + 1
+    return word.isdigit() and text[line_start:stop].strip() == word  # "1. " opens a list item
 
 
 def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
@@ -46,7 +49,7 @@ def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
     ends: list[int] = []
     for match in _STOP.finditer(text):
         stop = match.group()
-        if stop == "." and _is_abbreviation(text[: match.start()]):
+        if stop == "." and _is_abbreviation(text, match.start()):
             continue
         open_ended = match.end() == len(text) and "\n" not in stop and stop[0] not in "。！？"
         if open_ended and not final:

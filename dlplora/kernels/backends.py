@@ -37,7 +37,7 @@ class PlanFacts:
         kind: ``static`` (E,), ``row`` (B, E) or ``token`` (B, T, E).
         rows: B; 1 for static weights.
         experts: E.
-        width: Experts a row can keep, now or after a re-route.
+        width: Experts a row can keep, now or after a re-route. kept: Experts the fullest row keeps now; 0 if nobody counted.
         alike: Whether all rows are routed alike and stay so.
         sized: Whether a plan's size must not depend on the values of its weights, as compiled graphs need it.
         finite: Whether all weights are. zero: Whether none of them is anything else.
@@ -55,6 +55,7 @@ class PlanFacts:
     zero: bool = False
     gradients: bool = False
     device: str = "cpu"
+    kept: int = 0
 
     @property
     def plan_rows(self) -> int:
@@ -84,6 +85,7 @@ class PlanFacts:
             zero=most == 0,
             gradients=weights.requires_grad and torch.is_grad_enabled(),
             device=weights.device.type,
+            kept=most,
         )
 
 
@@ -155,7 +157,8 @@ def select_backend(name: str, facts: PlanFacts, work: Work | None = None) -> str
         able = [other for other in BACKENDS if obstacle(other, facts) is None]
         raise RoutingError(f"backend '{name}' cannot serve this plan: {reason}. Backends that can: {', '.join(able)}; or auto.")
     able = [other for other in AUTOMATIC if obstacle(other, facts) is None]
-    times = {} if work is None else {other: predict(other, work, facts.rows, facts.plan_rows, facts.width) for other in able}
+    width = facts.kept if work is not None and work.eager and facts.device == "cpu" and facts.kept else facts.width
+    times = {} if work is None else {other: predict(other, work, facts.rows, facts.plan_rows, width) for other in able}
     known = {other: seconds for other, seconds in times.items() if seconds is not None}
     if len(known) == len(able):
         return min(known, key=lambda other: known[other])

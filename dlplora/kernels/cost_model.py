@@ -38,6 +38,7 @@ class Work:
         itemsize: Bytes of one number of the bank.
         prompt_tokens: Tokens of the prefill, a row.
         new_tokens: Decode steps expected after it.
+        eager: Whether no graph is captured, so that room which a plan does not use is not read on a CPU.
     """
 
     layers: tuple[LayerShape, ...]
@@ -45,6 +46,7 @@ class Work:
     itemsize: int = 4
     prompt_tokens: int = 1
     new_tokens: int = 0
+    eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class RoutingState:
         return self.weights.reshape(-1, self.weights.shape[-1])
 
     def update_rows(self, rows: Tensor, weights: Tensor) -> None:
-        """Replace the weights of some rows in place; the layers' buffers keep their addresses.
+        """Replace the weights of some rows in place; the layers' buffers keep their addresses. Rows that stay as they are cost nothing.
 
         Args:
             rows: Row indices (N,), int64.
@@ -94,15 +94,24 @@ class RoutingState:
                 f"backend 'merged' cannot serve {self.num_rows} rows that are routed apart. "
                 "Backends that can: reference, dense, folded, triton."
             )
-        # One transfer for both checks.
-        finite, kept = torch.stack([torch.isfinite(weights).all().long(), (weights != 0).sum(-1).max()]).tolist()
+        weights = weights.to(self.weights)
+        # One transfer for both checks and for the rows that change: whoever keeps one expert, with weight one, often keeps the same.
+        changed = (self.weights[rows] != weights).any(dim=-1).long()
+        finite, kept, *differs = torch.cat(
+            [torch.isfinite(weights).all().long()[None], (weights != 0).sum(-1).max()[None], changed]
+        ).tolist()
         if not finite:
             raise RoutingError("routing weights hold NaN or infinite values; check the router and its temperature.")
         fixed = self._options["width"]
         if fixed is not None and kept > self.width:
             raise RoutingError(_too_many(kept, fixed))
+        if not any(differs):
+            return
+        if not all(differs) and not self.is_zero:  # of zero weights no plan was written
+            some = torch.tensor([place for place, differ in enumerate(differs) if differ], device=rows.device)
+            rows, weights = rows[some], weights[some.to(weights.device)]
         self.is_zero = False
-        self.weights[rows] = weights.to(self.weights)
+        self.weights[rows] = weights
         self.version += 1
         if self.backend not in PLANNED:
             return

@@ -95,7 +95,7 @@ def select_tokens(attention_mask: Tensor, max_tokens: int) -> Tensor:
     return real & in_window
 
 
-def mean_of_rows(features: Tensor, lengths: Tensor) -> Tensor:
+def mean_of_rows(features: Tensor, lengths: Tensor, places: Tensor | None = None) -> Tensor:
     """Mean token feature of each row of a packed list.
 
     Padding is absent rather than multiplied by zero and every row is summed on its own, in token order, so neither the
@@ -104,16 +104,19 @@ def mean_of_rows(features: Tensor, lengths: Tensor) -> Tensor:
     Args:
         features: Features of all real tokens of all rows, one after another, (sum of lengths, D).
         lengths: Number of tokens of each row, int64 (B,), all positive.
+        places: Which of ``features`` each token has, int64 (sum of lengths,), if equal tokens share them; None: one each.
 
     Returns:
         (B, D).
     """
-    rows = torch.arange(features.shape[0], device=features.device)
-    return F.embedding_bag(rows, features, lengths.cumsum(0) - lengths, mode="mean")
+    places = torch.arange(features.shape[0], device=features.device) if places is None else places
+    return F.embedding_bag(places, features, lengths.cumsum(0) - lengths, mode="mean")
 
 
-def max_of_rows(features: Tensor, lengths: Tensor) -> Tensor:
+def max_of_rows(features: Tensor, lengths: Tensor, places: Tensor | None = None) -> Tensor:
     """Largest value of each feature over the tokens of each row of a packed list; arguments and shape as ``mean_of_rows``."""
+    if places is not None:
+        return F.embedding_bag(places, features, lengths.cumsum(0) - lengths, mode="max")
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=features.device), lengths)
     start = features.new_full((len(lengths), features.shape[1]), -torch.inf)
     return start.scatter_reduce(0, rows[:, None].expand_as(features), features, "amax")
@@ -199,6 +202,9 @@ class MiniMLPRouter(nn.Module):
             raise RoutingError(f"router: prompt {row} of the batch has no tokens; a prompt needs at least one, for instance the bos token.")
         packed = input_ids[keep]
         device = self.temperature.device
+        places = None
+        if self.token_layer is not None and not self.training:  # the first layer sees a token once, however often the rows repeat it
+            packed, places = torch.unique(packed.to(device), return_inverse=True)
         if self.table is not None:
             tokens = self.table(packed.to(device) % self.config.table_rows)
         else:
@@ -212,7 +218,7 @@ class MiniMLPRouter(nn.Module):
             return pooled if self.table is not None else F.layer_norm(pooled, pooled.shape[-1:])
         normal = tokens if self.table is not None else F.layer_norm(tokens, tokens.shape[-1:])
         hidden = self.token_layer(normal)
-        return torch.cat([mean_of_rows(hidden, lengths), max_of_rows(hidden, lengths)], dim=-1)
+        return torch.cat([mean_of_rows(hidden, lengths, places), max_of_rows(hidden, lengths, places)], dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, E) in the order of ``names``, before the temperature."""
