@@ -47,8 +47,7 @@ class FoldedPlan(nn.Module):
     Attributes:
         a_sel: (B, K * R, I).
         b_sel: (B, K * R, O), multiplied by routing weight and scaling in float32, then cast.
-        used: Experts that the fullest row keeps, at least 1. Eager products on a CPU leave out the zeros behind them; elsewhere a
-            graph may have been captured, and all K are read.
+        used: Experts of a row that eager products read; see ``use``.
 
     Raises:
         AllocationError: If the buffers do not fit into memory.
@@ -62,7 +61,6 @@ class FoldedPlan(nn.Module):
         self.width = min(width, lora_a.shape[0])
         self.rank = lora_a.shape[1]
         self.used = self.width
-        self._kept = torch.zeros(rows, dtype=torch.long)
         inner = self.width * lora_a.shape[1]
         for name, size in (("a_sel", lora_a.shape[2]), ("b_sel", lora_b.shape[1])):
             what = f"folded {name[0].upper()} of {rows} rows with {self.width} experts each"
@@ -79,9 +77,6 @@ class FoldedPlan(nn.Module):
             rows: Row indices (N,); None for all.
         """
         a_rows, b_rows = gather(lora_a, lora_b, weights, self.width)
-        if weights.device.type == "cpu":
-            self._kept[slice(None) if rows is None else rows] = (weights != 0).sum(dim=-1)
-            self.used = max(1, int(self._kept.max()))
         if rows is None:
             self.a_sel.copy_(a_rows)
             self.b_sel.copy_(b_rows)
@@ -89,10 +84,18 @@ class FoldedPlan(nn.Module):
             self.a_sel[rows] = a_rows
             self.b_sel[rows] = b_rows
 
+    def use(self, kept: int) -> None:
+        """Leave out what stands behind the first ``kept`` experts, which is zero for every row.
+
+        Only on a CPU, and not in compiled products: a captured graph must find the same sizes after the next plan.
+        """
+        if self.a_sel.device.type == "cpu":
+            self.used = min(max(1, kept), self.width)
+
     def delta(self, x: Tensor) -> Tensor:
         """The delta (B, T, O) in the dtype of ``x`` (B, T, I); a plan of one row serves every row with 2-D products."""
         inner, a_sel, b_sel = x.to(self.a_sel.dtype), self.a_sel, self.b_sel
-        if self.used < self.width and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.used < self.width:
             a_sel, b_sel = a_sel[:, : self.used * self.rank], b_sel[:, : self.used * self.rank]
         if a_sel.shape[0] == 1:
             return ((inner @ a_sel[0].T) @ b_sel[0]).to(x.dtype)

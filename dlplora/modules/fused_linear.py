@@ -60,6 +60,8 @@ class RoutingState:
         """Rows the weights were made for; 1 for static weights."""
         self.num_experts = facts.experts
         self.width = facts.width
+        self.kept = facts.kept
+        """Experts that the fullest row keeps or, before a re-route, kept."""
         self.plan_rows = 1 if self.backend == "merged" else facts.plan_rows
         # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
         self.is_zero = facts.zero and not reroutes
@@ -111,6 +113,7 @@ class RoutingState:
             some = torch.tensor([place for place, differ in enumerate(differs) if differ], device=rows.device)
             rows, weights = rows[some], weights[some.to(weights.device)]
         self.is_zero = False
+        self.kept = max(self.kept, kept)
         self.weights[rows] = weights
         self.version += 1
         if self.backend not in PLANNED:
@@ -258,6 +261,8 @@ class FusedLinear(nn.Module):
             self.plan = self._new_plan(state)
             self._plan_kind = kind
         self.plan.write(self.lora_a, self.lora_b, weights.to(self.scaling.device) * self.scaling, rows)
+        if state.backend == "folded":
+            self.plan.use(state.kept)
 
     def _new_plan(self, state: RoutingState) -> Any:
         if state.backend == "folded":
