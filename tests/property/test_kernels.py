@@ -314,3 +314,33 @@ for kernel in (grouped._shrink, grouped._expand):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_room_that_no_row_uses_is_left_out_without_a_difference(tokens: int) -> None:
+    """Three rows keep at most two of six experts in a plan with room for five: reading two or five gives the same bits."""
+    torch.manual_seed(0)
+    lora_a, lora_b, x = torch.randn(6, 4, 32), torch.randn(6, 16, 4), torch.randn(3, tokens, 32)
+    weights = torch.tensor([[0.0, 1, 0, 0, 0, 0], [0.5, 0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0, 1]])
+    plan = folded.FoldedPlan(3, 5, lora_a, lora_b)
+    plan.write(lora_a, lora_b, weights)
+    whole = plan.delta(x)
+    plan.use(2)
+    assert plan.used == 2
+    assert torch.equal(plan.delta(x), whole)
+    by_hand = torch.einsum("be,eor,eri,bti->bto", weights, lora_b, lora_a, x)
+    torch.testing.assert_close(whole, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_a_re_route_that_changes_nothing_rewrites_nothing() -> None:
+    """Only the row whose weights change is handed to the layers."""
+    state = RoutingState(torch.eye(3), "folded", width=2, reroutes=True)
+    written: list[list[int]] = []
+    slot = RoutingSlot()
+    slot.rewrite = lambda state, rows, weights: written.append(rows.tolist())  # type: ignore[method-assign]
+    with slot.bind(state):
+        state.update_rows(torch.tensor([0, 2]), torch.eye(3)[[0, 2]])
+        assert written == []
+        state.update_rows(torch.tensor([0, 2]), torch.eye(3)[[0, 1]])
+    assert written == [[2]]
+    assert torch.equal(state.weights, torch.eye(3)[[0, 1, 1]])
