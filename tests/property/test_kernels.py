@@ -317,8 +317,8 @@ for kernel in (grouped._shrink, grouped._expand):
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_room_that_no_row_uses_is_left_out_without_a_difference(tokens: int) -> None:
-    """Three rows keep at most two of six experts in a plan with room for five: reading two or five gives the same bits."""
+def test_room_that_no_row_uses_is_left_out(tokens: int) -> None:
+    """Three rows keep at most two of six experts in a plan with room for five: reading two or five differs by rounding at most."""
     torch.manual_seed(0)
     lora_a, lora_b, x = torch.randn(6, 4, 32), torch.randn(6, 16, 4), torch.randn(3, tokens, 32)
     weights = torch.tensor([[0.0, 1, 0, 0, 0, 0], [0.5, 0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0, 1]])
@@ -327,7 +327,7 @@ def test_room_that_no_row_uses_is_left_out_without_a_difference(tokens: int) -> 
     whole = plan.delta(x)
     plan.use(2)
     assert plan.used == 2
-    assert torch.equal(plan.delta(x), whole)
+    torch.testing.assert_close(plan.delta(x), whole, rtol=1e-6, atol=1e-6)
     by_hand = torch.einsum("be,eor,eri,bti->bto", weights, lora_b, lora_a, x)
     torch.testing.assert_close(whole, by_hand, rtol=1e-5, atol=1e-5)
 
