@@ -327,7 +327,7 @@ def test_room_that_no_row_uses_is_left_out(tokens: int) -> None:
     whole = plan.delta(x)
     plan.use(2)
     assert plan.used == 2
-    torch.testing.assert_close(plan.delta(x), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plan.delta(x), whole, rtol=1e-5, atol=1e-5)
     by_hand = torch.einsum("be,eor,eri,bti->bto", weights, lora_b, lora_a, x)
     torch.testing.assert_close(whole, by_hand, rtol=1e-5, atol=1e-5)
 
