@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -142,7 +142,7 @@ def test_the_plan_for_a_backbone_of_the_paper_needs_no_hub(
         (["--backbone", "qwen2-7"], "Did you mean 'qwen2-7b'?"),
         (["--methods", "dpl"], "dlp"),
         (["--tasks", "gsm"], "gsm8k"),
-        (["--seeds", "-1"], "--seeds"),
+        (["--seeds", "-1"], "seed must be from 0"),
         (["--fresh"], "--fresh"),
         (["--data-root", "nowhere"], "nowhere"),
     ],
