@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from dlplora.atomic import write_atomically
 from dlplora.evaluation.answer_form import AnswerForm
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.kv_policy import KV_POLICIES
 from dlplora.modules.pool import load_pool
 from dlplora.provenance import provenance
-from dlplora.reporting.store import RESULTS, write_atomically
+from dlplora.reporting.store import RESULTS
 from dlplora.tasks.composite import composite_row, composites
 from dlplora.tasks.composite_metrics import composite_metrics
 from dlplora.tasks.suite import get_suite

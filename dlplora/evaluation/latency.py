@@ -21,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.loading import read_backbone, resolve_backbone
+from dlplora.reporting.bench import iqr
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ class Samples:
     @property
     def iqr(self) -> float:
         """Distance between the quartiles, s; 0 for a single sample."""
-        if len(self.seconds) < 2:
-            return 0.0
-        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return upper - lower
+        return iqr(self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting.drawing import PALETTE, pyplot, write_figures
+from dlplora.reporting.groups import latest
 from dlplora.reporting.schema import Record
-from dlplora.reporting.store import is_publishable, load_all, write_atomically
-from dlplora.reporting.tables import latest
+from dlplora.reporting.store import is_publishable, load_all
 
 SUITE = "nano_composite"
 MAIN, ABLATION = "nano_composite", "nano_composite_ablation"

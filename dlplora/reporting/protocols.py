@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dlplora.atomic import write_atomically
+from dlplora.reporting.groups import latest
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import RESULTS, is_publishable, load_all
-from dlplora.reporting.tables import REFERENCE_ROWS, latest
+from dlplora.reporting.tables import REFERENCE_ROWS
 
 ROOM = "released_code"
 TITLE = "# The same models under two protocols"

@@ -9,8 +9,8 @@ import pytest
 
 from dlplora.errors import RecordError
 from dlplora.reporting.composite import SUITE, page, write_kv_policy
+from dlplora.reporting.groups import latest
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import latest
 
 ROOT = Path(__file__).resolve().parents[2] / "results"
 
