@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from dlplora.modules.pool import Pool, load_pool, manifest_row, save_rows
 from dlplora.modules.pool_hub import AdapterSource, find_adapter, find_pool
 
 _NAME = re.compile(r"\w[\w.-]*")
+_ATTEMPTS = 1000
+"""To make and lock a pool's folder that others remove at the same time."""
 
 
 def add_adapter(
@@ -49,28 +51,52 @@ def add_adapter(
     name = name or found.name
     if not _NAME.fullmatch(name):
         raise PoolError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '.', beginning with a letter or digit.")
-    with ExitStack() as undo:
-        _make_folder(root, undo)
-        with _locked(root):
-            _add(root, found, name, undo, allow_pickle=allow_pickle, allow_other_base=allow_other_base)
-        undo.pop_all()
+    with _locked(root) as undo:
+        _add(root, found, name, undo, allow_pickle=allow_pickle, allow_other_base=allow_other_base)
     return load_pool(root)
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Let one process at a time add to a pool, where the system can lock a folder; the lock goes with the process."""
+def _locked(root: Path) -> Iterator[ExitStack]:
+    """The pool's folder, made if need be and held by one process at a time, where the system can lock a folder.
+
+    Yields the stack of what an error inside the block takes back; folders made here go too, before another process gets the lock.
+    """
+    handle: int | None = None
+    try:
+        with ExitStack() as made:
+            for _ in range(_ATTEMPTS):  # what was made or locked may be removed by a failed addition meanwhile
+                handle = _lock(root) if _make_folder(root, made) else None
+                if handle is not None:
+                    break
+            else:
+                raise PoolError(f"cannot make and hold the folder {root}: it goes away again. Is it a link to nowhere?")
+            with ExitStack() as undo:
+                yield undo
+                undo.pop_all()
+            made.pop_all()
+    finally:
+        if handle is not None and handle >= 0:
+            os.close(handle)  # the lock goes with it
+
+
+def _lock(root: Path) -> int | None:
+    """The open, locked folder; -1 where there are no such locks; None if ``root`` is gone or another folder by now."""
     try:
         import fcntl
     except ImportError:  # Windows: two additions at once are the user's to avoid
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
+        return -1
+    handle = -1
     try:
+        handle = os.open(root, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
+        if os.path.samestat(os.fstat(handle), os.stat(root)):
+            return handle
+    except FileNotFoundError:
+        pass
+    if handle >= 0:
         os.close(handle)
+    return None
 
 
 def _add(root: Path, found: AdapterSource, name: str, undo: ExitStack, *, allow_pickle: bool, allow_other_base: bool) -> None:
@@ -110,11 +136,23 @@ def _pickled(folder: Path) -> bool:
     return not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file()
 
 
-def _make_folder(root: Path, undo: ExitStack) -> None:
+def _make_folder(root: Path, undo: ExitStack) -> bool:
+    """Make the folder and its missing parents; False if one of them went away meanwhile."""
     missing = [path for path in (root, *root.parents) if not path.exists()]
     for path in reversed(missing):
-        path.mkdir()
-        undo.callback(path.rmdir)
+        try:
+            path.mkdir()
+        except FileExistsError:  # another addition was faster, and it is that one's to remove
+            continue
+        except FileNotFoundError:
+            return False
+        undo.callback(_remove_if_empty, path)
+    return True
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # another process has put something there, or has removed it
+        folder.rmdir()
 
 
 def _hidden(root: Path, name: str, undo: ExitStack) -> Path:
