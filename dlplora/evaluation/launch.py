@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +25,7 @@ def accelerator_if_launched(device: str | None) -> Any:
         device: What ``--device`` says. Each process takes the accelerator's device of its rank, or the CPU if that was asked
             for or there is nothing else.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not _launched():
         return None
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -32,19 +34,36 @@ def accelerator_if_launched(device: str | None) -> Any:
     return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
+def _launched() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def leaving_together() -> Iterator[None]:
     """End the process group at the end of the block, if one was begun by then: gloo's threads must not outlive the interpreter.
 
     After success all processes wait for each other, since a peer may still be in the last collective. After an error nobody waits: the
-    others may never arrive, and the launcher ends them.
+    others may never arrive, and the launcher ends them. A launched process that succeeded leaves without taking the interpreter apart,
+    since a native thread that asks for the interpreter's lock meanwhile aborts the process, and with it the whole launch.
     """
-    succeeded = False
+    succeeded = ended = False
+
+    def leave() -> None:
+        if succeeded and ended:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    if _launched():
+        atexit.register(leave)  # what is registered after it runs before it
     try:
         yield
         succeeded = True
     finally:
         _end_process_group(wait=succeeded)
+        ended = True
 
 
 def _end_process_group(*, wait: bool) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,35 @@ def test_without_a_group_nothing_happens() -> None:
     with leaving_together():
         pass
     assert not dist.is_initialized()
+
+
+PROGRAM = """
+import atexit
+from dlplora.evaluation.launch import leaving_together
+
+class Teardown:
+    def __del__(self):
+        print("taken apart")
+
+kept = Teardown()
+with leaving_together():
+    atexit.register(print, "said good-bye")
+    print("worked", end=" ")
+    {last}
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "last", "code", "expected"),
+    [
+        ("2", "pass", 0, "worked said good-bye\n"),
+        ("1", "pass", 0, "worked said good-bye\ntaken apart\n"),
+        ("2", "raise SystemExit(3)", 3, "worked said good-bye\ntaken apart\n"),
+    ],
+)
+def test_a_launched_process_that_succeeded_is_not_taken_apart(processes: str, last: str, code: int, expected: str) -> None:
+    """Native threads can abort an interpreter that ends; its exit handlers still run, and its output arrives."""
+    environment = os.environ | {"WORLD_SIZE": processes, "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", PROGRAM.format(last=last)]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (code, expected), done.stderr
