@@ -5,17 +5,20 @@ are the same. The search minimises ``loss(w) + l1 * mean |w|`` over ``w in [-bou
 
 * ``lorahub_in_pool``: the task's own adapter takes part; the search should find it.
 * ``lorahub_leave_one_out``: it does not, which is what the method was made for.
+* ``lorahub_in_pool_nevergrad``, ``lorahub_leave_one_out_nevergrad``: the same with the original's optimiser.
 
 Deviations, with reasons: loss is the mean cross-entropy of answer tokens (``hub_code_loss`` divides it by the number of examples once
-more, as the released code does, which makes its L1 term as many times heavier). The released code calls nevergrad's NGOpt, which for
-26 experts and 40 evaluations is a COBYLA that has barely laid out its simplex; ``optimizer: cobyla`` is scipy's, ``optimizer:
-nevergrad`` the original (an optional package), and ``budget: null`` takes five evaluations an expert, at least 40. Experts are searched
-in the order of their names, and on one CPU thread, so that neither the order of the pool nor the number of threads changes anything.
+more, as the released code does, which makes its L1 term as many times heavier). The released code calls nevergrad's NGOpt with 40
+evaluations, which for 26 experts is a COBYLA that has barely laid out its simplex; ``budget: null`` takes five evaluations an expert, at
+least 40. ``optimizer: nevergrad`` is the original's (an optional package; presets ``*_nevergrad``), ``optimizer: cobyla`` scipy's own,
+which begins with smaller steps. Experts are searched in the order of their names, and on one CPU thread, so that neither the order of
+the pool nor the number of threads changes anything.
 Each expert's scaling goes with its B; the original's adapters all have one scaling.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +82,12 @@ class LoRAHub(FusionMethod):
     Config = LoRAHubConfig
     found: Tensor
     searched: Tensor
+
+    @property
+    def optional_packages(self) -> Mapping[str, str]:
+        """nevergrad, if it is the optimiser."""
+        how = "pip install 'dlplora[search]', or choose optimizer=cobyla"
+        return {"nevergrad": how} if self.config.optimizer == "nevergrad" else {}
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Make room for one row of weights a task; saved rows stay. The bank comes back sorted by name.
@@ -196,10 +205,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _nevergrad(value: Callable[[np.ndarray], float], size: int, bound: float, budget: int, seed: int) -> None:
-    try:
-        import nevergrad as ng
-    except ImportError as error:
-        raise MethodError("method 'lorahub': optimizer 'nevergrad' needs that package (pip install nevergrad); or use cobyla.") from error
+    import nevergrad as ng
+
     space = ng.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
     space.random_state.seed(seed)
-    ng.optimizers.NGOpt(parametrization=space, budget=max(1, budget)).minimize(value)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*RHOEND", category=UserWarning)  # what NGOpt asks of scipy; it is put right there
+        ng.optimizers.NGOpt(parametrization=space, budget=max(1, budget)).minimize(value)

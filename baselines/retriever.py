@@ -12,6 +12,7 @@ separates retrieval from fusion), or the path or hub id of a sentence-transforme
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +88,8 @@ class Encoder:
 
 
 def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MethodError(
-            f"method '{method}': encoder '{name}' needs the package sentence-transformers (pip install 'dlplora[retrieval]'), "
-            "or choose encoder=features or encoder=router."
-        ) from error
+    from sentence_transformers import SentenceTransformer
+
     try:
         return SentenceTransformer(name, device=str(device))  # by itself it would take a GPU wherever there is one
     except (OSError, ValueError) as error:
@@ -122,6 +118,12 @@ class RetrieverMixture(FusionMethod):
     def artifact_roles(self) -> tuple[str, ...]:
         """The router, if its features are the encoder."""
         return ("router",) if self.config.encoder == "router" else ()
+
+    @property
+    def optional_packages(self) -> Mapping[str, str]:
+        """sentence-transformers, if the encoder is one of its models."""
+        how = "pip install 'dlplora[retrieval]', or choose encoder=features or encoder=router"
+        return {} if self.config.encoder in {"router", "features"} else {"sentence_transformers": how}
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Embed the inputs of every expert, unless a saved index is there."""

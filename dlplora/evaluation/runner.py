@@ -161,9 +161,10 @@ def prepare(
     """Resolve a run; every name and folder is checked here.
 
     Raises:
-        DLPLoRAError: For an unknown suite, task or method, or a folder that does not exist.
+        DLPLoRAError: For an unknown suite, task or method, a package that the method needs and lacks, or a folder that does not exist.
     """
     spec = load_method_spec(method, method_params)
+    build_method(spec).require_packages()
     suite = get_suite(protocol.suite, protocol.data_root)
     for name in protocol.tasks or ():
         suite.task(name)

@@ -74,6 +74,7 @@ class FusedCausalLM(nn.Module):
         self.vocabulary: VocabularyTable | None = None
         self._source: dict[str, Any] = {}
         self._compile_config: CompileConfig | None = None
+        method.require_packages()
         self.bank = method.prepare(bank, context)
         self.model = model
         self.method = method

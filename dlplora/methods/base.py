@@ -6,6 +6,7 @@ for a prompt (or installs gates that say so for every token). Shapes: B rows, T 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -165,6 +166,21 @@ class FusionMethod(nn.Module):
     def artifact_roles(self) -> tuple[str, ...]:
         """Roles of the folders this instance reads; a record names their hashes and no others."""
         return ("trained",) if "trained" in self.metadata.needs else ()
+
+    @property
+    def optional_packages(self) -> Mapping[str, str]:
+        """Packages this instance needs beyond the installation, by import name, with how to get or avoid each; looked for before a run."""
+        return {}
+
+    def require_packages(self) -> None:
+        """Look for the optional packages, without importing one.
+
+        Raises:
+            MethodError: If one is missing; says how to get or avoid it.
+        """
+        for package, how in self.optional_packages.items():
+            if importlib.util.find_spec(package) is None:
+                raise MethodError(f"method '{self.name}' needs the package {package}, which is not installed: {how}.")
 
     @property
     def reported(self) -> Mapping[str, float | int | None]:

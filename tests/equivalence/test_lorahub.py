@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from baselines.lorahub import LoRAHub, LoRAHubConfig
+from dlplora.cli.main import main
 from dlplora.errors import ConfigError, IncompatibleAdapterError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import MethodContext
@@ -179,7 +181,6 @@ def test_what_it_cannot_do_is_said(tiny_llama: Any, tiny_tokenizer: Any, tiny_po
 
 
 def test_nevergrads_branch_finds_a_minimum_and_keeps_to_its_budget() -> None:
-    pytest.importorskip("nevergrad")
     from baselines.lorahub import _nevergrad
 
     seen: list[tuple[float, np.ndarray]] = []
@@ -192,3 +193,32 @@ def test_nevergrads_branch_finds_a_minimum_and_keeps_to_its_budget() -> None:
     assert len(seen) == 60
     assert all(np.abs(point).max() <= 1.5 for _, point in seen)
     assert min(score for score, _ in seen) < 0.01
+
+
+def test_the_original_optimiser_searches_the_model_and_says_when_it_is_missing(
+    tiny_llama: Any, tiny_tokenizer: Any, uniform_pool: Path, spoken: Any, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Both optimisers stay within bounds and budget and find what is better than the base; they are not the same search."""
+    found = {}
+    for optimizer in ("nevergrad", "cobyla"):
+        hub = fuse(tiny_llama, tiny_tokenizer, uniform_pool, spoken, leave_one_out=False, optimizer=optimizer).method
+        assert isinstance(hub, LoRAHub)
+        found[optimizer] = hub.search("beta")
+        assert torch.equal(hub.search("beta"), found[optimizer])
+        assert hub.objective("beta")(found[optimizer]) < hub.objective("beta")(torch.zeros(3))
+        assert found[optimizer].abs().max() <= 1.5
+    assert not torch.equal(found["nevergrad"], found["cobyla"])
+    assert not [str(warning.message) for warning in recwarn if "RHOEND" in str(warning.message)]
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    with pytest.raises(MethodError, match=r"'lorahub' needs the package nevergrad.*dlplora\[search\].*optimizer=cobyla"):
+        fuse(tiny_llama, tiny_tokenizer, uniform_pool, spoken, optimizer="nevergrad")
+
+
+def test_a_run_that_lacks_the_optimiser_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    folders = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert main(["reproduce", "nano", "--methods", "base,lorahub_in_pool_nevergrad", "--limit", "1", *folders]) == 2
+    assert "needs the package nevergrad" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.machinery
 import json
 import sys
 import types
@@ -89,6 +90,7 @@ def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("sentence_transformers", reason="the extra 'retrieval' is not installed")
     else:
         module = types.ModuleType("sentence_transformers")
+        module.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
         module.SentenceTransformer = StandIn  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "sentence_transformers", module)
     return str(request.param)
@@ -135,5 +137,5 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     out = ["--limit", "1", "--tasks", "shelf_sorting", "--out", str(tmp_path / "out")]
     assert main(["eval", "--method", "lorauter", "--method-param", "encoder=some/encoder", *out]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "encoder 'some/encoder' needs the package sentence-transformers (pip install 'dlplora[retrieval]')" in said
+    assert "'lorauter' needs the package sentence_transformers, which is not installed: pip install 'dlplora[retrieval]', or choose" in said
     assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from dlplora.methods.dlp import DLP
 from dlplora.methods.references import AvgDelta, Base, MultiTask, Oracle
 
 OURS = {"base": Base, "oracle": Oracle, "multitask": MultiTask, "avg_delta": AvgDelta, "dlp": DLP}
+LORAHUB = ("lorahub_in_pool", "lorahub_in_pool_nevergrad", "lorahub_leave_one_out", "lorahub_leave_one_out_nevergrad")
 
 
 class Outside(FusionMethod):
@@ -271,9 +272,9 @@ def test_described_rows_come_from_the_classes() -> None:
     }
     assert (rows["dlp_code"]["granularity"], rows["oracle_segment"]["granularity"]) == ("prompt", "sentence")  # the preset decides
     assert [name for name, row in rows.items() if row["fusion"] == "factor"] == [
-        "arrow_factor", "avg_factor", "lorahub_in_pool", "lorahub_leave_one_out", "retriever_fusion",
+        "arrow_factor", "avg_factor", *LORAHUB, "retriever_fusion",
     ]  # fmt: skip
-    told_the_task = ["lorahub_in_pool", "lorahub_leave_one_out", "oracle", "oracle_segment"]  # weights per task, and the task itself
+    told_the_task = [*LORAHUB, "oracle", "oracle_segment"]  # weights per task, and the task itself
     assert [name for name, row in rows.items() if "task_id" in row["needs"]] == told_the_task
 
 
