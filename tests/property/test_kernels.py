@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -344,3 +345,18 @@ def test_a_re_route_that_changes_nothing_rewrites_nothing() -> None:
         state.update_rows(torch.tensor([0, 2]), torch.eye(3)[[0, 1]])
     assert written == [[2]]
     assert torch.equal(state.weights, torch.eye(3)[[0, 1, 1]])
+
+
+def test_a_plan_that_was_moved_or_copied_follows_its_own_buffers() -> None:
+    """Products read views of the buffers; a copy or another precision must not leave them with the old ones."""
+    generator = torch.Generator().manual_seed(3)
+    lora_a, lora_b = torch.randn(4, 2, 5, generator=generator), torch.randn(4, 6, 2, generator=generator)
+    x = torch.randn(1, 3, 5, generator=generator)
+    first, second = torch.tensor([[0.0, 1.0, 0.0, 0.5]]), torch.tensor([[2.0, 0.0, 0.0, -1.0]])
+    plan = folded.fold(lora_a, lora_b, first, width=3)
+    for moved in (copy.deepcopy(plan), copy.deepcopy(plan).double().float(), copy.deepcopy(plan).double()):
+        dtype = moved.a_sel.dtype
+        moved.write(lora_a.to(dtype), lora_b.to(dtype), second.to(dtype))
+        expected = reference.fused_delta(x, lora_a, lora_b, second)
+        torch.testing.assert_close(moved.delta(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plan.delta(x), reference.fused_delta(x, lora_a, lora_b, first), rtol=1e-5, atol=1e-5)
