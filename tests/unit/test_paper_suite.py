@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import yaml
 
 from dlplora.cli.main import main
+from dlplora.config import configs_root, load_yaml
 from dlplora.errors import TaskError
+from dlplora.evaluation.protocol import load_protocol
 from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.paper import paper_suite, with_options
 from dlplora.tasks.paper.hub import convert
@@ -196,6 +199,21 @@ def test_the_real_rows_fill_sixteen_tasks() -> None:
 # ---------------------------------------------------------------- the hub
 
 
+def test_every_pin_is_a_full_commit_and_the_one_that_the_document_shows() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "reproduce_paper.md").read_text(encoding="utf-8")
+    section = text.split("## Pinned revisions")[1].split("\n## ")[0]
+    shown = dict(re.findall(r"^\| `([^`]+/[^`]+)` \| (?:`([^`]*)`)? ?\|", section, re.MULTILINE))
+    pinned = {source.hub_id: source.revision or "" for source in SOURCES}
+    for name in ("qwen2-1.5b", "qwen2-7b", "llama2-7b", "llama3-8b"):
+        protocol = load_protocol(name)
+        profile = load_yaml(configs_root() / "reproduce" / f"{name}.yaml")
+        assert (profile["backbone"], profile["revision"]) == (protocol.backbone, protocol.revision)
+        pinned[str(protocol.backbone)] = str(protocol.revision)
+    assert shown == pinned
+    assert [name for name, revision in pinned.items() if not re.fullmatch("[0-9a-f]{40}", revision)] == ["tasksource/bigbench"]
+    assert all((source.revision or "") == pinned[source.hub_id] for source in SOURCES)
+
+
 def hub_cache(home: Path, hub_id: str, commit: str, files: dict[str, list[dict[str, Any]]], readme: str = "") -> None:
     """What ``huggingface_hub`` leaves after a download, without one."""
     import pyarrow as pa
@@ -234,9 +252,12 @@ def offline(home: Path, task: str) -> Any:
 
 
 def test_the_hubs_cache_is_found_offline_and_the_commit_is_recorded(tmp_path: Path) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    commit = source_of("alpaca").revision
+    assert commit is not None
     table = [{"instruction": f"Say {n}.", "input": "" if n % 2 else "loudly", "output": f"{n}!"} for n in range(40)]
     hub_cache(tmp_path, "tatsu-lab/alpaca", commit, {"data/train-00000-of-00001.parquet": table})
+    later = tmp_path / "hub" / "datasets--tatsu-lab--alpaca" / "refs" / "main"
+    later.write_text("0123456789abcdef0123456789abcdef01234567")  # the branch moved on; the pin did not
     facts, prompt, answer = offline(tmp_path, "alpaca")
     assert facts["origin"] == f"tatsu-lab/alpaca@{commit}"
     assert (facts["num_train"], facts["num_test"]) == (20, 6)
@@ -278,8 +299,18 @@ def test_one_configuration_of_many_is_found_though_the_others_were_not_downloade
 
 
 def test_offline_and_missing_is_one_line_with_both_ways_out(tmp_path: Path) -> None:
+    rows_of_another = [{"question": "What is 1 + 1?", "answer": "#### 2"}]
+    hub_cache(tmp_path, "openai/gsm8k", "0" * 40, {"main/train-00000-of-00001.parquet": rows_of_another})
     message = offline(tmp_path, "gsm8k")
-    for part in ("openai/gsm8k", str(tmp_path / "hub"), "HF_HUB_OFFLINE", "gsm8k/train.jsonl", "--data-root", "DLPLORA_DATA"):
+    for part in (
+        "openai/gsm8k",
+        f"revision {source_of('gsm8k').revision}",
+        str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE",
+        "gsm8k/train.jsonl",
+        "--data-root",
+        "DLPLORA_DATA",
+    ):
         assert part in message
     assert "\n" not in message
 

@@ -4,8 +4,9 @@ Names, order, hub ids, prompt wordings and which split serves as test: NJUDeepEn
 ``data/dataset_presets.py``, ``data/create_dataset.py``, ``data/dataset_utils.py`` and ``eval/eval.py``. The BIG-bench rows, a folder of
 JSON files there, are taken from ``tasksource/bigbench``, which has the same fields and splits.
 
-Revisions of the hub ids are not pinned here: none could be looked up when this was written, and a made-up one would be worse than none.
-``revision`` is where they belong; until then the commit that was resolved is kept in every record.
+Revisions: pinned is what public text ties to the repository and shows to hold the files asked for (docs/reproduce_paper.md says where).
+BIG-bench has none: the stored pages of its repository show a loading script, which ``datasets`` no longer runs, and of the one other commit
+that was found the files were not seen. The commit that was resolved is kept in every record either way.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _news(language: str, config: str, instruction: str) -> Source:
         kind="gen",
         hub_id="Helsinki-NLP/news_commentary",
         config=config,
+        revision="bbaf548083e788e0e6d2ca68efc325283fe2aff5",
         test=None,
         fields=(f"translation.{language}", "translation.en"),
         instruction=instruction,
@@ -74,6 +76,7 @@ SOURCES: tuple[Source, ...] = (
         name="alpaca",
         kind="gen",
         hub_id="tatsu-lab/alpaca",
+        revision="dce01c9b08f87459cf36a430d809084718273017",
         test=None,
         fields=("instruction", "output"),
         max_new_tokens=256,
@@ -84,6 +87,7 @@ SOURCES: tuple[Source, ...] = (
         kind="gen",
         hub_id="abisee/cnn_dailymail",
         config="3.0.0",
+        revision="96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
         test="test",
         fields=("article", "highlights"),
         instruction="Generate a summarization of the news article.",
@@ -102,6 +106,7 @@ SOURCES: tuple[Source, ...] = (
         kind="gen",
         hub_id="openai/gsm8k",
         config="main",
+        revision="740312add88f781978c0658806c59bc2815b9866",
         test="test",
         fields=("question", "answer"),
         judge="number",
