@@ -3,18 +3,21 @@
 * Arrow (Ostapenko et al., arXiv:2405.11157): the prototype of an expert at a layer is the top right-singular vector ``v_e`` of its
   ``B_e A_e``; the score of a token is ``|v_e . x|``, its sign being arbitrary; softmax over the ``top_k`` scores. ``arrow_out`` sums
   deltas, as PEFT's ``create_arrow_model`` does; ``arrow_factor`` sums A and B apart, as the authors' code (``lora_merge_after=False``).
-* SpectR (arXiv:2504.03454): the score is the length of the expert's answer, ``|s_e B_e A_e x|``.
-* LAG (arXiv:2507.05346): Arrow makes a shortlist, SpectR ranks it again.
+* SpectR (arXiv:2504.03454): the score is ``|V_e^T x|`` with ``B_e A_e = U_e S_e V_e^T``, the length of what the expert sees of a token
+  (as its authors quote it in equation 7 of the next paper).
+* LAG (arXiv:2507.05346): Arrow makes a shortlist, SpectR ranks it again, and the best one alone speaks, with weight one.
 
-Deviations, with reasons: the prototypes come from an exact singular value decomposition (PEFT iterates 15 times). SpectR's score
-includes the adapter's scaling: what the layer would add, not what it would add without its alpha. ``shortlist`` and ``top_k`` of LAG
-are ours; only the abstract was at hand. Scores are
-not divided by the length of x, so the effective temperature differs from layer to layer, as in the original.
+Deviations, with reasons: prototypes and V come from an exact singular value decomposition (PEFT iterates 15 times); directions without a
+singular value, of an expert that has a lower rank than others for instance, do not count. ``score: response`` is ours: the length of what
+the expert would answer, ``|s_e B_e A_e x|``, so that singular values and scaling have a say. How many experts SpectR keeps, and LAG's
+shortlist (printed: by memory and time), are ours. LAG's two libraries, tasks and knowledge, are one pool. Scores are not divided by the
+length of x, so the effective temperature differs from layer to layer, as in the original.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,24 +45,47 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LagConfig(ScoreConfig):
+class SpectrConfig(ScoreConfig):
+    """What is taken of the whole spectrum."""
+
+    score: Literal["projection", "response"] = "projection"
+    """``projection``: the length of x within the row space of an expert, as printed; ``response``: of the expert's answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LagConfig(SpectrConfig):
     """The same with a shortlist before it."""
 
-    top_k: int = 2
+    top_k: int = 1
     shortlist: int = 3
     """Experts that Arrow hands on."""
 
 
-def prototypes(entry: BankEntry) -> Tensor:
-    """Top right-singular vectors of ``B_e A_e``, unit length, float32 (E, I); zero for an expert that does not adapt the layer.
+def directions(entry: BankEntry) -> Tensor:
+    """Right-singular vectors of ``B_e A_e``, largest first, float32 (E, R, I); zero where there is no singular value.
 
     With ``A^T = Q L``, the singular vectors of the small ``B L^T`` turned by Q are those of ``B A``.
     """
     q, small = torch.linalg.qr(entry.lora_a.double().mT)
-    _, _, vt = torch.linalg.svd(entry.lora_b.double() @ small.mT, full_matrices=False)
-    found = (q @ vt[:, 0, :, None])[..., 0]
-    adapted = torch.tensor([rank > 0 for rank in entry.ranks], device=found.device)
-    return (found * adapted[:, None]).float()
+    _, values, vt = torch.linalg.svd(entry.lora_b.double() @ small.mT, full_matrices=False)
+    # A is stored in 32 bits or fewer: what is smaller than that, relative to the largest, is nothing.
+    real = values > values[:, :1] * torch.finfo(torch.float32).eps
+    return ((q @ vt.mT).mT * real[..., None]).float()
+
+
+def prototypes(entry: BankEntry) -> Tensor:
+    """Top right-singular vectors of ``B_e A_e``, unit length, float32 (E, I); zero for an expert that does not adapt the layer."""
+    return directions(entry)[:, 0].contiguous()
+
+
+def projection_norms(x: Tensor, vectors: Tensor) -> Tensor:
+    """``|V_e^T x|`` for every token, float32 (B, T, E).
+
+    Args:
+        x: (B, T, I).
+        vectors: ``V_e^T``, float32 (E, R, I).
+    """
+    return (x.float() @ vectors.flatten(0, 1).mT).unflatten(-1, vectors.shape[:2]).norm(dim=-1)
 
 
 class Arrow(TokenGated):
@@ -107,23 +133,31 @@ def response_norms(x: Tensor, entry: BankEntry, gram: Tensor) -> Tensor:
 
 
 class SpectR(TokenGated):
-    """The expert that answers loudest speaks."""
+    """The experts whose row spaces hold most of a token speak."""
 
     name = "spectr"
     metadata = Metadata(title="SpectR", paper="https://arxiv.org/abs/2504.03454", granularity="token", depth="module")
-    Config = ScoreConfig
+    Config = SpectrConfig
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
-        """Compute the Gram matrix of every B."""
+        """Compute the singular vectors of every expert, or the Gram matrix of every B."""
         require_at_most(self.config.top_k, bank.num_experts, self.name)
         self._entries = dict(bank.modules)
-        self._grams = {module: entry.lora_b.float().mT @ entry.lora_b.float() for module, entry in bank.modules.items()}
+        if self.config.score == "projection":
+            self._spectra = {module: directions(entry) for module, entry in bank.modules.items()}
+        else:
+            self._spectra = {module: entry.lora_b.float().mT @ entry.lora_b.float() for module, entry in bank.modules.items()}
         return super().prepare(bank, context)
 
+    def scores(self, module: str, x: Tensor) -> Tensor:
+        """Score of every expert at every token, float32 (B, T, E)."""
+        if self.config.score == "projection":
+            return projection_norms(x, self._spectra[module])
+        return response_norms(x, self._entries[module], self._spectra[module])
+
     def gate(self, module: str, x: Tensor) -> Tensor:
-        """Softmax over the largest answers."""
-        scores = response_norms(x, self._entries[module], self._grams[module])
-        return top_k_softmax(scores, self.config.top_k, self.config.temperature)
+        """Softmax over the largest scores."""
+        return top_k_softmax(self.scores(module, x), self.config.top_k, self.config.temperature)
 
 
 class Lag(SpectR):
@@ -143,6 +177,6 @@ class Lag(SpectR):
     def gate(self, module: str, x: Tensor) -> Tensor:
         """SpectR's weights over the experts that Arrow likes best."""
         liked = (x.float() @ self._prototypes[module].mT).abs().topk(self.config.shortlist, dim=-1).indices
-        norms = response_norms(x, self._entries[module], self._grams[module])
-        listed = torch.full_like(norms, -torch.inf).scatter(-1, liked, norms.gather(-1, liked))
+        scores = self.scores(module, x)
+        listed = torch.full_like(scores, -torch.inf).scatter(-1, liked, scores.gather(-1, liked))
         return top_k_softmax(listed, self.config.top_k, self.config.temperature)

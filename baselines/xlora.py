@@ -6,7 +6,8 @@ trained.
 
 * ``xlora`` decodes with a cache: the first pass keeps a cache of its own, tied to the request's, so a token costs two forward passes of one
   token. PEFT's class re-reads the whole prefix twice at every token, without any cache.
-* ``xlora_frozen`` computes the weights once, at the prompt's last token, and keeps them: X-LoRA at prompt level (mistral.rs: non-granular).
+* ``xlora_frozen`` computes the weights once, at the prompt's last token, and keeps them: X-LoRA at prompt level. (mistral.rs calls
+  weights that are kept "non-granular"; there they are kept after a set number of generated tokens.)
 
 Deviations: depth 1 only (one linear head, PEFT's default). ``scaling_pass_value`` is 0: the first pass is exactly the base model, and no
 gradient runs through it. Top-k masking is left out; PEFT's does not renormalise.

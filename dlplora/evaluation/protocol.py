@@ -93,4 +93,7 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
     values = load_yaml(path)
     if "method" in values:
         raise ConfigError(f"{path}: 'method' is not a protocol key; a protocol is the same for all methods. Pass --method.")
-    return build(Protocol, {**values, **(overrides or {})}, str(path))
+    given = dict(overrides or {})
+    if given.get("backbone", values.get("backbone")) != values.get("backbone"):
+        given.setdefault("revision", None)  # the file's commit is one of the file's backbone
+    return build(Protocol, {**values, **given}, str(path))

@@ -14,7 +14,7 @@ from peft import ArrowConfig
 from peft.tuners.lora.arrow import create_arrow_model
 from torch import Tensor
 
-from baselines.arrow import Arrow, ArrowFactor, Lag, LagConfig, ScoreConfig, SpectR, prototypes
+from baselines.arrow import Arrow, ArrowFactor, Lag, LagConfig, ScoreConfig, SpectR, SpectrConfig, prototypes
 from baselines.retriever import Lorauter, LorauterConfig, RetrieverConfig, RetrieverFusion, RetrieverMixture
 from dlplora.errors import ConfigError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
@@ -119,23 +119,32 @@ def test_arrow_with_factors_token_by_token(tiny_llama: Any, tiny_tokenizer: Any,
     layer_truth(fused, uniform_pool, lambda token, parts: softmax_of_best(arrow_scores(token, parts), 2), factor=True)
 
 
-def test_spectr_token_by_token(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, SpectR(ScoreConfig(top_k=2, temperature=3.0)))
+def spectral_scores(score: str, token: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    """The length of the answer, or of the token within the row space of the delta."""
+    if score == "response":
+        return np.array([np.linalg.norm(part @ token) for part in parts])
+    return np.array([np.linalg.norm(np.linalg.svd(part)[2][: np.linalg.matrix_rank(part, tol=1e-6)] @ token) for part in parts])
+
+
+SCORES = pytest.mark.parametrize("score", ["projection", "response"])
+
+
+@SCORES
+def test_spectr_token_by_token(score: Any, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """The pool's ranks differ, so some experts have fewer directions than the bank has room for."""
+    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, SpectR(SpectrConfig(top_k=2, temperature=3.0, score=score)))
+    layer_truth(fused, tiny_pool, lambda token, parts: softmax_of_best(spectral_scores(score, token, parts), 2, 3.0))
+
+
+@SCORES
+def test_lag_token_by_token(score: Any, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, Lag(LagConfig(shortlist=2, score=score)))
 
     def weigh(token: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-        return softmax_of_best(np.array([np.linalg.norm(part @ token) for part in parts]), 2, 3.0)
-
-    layer_truth(fused, tiny_pool, weigh)
-
-
-def test_lag_token_by_token(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, Lag(LagConfig(shortlist=2, top_k=1)))
-
-    def weigh(token: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-        norms = np.array([np.linalg.norm(part @ token) for part in parts])
+        scores = spectral_scores(score, token, parts)
         listed = np.argsort(-arrow_scores(token, parts))[:2]
         masked = np.full(3, -np.inf)
-        masked[listed] = norms[listed]
+        masked[listed] = scores[listed]
         return softmax_of_best(masked, 1)
 
     layer_truth(fused, tiny_pool, weigh)
@@ -207,7 +216,7 @@ def test_a_saved_index_needs_no_inputs(tiny_llama: Any, tiny_tokenizer: Any, tin
 
 
 def test_more_experts_than_there_are(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    too_many: list[FusionMethod] = [Arrow(ScoreConfig(top_k=4)), SpectR(ScoreConfig(top_k=0)), Lag(LagConfig(shortlist=4))]
+    too_many: list[FusionMethod] = [Arrow(ScoreConfig(top_k=4)), SpectR(SpectrConfig(top_k=0)), Lag(LagConfig(shortlist=4))]
     for method in [*too_many, Lag(LagConfig(shortlist=2, top_k=3)), RetrieverMixture(RetrieverConfig(top_k=9))]:
         with pytest.raises(MethodError, match="must lie between 1 and the number of experts"):
             fuse(tiny_llama, tiny_tokenizer, tiny_pool, method)
