@@ -70,7 +70,7 @@ def chosen_seeds(text: str) -> list[int]:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate one method; the last line on standard output is JSON."""
     from dlplora.cli.terminal import quiet_loading
-    from dlplora.evaluation.protocol import load_protocol
+    from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
     from dlplora.evaluation.runner import Artifacts, execute, finished, power_note, prepare
     from dlplora.reporting.schema import read_record
 
@@ -84,6 +84,10 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if arguments.pretrained:
         overrides["backbone"] = arguments.pretrained
     protocol = load_protocol(arguments.protocol, overrides)
+    if arguments.suite and not arguments.tasks:  # the protocol's list of tasks was written for its own suite
+        protocol, left_out = fitted_to_suite(protocol)
+        if left_out:
+            say(f"{protocol.suite} has too few tasks with rows for {', '.join(left_out)}: left out (--tasks names others)")
     folders: dict[str, Any] = {
         role: Path(value) for role, value in vars(arguments).items() if value and role in {"pool", "router", "multitask"}
     }
