@@ -167,9 +167,9 @@ def prepare(
     for role, path in folders.items():
         if not path.is_dir():
             raise TaskError(f"{role} folder not found: {path}.")
-    if saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artefacts
-        require_artifacts(built, spec.name, folders)
     experts = load_pool(folders["pool"]).names if "pool" in folders else None
+    if experts is not None and saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artefacts
+        require_artifacts(built, spec.name, folders)
     require_task_facts(built, suite, protocol.tasks or suite.names, experts)
     return Run(protocol=protocol, protocol_name=protocol_name, spec=spec, seed=seed, suite=suite, folders=folders, limit=limit)
 
