@@ -13,6 +13,7 @@ def run_counters(arguments: argparse.Namespace) -> int:
     from dlplora.errors import ConfigError
     from dlplora.evaluation import counted_cases as cases
     from dlplora.methods.registry import available_presets
+    from dlplora.reporting.goldens import golden_path
 
     if (arguments.check or arguments.accept) and arguments.experts is not None:
         raise ConfigError("the golden file holds the shape's own number of experts; leave --experts out.")
@@ -22,7 +23,7 @@ def run_counters(arguments: argparse.Namespace) -> int:
     cells: cases.Cells = {}
     for name in names:
         cells.update(cases.count_method(name, shape))
-    path, whole = cases.golden_path(Path(arguments.out)), not arguments.methods
+    path, whole = golden_path(cases.GOLDEN, Path(arguments.out)), not arguments.methods
     if arguments.accept:
         cases.write_golden(path, arguments.shape, cells, whole=whole)
         print(f"wrote {path}")

@@ -15,6 +15,9 @@ from dlplora.config import require_writable
 from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dlplora.evaluation.matrix import Matrix
+    from dlplora.evaluation.protocol import Protocol
+    from dlplora.evaluation.runner import Run
     from dlplora.reporting.schema import Record
 
 
@@ -54,7 +57,7 @@ def chosen_seeds(text: str) -> list[int]:
     Raises:
         ConfigError: If one is not a whole number, out of range, or named twice.
     """
-    from dlplora.evaluation.runner import require_seed
+    from dlplora.evaluation.preconditions import require_seed
 
     try:
         seeds = [int(part) for part in text.split(",")]
@@ -67,58 +70,86 @@ def chosen_seeds(text: str) -> list[int]:
     return seeds
 
 
-def run_eval(arguments: argparse.Namespace) -> int:
-    """Evaluate one method; the last line on standard output is JSON."""
-    from dlplora.cli.terminal import quiet_loading
-    from dlplora.evaluation.protocol import load_protocol
-    from dlplora.evaluation.runner import Artifacts, execute, finished, power_note, prepare
-    from dlplora.reporting.schema import read_record
+def _protocol(arguments: argparse.Namespace) -> Protocol:
+    """The protocol of ``dlplora eval`` with what the command line changes."""
+    from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
 
-    quiet_loading(arguments.pretrained)
-    overrides: dict[str, Any] = {}
-    for key in ("suite", "data_root"):
-        if getattr(arguments, key):
-            overrides[key] = getattr(arguments, key)
+    overrides: dict[str, Any] = {key: getattr(arguments, key) for key in ("suite", "data_root") if getattr(arguments, key)}
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
     if arguments.pretrained:
         overrides["backbone"] = arguments.pretrained
     protocol = load_protocol(arguments.protocol, overrides)
-    folders: dict[str, Any] = {
-        role: Path(value) for role, value in vars(arguments).items() if value and role in {"pool", "router", "multitask"}
-    }
+    if arguments.suite and not arguments.tasks:  # the protocol's list of tasks was written for its own suite
+        protocol, left_out = fitted_to_suite(protocol)
+        if left_out:
+            say(f"{protocol.suite} has too few tasks with rows for {', '.join(left_out)}: left out (--tasks names others)")
+    return protocol
+
+
+def _runs(arguments: argparse.Namespace) -> list[Run]:
+    """One run a method, all checked before the first one starts."""
+    from dlplora.evaluation.runner import Artifacts, prepare
+
+    methods = list(dict.fromkeys(chosen_methods(arguments.method)))
+    for option, value in (("--method-param", arguments.method_param), ("--trained", arguments.trained)):
+        if value and len(methods) > 1:
+            raise ConfigError(f"{option} belongs to one method, but --method names {len(methods)}; evaluate that one by itself.")
+    folders: dict[str, Any] = {role: Path(value) for role in ("pool", "router", "multitask") if (value := getattr(arguments, role))}
     if arguments.trained:
         folders["others"] = {"trained": Path(arguments.trained)}
-    run = prepare(
-        protocol,
-        Path(arguments.protocol).stem,
-        arguments.method,
-        arguments.seed,
-        artifacts=Artifacts(**folders),
-        method_params=dict(parse_parameter(text) for text in arguments.method_param),
-        limit=arguments.limit,
-    )
+    params = dict(parse_parameter(text) for text in arguments.method_param)
+    protocol, artifacts = _protocol(arguments), Artifacts(**folders)
+    name = Path(arguments.protocol).stem
+    return [
+        prepare(protocol, name, method, arguments.seed, artifacts=artifacts, method_params=params, limit=arguments.limit)
+        for method in methods
+    ]
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Evaluate one method or several; standard output has one line of JSON for each."""
+    from dlplora.cli.terminal import quiet_loading
+    from dlplora.evaluation.matrix import shared_matrix
+
+    quiet_loading(arguments.pretrained)
+    runs = _runs(arguments)
     if arguments.dry_run:
-        print(json.dumps({"cell": run.cell(), **run.description(), "protocol": protocol.resolved()}, indent=2))
+        for run in runs:
+            described = {"cell": run.cell(), **run.description(), "protocol": run.protocol.resolved()}
+            print(json.dumps(described, indent=2 if len(runs) == 1 else None))
         return 0
     root = Path(arguments.out)
     require_writable(root, "--out")
-    if arguments.released_code:
-        from dlplora.evaluation.released_code import execute_released
+    with shared_matrix() as matrix:
+        for run in runs:
+            evaluated = _released(run, root, arguments) if arguments.released_code else _evaluated(run, root, arguments, matrix)
+            print(json.dumps(evaluated), flush=True)
+    return 0
 
-        say(f"{run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}, as the released code measures …")
-        written, record = execute_released(run, root, force=arguments.force)
-        print(json.dumps({"record": str(written), "tasks": {name: task.metrics for name, task in record.tasks.items()}}))
-        return 0
+
+def _released(run: Run, root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One method as the released code measures."""
+    from dlplora.evaluation.released_code import execute_released
+
+    say(f"{run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}, as the released code measures …")
+    path, record = execute_released(run, root, force=arguments.force)
+    return {"record": str(path), "tasks": {name: task.metrics for name, task in record.tasks.items()}}
+
+
+def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, matrix: Matrix) -> dict[str, Any]:
+    """One method through lm-eval, or its record if there is one."""
+    from dlplora.evaluation.runner import execute, finished, power_note
+    from dlplora.reporting.schema import read_record
+
     path = None if arguments.force else finished(run, root)
     if path is None:
         say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}: {power_note(run)} …")
-        path, record = execute(run, root)
+        path, record = execute(run, root, matrix)
     else:
         say(f"reusing {path} (--force evaluates again)")
         record = read_record(path)
-    print(json.dumps({"record": str(path), "aggregates": record.aggregates, "routing": record.routing}))
-    return 0
+    return {"record": str(path), "aggregates": record.aggregates, "routing": record.routing}
 
 
 def run_reproduce(arguments: argparse.Namespace) -> int:
@@ -127,8 +158,9 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
         return _reproduce_paper(arguments)
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce
+    from dlplora.evaluation.preconditions import require_limit
     from dlplora.evaluation.protocol import load_protocol
-    from dlplora.evaluation.runner import power_note, require_limit
+    from dlplora.evaluation.runner import power_note
 
     given = [name for name in ("backbone", "tasks", "data_root") if getattr(arguments, name) is not None]
     if given:
@@ -184,7 +216,8 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     """The paper's comparison on one backbone."""
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation import reproduce, reproduce_paper
-    from dlplora.evaluation.runner import power_note, require_limit
+    from dlplora.evaluation.preconditions import require_limit
+    from dlplora.evaluation.runner import power_note
 
     require_limit(arguments.limit)
     if arguments.fresh:

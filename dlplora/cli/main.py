@@ -53,9 +53,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(commands: Any) -> None:
-    parser = commands.add_parser("eval", help="evaluate one method under a protocol and write one record")
+    parser = commands.add_parser("eval", help="evaluate methods under a protocol and write a record each")
     parser.add_argument("--protocol", default="nano", help="name in configs/protocol, or a YAML file (default: nano)")
-    parser.add_argument("--method", default="dlp", help="name in configs/method, or a YAML file (default: dlp)")
+    parser.add_argument("--method", default="dlp", help="names in configs/method or YAML files, comma-separated, or 'all' (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", help="nano, or local:TASK,TASK (default: the protocol's)")

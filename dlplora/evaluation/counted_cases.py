@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlplora.atomic import write_atomically
-from dlplora.errors import ConfigError, RecordError, nearest
+from dlplora.errors import ConfigError, nearest
 from dlplora.evaluation.counters import Counts, count
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
@@ -27,7 +27,7 @@ from dlplora.methods.registry import build_method
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.seeds import derive_seed
-from dlplora.reporting.store import RESULTS
+from dlplora.reporting.goldens import FORMAT, read_accepted
 from dlplora.tasks.suite import Item
 from dlplora.training.adapter_export import save_adapter
 from dlplora.types import PromptBatch
@@ -37,8 +37,7 @@ NEW_TOKENS = 16
 """Tokens the plan is made for; sentence-level methods get room for re-routing."""
 COUNTED_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 PHASES = ("plan", "prefill", "decode")
-GOLDEN = "counters.json"
-FORMAT = 1
+GOLDEN = "counters"
 Cells = dict[str, dict[str, dict[str, int]]]
 """``method/backend`` -> phase -> quantity -> amount."""
 
@@ -214,26 +213,9 @@ def _phases(fused: FusedCausalLM, prompts: PromptBatch, weights: Tensor | None) 
 # ------------------------------------------------------------------ the accepted counts
 
 
-def golden_path(root: Path = RESULTS) -> Path:
-    """Where the accepted counts are."""
-    return root / "golden" / GOLDEN
-
-
 def read_golden(path: Path) -> dict[str, Any]:
-    """The file as written by ``write_golden``.
-
-    Raises:
-        RecordError: If it is missing, damaged or of another format.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}. `dlplora bench counters --accept` writes it.") from error
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RecordError(f"{path}: not a file of counts of format {FORMAT}.")
-    return content
+    """The file as written by ``write_golden``; raises what ``read_accepted`` raises."""
+    return read_accepted(path, "shapes", "dlplora bench counters --accept")
 
 
 def versions() -> dict[str, str]:

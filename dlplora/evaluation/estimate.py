@@ -70,16 +70,18 @@ def shape_of(source: str | None, given: Mapping[str, Any] | None, *, rank: int, 
     )
 
 
-def training_memory(shape: Shape, *, batch_size: int, length: int, dtype: str) -> int:
+def training_memory(shape: Shape, *, batch_size: int, length: int, dtype: str, size: int = 1) -> int:
     """Bytes while one adapter trains: weights, the adapter with gradient and two moments in float32, and activations.
+
+    ``size`` is the adapter's, in adapters of one expert.
 
     Activations: (34 + 5 a s / h) s b h bytes a layer at two bytes a number, nothing recomputed and attention written out.
 
     Source: Korthikanti et al., arXiv:2205.05198, equation 2 (without tensor parallelism).
     """
-    size = BYTES[dtype]
+    width = BYTES[dtype]
     per_layer = (34 + 5 * shape.num_heads * length / shape.hidden_size) * length * batch_size * shape.hidden_size
-    return int(shape.parameters * size + shape.adapter_parameters * 16 + per_layer * shape.num_layers * size / 2)
+    return int(shape.parameters * width + size * shape.adapter_parameters * 16 + per_layer * shape.num_layers * width / 2)
 
 
 def evaluation_memory(shape: Shape, *, num_experts: int, batch_size: int, length: int, dtype: str) -> int:
@@ -123,7 +125,8 @@ def lines(
     Args:
         shape: Of the backbone.
         num_experts: Tasks.
-        training: Kind of training -> ``batch_size``, ``num_steps``, ``runs`` and ``max_length``.
+        training: Kind of training -> ``batch_size``, ``num_steps``, ``runs``, ``max_length``, and the ``size`` of what is trained, in
+            adapters of one expert; gates count as one.
         rows: Characters of the rows at hand; empty if there are none.
         protocol: ``batch_size`` and ``max_length`` of the evaluation.
         dtype: Of the backbone.
@@ -131,15 +134,18 @@ def lines(
     mean = tokens_per_row(rows)
     source = "of the rows at hand" if rows else "assumed: the rows are not at hand"
     sizes = [amount(number, "parameters") for number in (shape.parameters, shape.adapter_parameters)]
-    yield f"backbone {sizes[0]}, one adapter {sizes[1]}, {num_experts} experts"
+    yield f"backbone {sizes[0]}, one adapter {sizes[1]}, {amount(num_experts, 'experts' if num_experts != 1 else 'expert')}"
     yield f"about {mean:.0f} tokens a row ({source})"
     for kind, one in training.items():
         tokens = one["batch_size"] * one["num_steps"] * one["runs"] * mean
-        memory = training_memory(shape, batch_size=one["batch_size"], length=min(one["max_length"], round(2 * mean)), dtype=dtype)
+        memory = training_memory(
+            shape, batch_size=one["batch_size"], length=min(one["max_length"], round(2 * mean)), dtype=dtype, size=one["size"]
+        )
         what = f"{one['runs']} x {one['num_steps']} steps of {one['batch_size']} rows"
         yield f"training {kind}: {what}, about {amount(tokens, 'tokens')}, {amount(memory, 'B')}"
     length = protocol["max_length"] or round(4 * mean)
     memory = evaluation_memory(shape, num_experts=num_experts, batch_size=protocol["batch_size"], length=length, dtype=dtype)
     yield f"evaluation in batches of {protocol['batch_size']} up to {length} tokens: at most {amount(memory, 'B')}"
-    disk = 4 * shape.adapter_parameters * (num_experts + 1) * 7 + BYTES[dtype] * shape.parameters
+    kept = sum(one["runs"] * one["size"] for one in training.values())
+    disk = 4 * shape.adapter_parameters * kept * 7 + BYTES[dtype] * shape.parameters
     yield f"disk: about {amount(disk, 'B')} (weights, adapters, resume files of two states each)"

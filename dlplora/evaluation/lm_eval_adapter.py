@@ -34,7 +34,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.evaluation.answer_form import AnswerForm, Form, form_of, require_whole
 from dlplora.evaluation.gate_statistics import GateWatch
-from dlplora.evaluation.launch import accelerator_if_launched, usable_device, without_messages
+from dlplora.evaluation.harness_options import present_device, require_fit
+from dlplora.evaluation.launch import accelerator_if_launched, without_messages
 from dlplora.evaluation.model_args import ModelArgs, load_model, parse_model_args
 from dlplora.evaluation.reading import Reader, Readings, answers, batches_of, decide_sharing, questions_of, read_plainly, read_questions
 from dlplora.evaluation.routing_statistics import COUNTERS, RoutingStatistics, summarize
@@ -80,10 +81,10 @@ class DLPLoRALM(HFLM):
         self.model_args, harness = parse_model_args(model_args)
         accelerator = accelerator_if_launched(self.model_args.device)
         if fused is None:
-            device = accelerator.device if accelerator else usable_device(self.model_args.device)
-            fused = load_model(self.model_args, device)
+            fused = load_model(self.model_args, accelerator.device if accelerator else present_device(self.model_args.device))
         elif dataclasses.replace(self.model_args, share_prefix="auto") != ModelArgs():
             raise ConfigError("give either a fused model or the arguments to build one, not both.")
+        require_fit(harness, fused.model.config, len(fused.tokenizer))
         with without_messages(MISLEADING_NOTICES, "lm_eval.models.huggingface"):
             super().__init__(pretrained=fused.model, tokenizer=fused.tokenizer, backend="causal", **harness)
         self.fused = fused
@@ -107,8 +108,7 @@ class DLPLoRALM(HFLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DLPLoRALM:
         """As the parent's, but an option given in both places is taken from ``--model_args``."""
-        defaults = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        return cls(**(defaults | arg_dict))
+        return cls(**({key: value for key, value in (additional_config or {}).items() if value is not None} | arg_dict))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DLPLoRALM:

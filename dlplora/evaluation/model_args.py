@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlplora.config import build
 from dlplora.errors import ConfigError, nearest
+from dlplora.evaluation.harness_options import HARNESS_OPTIONS, parse_harness_options
 from dlplora.tasks.local import ENV_ROOT
 from dlplora.tasks.suite import Item, get_suite
 
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
 
 METHOD_PREFIX = "method."
 ARTIFACT_PREFIX = "artifact."
-HARNESS_OPTIONS = (
-    "batch_size",
-    "max_batch_size",
-    "max_length",
-    "softmax_dtype",
-    "mixed_precision_dtype",
-    "add_bos_token",
-    "prefix_token_id",
-    "think_end_token",
-    "enable_thinking",
-    "chat_template_args",
-)
-"""Options handed to lm-eval's own Hugging Face model unchanged; they mean what they mean for ``--model hf``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,12 +96,12 @@ def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, An
     Raises:
         ConfigError: For an unknown key (with the nearest valid one) or a value of the wrong type.
     """
-    harness = {key: value for key, value in values.items() if key in HARNESS_OPTIONS}
+    harness = parse_harness_options(values)
     model: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
     artifacts: dict[str, str] = {}
     for key, value in values.items():
-        if key in harness or value is None:
+        if key in HARNESS_OPTIONS or value is None:
             continue
         if key.startswith(METHOD_PREFIX):
             overrides[key.removeprefix(METHOD_PREFIX)] = value

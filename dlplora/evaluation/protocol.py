@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlplora.config import build, config_hash, find_config, load_yaml
-from dlplora.errors import ConfigError
+from dlplora.errors import ConfigError, TaskError
+from dlplora.tasks.composite import not_drawable
+from dlplora.tasks.suite import get_suite
 
 LATER = {"since": 2}
 """Metadata of settings added after the first records: at their default they are left out, so that old hashes stay what they were."""
@@ -97,3 +99,22 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
     if given.get("backbone", values.get("backbone")) != values.get("backbone"):
         given.setdefault("revision", None)  # the file's commit is one of the file's backbone
     return build(Protocol, {**values, **given}, str(path))
+
+
+def fitted_to_suite(protocol: Protocol) -> tuple[Protocol, list[str]]:
+    """A protocol whose list of composites was written for another suite, without those that its own suite has too few tasks for.
+
+    Returns:
+        The protocol, and what was left out of its tasks; the record lists those that stayed.
+
+    Raises:
+        TaskError: If none stays, or the suite cannot be read.
+    """
+    named = protocol.tasks or []
+    left_out = not_drawable(get_suite(protocol.suite, protocol.data_root), named)
+    if not left_out:
+        return protocol, []
+    kept = [name for name in named if name not in left_out]
+    if not kept:
+        raise TaskError(f"suite '{protocol.suite}' has too few tasks with rows for {', '.join(left_out)}; name others with --tasks.")
+    return dataclasses.replace(protocol, tasks=kept), left_out

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.config import build, configs_root, list_configs, load_yaml
-from dlplora.errors import ConfigError, nearest
+from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.evaluation import assets, estimate
 from dlplora.evaluation.protocol import Protocol, load_protocol
 from dlplora.evaluation.reproduce import Plan, plan, roles_of
@@ -22,6 +22,7 @@ from dlplora.evaluation.setting import Setting
 from dlplora.methods.registry import available_presets
 from dlplora.reporting import tables
 from dlplora.tasks.local import ENV_ROOT
+from dlplora.tasks.suite import get_suite
 
 CONFIGS = {
     "backbone": "paper_backbone",
@@ -171,6 +172,7 @@ def resolve(
     if chosen == ["all"]:
         chosen = list(dict.fromkeys([*tables.REFERENCE_ROWS, *available_presets()]))
     roles_of(chosen)
+    _require_tasks(protocol)
     job = Job(
         name=name,
         profile=profile,
@@ -244,16 +246,41 @@ def _budget(job: Job, setting: Setting, kind: str) -> dict[str, int]:
     data = _overridden(data, setting.extra(kind), "--data.init_args.")
     roles = [role for role in roles_of(job.methods) if assets.kind_of(role) == kind]
     runs = len(roles) * len(job.seeds) * (_rows_at_hand(job)[1] if kind == "pool" else 1)
-    return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs}
+    rank = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]["rank"]
+    size = RANKS.get(kind, rank) // rank
+    return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs, "size": size}
+
+
+def _has_rows(protocol: Protocol) -> bool:
+    """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
+    return protocol.suite == "paper_local" or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
+
+
+def _tasks_of_the_hub(suite: str) -> list[str]:
+    from dlplora.tasks.paper.sources import PAPER26, SOURCES
+
+    return [source.name for source in SOURCES] if suite == "paper" else list(PAPER26)
+
+
+def _require_tasks(protocol: Protocol) -> None:
+    """Refuse tasks that the suite does not have, also where its rows are still on the hub.
+
+    Raises:
+        TaskError: With the nearest name.
+    """
+    if _has_rows(protocol):
+        get_suite(protocol.suite, protocol.data_root).select(protocol.tasks)
+        return
+    known = _tasks_of_the_hub(protocol.suite)
+    for name in protocol.tasks or ():
+        if name not in known:
+            raise TaskError(f"suite '{protocol.suite}' has no task '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
 
 
 def _rows_at_hand(job: Job) -> tuple[list[int], int]:
     """Characters of the training rows under the data root, none if they would have to come from the hub; and the number of tasks."""
-    from dlplora.tasks.paper.sources import PAPER26, SOURCES
-
-    if job.protocol.data_root is None and not os.environ.get(ENV_ROOT):
-        whole = SOURCES if job.protocol.suite == "paper" else PAPER26
-        return [], len(job.protocol.tasks or whole)
+    if not _has_rows(job.protocol):
+        return [], len(job.protocol.tasks or _tasks_of_the_hub(job.protocol.suite))
     suite = job.setting.chosen()
     return [len(item.prompt) + len(item.answer) for task in suite.tasks for item in task.rows.get("train", ())], len(suite.tasks)
 

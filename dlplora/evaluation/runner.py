@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora import __version__
 from dlplora.config import config_hash
-from dlplora.errors import ConfigError, DLPLoRAError, TaskError
+from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
+from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_task_facts
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import nano_asset, resolve_backbone
+from dlplora.inference.saving import read as saved_model
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
 from dlplora.modules.adapter_files import file_sha256
 from dlplora.modules.pool import load_pool
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from dlplora.evaluation.matrix import Matrix
 
 
-MAX_SEEDS = 2**32
-"""Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""
 TEST_ITEMS = 100
 """Questions that a generated task has; a local one has the rows of its file."""
 DISAGREEMENT = 0.1
@@ -53,8 +53,8 @@ class Artifacts:
     multitask: Path | None = None
     others: Mapping[str, Path] = field(default_factory=dict)
 
-    def resolved(self, embedded: bool) -> dict[str, Path]:
-        """Folder by role, embedded ones filled in."""
+    def resolved(self, embedded: bool, spec: MethodSpec) -> dict[str, Path]:
+        """Folder by role, embedded ones filled in; those that only this method reads where the pool, too, is the embedded one."""
         given: dict[str, Path | None] = {"pool": self.pool, "router": self.router, "multitask": self.multitask, **self.others}
         found: dict[str, Path] = {}
         for role, path in given.items():
@@ -62,6 +62,10 @@ class Artifacts:
                 found[role] = find_pool(path) if role == "pool" else Path(path)
             elif embedded and nano_asset(role).is_dir():
                 found[role] = nano_asset(role)
+        for role in build_method(spec).artifact_roles if embedded and self.pool is None else ():
+            shipped = nano_asset(role) / spec.name if role == "trained" else nano_asset(role)
+            if role not in found and shipped.is_dir():
+                found[role] = shipped
         return found
 
 
@@ -136,18 +140,6 @@ class Run:
         return config_hash(self.description())
 
 
-def require_limit(limit: int | None) -> None:
-    """Refuse a limit below one question a task."""
-    if limit is not None and limit < 1:
-        raise TaskError(f"limit must be at least 1 question a task, got {limit}.")
-
-
-def require_seed(seed: int) -> None:
-    """Refuse a seed that numpy's generator cannot take."""
-    if not 0 <= seed < MAX_SEEDS:
-        raise ConfigError(f"seed must be from 0 to {MAX_SEEDS - 1}, got {seed}.")
-
-
 def prepare(
     protocol: Protocol,
     protocol_name: str,
@@ -164,16 +156,21 @@ def prepare(
         DLPLoRAError: For an unknown suite, task or method, a package that the method needs and lacks, or a folder that does not exist.
     """
     spec = load_method_spec(method, method_params)
-    build_method(spec).require_packages()
+    built = build_method(spec)
+    built.require_packages()
     suite = get_suite(protocol.suite, protocol.data_root)
     for name in protocol.tasks or ():
         suite.task(name)
     require_limit(limit)
     require_seed(seed)
-    folders = (artifacts or Artifacts()).resolved(embedded=protocol.backbone is None)
+    folders = (artifacts or Artifacts()).resolved(protocol.backbone is None, spec)
     for role, path in folders.items():
         if not path.is_dir():
             raise TaskError(f"{role} folder not found: {path}.")
+    experts = load_pool(folders["pool"]).names if "pool" in folders else None
+    if experts is not None and saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artefacts
+        require_artifacts(built, spec.name, folders)
+    require_task_facts(built, suite, protocol.tasks or suite.names, experts)
     return Run(protocol=protocol, protocol_name=protocol_name, spec=spec, seed=seed, suite=suite, folders=folders, limit=limit)
 
 

@@ -116,6 +116,14 @@ def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) ->
     return cls.load(saved.method_folder, bank, context)
 
 
+def untrained_method(name: str) -> MethodError:
+    """What to say of a method without its trained gates."""
+    return MethodError(
+        f"method '{name}' has to be trained first: dlplora fit --config configs/train/fusion.yaml "
+        f"--model.init_args.method={name}. Then pass trained=FOLDER."
+    )
+
+
 def choose_method(
     saved: SavedModel | None, name: str, params: Mapping[str, Any] | None, bank: AdapterBank, context: MethodContext, *, untrained: bool
 ) -> FusionMethod:
@@ -138,10 +146,7 @@ def choose_method(
     folder = context.artifacts.get("trained")
     if folder is None or "trained" not in cls.metadata.needs:
         if "trained" in cls.metadata.needs and not untrained:
-            raise MethodError(
-                f"method '{spec.name}' has to be trained first: dlplora fit --config configs/train/fusion.yaml "
-                f"--model.init_args.method={spec.name}. Then pass trained=FOLDER."
-            )
+            raise untrained_method(spec.name)
         return build_method(spec)
     known = cls.saved_config(folder, bank)
     other = {key for key, value in spec.params.items() if getattr(known, key) != getattr(build_method(spec).config, key)}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlplora.atomic import write_atomically
+from dlplora.atomic import write_json
 from dlplora.errors import PoolError, nearest
 from dlplora.modules.adapter_config import load_config
 from dlplora.modules.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, file_sha256, read_adapter
@@ -179,7 +179,7 @@ def save_rows(root: Path, rows: Sequence[Mapping[str, Any]], base_fingerprint: M
     """Write ``pool.json`` from finished rows; the file appears whole or not at all."""
     manifest = {"format": FORMAT, "base_model": dict(base_fingerprint) if base_fingerprint else None, "adapters": list(rows)}
     path = root / MANIFEST_NAME
-    write_atomically(path, json.dumps(manifest, indent=2) + "\n")
+    write_json(path, manifest)
     return path
 
 

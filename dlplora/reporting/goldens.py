@@ -39,13 +39,18 @@ class Finding:
         return f"{self.method}: {self.what}: {self.text}"
 
 
-def golden_path(suite: str, root: Path = RESULTS) -> Path:
-    """Where the golden file of a suite is."""
-    return root / "golden" / f"{suite}.json"
+def golden_path(name: str, root: Path = RESULTS) -> Path:
+    """Where the golden file of a suite is, or that of the ``counters``."""
+    return root / "golden" / f"{name}.json"
 
 
-def read_golden(path: Path) -> dict[str, Any]:
-    """The accepted observations by method.
+def read_accepted(path: Path, part: str, command: str) -> dict[str, Any]:
+    """A golden file of this format, whole.
+
+    Args:
+        path: Where it is.
+        part: The mapping that it must hold.
+        command: What writes it, for the error.
 
     Raises:
         RecordError: If the file is missing, damaged or of another format.
@@ -53,12 +58,17 @@ def read_golden(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}. `dlplora report accept --reason TEXT` writes it.") from error
+        raise RecordError(f"{path}: cannot be read: {error.strerror}. `{command}` writes it.") from error
     except json.JSONDecodeError as error:
         raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("methods"), dict):
-        raise RecordError(f"{path}: not a golden file of format {FORMAT}.")
-    return dict(content["methods"])
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get(part), dict):
+        raise RecordError(f"{path}: not a golden file of format {FORMAT} with '{part}'. `{command}` writes it.")
+    return content
+
+
+def read_golden(path: Path) -> dict[str, Any]:
+    """The accepted observations by method; raises what ``read_accepted`` raises."""
+    return dict(read_accepted(path, "methods", "dlplora report accept --reason TEXT")["methods"])
 
 
 def write_golden(path: Path, methods: Mapping[str, Any]) -> None:

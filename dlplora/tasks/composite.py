@@ -268,12 +268,34 @@ class CompositeTask(Task):
         return [Item(self.name, one.prompt, one.target) for one in composites(self.source, self.reading, self.n, num, seed)[:num]]
 
 
+def _drawn_from(source: Suite, reading: str) -> Suite:
+    """The tasks that a reading can take questions from: those with test rows, for ``serial`` with training rows too."""
+    splits = {"test", "train"} if reading == "serial" else {"test"}
+    return Suite(source.name, tuple(task for task in source.tasks if not task.rows or splits <= set(task.rows)))
+
+
 def composite_suite(source: Suite) -> Suite:
-    """The suite ``<name>_composite``: every reading with every n that the suite has tasks for."""
+    """The suite ``<name>_composite``: every reading with every n that the suite has tasks for.
+
+    Raises:
+        TaskError: If it has too few tasks for any, or they are the paper's, whose rows composites do not read.
+    """
+    if any(task.facts for task in source.tasks):
+        raise TaskError(f"composites are drawn from nano or local rows, not from '{source.name}'; name folders: local_composite:TASK,TASK.")
+    pools = {reading: _drawn_from(source, reading) for reading in READINGS}
     tasks = tuple(
-        CompositeTask(name=f"{reading}_{n}", kind="gen", source=source, reading=reading, n=n)
+        CompositeTask(name=f"{reading}_{n}", kind="gen", source=pools[reading], reading=reading, n=n)
         for reading in READINGS
         for n in SIZES
-        if n <= len(source.tasks)
+        if n <= len(pools[reading].tasks)
     )
+    if not tasks:
+        with_rows = len(pools["mixture"].tasks)
+        raise TaskError(f"a composite needs at least {min(SIZES)} tasks with test rows; suite '{source.name}' has {with_rows}.")
     return Suite(f"{source.name}_composite", tasks, source=source)
+
+
+def not_drawable(suite: Suite, names: Sequence[str]) -> list[str]:
+    """Which of the named composites a suite of composites has too few tasks for; a name that is no composite's is not among them."""
+    every = {f"{reading}_{n}" for reading in READINGS for n in SIZES}
+    return [name for name in names if suite.source is not None and name in every and name not in suite.names]

@@ -32,6 +32,15 @@ def data_root(given: str | None) -> Path:
     return Path(root)
 
 
+def rows_state(given: str | None) -> tuple[object, ...]:
+    """Place, size and time of the files under the data root, empty without one: what is remembered of rows must not outlive them."""
+    root = Path(given or os.environ.get(ENV_ROOT) or "\0")
+    if not root.is_dir():
+        return ()
+    found = [(str(path), path.stat()) for path in sorted(root.glob("*/*.jsonl"))]
+    return (str(root.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
 def read_rows(path: Path, task: str) -> list[Item]:
     """All rows of one JSONL file.
 

@@ -163,14 +163,25 @@ class Suite:
         return Suite(self.name, tuple(self.task(name) for name in names), self.source, self.prefix)
 
 
-@lru_cache(maxsize=8)
 def get_suite(name: str, data_root: str | None = None) -> Suite:
-    """A suite by name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
-    ``local_composite:TASK,TASK`` for composites of either; or one of the paper's.
+    """A suite by name, made again where the rows under the data root are others than last time.
+
+    Args:
+        name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
+            ``local_composite:TASK,TASK`` for composites of either; or one of the paper's.
+        data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
+    from dlplora.tasks.local import rows_state
+
+    return _suite(name, data_root, () if name in {"nano", "nano_composite"} else rows_state(data_root))
+
+
+@lru_cache(maxsize=8)
+def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite:
+    """``get_suite``; the state of the rows is part of what is remembered."""
     if name.partition(":")[0].endswith("_composite"):
         from dlplora.tasks.composite import composite_suite
 

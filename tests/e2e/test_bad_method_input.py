@@ -56,9 +56,13 @@ FACTOR = ["avg_factor", "arrow_factor", "retriever_fusion", "lorahub_in_pool", "
 
 
 @pytest.mark.parametrize("preset", FACTOR)
-def test_unequal_ranks_for_a_sum_of_factors(preset: str, refused: Callable[..., str], tiny_llama_folder: Path, tiny_pool: Path) -> None:
-    said = refused("--method", preset, "--pretrained", str(tiny_llama_folder), "--pool", str(tiny_pool))
-    assert "module 'model.layers.0.self_attn.q_proj' has: alpha 4, beta 6, gamma 2" in said
+def test_unequal_ranks_for_a_sum_of_factors(
+    preset: str, refused: Callable[..., str], tiny_llama_folder: Path, tiny_pool: Path, tmp_path: Path
+) -> None:
+    for name, source in (("beta", "beta"), ("gamma", "gamma"), ("shelf_sorting", "alpha")):
+        shutil.copytree(tiny_pool / source, tmp_path / "pool" / name)
+    said = refused("--method", preset, "--pretrained", str(tiny_llama_folder), "--pool", str(tmp_path / "pool"))
+    assert "module 'model.layers.0.self_attn.q_proj' has: beta 6, gamma 2, shelf_sorting 4" in said
     assert "sums the factors" in said
 
 
@@ -66,10 +70,10 @@ def test_unequal_ranks_for_a_sum_of_factors(preset: str, refused: Callable[..., 
 def test_unequal_targets_for_a_sum_of_factors(
     preset: str, refused: Callable[..., str], tiny_llama_folder: Path, make_adapter: Any, tmp_path: Path
 ) -> None:
-    make_adapter(tmp_path / "pool" / "both", seed=1)
+    make_adapter(tmp_path / "pool" / "shelf_sorting", seed=1)
     make_adapter(tmp_path / "pool" / "values", seed=2, target_modules=["v_proj"])
     said = refused("--method", preset, "--pretrained", str(tiny_llama_folder), "--pool", str(tmp_path / "pool"))
-    assert "module 'model.layers.0.self_attn.q_proj' has: both 4, values not adapted" in said
+    assert "module 'model.layers.0.self_attn.q_proj' has: shelf_sorting 4, values not adapted" in said
 
 
 def exchanged_pool(folder: Path, names: list[str]) -> Path:

@@ -81,6 +81,10 @@ def test_a_group_and_the_user_s_own_task(model_args: str, tmp_path: Path, capsys
         (("method=dlp", "method=dlp,method.pp=0.3"), "unknown key 'pp'"),
         (("pool=", "pools="), "unknown key 'pools'. Did you mean 'pool'"),
         (("pool=", "pool=/nowhere"), "/nowhere"),
+        (("method=dlp", "method=dlp,batch_size=-1"), "'batch_size' must be a whole number of at least 1, auto or auto:N, got -1."),
+        (("method=dlp", "method=dlp,max_length=abc"), "'max_length' must be int"),
+        (("method=dlp", "method=dlp,dtype=int8"), "unknown dtype 'int8'"),
+        (("method=dlp", "method=dlp,prefix_token_id=99999"), "'prefix_token_id' is 99999"),
     ],
 )
 def test_mistakes_are_one_line(change: tuple[str, str], message: str, model_args: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,11 +21,18 @@ from dlplora.evaluation import assets
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.evaluation.reproduce_paper import CONFIGS, Profile, announced, resolve
 from dlplora.evaluation.setting import Setting
+from dlplora.evaluation.shapes import SHAPES
 from dlplora.reporting.store import load_all
 from dlplora.training.config_check import check_command_line
 
 TASKS = ("object_counting", "winowhy")
 DEADLINE_S = 240
+SIZES = {
+    "qwen2-1.5b": ("Qwen/Qwen2-1.5B", "1.5 G parameters", "one adapter 1.1 M parameters"),
+    "qwen2-7b": ("Qwen/Qwen2-7B", "7.6 G parameters", "one adapter 2.5 M parameters"),
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", "6.7 G parameters", "one adapter 4.2 M parameters"),
+    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", "8.0 G parameters", "one adapter 3.4 M parameters"),
+}
 
 
 def write_rows(root: Path) -> Path:
@@ -126,14 +134,50 @@ def test_the_plan_says_what_is_needed_and_starts_nothing(tmp_path: Path, capsys:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", SIZES)
 def test_the_plan_for_a_backbone_of_the_paper_needs_no_hub(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DLPLORA_DATA", raising=False)
-    assert main(["reproduce", "paper", "--backbone", "qwen2-7b", "--dry-run", *places(tmp_path, "x")]) == 0
+    assert main(["reproduce", "paper", "--backbone", name, "--dry-run", *places(tmp_path, "x")]) == 0
     said = capsys.readouterr().err
-    for part in ("Qwen/Qwen2-7B", "7.6 G parameters", "one adapter 2.5 M parameters", "26 experts", "assumed"):
+    for part in (
+        *SIZES[name],
+        "26 experts",
+        "training pool: 26 x 340 steps of 8 rows, about 21.2 M tokens",
+        "evaluation in batches of",
+        "assumed",
+    ):
         assert part in said
+    assert "disk: about" in said
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_profile_and_protocol_of_a_backbone_agree(name: str) -> None:
+    """One downloads and trains, the other evaluates; the sizes are those that latencies are measured on."""
+    profile = build(Profile, load_yaml(configs_root() / "reproduce" / f"{name}.yaml"), name)
+    protocol = load_protocol(profile.protocol)
+    assert profile.protocol == name
+    assert (profile.backbone, profile.revision) == (protocol.backbone, protocol.revision)
+    assert protocol.suite == "paper26"
+    known = dataclasses.asdict(SHAPES[name])  # type: ignore[call-overload]
+    assert profile.shape == {"model_type": known.pop("family"), **known}
+    arguments = resolve(name, {}, None, None, None).over(profile.backbone or "", "0" * 40)[1].arguments("pool")
+    assert "--data.init_args.suite=paper26" in arguments
+    assert f"--model.init_args.base_model_name={protocol.backbone}" in arguments
+
+
+def test_adapters_of_higher_rank_and_further_seeds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, of 1089536 parameters an adapter: 52 of rank 8 and two of 8 times that, at 28 bytes, and 1543714304 weights at 2."""
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    said = list(announced(resolve("qwen2-1.5b", {}, ["oracle", "multitask_r64"], [0, 1], None)))
+    bytes_needed = (2 * 26 + 2 * 8) * 1089536 * 28 + 1543714304 * 2
+    assert f"disk: about {bytes_needed / 1e9:.1f} GB" in said[-1]
+    (wide,) = [line for line in said if line.startswith("training multitask_r64")]
+    (plain,) = [line for line in said if line.startswith("training pool")]
+    gigabytes = [float(line.rsplit(", ", 1)[1].removesuffix(" GB")) for line in (wide, plain)]
+    assert gigabytes[0] - gigabytes[1] == pytest.approx(7 * 1089536 * 16 / 1e9, abs=0.11)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +200,26 @@ def test_bad_input_is_said_before_anything_starts(
     monkeypatch.setenv("DLPLORA_DATA", str(rows))
     assert main(["reproduce", "paper", *arguments, *places(tmp_path, "x")]) == 2
     assert part in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--backbone", "qwen2-7b", "--tasks", "gsm"], "suite 'paper26' has no task 'gsm'. Did you mean 'gsm8k'?"),
+        (["--backbone", "qwen2-7b", "--tasks", "disfl_qa"], "suite 'paper26' has no task 'disfl_qa'"),
+        (["--backbone", "local-small"], "pass --data-root DIR"),
+    ],
+)
+def test_names_are_checked_before_the_hub_is_asked(
+    arguments: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    for further in ([], ["--dry-run"]):
+        assert main(["reproduce", "paper", *arguments, *further, *places(tmp_path, "x")]) == 2
+        said = capsys.readouterr().err.strip()
+        assert part in said
+        assert "\n" not in said
     assert not (tmp_path / "x").exists()
 
 
@@ -183,7 +247,7 @@ def test_every_profile_names_a_protocol_and_options_that_exist(name: str, tmp_pa
 def test_the_documents_name_the_estimates_that_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DLPLORA_DATA", raising=False)
     text = (Path(__file__).resolve().parents[2] / "docs" / "reproduce_paper.md").read_text(encoding="utf-8")
-    for name in ("qwen2-1.5b", "qwen2-7b", "llama2-7b", "llama3-8b"):
+    for name in SIZES:
         said = "\n".join(announced(resolve(name, {}, None, None, None)))
         row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
         for cell in (one.strip() for one in row.split("|")[2:-1]):

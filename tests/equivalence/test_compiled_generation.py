@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
@@ -39,20 +39,6 @@ class ByLength(FusionMethod):
         self.kept |= set(counts)
         self.rows += len(counts)
         return torch.tensor([[1.0 / count if index < count else 0.0 for index in range(3)] for count in counts])
-
-
-@pytest.fixture
-def talkative(tiny_llama: Any, tiny_tokenizer: Any) -> Any:
-    """A tiny model that speaks in sentences and never ends."""
-    model = copy.deepcopy(tiny_llama)
-    bias = torch.full((len(tiny_tokenizer),), -30.0)
-    words = [" the", " cat", " Mia", " sees", " box", ".", "!", " two", "?", "\n"]
-    bias[[tiny_tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]] = 0.0
-    model.lm_head = nn.Linear(32, len(tiny_tokenizer))
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 1.5, generator=torch.Generator().manual_seed(9))
-        model.lm_head.bias.copy_(bias)
-    return model
 
 
 @pytest.fixture

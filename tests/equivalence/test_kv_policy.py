@@ -45,17 +45,9 @@ class ByLength(FusionMethod):
 
 
 @pytest.fixture
-def talkative(tiny_llama: Any, tiny_tokenizer: Any) -> Any:
-    """A float64 model with a head that prefers full stops and words, and never ends: it speaks in sentences."""
-    model = copy.deepcopy(tiny_llama)
-    bias = torch.full((len(tiny_tokenizer),), -30.0)
-    words = [" the", " cat", " Mia", " sees", " box", ".", "!", " two", "?", "\n"]
-    bias[[tiny_tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]] = 0.0
-    model.lm_head = torch.nn.Linear(32, len(tiny_tokenizer))
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 1.5, generator=torch.Generator().manual_seed(9))
-        model.lm_head.bias.copy_(bias)
-    return model.double()
+def talkative(talkative: Any) -> Any:
+    """The same in float64."""
+    return talkative.double()
 
 
 def fused_with(model: Any, tokenizer: Any, pool: Path, policy: str, pieces: str = "whole") -> FusedCausalLM:

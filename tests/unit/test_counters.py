@@ -18,6 +18,7 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.references import Oracle
 from dlplora.methods.registry import available_presets
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.reporting.goldens import golden_path
 
 A, B = torch.ones(3, 4), torch.ones(4, 5)
 OPERATIONS = {
@@ -119,7 +120,7 @@ def test_token_level_gates_cost_more_launches_than_a_folded_plan() -> None:
 
 def test_every_method_costs_what_was_accepted() -> None:
     """All presets on the tiny shape; a difference that is meant is accepted with ``dlplora bench counters --shape tiny --accept``."""
-    golden = cases.read_golden(cases.golden_path())
+    golden = cases.read_golden(golden_path(cases.GOLDEN))
     if golden["versions"] != cases.versions():
         pytest.skip(f"accepted with {golden['versions']}, installed is {cases.versions()}: other versions run other operators")
     cells: cases.Cells = {}
@@ -132,7 +133,7 @@ def test_every_method_costs_what_was_accepted() -> None:
 
 def test_differences_are_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "golden").mkdir()
-    path = cases.golden_path(tmp_path)
+    path = golden_path(cases.GOLDEN, tmp_path)
     command = ["bench", "counters", "--shape", "tiny", "--methods", "base,oracle", "--out", str(tmp_path)]
     assert main([*command, "--check"]) == 2
     assert "cannot be read" in capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_differences_are_readable(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(RecordError, match="not JSON"):
         cases.read_golden(path)
     path.write_text('{"format": 9}')
-    with pytest.raises(RecordError, match="format 1"):
+    with pytest.raises(RecordError, match="format 1 with 'shapes'"):
         cases.read_golden(path)
 
 
@@ -182,7 +183,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_counts_in_the_documentation_are_the_accepted_ones() -> None:
-    golden = cases.read_golden(cases.golden_path())["shapes"]["nano"]
+    golden = cases.read_golden(golden_path(cases.GOLDEN))["shapes"]["nano"]
     text = (Path(__file__).parents[2] / "docs" / "backends.md").read_text(encoding="utf-8")
     rows = [row.strip("| ").split("|") for row in text.partition("| method, backend |")[2].splitlines()[2:11]]
     for name, *cells in rows:

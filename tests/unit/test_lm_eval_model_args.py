@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dlplora.errors import ConfigError
+from dlplora.evaluation.harness_options import parse_harness_options, present_device, require_fit
 from dlplora.evaluation.launch import usable_device
 from dlplora.evaluation.model_args import ModelArgs, parse_model_args
 
@@ -71,3 +72,56 @@ def test_device_falls_back_only_from_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     assert usable_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="unknown device 'gpuu'"):
         usable_device("gpuu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", -1.0), ("batch_size", 0), ("batch_size", "-1"), ("batch_size", "abc"), ("batch_size", ""), ("batch_size", 2.5),
+        ("batch_size", True), ("batch_size", "auto:x"), ("batch_size", "auto:0"), ("batch_size", "automatic"), ("max_batch_size", 0),
+        ("max_batch_size", "abc"), ("max_length", 0), ("max_length", -5.0), ("max_length", "abc"), ("max_length", 2.5), ("max_length", ""),
+        ("softmax_dtype", "foo"), ("softmax_dtype", "int8"), ("mixed_precision_dtype", "auto"), ("add_bos_token", "maybe"),
+        ("prefix_token_id", "x"), ("prefix_token_id", -1.0), ("enable_thinking", True), ("enable_thinking", "perhaps"),
+        ("chat_template_args", 3),
+    ],
+)  # fmt: skip
+def test_options_of_the_harness_are_checked(key: str, value: object) -> None:
+    """lm-eval reads ``-1`` as ``-1.0``, and takes a batch size below one for an evaluation of no questions."""
+    with pytest.raises(ConfigError, match=rf"^--model_args: .*{key}"):
+        parse_model_args({key: value})
+
+
+def test_options_of_the_harness_become_what_it_expects() -> None:
+    import torch
+
+    given = {"batch_size": "4", "max_length": 64, "softmax_dtype": torch.float32, "max_batch_size": 8.0, "add_bos_token": None, "pool": "p"}
+    expected = {"batch_size": 4, "max_length": 64, "softmax_dtype": "float32", "max_batch_size": 8}
+    assert parse_harness_options(given) == expected
+    for value in ("auto", "auto:3"):
+        assert parse_harness_options({"batch_size": value}) == {"batch_size": value}
+    assert parse_harness_options({"enable_thinking": True, "think_end_token": "</think>"})["enable_thinking"] is True
+
+
+def test_a_context_beyond_a_table_of_positions_is_refused() -> None:
+    from transformers import GPT2Config, LlamaConfig
+
+    table, rotary = GPT2Config(n_positions=64), LlamaConfig(max_position_embeddings=64)
+    with pytest.raises(ConfigError, match="'max_length' is 65, but the backbone has 64 positions"):
+        require_fit({"max_length": 65}, table, 10)
+    require_fit({"max_length": 64}, table, 10)
+    require_fit({"max_length": 65}, rotary, 10)
+    with pytest.raises(ConfigError, match="'prefix_token_id' is 10, but the tokenizer has 10 tokens"):
+        require_fit({"prefix_token_id": 10}, rotary, 10)
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert present_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert present_device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "mps", "meta"):
+        with pytest.raises(ConfigError, match=f"device '{name}' is not here"):
+            present_device(name)

@@ -78,6 +78,24 @@ def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         get_suite("local:../task_a", str(tmp_path))
 
 
+def test_rows_that_changed_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long-lived process must not score the rows of another folder, or of yesterday, under the checksum of today's."""
+    for place, question in (("one", "q"), ("two", "other")):
+        write(tmp_path / place, "winowhy", "train", [{"question": f"{question}{i}", "choices": ["a", "b"], "answer": 0} for i in range(9)])
+        write(tmp_path / place, "winowhy", "test", [{"question": question, "choices": ["a", "b"], "answer": 0}])
+
+    def asked() -> list[str]:
+        return [get_suite(name).task("winowhy").items("test", 1)[0].prompt.split("\n")[0] for name in ("local:winowhy", "paper_local")]
+
+    monkeypatch.setenv("DLPLORA_DATA", str(tmp_path / "one"))
+    assert get_suite("local:winowhy") is get_suite("local:winowhy")
+    assert asked() == ["q", "q"]
+    monkeypatch.setenv("DLPLORA_DATA", str(tmp_path / "two"))
+    assert asked() == ["other", "other"]
+    write(tmp_path / "two", "winowhy", "test", [{"question": "changed", "choices": ["a", "b"], "answer": 0}])
+    assert asked() == ["changed", "changed"]
+
+
 @pytest.mark.skipif(not Path(REAL).is_dir(), reason="no folder of real rows beside the project (set DLPLORA_DATA)")
 def test_every_real_task_loads() -> None:
     suite = get_suite("local:all", REAL)

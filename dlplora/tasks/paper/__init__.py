@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.errors import TaskError
-from dlplora.tasks.local import ENV_ROOT, data_root, read_rows
+from dlplora.tasks.local import ENV_ROOT, data_root, read_rows, rows_state
 from dlplora.tasks.paper.hub import hub_rows
 from dlplora.tasks.paper.sources import PAPER26, SOURCES, Source, source_of
 from dlplora.tasks.paper.splits import Splits, SplitSettings, draw_splits
@@ -71,13 +71,18 @@ def _from_hub(source: Source, settings: SplitSettings) -> tuple[Splits, str]:
     return draw_splits(source.name, train, test, settings), f"{source.hub_id}@{commit}"
 
 
-@lru_cache(maxsize=128)
 def load_task(name: str, root: str | None, settings: SplitSettings) -> Task:
     """One task with its splits; from ``root`` or ``DLPLORA_DATA`` if given, else from the hub.
 
     Raises:
         TaskError: If its rows are missing or malformed.
     """
+    return _load_task(name, root, settings, rows_state(root))
+
+
+@lru_cache(maxsize=128)
+def _load_task(name: str, root: str | None, settings: SplitSettings, state: tuple[object, ...]) -> Task:
+    """``load_task``; the state of local rows is part of what is remembered."""
     source = source_of(name)
     given = root or os.environ.get(ENV_ROOT)
     splits, origin = _local(source, data_root(given), settings) if given else _from_hub(source, settings)

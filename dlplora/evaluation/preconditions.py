@@ -1,0 +1,80 @@
+"""What a run needs and can be found out before anything is loaded; what is refused here leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from dlplora.errors import ConfigError, MethodError, TaskError, nearest
+from dlplora.inference.saving import untrained_method
+from dlplora.methods.base import FusionMethod
+from dlplora.tasks.composite import CompositeTask
+from dlplora.tasks.suite import Suite, Task
+
+MAX_SEEDS = 2**32
+"""Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""
+
+
+def require_limit(limit: int | None) -> None:
+    """Refuse a limit below one question a task."""
+    if limit is not None and limit < 1:
+        raise TaskError(f"limit must be at least 1 question a task, got {limit}.")
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that numpy's generator cannot take."""
+    if not 0 <= seed < MAX_SEEDS:
+        raise ConfigError(f"seed must be from 0 to {MAX_SEEDS - 1}, got {seed}.")
+
+
+def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str]) -> None:
+    """Refuse a method that reads a folder which was neither given nor is shipped.
+
+    Args:
+        method: Its ``artifact_roles`` are looked for.
+        preset: What it was asked for as.
+        roles: Roles of the folders at hand.
+
+    Raises:
+        MethodError: Naming the role, and how to get it.
+    """
+    for role in method.artifact_roles:
+        if role not in roles:
+            if role == "trained":
+                raise untrained_method(preset)
+            raise MethodError(f"method '{method.name}' needs a {role}; none was given. Pass {role}=FOLDER.")
+
+
+def require_task_facts(method: FusionMethod, suite: Suite, names: Sequence[str], experts: Sequence[str] | None) -> None:
+    """Refuse tasks that a method lacks something for: an adapter of that name, training items, or one task a prompt.
+
+    Args:
+        method: Only what its metadata say it needs is looked for.
+        suite: Of the tasks.
+        names: Tasks to be evaluated.
+        experts: Names in the pool; None if the pool is not known yet.
+
+    Raises:
+        MethodError: Naming method and task.
+    """
+    wanted = set(method.metadata.needs) & {"task_id", "few_shot"}
+    for task in map(suite.task, names) if wanted else ():
+        mixed = isinstance(task, CompositeTask) and task.reading != "mixture"
+        if "task_id" in wanted and mixed and method.granularity == "task":
+            raise MethodError(
+                f"method '{method.name}' has one set of weights a task, but '{task.name}' asks questions of several tasks in one prompt. "
+                "Evaluate mixture_N, or a method that re-routes at the end of an answer."
+            )
+        for asked in _questions_of(task):
+            if "task_id" in wanted and experts is not None and asked.name not in experts:
+                hint = nearest(asked.name, experts)
+                raise MethodError(f"method '{method.name}': no adapter for task '{asked.name}'.{hint} The pool has: {', '.join(experts)}.")
+            if "few_shot" in wanted and asked.rows and not asked.rows.get("train"):
+                raise MethodError(f"method '{method.name}' needs training examples of every task; '{asked.name}' has no train.jsonl.")
+
+
+def _questions_of(task: Task) -> Iterator[Task]:
+    """The tasks that the questions of a task are from: itself, or those that a composite is drawn from."""
+    if isinstance(task, CompositeTask) and task.source is not None:
+        yield from task.source.tasks
+    else:
+        yield task

@@ -1,0 +1,107 @@
+"""``dlplora eval --method a,b,c``: the records of one process are those of three, and nothing starts that cannot finish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlplora.cli.main import main
+from dlplora.methods.registry import available_presets
+from tests.toy_tasks import NAMES, write_tasks
+
+METHODS = ("oracle", "mole", "dlp")
+OF_THE_PROCESS = {"created", "timings_s", "provenance", "latency"}
+"""What two equal runs differ in."""
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> list[str]:
+    (tmp_path / "quick.yaml").write_text("suite: nano\ntasks: [shelf_sorting, object_counting]\nlatency_repeats: 0\n")
+    return ["eval", "--protocol", str(tmp_path / "quick.yaml"), "--limit", "2"]
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    """Of the paths on standard output, one line of JSON a method."""
+    return [json.loads(Path(json.loads(line)["record"]).read_text()) for line in text.splitlines()]
+
+
+def test_several_methods_give_the_records_of_each_alone(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*quick, "--method", ",".join((*METHODS, METHODS[0])), "--out", str(tmp_path / "together")]) == 0
+    together = records(capsys.readouterr().out)
+    assert [record["method_name"] for record in together] == list(METHODS)
+    for name, record in zip(METHODS, together, strict=True):
+        assert main([*quick, "--method", name, "--out", str(tmp_path / "alone")]) == 0
+        (alone,) = records(capsys.readouterr().out)
+        assert set(alone) == set(record)
+        assert {key for key in record if record[key] != alone[key]} <= OF_THE_PROCESS, name
+        assert {task["num"] for task in record["tasks"].values()} == {2}
+    assert main([*quick, "--method", ",".join(METHODS), "--out", str(tmp_path / "together")]) == 0
+    assert capsys.readouterr().err.count("reusing") == 3
+
+
+def test_all_presets_are_checked_without_being_trained_here(quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The package ships what each of them reads."""
+    pytest.importorskip("nevergrad", reason="a preset needs the extra 'search'")
+    assert main([*quick, "--method", "all", "--dry-run"]) == 0
+    described = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(described) == len({one["cell"] for one in described}) == len(available_presets())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--method", "base,dpl"], "unknown method 'dpl'. Did you mean 'dlp'"),
+        (["--method", "base,dlp", "--method-param", "p=0.5"], "--method-param belongs to one method, but --method names 2"),
+        (["--method", "base,mole", "--trained", "x"], "--trained belongs to one method"),
+        (["--method", ","], "the value of 'method' is empty"),
+        (["--protocol", "nano_composite", "--tasks", "concat_3", "--method", "base,oracle"], "'concat_3' asks questions of several tasks"),
+        (["--protocol", "nano_composite", "--tasks", "serial_3", "--method", "lorahub_in_pool"], "'serial_3' asks questions of several"),
+    ],
+)
+def test_bad_input_stops_all_of_them(
+    arguments: list[str], part: str, quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*quick, *arguments, "--out", str(tmp_path / "results")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert part in said
+    assert "\n" not in said
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "missing", "part"),
+    [
+        ("base,mole", "", "method 'mole' has to be trained first"),
+        ("base,dlp", "", "method 'dlp' needs a router; none was given"),
+        ("base,lorahub_in_pool", "train.jsonl", "method 'lorahub' needs training examples of every task; 'pets' has no train.jsonl"),
+        ("base,oracle", "adapter", "method 'oracle': no adapter for task 'pets'. The pool has: colors, echo."),
+    ],
+)
+def test_what_a_method_lacks_is_said_before_the_first_starts(
+    methods: str,
+    missing: str,
+    part: str,
+    quick: list[str],
+    tmp_path: Path,
+    tiny_llama_folder: Path,
+    make_adapter: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = write_tasks(tmp_path / "rows")
+    if missing == "train.jsonl":
+        (rows / "pets" / missing).unlink()
+    for seed, name in enumerate(NAMES):
+        if (missing, name) != ("adapter", "pets"):
+            make_adapter(tmp_path / "pool" / name, seed=seed)
+    own = ["--suite", f"local:{','.join(NAMES)}", "--tasks", ",".join(NAMES), "--data-root", str(rows)]
+    own += ["--pretrained", str(tiny_llama_folder), "--pool", str(tmp_path / "pool")]
+    capsys.readouterr()
+    assert main([*quick, *own, "--method", methods, "--out", str(tmp_path / "results")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert part in said
+    assert "\n" not in said
+    assert not (tmp_path / "results").exists()
