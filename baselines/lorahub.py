@@ -11,8 +11,8 @@ Deviations, with reasons: loss is the mean cross-entropy of answer tokens (``hub
 more, as the released code does, which makes its L1 term as many times heavier). The released code calls nevergrad's NGOpt with 40
 evaluations, which for 26 experts is a COBYLA that has barely laid out its simplex; ``budget: null`` takes five evaluations an expert, at
 least 40. ``optimizer: nevergrad`` is the original's (an optional package; presets ``*_nevergrad``), ``optimizer: cobyla`` scipy's own,
-which begins with smaller steps. Experts are searched in the order of their names, and on one CPU thread, so that neither the order of
-the pool nor the number of threads changes anything.
+which NGOpt chooses as well for that many weights: on the nano suite the two rows hardly differ. Experts are searched in the order of
+their names, and on one CPU thread, so that neither the order of the pool nor the number of threads changes anything.
 Each expert's scaling goes with its B; the original's adapters all have one scaling.
 """
 

@@ -85,10 +85,11 @@ def _peek(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--use_cache", "-c")
     parser.add_argument("--config", "-C")
     parser.add_argument("--include_path")
+    parser.add_argument("--limit", "-L", type=float)
     try:
         return parser.parse_known_args(list(argv))[0]
     except argparse.ArgumentError:  # lm-eval reports it, in its own words
-        return argparse.Namespace(model=None, tasks=[], use_cache=None, config=None, include_path=None)
+        return argparse.Namespace(model=None, tasks=[], use_cache=None, config=None, include_path=None, limit=None)
 
 
 def _only_our_tasks(options: argparse.Namespace) -> bool:
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _peek(arguments)
     if options.model == MODEL_NAME and options.use_cache is not None:
         return _fail(CACHE_REFUSAL)
+    if options.model == MODEL_NAME and options.limit is not None and not options.limit > 0:
+        return _fail(f"--limit must be a positive number of questions a task, or a share of them below 1, got {options.limit:g}.")
     saved = sys.argv
     sys.argv = [saved[0] if saved else "lm_eval", *arguments]
     try:

@@ -95,6 +95,29 @@ def test_mistakes_are_one_line(change: tuple[str, str], message: str, model_args
     assert message in last
 
 
+@pytest.mark.parametrize("limit", ["-1", "0", "nan"])
+def test_a_limit_below_one_question(limit: str, model_args: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """lm-eval itself ends in a traceback here, or evaluates nothing."""
+    arguments = [
+        "--model",
+        "dlplora",
+        "--model_args",
+        model_args,
+        "--tasks",
+        TASK,
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    assert command.main([*arguments, "--limit", limit]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"lm_eval: --limit must be a positive number of questions a task, or a share of them below 1, got {limit}.\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_module_runs_as_a_program(model_args: str) -> None:
     arguments = ["--model", "dlplora", "--model_args", model_args, "--tasks", TASK, "--limit", "1", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
