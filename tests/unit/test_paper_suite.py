@@ -214,14 +214,14 @@ def test_every_pin_is_a_full_commit_and_the_one_that_the_document_shows() -> Non
     assert all((source.revision or "") == pinned[source.hub_id] for source in SOURCES)
 
 
-def hub_cache(home: Path, hub_id: str, commit: str, files: dict[str, list[dict[str, Any]]], readme: str = "") -> None:
+def hub_cache(home: Path, hub_id: str, commit: str, files: dict[str, list[dict[str, Any]]], readme: str = "", branch: str = "main") -> None:
     """What ``huggingface_hub`` leaves after a download, without one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     base = home / "hub" / f"datasets--{hub_id.replace('/', '--')}"
-    (base / "refs").mkdir(parents=True)
-    (base / "refs" / "main").write_text(commit)
+    (base / "refs" / branch).parent.mkdir(parents=True, exist_ok=True)
+    (base / "refs" / branch).write_text(commit)
     if readme:
         (base / "snapshots" / commit).mkdir(parents=True)
         (base / "snapshots" / commit / "README.md").write_text(readme)
@@ -278,24 +278,44 @@ configs:
 """
 
 
-def test_one_configuration_of_many_is_found_though_the_others_were_not_downloaded(tmp_path: Path) -> None:
-    def table(start: int, num: int) -> list[dict[str, Any]]:
-        return [
-            {
-                "inputs": f"Reason {n}. The above reasoning is",
-                "targets": ["correct"],
-                "multiple_choice_targets": ["correct", "incorrect"],
-                "multiple_choice_scores": [1, 0],
-            }
-            for n in range(start, start + num)
-        ]
+def table_of_choices(start: int, num: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "inputs": f"Reason {n}. The above reasoning is",
+            "targets": ["correct"],
+            "multiple_choice_targets": ["correct", "incorrect"],
+            "multiple_choice_scores": [1, 0],
+        }
+        for n in range(start, start + num)
+    ]
 
+
+def test_one_configuration_of_many_is_found_though_the_others_were_not_downloaded(tmp_path: Path) -> None:
+    table = table_of_choices
     files = {"winowhy/train-00000-of-00001.parquet": table(0, 40), "winowhy/validation-00000-of-00001.parquet": table(35, 20)}
     hub_cache(tmp_path, "tasksource/bigbench", "f" * 40, files, README)
     facts, prompt, answer = offline(tmp_path, "winowhy")
     assert (facts["origin"], facts["num_test"], answer) == (f"tasksource/bigbench@{'f' * 40}", 6, "correct")
     assert facts["left_out"] == {"question_in_test": 5}
     assert prompt.endswith("The above reasoning is")
+
+
+def test_a_repository_with_a_script_alone_is_read_from_the_hubs_conversion(tmp_path: Path) -> None:
+    """``datasets`` runs no scripts any more; the hub keeps Parquet files of such data sets on a branch of their own."""
+    script = "---\ndataset_info:\n- config_name: winowhy\n---\n"
+    hub_cache(tmp_path, "tasksource/bigbench", "a" * 40, {}, script)
+    message = offline(tmp_path, "winowhy")
+    assert f"tasksource/bigbench@{'a' * 12} cannot be read" in message
+    assert "Nor is there a conversion" in message
+    assert "--data-root" in message
+    assert "\n" not in message
+    files = {"winowhy/train/0000.parquet": table_of_choices(0, 40), "winowhy/validation/0000.parquet": table_of_choices(40, 20)}
+    hub_cache(tmp_path, "tasksource/bigbench", "b" * 40, files, branch="refs/convert/parquet")
+    facts, prompt, answer = offline(tmp_path, "winowhy")
+    assert (facts["origin"], facts["num_test"], answer) == (f"tasksource/bigbench@{'b' * 40}", 6, "correct")
+    assert prompt.endswith("The above reasoning is")
+    message = offline(tmp_path, "abstract_narrative_understanding")
+    assert "Nor does its conversion at bbbbbbbbbbbb hold Parquet files in abstract_narrative_understanding/" in message
 
 
 def test_offline_and_missing_is_one_line_with_both_ways_out(tmp_path: Path) -> None:

@@ -15,8 +15,12 @@ ENOUGH = 6
 """Rows read for each one wanted; the rest make up for repeated and unusable ones without a pass over 300 000 articles."""
 
 
-def snapshot(source: Source) -> tuple[Path, str]:
-    """The local folder of a data set at its revision, and the commit that is.
+CONVERTED = "refs/convert/parquet"
+"""The branch that the hub itself fills with Parquet files of a data set, ``config/split/0000.parquet``."""
+
+
+def snapshot(source: Source, revision: str | None = None) -> tuple[Path, str]:
+    """The local folder of a data set at its revision, or at another one, and the commit that is.
 
     Raises:
         TaskError: If it is neither in the cache nor reachable; one line with what was looked for, where, and both ways to supply it.
@@ -25,13 +29,14 @@ def snapshot(source: Source) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from requests.exceptions import RequestException
 
+    revision = revision or source.revision
     wanted = ["README.md", f"*{source.config}*" if source.config else "data/*"]
     try:
-        folder = snapshot_download(source.hub_id, repo_type="dataset", revision=source.revision, allow_patterns=wanted)
+        folder = snapshot_download(source.hub_id, repo_type="dataset", revision=revision, allow_patterns=wanted)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, RequestException, OSError) as error:
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub did not answer: {str(error).splitlines()[0]}"
         raise TaskError(
-            f"task '{source.name}': data set {source.hub_id} (revision {source.revision or 'newest'}) is not in the cache "
+            f"task '{source.name}': data set {source.hub_id} (revision {revision or 'newest'}) is not in the cache "
             f"{constants.HF_HUB_CACHE} and {state}. Either run once with a connection (unset HF_HUB_OFFLINE), or put "
             f"{source.name}/train.jsonl and {source.name}/test.jsonl into a folder and pass --data-root DIR or set {ENV_ROOT}."
         ) from error
@@ -40,6 +45,8 @@ def snapshot(source: Source) -> tuple[Path, str]:
 
 def hub_rows(source: Source, split: str, num: int, seed: int) -> tuple[list[dict[str, Any]], str]:
     """Some rows of a split in our schema, and the commit of the data set.
+
+    A repository that holds nothing but a loading script, which ``datasets`` no longer runs, is read from the hub's own conversion.
 
     Args:
         source: Which data set.
@@ -50,13 +57,7 @@ def hub_rows(source: Source, split: str, num: int, seed: int) -> tuple[list[dict
     Raises:
         TaskError: If the data set cannot be had, lacks the split or a column, or holds no row of the task's kind.
     """
-    import datasets
-
-    folder, commit = snapshot(source)
-    try:
-        table = datasets.load_dataset(str(folder), source.config, split=split)
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise TaskError(f"task '{source.name}': {source.hub_id}@{commit[:12]} cannot be read: {str(error).splitlines()[0]}") from error
+    table, commit = _table(source, split)
     indices = list(range(len(table)))
     random.Random(f"{source.name}/{split}/rows/{seed}").shuffle(indices)
     where = f"{source.hub_id}@{commit[:12]} split {split}"
@@ -64,6 +65,27 @@ def hub_rows(source: Source, split: str, num: int, seed: int) -> tuple[list[dict
     if not rows:
         raise TaskError(f"{where}: no row can be used as {source.kind} of task '{source.name}'.")
     return rows, commit
+
+
+def _table(source: Source, split: str) -> tuple[Any, str]:
+    """All rows of a split as the hub has them, and their commit."""
+    import datasets
+
+    folder, commit = snapshot(source)
+    try:
+        return datasets.load_dataset(str(folder), source.config, split=split), commit
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        unreadable = f"task '{source.name}': {source.hub_id}@{commit[:12]} cannot be read: {str(error).splitlines()[0]}"
+        if source.revision is not None or source.config is None:  # a pin means these files and no others
+            raise TaskError(unreadable) from error
+    try:
+        folder, commit = snapshot(source, CONVERTED)
+    except TaskError as error:
+        raise TaskError(f"{unreadable} Nor is there a conversion: {error}") from error
+    files = sorted(str(path) for path in (folder / source.config / split).glob("*.parquet"))
+    if not files:
+        raise TaskError(f"{unreadable} Nor does its conversion at {commit[:12]} hold Parquet files in {source.config}/{split}.")
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split), commit
 
 
 def _converted(source: Source, table: Any, where: str) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,8 @@ JSON files there, are taken from ``tasksource/bigbench``, which has the same fie
 
 Revisions: pinned is what public text ties to the repository and shows to hold the files asked for (docs/reproduce_paper.md says where).
 BIG-bench has none: the stored pages of its repository show a loading script, which ``datasets`` no longer runs, and of the one other commit
-that was found the files were not seen. The commit that was resolved is kept in every record either way.
+that was found the files were not seen. Where the script is all there is, the hub's own conversion to Parquet is read (``hub.CONVERTED``).
+The commit that was resolved is kept in every record either way.
 """
 
 from __future__ import annotations
