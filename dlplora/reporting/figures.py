@@ -95,25 +95,26 @@ def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
     outcomes = _one_run(records, load, "dlp")
     if outcomes is None or not any(_routes(outcomes).values()):
         return None
-    tasks = list(records[0].suite_tasks)
-    matrix = np.zeros((len(tasks), len(tasks)))
-    for task, routes in _routes(outcomes).items():
-        for route in routes:
-            weights = route[0][1]
-            strongest = max(weights, key=lambda name: weights[name]) if weights else None
-            if strongest in tasks:
-                matrix[tasks.index(task), tasks.index(strongest)] += 1 / len(routes)
+    tasks = [task for task in records[0].suite_tasks if _routes(outcomes).get(task)]
+    first = {task: Counter(_strongest(route[0][1]) for route in routes) for task, routes in _routes(outcomes).items()}
+    seen = {name for counts in first.values() for name in counts if name is not None}
+    # Composites are answered by the experts of other tasks.
+    experts = tasks if seen <= set(tasks) else sorted(seen)
+    matrix = np.array([[first[task][name] / first[task].total() for name in experts] for task in tasks])
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 6.5))
+    figure, axes = plt.subplots(figsize=(7, 2.34 + 0.16 * len(tasks)))
     image = axes.imshow(100 * matrix, cmap="cividis", vmin=0, vmax=100)
-    names = [task.replace("_", " ") for task in tasks]
-    axes.set_xticks(range(len(tasks)), names, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(tasks)), names, fontsize=7)
+    axes.set_xticks(range(len(experts)), [name.replace("_", " ") for name in experts], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=7)
     axes.set_xlabel("strongest expert")
     axes.set_ylabel("task of the prompt")
-    figure.colorbar(image, ax=axes, label="prompts, %", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="prompts, %", shrink=0.8, fraction=0.046 * len(tasks) / len(experts))
     figure.tight_layout()
     return figure
+
+
+def _strongest(weights: Mapping[str, float]) -> str | None:
+    return max(weights, key=lambda name: weights[name]) if weights else None
 
 
 def experts_kept(records: Sequence[Record], load: Loader) -> Any:

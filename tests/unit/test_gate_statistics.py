@@ -122,3 +122,22 @@ def test_rolling_texts_have_no_prompt_and_count_nothing(tiny_llama: Any, tiny_to
     )
     assert lm.routing_statistics()["num_gated_prompts"] == 0
     assert lm.routing_statistics()["mean_experts_kept"] is None
+
+
+def test_the_confusion_of_composites_names_the_experts_that_answer_them() -> None:
+    """Their prompts belong to no expert of their own name; composites without a routed prompt have no row."""
+    from dlplora.reporting import store
+    from dlplora.reporting.figures import routing_confusion
+
+    records, problems = store.load_all(store.RESULTS, "nano_composite")
+    own = [record for record in records if record.protocol_name == "nano_composite"]
+    assert own
+    assert not problems
+    figure = routing_confusion(own, store.OutcomeReader(store.RESULTS))
+    experts = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "news summary" in experts
+    assert not set(rows) & set(experts)
+    shares = figure.axes[0].images[0].get_array()
+    assert shares.shape == (len(rows), len(experts))
+    assert shares.sum(axis=1) == pytest.approx([100.0] * len(rows))
