@@ -140,4 +140,4 @@ def test_the_confusion_of_composites_names_the_experts_that_answer_them() -> Non
     assert not set(rows) & set(experts)
     shares = figure.axes[0].images[0].get_array()
     assert shares.shape == (len(rows), len(experts))
-    assert shares.sum(axis=1) == pytest.approx([100.0] * len(rows))
+    assert shares.sum(axis=1).tolist() == pytest.approx([100.0] * len(rows))
