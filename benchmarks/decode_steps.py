@@ -1,7 +1,8 @@
 """One decode step on every backend, as a ratio to the bare backbone: ``python -m benchmarks.decode_steps --write``.
 
 The nano backbone's sizes with random weights, 26 experts of rank 8 on the query and value projections. All contenders take turns in one
-process, so that whatever else the machine does hits all of them; the median of the ratios of each turn is told, with its quartiles.
+process over the same backbone weights, every other turn backwards, so that whatever else the machine does hits all of them; the median
+of the ratios of each turn is told, with its quartiles.
 One thread; the clock is the processor time of the process, which other processes hardly change.
 """
 
@@ -31,11 +32,16 @@ PROMPT_TOKENS = 64
 CONTENDERS = ("reference", "dense", "folded", "merged")
 
 
+def _copy(fused: Any) -> Any:
+    """A copy that shares the backbone's weights: with weights of its own, a contender would always find them cold."""
+    return copy.deepcopy(fused, {id(parameter): parameter for parameter in fused.model.parameters()})
+
+
 def _peft(fused: Any) -> Any:
     """PEFT with the first expert alone, unmerged, in the same dtype."""
     from peft import LoraConfig, PeftModel
 
-    fused = copy.deepcopy(fused)
+    fused = _copy(fused)
     bank = fused.bank
     fused.close()
     tensors, rank = {}, bank.rank
@@ -89,7 +95,7 @@ def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
         assert weights is not None
         # What is not the default: room for the five experts that dlp may keep, and B stored by output, which dense then copies.
         calls["folded, room for 5"] = _step(fused, rows, lambda: RoutingState(weights, "folded", width=5))
-        copying = copy.deepcopy(fused)
+        copying = _copy(fused)
         for layer in copying.patched.layers.values():
             layer.lora_b = layer.lora_b.contiguous()
         calls["dense, B copied"] = _step(copying, rows, lambda: RoutingState(weights, "dense"))
@@ -97,7 +103,8 @@ def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
             calls["peft"] = _step(_peft(fused), rows)
         ratios: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(turns + 3):
-            seconds = {name: call() for name, call in calls.items()}
+            order = list(calls)[:: -1 if turn % 2 else 1]
+            seconds = {name: calls[name]() for name in order}
             if turn >= 3:
                 for name, value in seconds.items():
                     ratios[name].append(value / seconds["base"])
