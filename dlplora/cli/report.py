@@ -78,7 +78,8 @@ def run_build(arguments: argparse.Namespace) -> int:
 
 
 def run_all(arguments: argparse.Namespace) -> int:
-    """Tables, figures and page of every suite, from records read once."""
+    """Tables, figures and page of every suite, from records read once; the table of both protocols as well."""
+    from dlplora.reporting import protocols
     from dlplora.reporting.latency_figures import draw_latency
 
     root = Path(arguments.out)
@@ -91,7 +92,7 @@ def run_all(arguments: argparse.Namespace) -> int:
             own = [one for one in groups if one.suite == suite]
             for path in [*_build(arguments, suite, own), *_draw(own, reader, _sweeps(suite, root, problems))]:
                 print(f"wrote {path}")
-        for path in draw_latency(root / "bench", root / "figures"):
+        for path in [*draw_latency(root / "bench", root / "figures"), *protocols.build(root)]:
             print(f"wrote {path}")
         _write_page(root / "index.html", groups, reader, problems)
     return 1 if problems else 0
