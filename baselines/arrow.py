@@ -171,8 +171,12 @@ class Lag(SpectR):
         """Prototypes as well."""
         require_at_most(self.config.shortlist, bank.num_experts, self.name, "shortlist")
         require_at_most(self.config.top_k, self.config.shortlist, self.name)
-        self._prototypes = {module: prototypes(entry) for module, entry in bank.modules.items()}
-        return super().prepare(bank, context)
+        prepared = super().prepare(bank, context)
+        if self.config.score == "projection":  # a spectrum begins with its prototype
+            self._prototypes = {module: spectrum[:, 0].contiguous() for module, spectrum in self._spectra.items()}
+        else:
+            self._prototypes = {module: prototypes(entry) for module, entry in bank.modules.items()}
+        return prepared
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """SpectR's weights over the experts that Arrow likes best."""

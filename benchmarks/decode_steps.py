@@ -9,7 +9,6 @@ One thread; the clock is the processor time of the process, which other processe
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import torch
 
 from dlplora.atomic import write_atomically
 from dlplora.evaluation.counted_cases import fused_stand_in, shape_of
+from dlplora.evaluation.shapes import share_weights
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.provenance import provenance
 from dlplora.reporting.store import RESULTS
@@ -32,16 +32,11 @@ PROMPT_TOKENS = 64
 CONTENDERS = ("reference", "dense", "folded", "merged")
 
 
-def _copy(fused: Any) -> Any:
-    """A copy that shares the backbone's weights: with weights of its own, a contender would always find them cold."""
-    return copy.deepcopy(fused, {id(parameter): parameter for parameter in fused.model.parameters()})
-
-
 def _peft(fused: Any) -> Any:
     """PEFT with the first expert alone, unmerged, in the same dtype."""
     from peft import LoraConfig, PeftModel
 
-    fused = _copy(fused)
+    fused = share_weights(fused)  # with weights of its own it would always find them cold
     bank = fused.bank
     fused.close()
     tensors, rank = {}, bank.rank
@@ -95,7 +90,7 @@ def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
         assert weights is not None
         # What is not the default: room for the five experts that dlp may keep, and B stored by output, which dense then copies.
         calls["folded, room for 5"] = _step(fused, rows, lambda: RoutingState(weights, "folded", width=5))
-        copying = _copy(fused)
+        copying = share_weights(fused)
         for layer in copying.patched.layers.values():
             layer.lora_b = layer.lora_b.contiguous()
         calls["dense, B copied"] = _step(copying, rows, lambda: RoutingState(weights, "dense"))

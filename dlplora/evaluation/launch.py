@@ -47,10 +47,10 @@ def leaving_together() -> Iterator[None]:
     others may never arrive, and the launcher ends them. A launched process that succeeded leaves without taking the interpreter apart,
     since a native thread that asks for the interpreter's lock meanwhile aborts the process, and with it the whole launch.
     """
-    succeeded = ended = False
+    succeeded = done = False
 
     def leave() -> None:
-        if succeeded and ended:
+        if done:
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -63,7 +63,7 @@ def leaving_together() -> Iterator[None]:
         succeeded = True
     finally:
         _end_process_group(wait=succeeded)
-        ended = True
+    done = True
 
 
 def _end_process_group(*, wait: bool) -> None:

@@ -15,9 +15,7 @@ import torch
 from dlplora.errors import MethodError, nearest
 from dlplora.evaluation.outcomes import outcomes_of
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.runner import Artifacts, Run, close_after, evaluate_run, measure_latency, prepare
-from dlplora.inference.loading import nano_asset
-from dlplora.methods.registry import build_method, load_method_spec
+from dlplora.evaluation.runner import Run, close_after, evaluate_run, measure_latency, prepare
 from dlplora.reporting.comparison import MAIN_METRIC
 from dlplora.types import PromptBatch
 
@@ -69,10 +67,7 @@ def chosen(names: Sequence[str] | None) -> tuple[Guard, ...]:
 
 def observe(guard: Guard, *, latency: bool = True) -> dict[str, Any]:
     """Run one guard and return what the golden file keeps of it."""
-    own = {}
-    for role in build_method(load_method_spec(guard.preset)).artifact_roles:
-        own[role] = nano_asset(f"trained/{guard.preset}" if role == "trained" else role)
-    run = prepare(load_protocol("nano"), "nano", guard.preset, 0, artifacts=Artifacts(others=own), method_params=guard.params, limit=LIMIT)
+    run = prepare(load_protocol("nano"), "nano", guard.preset, 0, method_params=guard.params, limit=LIMIT)
     with close_after(run) as lm:
         outcomes = outcomes_of(evaluate_run(run, lm), run.prefix, lm.statistics.routes)
         observed = {

@@ -18,7 +18,7 @@ from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_task_facts
 from dlplora.evaluation.protocol import Protocol
-from dlplora.inference.loading import nano_asset, resolve_backbone
+from dlplora.inference.loading import method_asset, nano_asset, resolve_backbone
 from dlplora.inference.saving import read as saved_model
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
 from dlplora.modules.adapter_files import file_sha256
@@ -53,8 +53,8 @@ class Artifacts:
     multitask: Path | None = None
     others: Mapping[str, Path] = field(default_factory=dict)
 
-    def resolved(self, embedded: bool, spec: MethodSpec) -> dict[str, Path]:
-        """Folder by role, embedded ones filled in; those that only this method reads where the pool, too, is the embedded one."""
+    def resolved(self, embedded: bool, roles: Sequence[str], preset: str) -> dict[str, Path]:
+        """Folder by role, embedded ones filled in; those of a method's own roles where the pool, too, is the embedded one."""
         given: dict[str, Path | None] = {"pool": self.pool, "router": self.router, "multitask": self.multitask, **self.others}
         found: dict[str, Path] = {}
         for role, path in given.items():
@@ -62,8 +62,8 @@ class Artifacts:
                 found[role] = find_pool(path) if role == "pool" else Path(path)
             elif embedded and nano_asset(role).is_dir():
                 found[role] = nano_asset(role)
-        for role in build_method(spec).artifact_roles if embedded and self.pool is None else ():
-            shipped = nano_asset(role) / spec.name if role == "trained" else nano_asset(role)
+        for role in roles if embedded and self.pool is None else ():
+            shipped = method_asset(role, preset)
             if role not in found and shipped.is_dir():
                 found[role] = shipped
         return found
@@ -163,7 +163,7 @@ def prepare(
         suite.task(name)
     require_limit(limit)
     require_seed(seed)
-    folders = (artifacts or Artifacts()).resolved(protocol.backbone is None, spec)
+    folders = (artifacts or Artifacts()).resolved(protocol.backbone is None, built.artifact_roles, spec.name)
     for role, path in folders.items():
         if not path.is_dir():
             raise TaskError(f"{role} folder not found: {path}.")

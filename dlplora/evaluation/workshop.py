@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlplora.evaluation.latency import dtype_of
 from dlplora.evaluation.shapes import first_experts, write_adapter
-from dlplora.inference.loading import nano_asset
+from dlplora.inference.loading import method_asset
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec, build_method
 from dlplora.modules.lora_bank import AdapterBank
@@ -126,7 +126,7 @@ class Workshop:
         bare = MethodContext(tokenizer=self.tokenizer, embedding=embedding, device=self.model.device, few_shot=_few_shot(bank.names))
         roles = build_method(spec).artifact_roles
         if self.shipped and experts == self.bank.num_experts:
-            found = {role: nano_asset(f"trained/{spec.name}" if role == "trained" else role) for role in roles}
+            found = {role: method_asset(role, spec.name) for role in roles}
             return dataclasses.replace(bare, artifacts={role: path for role, path in found.items() if path.is_dir()})
         folder = self.folder / "artifacts" / f"{spec.name}-{experts}"
         made = cls.example_artifacts(folder, bank, bare)

@@ -39,6 +39,11 @@ def nano_asset(role: str) -> Path:
     return NANO_ASSETS / role
 
 
+def method_asset(role: str, preset: str) -> Path:
+    """Folder of the embedded asset that a preset reads in a role; trained gates are its own."""
+    return nano_asset(f"trained/{preset}" if role == "trained" else role)
+
+
 def resolve_dtype(name: str | torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype of that name, refused where it would be emulated.
 

@@ -82,7 +82,7 @@ class FoldedPlan(nn.Module):
         self._eager = self._factors(self.used * self.rank)
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
-        """A as (B, I, inner) and B as (B, inner, O); without B for a plan that all rows share."""
+        """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for a plan that all rows share."""
         a_sel, b_sel = self.a_sel[:, :inner].mT, self.b_sel[:, :inner]
         return (a_sel[0], b_sel[0]) if a_sel.shape[0] == 1 else (a_sel, b_sel)
 

@@ -93,10 +93,11 @@ def _one_run(records: Sequence[Record], load: Loader, method: str) -> Mapping[st
 def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
     """Share of each task's prompts whose strongest expert is each expert, for ``dlp``; None if it was not run."""
     outcomes = _one_run(records, load, "dlp")
-    if outcomes is None or not any(_routes(outcomes).values()):
+    routed = {task: routes for task, routes in _routes(outcomes or {}).items() if routes}
+    if not routed:
         return None
-    tasks = [task for task in records[0].suite_tasks if _routes(outcomes).get(task)]
-    first = {task: Counter(_strongest(route[0][1]) for route in routes) for task, routes in _routes(outcomes).items()}
+    tasks = [task for task in records[0].suite_tasks if task in routed]
+    first = {task: Counter(_strongest(route[0][1]) for route in routes) for task, routes in routed.items()}
     seen = {name for counts in first.values() for name in counts if name is not None}
     # Composites are answered by the experts of other tasks.
     experts = tasks if seen <= set(tasks) else sorted(seen)

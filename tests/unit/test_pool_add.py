@@ -195,46 +195,6 @@ def test_paths_that_leave_the_pool(pool: Path, tiny_pool: Path, path: str) -> No
         load_pool(pool)
 
 
-def test_two_additions_at_once(tmp_path: Path, tiny_pool: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(3) as workers:
-        list(workers.map(lambda name: add_adapter(tmp_path / "pool", tiny_pool / name), ("alpha", "beta", "gamma")))
-    assert sorted(load_pool(tmp_path / "pool").names) == ["alpha", "beta", "gamma"]
-
-
-def test_an_addition_that_fails_beside_others_harms_none(tmp_path: Path, tiny_pool: Path) -> None:
-    """Whoever makes the pool's folder, and whoever takes it away again, the good adapters arrive and the bad ones leave nothing."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    broken = Path(shutil.copytree(tiny_pool / "alpha", tmp_path / "broken"))
-    (broken / WEIGHTS).write_bytes(b"not a tensor")
-    expected = {name: contents(tiny_pool / name)[WEIGHTS] for name in ("beta", "gamma")}
-
-    def attempt(pool: Path, source: Path) -> bool:
-        try:
-            add_adapter(pool, source)
-        except AdapterError:
-            return False
-        return True
-
-    for number in range(40):
-        pool = tmp_path / f"new{number}" / "pool"
-        sources = [broken, tiny_pool / "beta", broken, tiny_pool / "gamma"]
-        with ThreadPoolExecutor(len(sources)) as workers:
-            assert list(workers.map(attempt, [pool] * len(sources), sources)) == [False, True, False, True]
-        assert sorted(load_pool(pool).names) == ["beta", "gamma"]
-        assert {name: contents(pool / name)[WEIGHTS] for name in expected} == expected
-        assert sorted(path.name for path in pool.iterdir() if path.is_dir()) == ["beta", "gamma"]
-
-
-def test_a_link_to_nowhere_is_no_pool(tmp_path: Path, tiny_pool: Path) -> None:
-    (tmp_path / "pool").symlink_to(tmp_path / "gone")
-    with pytest.raises(PoolError, match="link to nowhere"):
-        add_adapter(tmp_path / "pool", tiny_pool / "alpha")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pool"]
-
-
 # ---------------------------------------------------------------------- pickles
 
 
