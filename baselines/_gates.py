@@ -5,18 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import MethodError
-from dlplora.methods.base import FusionMethod, MethodContext, Need
+from dlplora.methods.base import FusedModel, FusionMethod, MethodContext, Need
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from dlplora.inference.fused_model import FusedCausalLM
 
 
 def top_k_softmax(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
@@ -47,7 +44,7 @@ class TokenGated(FusionMethod):
         """
         raise NotImplementedError
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Put the gate on every fused layer."""
         for module, layer in model.patched.layers.items():
             layer.gate = partial(self.gate, module)

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from baselines._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
 from dlplora.errors import ConfigError, MethodError
-from dlplora.methods.base import Metadata, MethodContext
+from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
-
-if TYPE_CHECKING:
-    from dlplora.inference.fused_model import FusedCausalLM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +64,7 @@ class LoRAFlow(TrainedGates):
             self.scores[key_of(layer)] = nn.Parameter(torch.zeros(bank.num_experts, self._width))
             self.biases[key_of(layer)] = nn.Parameter(torch.zeros(bank.num_experts))
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Watch what enters each decoder layer, and gate its modules by it."""
         super().attach(model)
         for layer in dict.fromkeys(layer_of(module) for module in model.patched.layers):

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,12 +30,9 @@ from torch import Tensor
 
 from dlplora.data.encoding import collate, encode_items
 from dlplora.errors import ConfigError, MethodError, nearest
-from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.methods.base import FusedModel, FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
-
-if TYPE_CHECKING:
-    from dlplora.inference.fused_model import FusedCausalLM
 
 MIN_BUDGET = 40
 
@@ -103,7 +100,7 @@ class LoRAHub(FusionMethod):
         self._names = tuple(sorted(bank.names))
         return bank.select(self._names)
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Keep a way to the model that the search evaluates."""
         self._model = (model,)  # inside a tuple, so that nn.Module does not register it
 

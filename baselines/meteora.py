@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,8 @@ from torch import Tensor, nn
 
 from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, key_of, over_real_tokens, require_at_most, top_k_softmax
 from dlplora.errors import ConfigError
-from dlplora.methods.base import Metadata
+from dlplora.methods.base import FusedModel, Metadata
 from dlplora.modules.lora_bank import AdapterBank
-
-if TYPE_CHECKING:
-    from dlplora.inference.fused_model import FusedCausalLM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +70,7 @@ class MeteoRA(TrainedGates):
                 self.lora_a[key_of(module)] = nn.Parameter(entry.lora_a.detach().clone())
                 self.lora_b[key_of(module)] = nn.Parameter(entry.lora_b.detach().clone())
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Gates on every layer; trained copies take the place of the bank's adapters in the layers."""
         super().attach(model)
         if self.config.train_adapters:

@@ -18,20 +18,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
 from dlplora.errors import ConfigError, GenerationError
-from dlplora.methods.base import Metadata, MethodContext
+from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
-
-if TYPE_CHECKING:
-    from dlplora.inference.fused_model import FusedCausalLM
 
 PAPER = "https://arxiv.org/abs/2402.07148"
 REARRANGING = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
@@ -85,7 +82,7 @@ class XLoRA(TrainedGates):
         logits = torch.einsum("btd,led->lbte", hidden.float(), self.weight) + self.bias[:, None, None]
         return (logits / self.config.temperature).softmax(dim=-1) * self.config.global_scaling_weight
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Read with the base model before every pass of the decoder."""
         super().attach(model)
         decoder = model.model.base_model
@@ -165,7 +162,7 @@ class XLoRAFrozen(TrainedGates):
         self.weight = nn.Parameter(drawn(bank, self._width, self._width**-0.5, self.name, seed))
         self.bias = nn.Parameter(torch.zeros(bank.num_experts))
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Keep a way to the backbone; no gates."""
         self._model = (model,)  # inside a tuple, so that nn.Module does not register it
 

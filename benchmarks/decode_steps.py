@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from dlplora.atomic import write_atomically
-from dlplora.evaluation.counted_cases import fused_stand_in, shape_of
-from dlplora.evaluation.shapes import share_weights
+from dlplora.bench.model_shapes import share_weights
+from dlplora.bench.op_cases import fused_stand_in, shape_of
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.provenance import provenance
 from dlplora.reporting.store import RESULTS

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from dlplora.cli.terminal import quiet_loading, split_names
-from dlplora.evaluation.harness import HarnessResult, clean_results, fast_task_manager, without_environment_report
-from dlplora.evaluation.matrix import Matrix, shared_matrix
+from dlplora.evaluation.cache import EvalCache, eval_cache
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.runner import Artifacts, Run, close_after, evaluate_run, prepare
+from dlplora.evaluation.runner import Artifacts, Run, evaluate_run, open_model, prepare
 from dlplora.inference.loading import nano_asset
+from dlplora.lm_eval.evaluate import HarnessResult, clean_results, fast_task_manager, without_environment_report
 from dlplora.methods.registry import available_presets, build_method, load_method_spec
 from dlplora.provenance import provenance
 
@@ -70,11 +70,11 @@ def run_of(method: str, limit: int | None) -> Run:
     return prepare(load_protocol("nano"), "nano", method, 0, artifacts=Artifacts(others=own), limit=limit)
 
 
-def ours(run: Run, matrix: Matrix | None, *, share: bool = True) -> HarnessResult:
+def ours(run: Run, cache: EvalCache | None, *, share: bool = True) -> HarnessResult:
     """One evaluation of all tasks, loading included."""
-    with close_after(run, matrix) as lm:
+    with open_model(run, cache) as lm:
         lm._shares_prefix = lm._shares_prefix and share
-        return evaluate_run(run, lm, matrix)
+        return evaluate_run(run, lm, cache)
 
 
 def disagreements(one: HarnessResult, other: dict[str, HarnessResult]) -> list[str]:
@@ -95,10 +95,10 @@ def measure(methods: Sequence[str], limit: int | None) -> dict[str, Any]:
     expected, whole = timed(lambda: stock(limit))
     rows: dict[str, Any] = {}
     scored: HarnessResult | None = None
-    with shared_matrix() as matrix:
+    with eval_cache() as cache:
         for method in methods:
             run = run_of(method, limit)
-            result, rows[method] = timed(partial(ours, run, matrix))
+            result, rows[method] = timed(partial(ours, run, cache))
             scored = result if method == "oracle" else scored
             num = sum(result.num_samples.values())
             rows[method]["questions_per_s"] = round(num / rows[method]["wall_s"], 1)

@@ -38,6 +38,6 @@ timeout 90 "$PYTHON" -m benchmarks.training_speed $TRAINING --out "$OUT" >&2 || 
 for entry in $PLANS; do
   plan="${entry%%:*}"
   echo "== $plan" >&2
-  timeout "${entry##*:}" "$PYTHON" -m benchmarks.latency "$plan" --out "$OUT" >/dev/null || echo "warning: $plan did not finish" >&2
+  timeout "${entry##*:}" "$PYTHON" -m benchmarks.latency_ratios "$plan" --out "$OUT" >/dev/null || echo "warning: $plan did not finish" >&2
 done
 "$PYTHON" -m benchmarks.targets --records "$OUT" --only-speed

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
+from dlplora.adapters.pool import load_pool
 from dlplora.atomic import write_atomically
-from dlplora.evaluation.answer_form import AnswerForm
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.kv_policy import KV_POLICIES
-from dlplora.modules.pool import load_pool
+from dlplora.lm_eval.answer_form import AnswerForm
 from dlplora.provenance import provenance
 from dlplora.reporting.store import RESULTS
 from dlplora.tasks.composite import composite_row, composites
 from dlplora.tasks.composite_metrics import composite_metrics
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 VIEWS = {"single": "tail", "concat_3": "segment"}
 NEW_TOKENS = {"single": 24, "concat_3": 54}
@@ -164,7 +164,7 @@ def main() -> None:
         write_atomically(record, json.dumps(result, indent=2) + "\n")
         print(record)
     else:
-        from dlplora.reporting.composite import write_kv_policy
+        from dlplora.reporting.composite_tables import write_kv_policy
 
         print(f"wrote {write_kv_policy(record, root / 'tables' / 'kv_policy.md')}")
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dlplora.atomic import write_atomically
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.tasks.nano import nano_suite
-from dlplora.tasks.suite import SPLITS, Item, Task
+from dlplora.tasks.types import SPLITS, Item, Task
 from dlplora.types import PromptBatch
 
 BEGIN, END = "<!-- dlplora:admission:begin -->", "<!-- dlplora:admission:end -->"

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
 from dlplora.evaluation.outcomes import outcomes_of
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.evaluation.runner import evaluate_run, prepare
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
+from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.methods.dlp import DLP
 from dlplora.modules.router import MiniMLPRouter
 from dlplora.provenance import provenance

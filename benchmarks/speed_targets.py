@@ -1,6 +1,7 @@
 """The project's targets for speed, read from the newest record of each shape; no record, no number.
 
-Nothing is measured here: ``benchmarks.latency``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` write the records.
+Nothing is measured here: ``benchmarks.latency_ratios``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` write
+the records.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from dlplora.reporting.bench import (
+from dlplora.reporting.latency.records import (
     SINGLE,
     LatencyRecord,
     Measurement,
@@ -22,7 +23,7 @@ from dlplora.reporting.bench import (
     read_json,
     reroute_cost,
 )
-from dlplora.reporting.training_bench import newest_training
+from dlplora.reporting.latency.training import newest_training
 
 CPU_SHAPES = ("nano", "qwen2-0.5b")
 GPU_SHAPES = ("qwen2-1.5b", "llama3-8b")

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dlplora.bench.hardware import OthersWatch
+from dlplora.bench.model_shapes import load_shape
+from dlplora.bench.session import Group, LatencyPlan, build_workshop, make_workload
+from dlplora.bench.setup import Contender, Entry
+from dlplora.bench.systems import build_contender
 from dlplora.cli.terminal import quiet_loading, split_names
 from dlplora.errors import DLPLoRAError
-from dlplora.evaluation.contenders import build_contender
-from dlplora.evaluation.latency_bench import Group, LatencyPlan, build_workshop, make_workload
-from dlplora.evaluation.machine import OthersWatch
-from dlplora.evaluation.shapes import load_shape
-from dlplora.evaluation.workshop import Contender, Entry
 from dlplora.provenance import provenance
-from dlplora.reporting.bench import BENCH_VERSION, FOLDER, save_bench
+from dlplora.reporting.latency.records import BENCH_VERSION, FOLDER, save_bench
 
 SHORT, LONG = 2, 18
 TOP = 6

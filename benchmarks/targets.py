@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks import speed_targets
 from dlplora.methods.registry import available_presets
-from dlplora.reporting.bench import FOLDER
 from dlplora.reporting.groups import latest
+from dlplora.reporting.latency.records import FOLDER
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import load_all
 from dlplora.reporting.tables import REFERENCE_ROWS, value_of

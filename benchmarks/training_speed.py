@@ -28,16 +28,16 @@ from typing import Any
 import lightning as L
 import torch
 
+from dlplora.bench.hardware import OthersWatch
+from dlplora.bench.timing import synchronize
 from dlplora.cli.terminal import split_names
 from dlplora.data.batching import BatchPlan
 from dlplora.data.datamodule import ExpertPoolDataModule
 from dlplora.data.encoding import EncodedSet, collate, encode_items
 from dlplora.errors import DLPLoRAError
-from dlplora.evaluation.latency import synchronize
-from dlplora.evaluation.machine import OthersWatch
 from dlplora.provenance import provenance
-from dlplora.reporting.bench import FOLDER, save_bench
-from dlplora.reporting.training_bench import ONE_BY_ONE, TrainingMode, TrainingRecord, markdown
+from dlplora.reporting.latency.records import FOLDER, save_bench
+from dlplora.reporting.latency.training import ONE_BY_ONE, TrainingMode, TrainingRecord, markdown
 from dlplora.tasks.nano import nano_suite
 from dlplora.training.expert_pool import LitExpertPool, plan_groups
 from dlplora.training.frozen import load_frozen, load_tokenizer

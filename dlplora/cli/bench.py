@@ -52,7 +52,7 @@ def plan_of(arguments: argparse.Namespace) -> Any:
     Raises:
         ConfigError: For a bad value, or options of a group beside ``--config``.
     """
-    from dlplora.evaluation.latency_bench import Group, LatencyPlan, load_plan
+    from dlplora.bench.session import Group, LatencyPlan, load_plan
 
     given = {name: getattr(arguments, name) for name in GROUP_OPTIONS if getattr(arguments, name) is not None}
     whole = {name: getattr(arguments, name) for name in ("shape", "dtype", "device") if getattr(arguments, name) is not None}
@@ -93,10 +93,10 @@ def _tell(text: str) -> None:
 
 def run_latency(arguments: argparse.Namespace) -> int:
     """Measure, write the record, print its table last."""
+    from dlplora.bench.session import run_plan
     from dlplora.cli.terminal import quiet_loading
-    from dlplora.evaluation.latency_bench import run_plan
-    from dlplora.reporting.bench import save_bench
-    from dlplora.reporting.latency_tables import markdown
+    from dlplora.reporting.latency.records import save_bench
+    from dlplora.reporting.latency.tables import markdown
 
     quiet_loading(None)
     plan = plan_of(arguments)

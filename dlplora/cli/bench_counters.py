@@ -9,9 +9,9 @@ from pathlib import Path
 
 def run_counters(arguments: argparse.Namespace) -> int:
     """Count, print a table, and with ``--check`` exit 1 if anything differs from the golden file."""
+    from dlplora.bench import op_cases as cases
     from dlplora.cli.terminal import quiet_loading, split_names
     from dlplora.errors import ConfigError
-    from dlplora.evaluation import counted_cases as cases
     from dlplora.methods.registry import available_presets
     from dlplora.reporting.goldens import golden_path
 

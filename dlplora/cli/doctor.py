@@ -44,9 +44,9 @@ def hub_state() -> str:
 
 def asset_states() -> dict[str, str]:
     """Embedded assets: present, and whether their recipe still matches."""
-    from dlplora.evaluation.assets import CONFIGS, RECIPE, recipe_hash
+    from dlplora.adapters.files import file_sha256
     from dlplora.inference.loading import nano_asset
-    from dlplora.modules.adapter_files import file_sha256
+    from dlplora.reproduce.artifacts import CONFIGS, RECIPE, recipe_hash
 
     states: dict[str, str] = {}
     weights, recipe = nano_asset("backbone") / "model.safetensors", nano_asset("backbone") / RECIPE
@@ -121,10 +121,10 @@ def data_state() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """Everything ``doctor`` says, as one mapping."""
+    from dlplora.adapters.hub import pools_root
     from dlplora.cli.pool import known_pools
     from dlplora.config import configs_root
-    from dlplora.lm_eval import console_command_is_ours
-    from dlplora.modules.pool_hub import pools_root
+    from dlplora.lm_eval.command import console_command_is_ours
     from dlplora.provenance import git_state, hardware, versions
 
     import torch  # isort: skip  # hardware() tells of threads and devices once torch is there

@@ -15,7 +15,7 @@ from dlplora.config import require_writable
 from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dlplora.evaluation.matrix import Matrix
+    from dlplora.evaluation.cache import EvalCache
     from dlplora.evaluation.protocol import Protocol
     from dlplora.evaluation.runner import Run
     from dlplora.reporting.schema import Record
@@ -41,8 +41,8 @@ def parse_parameter(text: str) -> tuple[str, Any]:
 
 def chosen_methods(text: str | None) -> list[str]:
     """Methods of a comparison: the reference rows, ``all`` presets, or names separated by commas."""
-    from dlplora.evaluation.reproduce import METHODS
     from dlplora.methods.registry import available_presets
+    from dlplora.reproduce.pipeline import METHODS
 
     if text is None:
         return list(METHODS)
@@ -110,7 +110,7 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate one method or several; standard output has one line of JSON for each."""
     from dlplora.cli.terminal import quiet_loading
-    from dlplora.evaluation.matrix import shared_matrix
+    from dlplora.evaluation.cache import eval_cache
 
     quiet_loading(arguments.pretrained)
     runs = _runs(arguments)
@@ -121,9 +121,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
         return 0
     root = Path(arguments.out)
     require_writable(root, "--out")
-    with shared_matrix() as matrix:
+    with eval_cache() as cache:
         for run in runs:
-            evaluated = _released(run, root, arguments) if arguments.released_code else _evaluated(run, root, arguments, matrix)
+            evaluated = _released(run, root, arguments) if arguments.released_code else _evaluated(run, root, arguments, cache)
             print(json.dumps(evaluated), flush=True)
     return 0
 
@@ -137,7 +137,7 @@ def _released(run: Run, root: Path, arguments: argparse.Namespace) -> dict[str, 
     return {"record": str(path), "tasks": {name: task.metrics for name, task in record.tasks.items()}}
 
 
-def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, matrix: Matrix) -> dict[str, Any]:
+def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, cache: EvalCache) -> dict[str, Any]:
     """One method through lm-eval, or its record if there is one."""
     from dlplora.evaluation.runner import execute, finished, power_note
     from dlplora.reporting.schema import read_record
@@ -145,7 +145,7 @@ def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, matrix: Matr
     path = None if arguments.force else finished(run, root)
     if path is None:
         say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}: {power_note(run)} …")
-        path, record = execute(run, root, matrix)
+        path, record = execute(run, root, cache)
     else:
         say(f"reusing {path} (--force evaluates again)")
         record = read_record(path)
@@ -157,10 +157,10 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     if arguments.suite == "paper":
         return _reproduce_paper(arguments)
     from dlplora.cli.terminal import quiet_loading
-    from dlplora.evaluation import reproduce
     from dlplora.evaluation.preconditions import require_limit
     from dlplora.evaluation.protocol import load_protocol
     from dlplora.evaluation.runner import power_note
+    from dlplora.reproduce import pipeline as reproduce
 
     given = [name for name in ("backbone", "tasks", "data_root") if getattr(arguments, name) is not None]
     if given:
@@ -195,9 +195,9 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
 
 def _tabulate(suite: str, records: Sequence[Record], root: Path) -> None:
     """Rewrite the tables of a suite and print that of some records."""
-    from dlplora.evaluation import reproduce
     from dlplora.reporting import tables
     from dlplora.reporting.store import is_publishable
+    from dlplora.reproduce import pipeline as reproduce
 
     readme = Path("README.md")
     # A trial run (limited, of uncommitted code, or written elsewhere) must not replace the published table.
@@ -215,9 +215,10 @@ def _tabulate(suite: str, records: Sequence[Record], root: Path) -> None:
 def _reproduce_paper(arguments: argparse.Namespace) -> int:
     """The paper's comparison on one backbone."""
     from dlplora.cli.terminal import quiet_loading
-    from dlplora.evaluation import reproduce, reproduce_paper
     from dlplora.evaluation.preconditions import require_limit
     from dlplora.evaluation.runner import power_note
+    from dlplora.reproduce import paper as reproduce_paper
+    from dlplora.reproduce import pipeline as reproduce
 
     require_limit(arguments.limit)
     if arguments.fresh:

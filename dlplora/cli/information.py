@@ -45,7 +45,7 @@ def run_methods(arguments: argparse.Namespace) -> int:
 
 def run_tasks(arguments: argparse.Namespace) -> int:
     """Tasks of a suite."""
-    from dlplora.tasks.suite import get_suite
+    from dlplora.tasks.registry import get_suite
 
     if arguments.export:
         return _export(arguments.suite, arguments.data_root, arguments.export)

@@ -49,8 +49,8 @@ def counted(number: int, noun: str) -> str:
 
 def run_pool_list(arguments: argparse.Namespace) -> int:
     """Adapters of a pool, in its order; without a pool, the pools below ``DLPLORA_POOLS``."""
-    from dlplora.modules.adapter_headers import read_header
-    from dlplora.modules.pool import load_pool
+    from dlplora.adapters.headers import read_header
+    from dlplora.adapters.pool import load_pool
 
     if arguments.folder is None:
         return _list_pools(arguments.format)
@@ -77,7 +77,7 @@ def run_pool_list(arguments: argparse.Namespace) -> int:
 
 
 def _list_pools(style: str) -> int:
-    from dlplora.modules.pool_hub import pools_root
+    from dlplora.adapters.hub import pools_root
 
     pools = known_pools()
     if pools:
@@ -88,8 +88,8 @@ def _list_pools(style: str) -> int:
 
 def known_pools() -> dict[str, int | None]:
     """Pools that can be called by name, and how many adapters each lists; None where the manifest cannot be read."""
-    from dlplora.modules.pool import MANIFEST_NAME
-    from dlplora.modules.pool_hub import pools_root
+    from dlplora.adapters.hub import pools_root
+    from dlplora.adapters.pool import MANIFEST_NAME
 
     found: dict[str, int | None] = {}
     for path in sorted(pools_root().glob(f"*/{MANIFEST_NAME}")):
@@ -102,10 +102,10 @@ def known_pools() -> dict[str, int | None]:
 
 def run_pool_check(arguments: argparse.Namespace) -> int:
     """Read every adapter; exit 2 if one cannot be fused, after naming all that cannot."""
+    from dlplora.adapters.inspect import inspect_adapter
+    from dlplora.adapters.pool import load_pool, unlisted
     from dlplora.errors import DLPLoRAError
     from dlplora.modules.lora_bank import AdapterBank
-    from dlplora.modules.pool import load_pool, unlisted
-    from dlplora.modules.pool_inspect import inspect_adapter
 
     pool = load_pool(arguments.folder)
     for name in unlisted(pool):
@@ -138,8 +138,8 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
 
 def run_pool_inspect(arguments: argparse.Namespace) -> int:
     """A matrix of every adapter below a folder, with a hint for each problem; always exits 0 if there is something to show."""
-    from dlplora.modules.pool_hub import find_pool
-    from dlplora.modules.pool_inspect import inspect_folder
+    from dlplora.adapters.hub import find_pool
+    from dlplora.adapters.inspect import inspect_folder
 
     seen = inspect_folder(find_pool(arguments.folder))
     plain = arguments.format == "md"
@@ -175,8 +175,8 @@ def run_pool_inspect(arguments: argparse.Namespace) -> int:
 
 def run_pool_add(arguments: argparse.Namespace) -> int:
     """Add one adapter to a pool."""
-    from dlplora.modules.pool_add import add_adapter
-    from dlplora.modules.pool_inspect import inspect_adapter
+    from dlplora.adapters.add import add_adapter
+    from dlplora.adapters.inspect import inspect_adapter
 
     pool = add_adapter(
         arguments.folder,

@@ -80,7 +80,7 @@ def run_build(arguments: argparse.Namespace) -> int:
 def run_all(arguments: argparse.Namespace) -> int:
     """Tables, figures and page of every suite, from records read once; the table of both protocols as well."""
     from dlplora.reporting import protocols
-    from dlplora.reporting.latency_figures import draw_latency
+    from dlplora.reporting.latency.figures import draw_latency
 
     root = Path(arguments.out)
     _require_results(root)
@@ -137,7 +137,7 @@ def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence
 
 def run_figures(arguments: argparse.Namespace) -> int:
     """Draw every figure the records and sweeps have numbers for."""
-    from dlplora.reporting.latency_figures import draw_latency
+    from dlplora.reporting.latency.figures import draw_latency
 
     root = Path(arguments.out)
     _require_results(root, arguments.suite)
@@ -176,7 +176,7 @@ def run_html(arguments: argparse.Namespace) -> int:
 
 def _test_items(suite: str, task: str) -> Sequence[Any]:
     """What was asked, where the suite can be made on this machine."""
-    from dlplora.tasks.suite import get_suite
+    from dlplora.tasks.registry import get_suite
 
     try:
         return get_suite(suite).task(task).items("test", 100)

@@ -19,7 +19,8 @@ from torch import Tensor
 from dlplora.data.batching import BatchPlan, StepLoader
 from dlplora.data.encoding import EncodedItem, EncodedSet, collate, encode_items, encode_texts
 from dlplora.errors import ConfigError
-from dlplora.tasks.suite import Split, Suite, get_suite
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Split, Suite
 
 log = logging.getLogger(__name__)
 

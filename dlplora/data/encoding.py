@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dlplora.errors import TaskError
-from dlplora.tasks.suite import Item
+from dlplora.tasks.types import Item
 
 IGNORED = -100
 TARGET_DELIMITER = " "

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlplora.data.batching import BatchPlan, StepLoader
 from dlplora.errors import ConfigError
-from dlplora.tasks.suite import Split, get_suite
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Split
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"

@@ -9,7 +9,7 @@ from dlplora.reporting.samples import METRICS, Outcome
 from dlplora.reporting.statistics import bleu_statistics, bleu_stderr, mean_stderr
 
 if TYPE_CHECKING:
-    from dlplora.evaluation.harness import HarnessResult
+    from dlplora.lm_eval.evaluate import HarnessResult
 
 Routes = Mapping[tuple[str, int], Sequence[tuple[int, Mapping[str, float]]]]
 """lm-eval's task name and question index -> (characters generated so far, experts kept) of the prompt and every re-route."""

@@ -8,7 +8,7 @@ from dlplora.errors import ConfigError, MethodError, TaskError, nearest
 from dlplora.inference.saving import untrained_method
 from dlplora.methods.base import FusionMethod
 from dlplora.tasks.composite import CompositeTask
-from dlplora.tasks.suite import Suite, Task
+from dlplora.tasks.types import Suite, Task
 
 MAX_SEEDS = 2**32
 """Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""

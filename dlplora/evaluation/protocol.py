@@ -10,7 +10,7 @@ from typing import Any
 from dlplora.config import build, config_hash, find_config, load_yaml
 from dlplora.errors import ConfigError, TaskError
 from dlplora.tasks.composite import not_drawable
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 LATER = {"since": 2}
 """Metadata of settings added after the first records: at their default they are left out, so that old hashes stay what they were."""

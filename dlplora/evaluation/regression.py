@@ -15,12 +15,12 @@ import torch
 from dlplora.errors import MethodError, nearest
 from dlplora.evaluation.outcomes import outcomes_of
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.runner import Run, close_after, evaluate_run, measure_latency, prepare
+from dlplora.evaluation.runner import Run, evaluate_run, measure_latency, open_model, prepare
 from dlplora.reporting.comparison import MAIN_METRIC
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
-    from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+    from dlplora.lm_eval.model import DLPLoRALM
 
 LIMIT = 8
 """Questions a task."""
@@ -68,7 +68,7 @@ def chosen(names: Sequence[str] | None) -> tuple[Guard, ...]:
 def observe(guard: Guard, *, latency: bool = True) -> dict[str, Any]:
     """Run one guard and return what the golden file keeps of it."""
     run = prepare(load_protocol("nano"), "nano", guard.preset, 0, method_params=guard.params, limit=LIMIT)
-    with close_after(run) as lm:
+    with open_model(run) as lm:
         outcomes = outcomes_of(evaluate_run(run, lm), run.prefix, lm.statistics.routes)
         observed = {
             "logits": _probe(run, lm),

@@ -30,7 +30,7 @@ from torch import Tensor
 from dlplora.atomic import write_atomically
 from dlplora.config import config_hash
 from dlplora.data.encoding import encode_pairs
-from dlplora.evaluation.runner import TEST_ITEMS, Run, blank_record, close_after
+from dlplora.evaluation.runner import TEST_ITEMS, Run, blank_record, open_model
 from dlplora.reporting.protocols import record_path
 from dlplora.reporting.schema import Record, TaskResult, read_record, to_json
 from dlplora.reporting.statistics import mean_stderr
@@ -39,7 +39,7 @@ from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM
-    from dlplora.tasks.suite import Item
+    from dlplora.tasks.types import Item
 
 METRICS = ("exact", "char_bleu", "rouge1", "rougeL", "self_bleu", "self_rouge")
 REPEATED = ("exact", "char_bleu")
@@ -203,7 +203,7 @@ def execute_released(run: Run, root: Path = RESULTS, *, force: bool = False) -> 
     path = record_path(blank, root)
     if path.is_file() and not force:
         return path, read_record(path)
-    with close_after(run) as lm:
+    with open_model(run) as lm:
         results, num_cut = evaluate_released(run, lm.fused)
         record = dataclasses.replace(
             blank,

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlplora import __version__
+from dlplora.adapters.files import file_sha256
+from dlplora.adapters.hub import find_pool
+from dlplora.adapters.pool import load_pool
 from dlplora.config import config_hash
 from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
@@ -21,20 +24,18 @@ from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import method_asset, nano_asset, resolve_backbone
 from dlplora.inference.saving import read as saved_model
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
-from dlplora.modules.adapter_files import file_sha256
-from dlplora.modules.pool import load_pool
-from dlplora.modules.pool_hub import find_pool
 from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
 from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
 from dlplora.tasks.export import rows_sha256
-from dlplora.tasks.suite import Suite, Task, get_suite
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Suite, Task
 
 if TYPE_CHECKING:
-    from dlplora.evaluation.harness import HarnessResult
-    from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
-    from dlplora.evaluation.matrix import Matrix
+    from dlplora.evaluation.cache import EvalCache
+    from dlplora.lm_eval.evaluate import HarnessResult
+    from dlplora.lm_eval.model import DLPLoRALM
 
 
 TEST_ITEMS = 100
@@ -191,7 +192,7 @@ def finished(run: Run, root: Path = RESULTS) -> Path | None:
     return find_cell(run.cell(), run.seed, run.suite.name, run.spec.name, root, scratch=True)
 
 
-def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tuple[Path, Record]:
+def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None) -> tuple[Path, Record]:
     """Evaluate and write the record; a failure is written to ``scratch`` and raised again.
 
     What is refused before the evaluation begins (an unfit pool, gates of another pool, a missing encoder) leaves nothing behind.
@@ -199,7 +200,7 @@ def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tup
     Args:
         run: What to evaluate.
         root: Results folder.
-        matrix: What this run shares with others; None shares nothing.
+        cache: What this run shares with others; None shares nothing.
 
     Raises:
         DLPLoRAError: What the evaluation raised.
@@ -207,9 +208,9 @@ def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tup
     started = time.perf_counter()
     loaded = None
     try:
-        with close_after(run, matrix) as lm:
+        with open_model(run, cache) as lm:
             loaded = time.perf_counter()
-            result = evaluate_run(run, lm, matrix)
+            result = evaluate_run(run, lm, cache)
             evaluated = time.perf_counter()
             latency = measure_latency(run, lm)
             timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
@@ -223,11 +224,11 @@ def execute(run: Run, root: Path = RESULTS, matrix: Matrix | None = None) -> tup
 
 
 @contextmanager
-def close_after(run: Run, matrix: Matrix | None = None) -> Iterator[DLPLoRALM]:
+def open_model(run: Run, cache: EvalCache | None = None) -> Iterator[DLPLoRALM]:
     """The run's model for the time of the block."""
     lm = _load(run)
-    if matrix is not None:
-        lm.encodings = matrix.encodings(run)
+    if cache is not None:
+        lm.encodings = cache.encodings(run.protocol.backbone, run.protocol.revision)
     try:
         yield lm
     finally:
@@ -235,9 +236,9 @@ def close_after(run: Run, matrix: Matrix | None = None) -> Iterator[DLPLoRALM]:
 
 
 def _load(run: Run) -> DLPLoRALM:
-    from dlplora.evaluation.launch import usable_device
-    from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
     from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.lm_eval.distributed import usable_device
+    from dlplora.lm_eval.model import DLPLoRALM
 
     protocol = run.protocol
     fused = FusedCausalLM.from_pretrained(
@@ -256,16 +257,16 @@ def _load(run: Run) -> DLPLoRALM:
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)
 
 
-def evaluate_run(run: Run, lm: DLPLoRALM, matrix: Matrix | None = None) -> HarnessResult:
+def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None) -> HarnessResult:
     """The run's tasks through lm-eval, with every question's outcome."""
-    from dlplora.evaluation.harness import evaluate
-    from dlplora.evaluation.matrix import shared_matrix
+    from dlplora.evaluation.cache import eval_cache
+    from dlplora.lm_eval.evaluate import evaluate
 
     protocol = run.protocol
-    with nullcontext(matrix) if matrix is not None else shared_matrix() as common:
+    with nullcontext(cache) if cache is not None else eval_cache() as common:
         return evaluate(
             lm,
-            common.tasks(run),
+            common.tasks(run.suite, run.task_names, data_root=protocol.data_root, num_fewshot=protocol.num_fewshot),
             limit=run.limit,
             num_fewshot=protocol.num_fewshot,
             seed=run.seed,
@@ -282,7 +283,7 @@ def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
         return None
     import torch
 
-    from dlplora.evaluation.latency import load_peft_reference, measure_decode_ratio
+    from dlplora.bench.timing import load_peft_reference, measure_decode_ratio
 
     pool = load_pool(run.folders["pool"])
     first = pool.names[0]

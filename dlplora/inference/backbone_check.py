@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dlplora.adapters.fingerprint import check_base_names
+from dlplora.adapters.pool import Pool
 from dlplora.errors import IncompatibleAdapterError
-from dlplora.inference.fingerprint import check_base_names
 from dlplora.inference.loading import empty_backbone, resolve_backbone
 from dlplora.inference.patching import patch
 from dlplora.modules.fused_linear import RoutingSlot
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import Pool
 
 
 def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: str | None = None) -> str:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dlplora.adapters.fingerprint import base_fingerprint, check_backbone
+from dlplora.adapters.pool import load_pool
 from dlplora.errors import ConfigError, GenerationError, RoutingError
 from dlplora.inference import saving
-from dlplora.inference.fingerprint import base_fingerprint, check_backbone
 from dlplora.inference.generation import VocabularyTable
-from dlplora.inference.loading import load_backbone, nano_asset
+from dlplora.inference.loading import load_backbone, nano_asset, resolve_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
 from dlplora.inference.prompt_routing import first_views
@@ -26,13 +27,12 @@ from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import load_pool
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
     from transformers import CompileConfig
 
-    from dlplora.tasks.suite import Item
+    from dlplora.tasks.types import Item
 
 
 class FusedCausalLM(nn.Module):
@@ -147,7 +147,7 @@ class FusedCausalLM(nn.Module):
             raise ConfigError("a pool of adapters is needed for this backbone: pass pool=FOLDER.")
         opened = load_pool(pool)
         model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, **loading)
-        check_backbone(opened, model, pretrained)
+        check_backbone(opened, model, resolve_backbone(pretrained))
         bank = AdapterBank.from_pool(pool, names, dtype=model.dtype, device=device)
         context = MethodContext(
             tokenizer=tokenizer,

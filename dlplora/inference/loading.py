@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from dlplora.adapters.hub import hub_failure
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import ConfigError
 from dlplora.inference.quantization import bitsandbytes_config, check_widths, is_quantized
-from dlplora.modules.pool_hub import hub_failure
 
 NANO_ASSETS = ASSETS_ROOT / "nano"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dlplora.errors import GenerationError
 from dlplora.inference.sentences import question_spans, sentence_end_positions
-from dlplora.tasks.suite import TASK_SEPARATOR
+from dlplora.tasks.types import TASK_SEPARATOR
 from dlplora.types import PromptBatch
 
 PROMPT_ROUTINGS = ("whole", "question", "sentence")

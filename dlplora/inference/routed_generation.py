@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,30 @@ from transformers import StoppingCriteria
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, kept_experts, settling, trace_entry, with_watchers
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
 from dlplora.inference.prompt_routing import first_views, piecewise_weights, segment_task
+from dlplora.methods.base import FusedModel, FusionMethod
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
-    from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.inference.planning import Planner
+
+
+class RoutedModel(FusedModel, Protocol):
+    """What a routed generation needs of the fused model."""
+
+    method: FusionMethod
+    planner: Planner
+    slot: RoutingSlot
+    vocabulary: VocabularyTable | None
+
+    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
+        """Routing state for a batch of prompts, or None if gates decide."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        ...
 
 
 class PlanSwitch(StoppingCriteria):
@@ -47,7 +66,7 @@ class RoutedGeneration:
     """
 
     def __init__(
-        self, fused: FusedCausalLM, prompts: PromptBatch, ids: Tensor, mask: Tensor, copies: int, trace: list[dict[str, Any]] | None
+        self, fused: RoutedModel, prompts: PromptBatch, ids: Tensor, mask: Tensor, copies: int, trace: list[dict[str, Any]] | None
     ) -> None:
         self.fused, self.prompts, self.ids, self.mask, self.copies, self.trace = fused, prompts, ids, mask, copies, trace
         self._watcher: SentenceRerouter | None = None

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dlplora.adapters.pool import write_manifest
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import write_manifest
 
 CONFIG_NAME = "fused_config.json"
 

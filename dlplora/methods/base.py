@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,41 @@ from dlplora.types import PromptBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dlplora.inference.fused_model import FusedCausalLM
     from dlplora.modules.lora_bank import AdapterBank
-    from dlplora.tasks.suite import Item
+    from dlplora.tasks.types import Item
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
 HASHED_IF_SET = {"hashed_if_set": True}
 """Metadata of a parameter that came later with a default that changes nothing: at its default it is left out of records and hashes."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
+
+
+class FusedModel(Protocol):
+    """What a method sees of the model it is attached to; ``inference.FusedCausalLM`` is one."""
+
+    model: Any
+    """The patched Hugging Face model."""
+    tokenizer: Any
+    bank: AdapterBank
+    slot: Any
+    """Where the layers find the routing weights of a request."""
+    patched: Any
+    """``patched.layers``: fused layers by module path; ``patched.hooks``: hooks that go when the layers go."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base model."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Positions the base model supports, in tokens."""
+        ...
+
+    def routing(self, weights: Tensor) -> AbstractContextManager[Any]:
+        """Bind routing weights for the calls inside the block."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,7 +263,7 @@ class FusionMethod(nn.Module):
         """Routing weights (B, E), float32, from the context only; None if gates inside the layers decide."""
         return None
 
-    def attach(self, model: FusedCausalLM) -> None:
+    def attach(self, model: FusedModel) -> None:
         """Install token-level gates on the fused layers. Default: nothing to install."""
 
     def saved_state(self) -> Mapping[str, Tensor]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlplora.adapters.files import AdapterSpec, LoraWeights, read_adapter
+from dlplora.adapters.pool import load_pool, read_pool
 from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
 from dlplora.kernels.allocation import zeros
-from dlplora.modules.adapter_files import AdapterSpec, LoraWeights, read_adapter
-from dlplora.modules.pool import load_pool, read_pool
 
 SHRINK_BANK = "Load fewer experts (names=...), adapters of a smaller rank, or a smaller dtype (dtype=bfloat16)."
 

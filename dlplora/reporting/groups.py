@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dlplora.reporting.comparison import Scores, collect
-from dlplora.reporting.latency_tables import interleaved
+from dlplora.reporting.latency.tables import interleaved
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader, is_publishable
 

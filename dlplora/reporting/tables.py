@@ -15,7 +15,7 @@ from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting.comparison import Scores, Verdict, against, by_task, ranking, task_means, task_wins, ties_with_best
 from dlplora.reporting.groups import Group, by_setting, group
-from dlplora.reporting.latency_tables import latency_source, speed_page
+from dlplora.reporting.latency.tables import latency_source, speed_page
 from dlplora.reporting.notes import NOTES
 from dlplora.reporting.reported import reported_page
 from dlplora.reporting.schema import AGGREGATES, Record

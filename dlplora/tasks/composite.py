@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dlplora.errors import TaskError
-from dlplora.tasks.suite import TASK_SEPARATOR, Item, Split, Suite, Task
+from dlplora.tasks.types import TASK_SEPARATOR, Item, Split, Suite, Task
 
 Reading = Literal["mixture", "concat", "serial"]
 READINGS: tuple[Reading, ...] = ("mixture", "concat", "serial")

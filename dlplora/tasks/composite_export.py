@@ -10,7 +10,7 @@ from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.composite import READINGS, SIZES
 from dlplora.tasks.composite_metrics import TOTALS
 from dlplora.tasks.composite_rows import is_composite_file, read_composites
-from dlplora.tasks.suite import Task
+from dlplora.tasks.types import Task
 
 PREFIX = "dlplora_local_composite_"
 TOKENS_AN_ANSWER = 64

@@ -15,7 +15,7 @@ import yaml
 from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.composite_export import composite_configs, composite_folders
 from dlplora.tasks.local import ENV_ROOT, data_root, local_suite, readable_tasks
-from dlplora.tasks.suite import Task
+from dlplora.tasks.types import Task
 
 PREFIX = "dlplora_local_"
 GROUP = "dlplora_local"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dlplora.errors import TaskError, nearest
-from dlplora.tasks.suite import Item, Suite, Task, parse_row
+from dlplora.tasks.types import Item, Suite, Task
 
 ENV_ROOT = "DLPLORA_DATA"
 VALIDATION_SHARE = 0.1
@@ -39,6 +40,37 @@ def rows_state(given: str | None) -> tuple[object, ...]:
         return ()
     found = [(str(path), path.stat()) for path in sorted(root.glob("*/*.jsonl"))]
     return (str(root.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
+def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
+    """One JSON row of the local schema to an item.
+
+    Args:
+        row: ``{"question", "choices": [...], "answer": index}`` or ``{"question", "answer": text}``.
+        task: Task name.
+        where: File and line, for errors.
+
+    Raises:
+        TaskError: Naming the file, the line and the field that is missing or wrong.
+    """
+    for key in ("question", "answer"):
+        if key not in row:
+            raise TaskError(f"{where}: field '{key}' is missing; a row needs question, answer and, for multiple choice, choices.")
+    question = str(row["question"]).rstrip()
+    if not question:
+        raise TaskError(f"{where}: 'question' is empty.")
+    choices = row.get("choices")
+    if choices is None:
+        if not isinstance(row["answer"], (str, int, float)):
+            raise TaskError(f"{where}: 'answer' must be text, got {json.dumps(row['answer'])[:60]}.")
+        return Item(task, question, str(row["answer"]).strip())
+    gold = row["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise TaskError(f"{where}: 'choices' must be a list of at least two options.")
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+        raise TaskError(f"{where}: 'answer' must be an index from 0 to {len(choices) - 1}, got {json.dumps(gold)[:60]}.")
+    options = tuple(str(choice).strip() for choice in choices)
+    return Item(task, question, options[gold], options, gold)
 
 
 def read_rows(path: Path, task: str) -> list[Item]:

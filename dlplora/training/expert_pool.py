@@ -100,7 +100,7 @@ class LitExpertPool(AdapterModule):
         """Load the backbone, freeze it, put the grouped layers in, and draw every expert's initial weights."""
         if self.model is not None:
             return
-        from dlplora.inference.fingerprint import base_fingerprint
+        from dlplora.adapters.fingerprint import base_fingerprint
 
         self.model = load_frozen(self.backbone, self.backbone_dtype)
         self.fingerprint = base_fingerprint(self.model)  # before the layers are wrapped
@@ -176,7 +176,7 @@ class LitExpertPool(AdapterModule):
 
     def export(self) -> list[Path]:
         """Write every expert as a PEFT folder, then the manifest of the pool."""
-        from dlplora.modules.pool import write_manifest
+        from dlplora.adapters.pool import write_manifest
 
         assert self.export_folder is not None
         assert self.patch is not None

@@ -1,6 +1,6 @@
 """Cases for the conformance checklist: every preset found, on the tiny model and the tiny pool.
 
-The checks themselves are in ``dlplora.methods.conformance``, so that third parties can run them on their own methods.
+The checks themselves are in ``dlplora.testing.conformance``, so that third parties can run them on their own methods.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from dlplora.config import list_configs
 from dlplora.methods.base import FusionMethod
-from dlplora.methods.conformance import Case
 from dlplora.methods.registry import available_methods, build_method, load_method_spec
+from dlplora.testing.conformance import Case
 
 
 def discovered() -> list[str]:

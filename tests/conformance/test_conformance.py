@@ -13,11 +13,11 @@ from conformance import discovered, make_case
 from torch import Tensor, nn
 
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
-from dlplora.methods.conformance import CHECKS, Case, ConformanceError, exempt_lines, run_all, run_check
 from dlplora.methods.dlp import DLP
 from dlplora.methods.references import AvgDelta
 from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.testing.conformance import CHECKS, Case, ConformanceError, exempt_lines, run_all, run_check
 from dlplora.types import PromptBatch
 
 

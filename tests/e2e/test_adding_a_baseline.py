@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dlplora.methods import registry
-from dlplora.methods.conformance import Case, run_all
+from dlplora.testing.conformance import Case, run_all
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_baseline.md"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from dlplora.adapters.pool import write_manifest
 from dlplora.cli.main import main
 from dlplora.inference.loading import nano_asset
-from dlplora.modules.pool import write_manifest
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_adapter_and_backbone_come_from_the_cache(cache: Path, tmp_path: Path, t
     code = f"""
 import json, sys, torch
 from dlplora.cli.main import main
-from dlplora.inference.fingerprint import base_fingerprint
+from dlplora.adapters.fingerprint import base_fingerprint
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import load_backbone
 assert main(["pool", "add", "./pool", "org/tiny-lora"]) == 0

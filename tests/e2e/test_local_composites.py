@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dlplora.cli.main import main
 from dlplora.tasks.composite import composites
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 REAL = Path(os.environ.get("DLPLORA_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data" / "real")
 REAL_TASKS = ("navigate", "implicatures", "object_counting")

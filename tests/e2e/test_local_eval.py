@@ -13,8 +13,8 @@ import yaml
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from dlplora import lm_eval as command
 from dlplora.cli.main import main
+from dlplora.lm_eval import __main__ as command
 from dlplora.tasks.export import export_local
 from tests.toy_tasks import NAMES, write_tasks
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dlplora.cli.main import main
-from dlplora.evaluation import lm_eval_adapter, regression
+from dlplora.evaluation import regression
+from dlplora.lm_eval import model as lm_eval_adapter
 from dlplora.methods import dlp
 from dlplora.modules import routing
 from dlplora.modules.lora_bank import AdapterBank

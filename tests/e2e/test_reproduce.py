@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dlplora.cli.main import main
-from dlplora.evaluation import assets
 from dlplora.inference.loading import NANO_ASSETS
+from dlplora.reproduce import artifacts as assets
 
 ROOT = Path(__file__).resolve().parents[2]
 

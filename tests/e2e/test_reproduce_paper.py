@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
+from dlplora.bench.model_shapes import SHAPES
 from dlplora.cli.main import main
 from dlplora.config import build, configs_root, list_configs, load_yaml
-from dlplora.evaluation import assets
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.reproduce_paper import CONFIGS, Profile, announced, resolve
-from dlplora.evaluation.setting import Setting
-from dlplora.evaluation.shapes import SHAPES
 from dlplora.reporting.store import load_all
+from dlplora.reproduce import artifacts as assets
+from dlplora.reproduce.paper import CONFIGS, Profile, announced, resolve
+from dlplora.reproduce.recipe import Setting
 from dlplora.training.config_check import check_command_line
 
 TASKS = ("object_counting", "winowhy")

@@ -15,14 +15,14 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from dlplora.adapters.fingerprint import base_fingerprint
+from dlplora.adapters.pool import write_manifest
 from dlplora.errors import ConfigError
-from dlplora.inference.fingerprint import base_fingerprint
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import load_backbone
 from dlplora.inference.quantization import check_widths
 from dlplora.methods.references import Base, Oracle
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import write_manifest
 
 IDS = torch.tensor([[1, 5, 9, 40, 33, 7], [1, 80, 12, 3, 61, 90], [1, 17, 17, 4, 8, 22]])
 NAMES = ["first", "second"]

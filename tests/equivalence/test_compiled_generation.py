@@ -131,7 +131,7 @@ def test_a_forward_compiled_by_hand_follows_rerouting(tiny_llama: Any, tiny_toke
 
 def test_no_value_reaches_the_host_between_sentence_ends(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     """At a token without a sentence end, ``generate`` reads what it reads without re-routing, and the flags that a GPU has sent by then."""
-    from dlplora.evaluation.counters import count
+    from dlplora.bench.op_counter import count
 
     class Once(ByLength):
         name = "once"

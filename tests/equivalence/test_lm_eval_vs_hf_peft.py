@@ -15,9 +15,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from dlplora.evaluation import harness
-from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.lm_eval import evaluate as harness
+from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch

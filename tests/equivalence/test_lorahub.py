@@ -19,7 +19,8 @@ from dlplora.errors import ConfigError, IncompatibleAdapterError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import MethodContext
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.tasks.suite import Item, get_suite
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Item
 from dlplora.types import PromptBatch
 
 NAMES = ("alpha", "beta", "gamma")

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 
 from dlplora.config import list_configs
-from dlplora.methods.conformance_case import Case, folder_of, forced, forced_names
 from dlplora.methods.registry import available_methods, build_method, load_method_spec
+from dlplora.testing.cases import Case, folder_of, forced, forced_names
 from dlplora.types import PromptBatch
 
 PRESETS = list_configs("method")

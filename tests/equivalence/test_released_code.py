@@ -12,7 +12,7 @@ import torch
 from dlplora.evaluation import released_code
 from dlplora.evaluation.released_code import character_bleu, predictions, released_layout, released_metrics, rows_of
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.tasks.suite import Item
+from dlplora.tasks.types import Item
 
 QUESTIONS = [
     ("alpha", "the cat sees the", "red box ."),

@@ -20,7 +20,7 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import MethodContext
 from dlplora.methods.registry import build_method
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.tasks.suite import Item
+from dlplora.tasks.types import Item
 from dlplora.types import PromptBatch
 
 NAMES = ("alpha", "beta", "gamma")

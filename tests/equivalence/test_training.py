@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlplora.cli.fit import main as fit
 from dlplora.data.datamodule import ExpertDataModule
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 from dlplora.training.settings import expert_generator, initial_lora_a
 from tests.toy_tasks import NAMES, write_tasks
 

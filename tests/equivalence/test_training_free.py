@@ -20,7 +20,7 @@ from dlplora.errors import ConfigError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.tasks.suite import Item
+from dlplora.tasks.types import Item
 from dlplora.types import PromptBatch
 from tests.equivalence.merged_truth import deltas
 

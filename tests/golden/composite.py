@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dlplora.tasks.composite import READINGS, SIZES, composite_row, composites
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 KEYS = ("task", "question", "answer", "answer_form")
 

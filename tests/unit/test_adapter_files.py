@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dlplora.adapters.add import add_adapter
+from dlplora.adapters.files import read_adapter
+from dlplora.adapters.pool import load_pool, unlisted, write_manifest
 from dlplora.errors import AdapterError, IncompatibleAdapterError, PoolError, RoutingError, UnsafeFileError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.references import Base, Oracle
-from dlplora.modules.adapter_files import read_adapter
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool import load_pool, unlisted, write_manifest
-from dlplora.modules.pool_add import add_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dlplora.adapters.config import config_problems, same_base
+from dlplora.adapters.files import read_adapter
+from dlplora.adapters.headers import read_header, read_tensor_headers
 from dlplora.errors import AdapterError, IncompatibleAdapterError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.references import Base
-from dlplora.modules.adapter_config import config_problems, same_base
-from dlplora.modules.adapter_files import read_adapter
-from dlplora.modules.adapter_headers import read_header, read_tensor_headers
 from dlplora.modules.lora_bank import AdapterBank
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -126,7 +126,7 @@ def test_settings_that_change_nothing_are_accepted(config: dict[str, Any], chang
 
 
 def test_a_default_of_the_installed_peft_is_accepted(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import dlplora.modules.adapter_config as rules
+    import dlplora.adapters.config as rules
 
     monkeypatch.setattr(rules, "UNDERSTOOD", rules.UNDERSTOOD - {"megatron_core"})
     assert config_problems(config) == []
@@ -183,8 +183,8 @@ def test_names_of_one_backbone() -> None:
 
 
 def test_a_hub_backbone_is_compared_by_name(tiny_pool: Path, tmp_path: Path) -> None:
-    from dlplora.inference.fingerprint import check_base_names
-    from dlplora.modules.pool import load_pool
+    from dlplora.adapters.fingerprint import check_base_names
+    from dlplora.adapters.pool import load_pool
 
     pool = Path(shutil.copytree(tiny_pool, tmp_path / "pool"))
     for name in ("alpha", "beta"):

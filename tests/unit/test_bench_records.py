@@ -14,13 +14,13 @@ import pytest
 
 from benchmarks import speed_targets
 from dlplora.errors import RecordError
-from dlplora.reporting.bench import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarise
 from dlplora.reporting.groups import latest
-from dlplora.reporting.latency_figures import draw_latency
-from dlplora.reporting.latency_tables import interleaved, latency_source, markdown
+from dlplora.reporting.latency.figures import draw_latency
+from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarise
+from dlplora.reporting.latency.tables import interleaved, latency_source, markdown
+from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_training
 from dlplora.reporting.store import load_all
 from dlplora.reporting.tables import build, caption, main_table
-from dlplora.reporting.training_bench import TrainingMode, TrainingRecord, newest_training
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dlplora.errors import ConfigError, GenerationError, TaskError
-from dlplora.evaluation.answer_form import AnswerForm, require_whole
+from dlplora.lm_eval.answer_form import AnswerForm, require_whole
 from dlplora.methods.registry import load_method_spec, resolved_params
 from dlplora.tasks.composite import Part, composite_row, composites, concat, parse_answers, serial, worked_examples
 from dlplora.tasks.composite_metrics import composite_metrics
 from dlplora.tasks.composite_rows import read_composites
 from dlplora.tasks.export import export_local
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "composite.json"
 METEORA = Path(__file__).resolve().parents[3] / "shared" / "data" / "real" / "composite_10" / "test.jsonl"

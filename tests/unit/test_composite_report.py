@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlplora.errors import RecordError
-from dlplora.reporting.composite import SUITE, page, write_kv_policy
+from dlplora.reporting.composite_tables import SUITE, page, write_kv_policy
 from dlplora.reporting.groups import latest
 from dlplora.reporting.store import load_all
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from dlplora.bench import op_cases as cases
+from dlplora.bench.op_counter import Counts, count, stored_bytes
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError, RecordError
-from dlplora.evaluation import counted_cases as cases
-from dlplora.evaluation.counters import Counts, count, stored_bytes
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.references import Oracle
 from dlplora.methods.registry import available_presets

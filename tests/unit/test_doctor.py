@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dlplora.adapters.add import add_adapter
 from dlplora.cli import doctor
 from dlplora.cli.main import main
-from dlplora.modules.pool_add import add_adapter
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from baselines._gates import TokenGated, top_k_softmax
 from baselines.xlora import XLoRA
-from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 

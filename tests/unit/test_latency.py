@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from dlplora.bench import timing as latency
+from dlplora.bench.timing import LatencyResult, Samples, load_peft_reference, measure_decode_ratio
 from dlplora.errors import ConfigError, GenerationError
-from dlplora.evaluation import latency
-from dlplora.evaluation.latency import LatencyResult, Samples, load_peft_reference, measure_decode_ratio
 from dlplora.inference.fused_model import FusedCausalLM
 
 PROMPT = torch.arange(3, 15).reshape(2, 6)

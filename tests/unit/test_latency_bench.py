@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from dlplora.bench import session as latency_bench
+from dlplora.bench.hardware import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes
+from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
+from dlplora.bench.session import Group, LatencyPlan, load_plan, make_workload, run_plan
+from dlplora.bench.setup import Entry, Workshop
+from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_contender, known_contenders
+from dlplora.bench.upstream_loop import KeptExperts, LoopedLoRALinear
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError
-from dlplora.evaluation import latency_bench
-from dlplora.evaluation.contenders import BUILTIN, ForcedRerouter, build_contender, known_contenders
-from dlplora.evaluation.latency_bench import Group, LatencyPlan, load_plan, make_workload, run_plan
-from dlplora.evaluation.machine import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes
-from dlplora.evaluation.released_loop import KeptExperts, LoopedLoRALinear
-from dlplora.evaluation.shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
-from dlplora.evaluation.workshop import Entry, Workshop
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.sentences import last_question
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import available_presets, build_method
-from dlplora.reporting.bench import read_latency, reroutes_in
+from dlplora.reporting.latency.records import read_latency, reroutes_in
 from dlplora.types import PromptBatch
 
 CPU = torch.device("cpu")
@@ -271,5 +271,5 @@ def test_a_quiet_machine_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bandwidth_counts_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.5, 0.25, 1.0])
-    monkeypatch.setattr("dlplora.evaluation.machine.time_call", lambda call, device: next(times))
+    monkeypatch.setattr("dlplora.bench.hardware.time_call", lambda call, device: next(times))
     assert measure_bandwidth(CPU, nbytes=1000, repeats=3) == 2 * 1000 / 0.25

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dlplora.evaluation.launch import leaving_together
+from dlplora.lm_eval.distributed import leaving_together
 
 
 def begin(folder: Path) -> None:
@@ -45,7 +45,7 @@ def test_without_a_group_nothing_happens() -> None:
 
 PROGRAM = """
 import atexit
-from dlplora.evaluation.launch import leaving_together
+from dlplora.lm_eval.distributed import leaving_together
 
 class Teardown:
     def __del__(self):

@@ -13,9 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 
 from dlplora.errors import ConfigError, DLPLoRAError, GenerationError
-from dlplora.evaluation import harness
-from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.lm_eval import evaluate as harness
+from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch

@@ -11,8 +11,8 @@ import pytest
 from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 
-from dlplora import lm_eval as command
 from dlplora.errors import ConfigError
+from dlplora.lm_eval import __main__ as command
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_registration_is_lazy_and_repeatable() -> None:
     command.register()
     command.register()
-    from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
+    from dlplora.lm_eval.model import DLPLoRALM
 
     assert model_registry.get("dlplora") is DLPLoRALM
     assert "hf" in model_registry
@@ -137,7 +137,7 @@ def test_whose_command_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not ours
     assert "python -m dlplora.lm_eval" in sentence
 
-    script.write_text("#!/usr/bin/env python3\nfrom dlplora.lm_eval import main\n")
+    script.write_text("#!/usr/bin/env python3\nfrom dlplora.lm_eval.command import main\n")
     script.chmod(0o755)
     ours, sentence = command.console_command_is_ours()
     assert ours

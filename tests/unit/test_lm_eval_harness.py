@@ -9,7 +9,7 @@ import pytest
 from lm_eval.api.model import LM
 
 from dlplora.errors import TaskError
-from dlplora.evaluation import harness
+from dlplora.lm_eval import evaluate as harness
 
 DOCS = """
 import datasets

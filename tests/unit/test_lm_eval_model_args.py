@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dlplora.errors import ConfigError
-from dlplora.evaluation.harness_options import parse_harness_options, present_device, require_fit
-from dlplora.evaluation.launch import usable_device
-from dlplora.evaluation.model_args import ModelArgs, parse_model_args
+from dlplora.lm_eval.distributed import usable_device
+from dlplora.lm_eval.harness_options import parse_harness_options, present_device, require_fit
+from dlplora.lm_eval.model_args import ModelArgs, parse_model_args
 
 
 def test_nothing_means_the_embedded_model_with_dlp() -> None:

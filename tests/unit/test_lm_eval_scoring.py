@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dlplora.errors import GenerationError
-from dlplora.evaluation.routing_statistics import RoutingStatistics, summarize
-from dlplora.evaluation.scoring import GenerationSettings, Prompt, ScoringRequest, StopTexts, pad_rows
+from dlplora.lm_eval.requests import GenerationSettings, Prompt, ScoringRequest, StopTexts, pad_rows
+from dlplora.lm_eval.routing_statistics import RoutingStatistics, summarize
 
 
 def request(context: tuple[int, ...], continuation: tuple[int, ...], task: str | None = None) -> ScoringRequest:

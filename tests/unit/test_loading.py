@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from dlplora.cli.main import main
 from dlplora.config import list_configs
 from dlplora.errors import ConfigError
-from dlplora.evaluation.model_args import parse_model_args
 from dlplora.evaluation.protocol import Protocol, load_protocol
 from dlplora.inference.loading import load_backbone
+from dlplora.lm_eval.model_args import parse_model_args
 
 CODE = """
 from pathlib import Path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlplora.errors import TaskError
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 REAL = os.environ.get("DLPLORA_DATA") or str(Path(__file__).resolve().parents[3] / "shared" / "data" / "real")
 

@@ -13,7 +13,7 @@ from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.nano import lexicon as lx
 from dlplora.tasks.nano import nano_candidates, nano_suite
 from dlplora.tasks.nano.world_text import documents
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 TASKS = nano_suite().tasks
 

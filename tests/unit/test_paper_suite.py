@@ -23,7 +23,8 @@ from dlplora.tasks.paper.hub import convert
 from dlplora.tasks.paper.judging import judged
 from dlplora.tasks.paper.sources import LEFT_OUT_OF_26, PAPER26, SOURCES, source_of
 from dlplora.tasks.paper.splits import Splits, SplitSettings, draw_splits, stem
-from dlplora.tasks.suite import Item, get_suite
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Item
 
 REAL = os.environ.get("DLPLORA_DATA") or str(Path(__file__).resolve().parents[3] / "shared" / "data" / "real")
 FOLDER = lm_eval_dir() / "paper"
@@ -127,7 +128,7 @@ def test_an_answer_is_judged_by_the_rule_of_its_task(judge: str, reference: str,
 
 
 def test_local_rows_become_the_suite_and_lm_eval_sees_the_same(tmp_path: Path) -> None:
-    from dlplora.evaluation.harness import fast_task_manager
+    from dlplora.lm_eval.evaluate import fast_task_manager
 
     rows(tmp_path, "gsm8k", "train", [gsm8k(n) for n in range(30)])
     rows(tmp_path, "gsm8k", "test", [gsm8k(n) for n in range(25, 45)])

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dlplora.adapters import add as pool_add
+from dlplora.adapters.add import add_adapter
+from dlplora.adapters.files import file_sha256, read_adapter
+from dlplora.adapters.hub import find_adapter, find_pool
+from dlplora.adapters.pool import load_pool, pool_hash
 from dlplora.cli.main import main
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import AdapterError, PoolError, UnsafeFileError
-from dlplora.modules import pool_add
-from dlplora.modules.adapter_files import file_sha256, read_adapter
-from dlplora.modules.pool import load_pool, pool_hash
-from dlplora.modules.pool_add import add_adapter
-from dlplora.modules.pool_hub import find_adapter, find_pool
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -136,7 +136,7 @@ def test_a_refusal_leaves_the_pool_as_it_was(
     for name in ("alpha", "beta"):
         edit(pool / name, base_model_name_or_path="org/base-1b")
     (pool / "pool.json").unlink()
-    from dlplora.modules.pool import write_manifest
+    from dlplora.adapters.pool import write_manifest
 
     write_manifest(pool, ["alpha", "beta"], None)
     edit(folder, base_model_name_or_path="org/base-1b")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dlplora.adapters.add import add_adapter
+from dlplora.adapters.config import WEIGHTS_NAME as WEIGHTS
+from dlplora.adapters.files import file_sha256
+from dlplora.adapters.pool import load_pool
 from dlplora.errors import AdapterError, PoolError
-from dlplora.modules.adapter_config import WEIGHTS_NAME as WEIGHTS
-from dlplora.modules.adapter_files import file_sha256
-from dlplora.modules.pool import load_pool
-from dlplora.modules.pool_add import add_adapter
 
 
 def test_two_additions_at_once(tmp_path: Path, tiny_pool: Path) -> None:

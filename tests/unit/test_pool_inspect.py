@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dlplora.adapters.inspect import Finding, inspect_folder
 from dlplora.cli.main import main
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.pool_inspect import Finding, inspect_folder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -126,7 +126,7 @@ def test_formats(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_folder_that_cannot_be_read_is_one_row(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dlplora.modules.pool_inspect as looking
+    import dlplora.adapters.inspect as looking
 
     scan, examine = looking.os.scandir, looking.examine
 

@@ -19,10 +19,10 @@ from baselines.lora_flow import LoRAFlow
 from baselines.mole import MoLE
 from baselines.xlora import XLoRA
 from dlplora.errors import ConfigError
-from dlplora.evaluation.lm_eval_adapter import DLPLoRALM
-from dlplora.evaluation.reading import answers, batches_of, why_not
-from dlplora.evaluation.scoring import Prompt, ScoringRequest
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.lm_eval.model import DLPLoRALM
+from dlplora.lm_eval.prefix_sharing import answers, batches_of, why_not
+from dlplora.lm_eval.requests import Prompt, ScoringRequest
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch

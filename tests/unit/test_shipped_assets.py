@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from dlplora.data.datamodule import ExpertDataModule, ExpertPoolDataModule, FusionDataModule, RouterDataModule
-from dlplora.evaluation import assets
-from dlplora.evaluation.reproduce import roles_of
 from dlplora.evaluation.runner import training_tokens
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import available_presets, build_method
+from dlplora.reproduce import artifacts as assets
+from dlplora.reproduce.pipeline import roles_of
 from dlplora.training.frozen import load_tokenizer
 
 ROLES = [role for role in roles_of(sorted(available_presets())) if role != "router"]

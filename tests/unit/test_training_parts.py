@@ -16,7 +16,7 @@ from dlplora.data.encoding import collate, encode_items, encode_pairs
 from dlplora.errors import ConfigError, TaskError
 from dlplora.inference.loading import NANO_ASSETS
 from dlplora.modules.router import MiniMLPRouter
-from dlplora.tasks.suite import Item
+from dlplora.tasks.types import Item
 from dlplora.training.checkpoints import AtomicCheckpointIO
 from dlplora.training.config_check import first_reason
 from dlplora.training.muon import MuonWithAdamW, orthogonalize

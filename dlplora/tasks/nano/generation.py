@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from dlplora.tasks.nano import lexicon as lx
-from dlplora.tasks.suite import Draw, Task
+from dlplora.tasks.types import Draw, Task
 
 Drawer = Callable[[random.Random, bool], Draw]
 

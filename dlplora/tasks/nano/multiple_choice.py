@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dlplora.tasks.nano import lexicon as lx
 from dlplora.tasks.nano import picking
-from dlplora.tasks.suite import Draw, Task
+from dlplora.tasks.types import Draw, Task
 
 Drawer = Callable[[random.Random, bool], Draw]
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from dlplora.tasks.nano import lexicon as lx
-from dlplora.tasks.suite import Draw
+from dlplora.tasks.types import Draw
 
 Drawer = Callable[[random.Random, bool], Draw]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.errors import TaskError
-from dlplora.tasks.local import ENV_ROOT, data_root, read_rows, rows_state
+from dlplora.tasks.local import ENV_ROOT, data_root, parse_row, read_rows, rows_state
 from dlplora.tasks.paper.hub import hub_rows
 from dlplora.tasks.paper.sources import PAPER26, SOURCES, Source, source_of
 from dlplora.tasks.paper.splits import Splits, SplitSettings, draw_splits
-from dlplora.tasks.suite import Item, Suite, Task, parse_row
+from dlplora.tasks.types import Item, Suite, Task
 
 SUITES = ("paper", "paper26", "paper_local")
 PREFIX = "dlplora_"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dlplora.errors import TaskError
-from dlplora.tasks.suite import Item
+from dlplora.tasks.types import Item
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import datasets
 from dlplora.tasks.composite import composite_row, composites
 from dlplora.tasks.composite_metrics import composite_metrics
 from dlplora.tasks.composite_rows import read_composites
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 
 __all__ = ["composite_metrics", "local_composites"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from dlplora.tasks.suite import get_suite
+from dlplora.tasks.registry import get_suite
 from dlplora.tasks.text_metrics import item_row, text_metrics
 
 __all__ = ["nano_dataset", "text_metrics"]

@@ -1,0 +1,101 @@
+"""Reading PEFT LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``, and nothing that needs unpickling.
+
+What cannot be fused exactly is refused by name: DoRA, biases, trained embeddings, ``modules_to_save``, other PEFT types, and
+any setting that is not understood (``adapter_config``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlplora.adapters.config import CONFIG_NAME, WEIGHTS_NAME, base_name, read_config
+from dlplora.adapters.headers import AdapterHeader, read_header
+from dlplora.errors import AdapterError
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterSpec", "LoraWeights", "file_sha256", "read_adapter", "read_config"]
+
+LoraWeights = tuple[Tensor, Tensor, float]
+"""A (R, I), B (O, R), scaling."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """Facts about one adapter folder.
+
+    ``ranks`` and ``scalings`` are per adapted module, since rank and alpha patterns and rsLoRA may differ between modules.
+    """
+
+    name: str
+    path: Path
+    base_model: str | None
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...]
+    ranks: Mapping[str, int]
+    scalings: Mapping[str, float]
+    sha256: str
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        for block in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_tensors(header: AdapterHeader) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = header.path / WEIGHTS_NAME
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(f"adapter '{header.name}': {path} is damaged or truncated: {error}.") from error
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"adapter '{header.name}': '{key}' in {path} holds NaN or infinite values.")
+    return tensors
+
+
+def read_adapter(path: str | Path, name: str | None = None) -> tuple[AdapterSpec, dict[str, LoraWeights]]:
+    """Read one PEFT folder.
+
+    Args:
+        path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: Expert name; None takes the folder's name.
+
+    Returns:
+        Facts, and ``{module path: (A (R, I), B (O, R), scaling)}`` in the stored dtype. Module paths are those of the
+        backbone, sorted.
+
+    Raises:
+        UnsafeFileError: If the folder holds pickled weights only.
+        AdapterError: For anything missing, damaged, not finite, or impossible to fuse exactly.
+    """
+    folder = Path(path)
+    name = folder.name if name is None else name
+    header = read_header(folder, name)
+    tensors = _read_tensors(header)
+    spec = AdapterSpec(
+        name=name,
+        path=folder,
+        base_model=base_name(header.config),
+        rank=int(header.config["r"]),
+        alpha=float(header.config["lora_alpha"]),
+        use_rslora=bool(header.config.get("use_rslora")),
+        target_modules=header.targets,
+        ranks={module: entry.rank for module, entry in header.modules.items()},
+        scalings={module: entry.scaling for module, entry in header.modules.items()},
+        sha256=file_sha256(folder / WEIGHTS_NAME),
+    )
+    return spec, {path: (tensors[entry.key_a], tensors[entry.key_b], entry.scaling) for path, entry in header.modules.items()}

@@ -1,0 +1,204 @@
+"""What an adapter folder holds, read from the header of its safetensors file: names, shapes and types, no tensor. No torch either.
+
+A safetensors file is an 8-byte length (little-endian), that many bytes of JSON, then the tensors.
+Shapes: R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, config_problems, load_config, rank_of, scaling_of
+from dlplora.errors import AdapterError, UnsafeFileError
+
+DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor of a file; ``start`` and ``end`` are byte positions in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleHeader:
+    """The two factors of one adapted module: keys in the file, A (R, I), B (O, R), and the scaling of their product."""
+
+    key_a: str
+    key_b: str
+    rank: int
+    d_in: int
+    d_out: int
+    dtype: str
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHeader:
+    """Everything about an adapter but its numbers. ``modules`` is keyed by module path in the backbone, sorted."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    modules: Mapping[str, ModuleHeader]
+    tensors: Mapping[str, TensorHeader]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last parts of the adapted module paths, sorted."""
+        return tuple(sorted({module.rsplit(".", 1)[-1] for module in self.modules}))
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (I, O)."""
+        return {path: (module.d_in, module.d_out) for path, module in self.modules.items()}
+
+
+def read_tensor_headers(path: Path) -> dict[str, TensorHeader]:
+    """The table of contents of a safetensors file; its tensors are not read.
+
+    Raises:
+        AdapterError: If the file is not safetensors, or is shorter or longer than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise AdapterError(f"{path} is damaged or truncated: {size} bytes, the header alone needs {length + 8}.")
+        text = handle.read(length)
+    try:
+        entries = json.loads(text)
+        tensors = {
+            str(key): TensorHeader(str(row["dtype"]), tuple(map(int, row["shape"])), *(8 + length + int(at) for at in row["data_offsets"]))
+            for key, row in entries.items()
+            if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged or truncated: its header is not that of a safetensors file ({error}).") from error
+    for key, tensor in tensors.items():
+        expected = math.prod(tensor.shape) * DTYPES[tensor.dtype][1] if tensor.dtype in DTYPES else tensor.end - tensor.start
+        if not 0 <= tensor.start <= tensor.end <= size or tensor.end - tensor.start != expected:
+            raise AdapterError(f"{path} is damaged or truncated: '{key}' ends at byte {tensor.end}, the file has {size}.")
+    last = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    if last != size:
+        raise AdapterError(f"{path} is damaged or truncated: the tensors end at byte {last}, the file has {size}.")
+    return tensors
+
+
+def weights_file(folder: Path, name: str) -> Path:
+    """The adapter's safetensors file.
+
+    Raises:
+        UnsafeFileError: If there are pickled weights only.
+        AdapterError: If there are none.
+    """
+    path = folder / WEIGHTS_NAME
+    if path.is_file():
+        return path
+    if (folder / PICKLE_NAME).is_file() or list(folder.glob("*.pt")):
+        raise UnsafeFileError(
+            f"adapter '{name}': {folder} holds pickled weights only, which can run code when read; save it again with "
+            f"safe_serialization=True, or let `dlplora pool add --allow-pickle` convert {PICKLE_NAME}."
+        )
+    raise AdapterError(f"adapter '{name}': {WEIGHTS_NAME} is missing in {folder}.")
+
+
+def read_header(folder: Path, name: str) -> AdapterHeader:
+    """Configuration and table of contents of one adapter folder.
+
+    Raises:
+        UnsafeFileError: If there are pickled weights only.
+        AdapterError: For the first thing that is missing, damaged, or impossible to fuse exactly.
+    """
+    header, problems = examine(folder, name)
+    if problems:
+        raise problems[0]
+    assert header is not None
+    return header
+
+
+def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[AdapterError]]:
+    """As ``read_header``, but everything wrong is listed instead of the first thing being raised.
+
+    Returns:
+        The header, None if configuration or weights cannot be read; and what keeps the adapter from being fused.
+    """
+    try:
+        config = load_config(folder, name)
+    except AdapterError as error:
+        return None, [error]
+    problems = [AdapterError(f"adapter '{name}': {text} ({folder / CONFIG_NAME}).") for text in config_problems(config)]
+    try:
+        path = weights_file(folder, name)
+        tensors = read_tensor_headers(path)
+    except UnsafeFileError as error:
+        return AdapterHeader(name, folder, config, {}, {}), [*problems, error]
+    except AdapterError as error:
+        text = str(error)
+        return None, [*problems, error if text.startswith("adapter ") else AdapterError(f"adapter '{name}': {text}")]
+    pairs: dict[str, dict[str, str]] = {}
+    for key in sorted(tensors, key=lambda key: "lora_" not in key):  # the telling names first
+        match = _KEY.match(key)
+        if match is None:
+            problems.append(AdapterError(f"adapter '{name}': '{key}' in {path} is {_what_is(key)}; it cannot be fused."))
+        elif pairs.setdefault(match["module"], {}).setdefault(match["side"], key) != key:
+            first = pairs[match["module"]][match["side"]]
+            problems.append(AdapterError(f"adapter '{name}': '{first}' and '{key}' in {path} are one factor; save the adapter again."))
+    if not pairs:
+        problems.append(AdapterError(f"adapter '{name}': no LoRA weights in {path}."))
+    modules: dict[str, ModuleHeader] = {}
+    for module in sorted(pairs):
+        try:
+            modules[module] = _module_header(module, pairs[module], tensors, config, bool(problems))
+        except AdapterError as error:
+            problems.append(AdapterError(f"adapter '{name}': {error} ({path})."))
+    return AdapterHeader(name, folder, config, modules, tensors), problems
+
+
+def _what_is(key: str) -> str:
+    for part, kind in (
+        ("lora_embedding", "a trained embedding"),
+        (".base_layer.", "a copy of the backbone's own weight (PEFT leaves it out with save_embedding_layers=False)"),
+        ("embed_tokens", "a trained embedding"),
+        ("token_adapter", "a trained embedding"),
+        ("lora_magnitude_vector", "the magnitude of a DoRA layer"),
+        ("modules_to_save", "a fully trained module"),
+    ):
+        if part in key:
+            return kind
+    return "a trained bias" if key.endswith(".bias") else "a tensor that is no LoRA factor"
+
+
+def _module_header(
+    module: str, pair: Mapping[str, str], tensors: Mapping[str, TensorHeader], config: Mapping[str, Any], unchecked: bool
+) -> ModuleHeader:
+    """The two factors of a module; ``unchecked``: the configuration is already refused, so its ranks and scalings are not asked for."""
+    if set(pair) != {"A", "B"}:
+        raise AdapterError(f"module '{module}' has only lora_{next(iter(pair))}; both factors are needed")
+    factor_a, factor_b = tensors[pair["A"]], tensors[pair["B"]]
+    shapes = f"{factor_a.shape} and {factor_b.shape}"
+    if len(factor_a.shape) != 2 or len(factor_b.shape) != 2 or factor_a.shape[0] != factor_b.shape[1] or 0 in factor_a.shape:
+        raise AdapterError(f"factors of '{module}' have shapes {shapes}; expected (R, I) and (O, R)")
+    for factor in (factor_a, factor_b):
+        if factor.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise AdapterError(f"factors of '{module}' are stored as {factor.dtype}; only {known} are read, save it again in one of them")
+    rank = factor_a.shape[0]
+    if not unchecked and rank_of(config, module) != rank:
+        raise AdapterError(f"{CONFIG_NAME} declares rank {rank_of(config, module)} for '{module}', the weights have rank {rank}")
+    scaling = math.nan if unchecked else scaling_of(config, module, rank)
+    dtype = DTYPES[factor_a.dtype][0] if factor_a.dtype == factor_b.dtype else "mixed"
+    return ModuleHeader(pair["A"], pair["B"], rank, factor_a.shape[1], factor_b.shape[0], dtype, scaling)

@@ -1,0 +1,1 @@
+"""Time or count one system: shapes, systems, sessions, hardware, operator counts."""

@@ -1,0 +1,257 @@
+"""Every method on every backend, counted: the plan, one prefill and one decode step of a small model with random weights.
+
+Counts depend on sizes and not on values, so backbone, adapters and whatever a method must have learnt are stand-ins. Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlplora.atomic import write_atomically
+from dlplora.bench.op_counter import Counts, count
+from dlplora.errors import ConfigError, nearest
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.loading import nano_asset
+from dlplora.kernels.backends import BACKENDS, PlanFacts, obstacle
+from dlplora.methods.base import FusionMethod, MethodContext
+from dlplora.methods.registry import build_method
+from dlplora.modules.fused_linear import RoutingState
+from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.seeds import derive_seed
+from dlplora.reporting.goldens import FORMAT, read_accepted
+from dlplora.tasks.types import Item
+from dlplora.training.adapter_export import save_adapter
+from dlplora.types import PromptBatch
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 16
+"""Tokens the plan is made for; sentence-level methods get room for re-routing."""
+COUNTED_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
+PHASES = ("plan", "prefill", "decode")
+GOLDEN = "counters"
+Cells = dict[str, dict[str, dict[str, int]]]
+"""``method/backend`` -> phase -> quantity -> amount."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a backbone with random weights.
+
+    Args:
+        config: Changes to the embedded nano backbone's configuration.
+        experts, rank: Of the bank; adapters on the query and value projections, as in the paper.
+    """
+
+    config: dict[str, int]
+    experts: int
+    rank: int = 8
+
+
+SHAPES = {
+    "nano": Shape(config={}, experts=26),
+    "tiny": Shape(
+        config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8,
+        },
+        experts=4,
+        rank=4,
+    ),
+}  # fmt: skip
+
+
+def shape_of(name: str, experts: int | None = None) -> Shape:
+    """A shape by name, with another number of experts if one is given.
+
+    Raises:
+        ConfigError: If the name is unknown, or the number below one.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"unknown shape '{name}'.{nearest(name, SHAPES)} Known: {', '.join(SHAPES)}.")
+    if experts is not None and experts < 1:
+        raise ConfigError(f"experts must be at least 1, got {experts}.")
+    return SHAPES[name] if experts is None else replace(SHAPES[name], experts=experts)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _backbone(shape: Shape) -> tuple[Any, Any]:
+    """A random causal LM of the nano backbone's kind, float32 on the CPU, and the embedded tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = str(nano_asset("backbone"))
+    config = AutoConfig.from_pretrained(source, **shape.config, attn_implementation="eager")
+    with _seeded():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _adapter(model: Any, rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Random factors for the query and value projections by module path."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: (
+            0.1 * torch.randn(rank, module.in_features, generator=generator),
+            0.1 * torch.randn(module.out_features, rank, generator=generator),
+            2.0,
+        )
+        for path, module in model.named_modules()
+        if path.endswith(("q_proj", "v_proj"))
+    }
+
+
+def _bank(model: Any, shape: Shape) -> AdapterBank:
+    adapters = [_adapter(model, shape.rank, seed) for seed in range(shape.experts)]
+    names = [f"expert{index:04d}" for index in range(shape.experts)]
+    return AdapterBank.from_tensors(names, {path: [adapter[path] for adapter in adapters] for path in adapters[0]})
+
+
+def _adapter_folder(folder: Path, model: Any, rank: int) -> Path:
+    """A PEFT folder with random factors, for methods that read an adapter of all tasks."""
+    from peft import LoraConfig
+
+    tensors = {}
+    for path, (lora_a, lora_b, _) in _adapter(model, rank, 999).items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{path}.lora_B.weight"] = lora_b
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return save_adapter(folder, config, tensors)
+
+
+def _examples(task: str, num: int) -> list[Item]:
+    """Stand-ins for training items."""
+    return [Item(task, f"{task} asks {derive_seed(task, i) % 1000} ?", "yes") for i in range(num)]
+
+
+@contextmanager
+def fused_stand_in(name: str, shape: Shape, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
+    """A method on a model of a shape, with stand-ins for everything it must have learnt; closed afterwards.
+
+    Raises:
+        MethodError: If the method is unknown.
+    """
+    method: FusionMethod = build_method(name, params)
+    model, tokenizer = _backbone(shape)
+    bank = _bank(model, shape)
+    with tempfile.TemporaryDirectory() as folder, _seeded():
+        context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings(), few_shot=_examples)
+        artifacts = dict(type(method).example_artifacts(Path(folder), bank, context))
+        for role in method.artifact_roles:
+            if role.startswith("multitask"):
+                ratio = int(role.partition("_r")[2] or 8) / 8
+                artifacts[role] = _adapter_folder(Path(folder) / role, model, int(shape.rank * ratio))
+        fused = FusedCausalLM(model, tokenizer, bank, method, context=replace(context, artifacts=artifacts))
+        try:
+            yield fused
+        finally:
+            fused.close()
+
+
+def _prompts(fused: FusedCausalLM, names: Sequence[str]) -> PromptBatch:
+    ids = [3 + derive_seed("prompt", i) % (fused.config.vocab_size - 3) for i in range(PROMPT_TOKENS)]
+    return PromptBatch.from_ids([ids], fused.tokenizer, task_names=[names[0]])
+
+
+def count_method(name: str, shape: Shape, params: Mapping[str, Any] | None = None) -> Cells:
+    """Counts of one method on every backend that can serve it, but ``triton``."""
+    found: Cells = {}
+    with fused_stand_in(name, shape, params) as fused, torch.no_grad():
+        prompts = _prompts(fused, fused.method.expert_names)
+        fused.plan(prompts, new_tokens=NEW_TOKENS)  # a method may search or cache when it first meets a task
+        weights = fused.planner.route(prompts)
+        if weights is None:
+            found[f"{name}/{fused.planner.gate_backend}"] = _phases(fused, prompts, None)
+            return found
+        facts = PlanFacts.of(weights)
+        able = ["dense"] if fused.method.metadata.combine == "factor" else [b for b in COUNTED_BACKENDS if obstacle(b, facts) is None]
+        if fused.method.weight_sum == "zero":
+            able = able[:1]  # layers without weight take the same path on every backend
+        for backend in able:
+            fused.backend = backend
+            found[f"{name}/{backend}"] = _phases(fused, prompts, weights)
+    return found
+
+
+def _phases(fused: FusedCausalLM, prompts: PromptBatch, weights: Tensor | None) -> dict[str, dict[str, int]]:
+    def plan() -> RoutingState | None:
+        state = fused.plan(prompts, new_tokens=NEW_TOKENS)
+        if state is not None and state.is_zero and fused.method.weight_sum != "zero":
+            # A stand-in may have found that no adapter helps, which would leave the layers out.
+            state = fused.planner.state(torch.full_like(state.weights, 1.0 / state.num_experts), own=True)
+        if state is not None:
+            with fused.slot.bind(state):
+                pass
+        return state
+
+    plan()  # makes the buffers, once for all requests of this size
+    planned, state = count(plan)
+    ids = prompts.input_ids
+    with nullcontext() if state is None else fused.slot.bind(state):
+        prefill, out = count(lambda: fused(input_ids=ids, use_cache=True))
+        decode, _ = count(lambda: fused(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True))
+    counted: dict[str, Counts] = {"plan": planned, "prefill": prefill, "decode": decode}
+    return {phase: asdict(counted[phase]) for phase in PHASES}
+
+
+# ------------------------------------------------------------------ the accepted counts
+
+
+def read_golden(path: Path) -> dict[str, Any]:
+    """The file as written by ``write_golden``; raises what ``read_accepted`` raises."""
+    return read_accepted(path, "shapes", "dlplora bench counters --accept")
+
+
+def versions() -> dict[str, str]:
+    """Packages that decide which operators run."""
+    import transformers
+
+    return {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
+
+
+def write_golden(path: Path, shape: str, cells: Cells, *, whole: bool) -> None:
+    """Replace the counts of one shape; ``whole`` says that methods not in ``cells`` are gone."""
+    known = read_golden(path)["shapes"] if path.is_file() else {}
+    kept = {} if whole else known.get(shape, {})
+    named = {cell.partition("/")[0] for cell in cells}
+    merged = {**{cell: value for cell, value in kept.items() if cell.partition("/")[0] not in named}, **cells}
+    shapes = {**known, shape: dict(sorted(merged.items()))}
+    lines = [
+        f'  "{name}": {{\n' + ",\n".join(f'   "{cell}": {json.dumps(value)}' for cell, value in body.items()) + "\n  }"
+        for name, body in sorted(shapes.items())
+    ]
+    head = f'{{\n "format": {FORMAT},\n "versions": {json.dumps(versions())},\n "shapes": {{\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, head + ",\n".join(lines) + "\n }\n}\n")
+
+
+def differences(golden: Mapping[str, Any], shape: str, cells: Cells, *, whole: bool) -> list[str]:
+    """What differs from the accepted counts, a line each; empty if nothing does."""
+    known: Cells = golden["shapes"].get(shape, {})
+    lines = [f"{cell}: not in the golden file" for cell in cells if cell not in known]
+    lines += [f"{cell}: in the golden file, not counted now" for cell in known if whole and cell not in cells]
+    for cell, phases in cells.items():
+        for phase, now in phases.items():
+            before = known.get(cell, {}).get(phase, now)
+            changed = [f"{key} {before.get(key)} became {now[key]}" for key in now if before.get(key) != now[key]]
+            if changed:
+                lines.append(f"{cell}: {phase}: {', '.join(changed)}")
+    if lines and golden.get("versions") != versions():
+        lines.append(f"note: accepted with {golden.get('versions')}, counted with {versions()}; other versions run other operators")
+    return lines

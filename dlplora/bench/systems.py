@@ -1,0 +1,265 @@
+"""Who is timed: the bare backbone, what PEFT offers, the released code's loop, and every method of ours.
+
+All contenders of a process wrap module trees over one set of backbone weights, so that none pays for another's copy. Each is driven
+through ``generate``; none is told apart by its name once it is built. Shapes: B rows, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from dlplora.bench.model_shapes import share_weights
+from dlplora.bench.setup import Contender, Entry, Workload, Workshop
+from dlplora.bench.timing import dtype_of
+from dlplora.bench.upstream_loop import ReleasedLoop
+from dlplora.config import list_configs
+from dlplora.errors import ConfigError, MethodError, nearest
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.generation import view_text
+from dlplora.inference.sentences import last_question
+from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
+from dlplora.reporting.latency.records import BASE, SINGLE
+from dlplora.types import PromptBatch
+
+MAX_PEFT_EXPERTS = 128
+"""PEFT keeps every adapter of every layer as modules of its own; larger pools take it minutes to load."""
+LOOP_PRESET = "dlp_code"
+"""How the released code routes."""
+
+
+class ForcedRerouter(StoppingCriteria):
+    """Re-routes every row after every so many tokens, through the router and the routing state of the running request; never stops.
+
+    Args:
+        model: The model that generates.
+        workload: What it generates from.
+        every: Tokens between two re-routes; none falls behind the last token.
+    """
+
+    def __init__(self, model: FusedCausalLM, workload: Workload, every: int) -> None:
+        self.model, self.workload, self.every = model, workload, every
+        self.num_reroutes = 0
+        self._tail = functools.cache(last_question)  # as long as the one request, like the re-router's own
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Always False (B,)."""
+        generated = input_ids[:, self.workload.prompts.input_ids.shape[1] :]
+        number = generated.shape[1]
+        if number and number % self.every == 0 and number < self.workload.new_tokens:
+            self._reroute(generated)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _reroute(self, generated: Tensor) -> None:
+        tokenizer, state = self.model.tokenizer, self.model.slot.state
+        assert state is not None, "generate binds the routing state"
+        # Random weights emit ids that the small tokenizer does not have; the text only has to be of the right length.
+        since = tokenizer.batch_decode((generated % len(tokenizer)).tolist(), skip_special_tokens=True)
+        view, prompts = self.model.method.view, self.workload.prompts.texts
+        texts = [view_text(view, prompt, text, 0, tokenizer, self._tail) for prompt, text in zip(prompts, since, strict=True)]
+        weights = self.model.method.route(PromptBatch.from_texts(texts, tokenizer, device=self.model.device))
+        assert weights is not None
+        state.update_rows(torch.arange(len(texts), device=state.weights.device), weights.to(state.weights))
+        self.num_reroutes += len(texts)
+
+
+def _plain(model: Any, pad_id: int, **fixed: Any) -> Callable[..., Tensor]:
+    """``generate`` of a Hugging Face or PEFT model over a workload."""
+
+    def generate(workload: Workload, **options: Any) -> Tensor:
+        ids, mask = workload.prompts.input_ids, workload.prompts.attention_mask
+        return model.generate(input_ids=ids, attention_mask=mask, **workload.options(pad_id), **fixed, **options)  # type: ignore[no-any-return]
+
+    return generate
+
+
+def _base(shop: Workshop, entry: Entry) -> Contender:
+    model = share_weights(shop.model)
+    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), compilable=True)
+
+
+def _peft_with(shop: Workshop, number: int) -> Any:
+    """The backbone with so many unmerged adapters named 0, 1, …, all in the backbone's dtype."""
+    from peft import PeftModel
+
+    first, *others = shop.adapter_folders(number)
+    model = PeftModel.from_pretrained(share_weights(shop.model), str(first), adapter_name="0", autocast_adapter_dtype=False)
+    for name, folder in enumerate(others, start=1):
+        model.load_adapter(str(folder), str(name), autocast_adapter_dtype=False)
+    return model.eval()
+
+
+def _peft_single(shop: Workshop, entry: Entry) -> Contender:
+    model = _peft_with(shop, 1)
+    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), compilable=True)
+
+
+def _peft_mixed(shop: Workshop, entry: Entry) -> Contender:
+    model = _peft_with(shop, entry.experts)
+
+    def generate(workload: Workload, **options: Any) -> Tensor:
+        names = [str(row % entry.experts) for row in range(len(workload.prompts))]
+        return _plain(model, shop.tokenizer.pad_token_id, adapter_names=names)(workload, **options)
+
+    return Contender(entry=entry, modules=(model,), generate=generate, granularity="prompt")
+
+
+def _peft_xlora(shop: Workshop, entry: Entry) -> Contender:
+    from peft import XLoraConfig, get_peft_model
+
+    backbone = share_weights(shop.model)
+    backbone.config.use_cache = False  # PEFT's class refuses to be built otherwise
+    adapters = {str(index): str(folder) for index, folder in enumerate(shop.adapter_folders(entry.experts))}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=backbone.config.hidden_size, adapters=adapters)
+    model = get_peft_model(backbone, config, autocast_adapter_dtype=False).to(dtype_of(shop.model)).eval()
+    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), granularity="token")
+
+
+def _peft_arrow(shop: Workshop, entry: Entry) -> Contender:
+    from peft import ArrowConfig, create_arrow_model
+
+    paths = [str(folder) for folder in shop.adapter_folders(entry.experts)]
+    config = ArrowConfig(top_k=min(3, entry.experts), rng_seed=0)
+    model = create_arrow_model(share_weights(shop.model), paths, config, autocast_adapter_dtype=False).to(dtype_of(shop.model)).eval()
+    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), granularity="token")
+
+
+def _released_loop(shop: Workshop, entry: Entry) -> Contender:
+    spec = load_method_spec(LOOP_PRESET)
+    context = shop.context(method_class(spec.method), spec, entry.experts)
+    loop = ReleasedLoop(share_weights(shop.model), shop.pool(entry.experts), build_method(spec), context)
+
+    def generate(workload: Workload, **options: Any) -> Tensor:
+        return loop.generate(workload.prompts, **workload.options(shop.tokenizer.pad_token_id), **options)
+
+    return Contender(
+        entry=entry, modules=(loop.model, loop.method), generate=generate, granularity="prompt",
+        plan=lambda workload: loop.plan(workload.prompts), max_batch=1,
+    )  # fmt: skip
+
+
+BUILTIN: dict[str, Callable[[Workshop, Entry], Contender]] = {
+    BASE: _base,
+    SINGLE: _peft_single,
+    "peft_mixed": _peft_mixed,
+    "peft_xlora": _peft_xlora,
+    "peft_arrow": _peft_arrow,
+    "released_loop": _released_loop,
+}
+"""Contenders that are no methods of this suite."""
+POOL_FREE = {BASE: 0, SINGLE: 1}
+"""Contenders that every sweep over pools leaves as they are -> adapters they hold."""
+
+
+def ours(shop: Workshop, entry: Entry) -> Contender:
+    """A method of this suite.
+
+    Raises:
+        DLPLoRAError: If it cannot be built for this pool, or cannot keep or re-route as asked.
+    """
+    spec = _spec(entry)
+    method = build_method(spec)
+    context = shop.context(type(method), spec, entry.experts)
+    bank = shop.pool(entry.experts)
+    if "trained" in context.artifacts:
+        method = type(method).load(context.artifacts["trained"], bank, context)
+    model = FusedCausalLM(share_weights(shop.model), shop.tokenizer, bank, method, backend=entry.backend, context=context)
+    if entry.compiled:
+        model.compile()
+    if entry.reroute_every is not None and method.granularity != "sentence":
+        raise MethodError(f"'{entry.contender}' does not re-route at sentence ends; --reroute-every is for methods that do.")
+
+    token, sentence = method.granularity == "token", method.granularity == "sentence"
+
+    def named(workload: Workload) -> PromptBatch:
+        names = tuple(bank.names[row % entry.experts] for row in range(len(workload.prompts)))
+        return dataclasses.replace(workload.prompts, task_names=names)
+
+    def generate(workload: Workload, **options: Any) -> Tensor:
+        if entry.reroute_every is not None:
+            forced = ForcedRerouter(model, workload, entry.reroute_every)
+            options["stopping_criteria"] = [forced, *options.get("stopping_criteria", ())]
+        prompts = named(workload)
+        fixed = workload.options(shop.tokenizer.pad_token_id)
+        return model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, prompts=prompts, **fixed, **options)
+
+    def plan(workload: Workload) -> Tensor | None:
+        state = model.plan(named(workload), new_tokens=workload.new_tokens)
+        return None if state is None else state.per_row()
+
+    def backend(workload: Workload) -> str:
+        state = None if token else model.plan(named(workload), new_tokens=workload.new_tokens)
+        return model.backends_used() if state is None else state.backend
+
+    def count(workload: Workload) -> int:
+        trace: list[dict[str, Any]] = []
+        generate(workload, trace=trace)
+        return len(trace) - len(workload.prompts)  # the prompts' own plans come first
+
+    return Contender(
+        entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if token else plan,
+        count_reroutes=count if sentence else None, compilable=not token, backend=backend,
+    )  # fmt: skip
+
+
+def _spec(entry: Entry) -> MethodSpec:
+    spec = load_method_spec(entry.contender)
+    if entry.kept is None:
+        return spec
+    if not can_keep(spec):
+        raise MethodError(f"'{entry.contender}' has no setting for the number of kept experts; leave --kept out or name other contenders.")
+    return load_method_spec(entry.contender, {"selector": "topk", "k": entry.kept})
+
+
+def can_keep(spec: MethodSpec) -> bool:
+    """Whether a method can be told how many experts to keep."""
+    return {"selector", "k"} <= set(getattr(method_class(spec.method).Config, "__dataclass_fields__", ()))
+
+
+def known_contenders() -> list[str]:
+    """Names of everything that can be timed; the preset of the bare backbone is the contender of that name."""
+    return [*BUILTIN, *(name for name in list_configs("method") if name not in BUILTIN)]
+
+
+def check_contender(name: str) -> None:
+    """Refuse a name that nothing bears.
+
+    Raises:
+        ConfigError: With the nearest names.
+    """
+    known = known_contenders()
+    if name not in known and Path(name).suffix not in {".yaml", ".yml"}:
+        raise ConfigError(f"unknown contender '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or a method YAML file.")
+
+
+def build_contender(shop: Workshop, entry: Entry) -> Contender:
+    """Make one contender.
+
+    Raises:
+        DLPLoRAError: If it cannot be made, with the reason.
+    """
+    if entry.contender not in BUILTIN:
+        return ours(shop, entry)
+    if entry.contender.startswith("peft_") and entry.experts > MAX_PEFT_EXPERTS:
+        raise ConfigError(f"PEFT is timed with at most {MAX_PEFT_EXPERTS} adapters, kept as separate modules; got {entry.experts}.")
+    return BUILTIN[entry.contender](shop, entry)
+
+
+def facts(contender: Contender, workload: Workload) -> Mapping[str, Any]:
+    """What a measurement says about its contender under a workload apart from times."""
+    entry = contender.entry
+    weights = None if contender.plan is None else contender.plan(workload)
+    kept = None if weights is None else float((weights != 0).sum(dim=-1).float().mean())
+    return {
+        "contender": entry.contender, "experts": entry.experts, "kept": entry.kept, "reroute_every": entry.reroute_every,
+        "compiled": entry.compiled, "granularity": contender.granularity, "backend": contender.backend(workload),
+        "backend_asked": "" if entry.contender in BUILTIN else entry.backend, "experts_kept": kept,
+        "sentence_reroutes": None if contender.count_reroutes is None else contender.count_reroutes(workload),
+    }  # fmt: skip

@@ -1,0 +1,188 @@
+"""What may stand in ``--model_args`` of ``lm_eval --model dlplora``, parsed strictly, and the model it describes.
+
+lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already
+converted. Settings of the method are given as dotted keys, ``method.p=0.6``, or as one mapping,
+``method_params={"p":0.6}``; folders of trained gates and the like as ``artifact.ROLE=FOLDER``; a list of experts as
+``names=[a,b]`` or ``names=a+b``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from dlplora.config import build
+from dlplora.errors import ConfigError, nearest
+from dlplora.lm_eval.harness_options import HARNESS_OPTIONS, parse_harness_options
+from dlplora.tasks.local import ENV_ROOT
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Item
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlplora.inference.fused_model import FusedCausalLM
+
+METHOD_PREFIX = "method."
+ARTIFACT_PREFIX = "artifact."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelArgs:
+    """The model to evaluate. Without any argument: the embedded nano backbone, its pool and router, method ``dlp``."""
+
+    method: str = "dlp"
+    """Name of a method configuration, or the path of a YAML file."""
+    method_params: dict[str, Any] = field(default_factory=dict)
+    """Settings that override the method file's."""
+    pretrained: str | None = None
+    """Folder or hub id of the backbone."""
+    pool: str | None = None
+    """Folder of the adapters."""
+    router: str | None = None
+    """Folder of the trained router."""
+    multitask: str | None = None
+    """Folder of the adapter trained on all tasks, for the methods that need it."""
+    trained: str | None = None
+    """Folder of the method's own trained gates, as ``LitFusion`` exports it."""
+    artifacts: dict[str, Any] = field(default_factory=dict)
+    """Folders of whatever else a method needs, by role; given as ``artifact.ROLE=FOLDER``."""
+    names: tuple[str, ...] | None = None
+    """Experts to keep, in this order; None keeps the pool's."""
+    backend: str = "auto"
+    """Kernel backend."""
+    dtype: str = "float32"
+    """Type of base and adapter weights."""
+    device: str | None = None
+    """Torch device. ``cuda`` becomes ``cpu`` where there is no CUDA device: lm-eval itself always passes ``cuda:0``."""
+    revision: str | None = None
+    """Revision of the backbone on the hub."""
+    seed: int = 0
+    """Seed of methods that draw random numbers."""
+    share_prefix: Literal["auto", "always", "never"] = "auto"
+    """Whether the options of a question share one reading of their context. ``auto``: where the backbone's cache allows it."""
+    trust_remote_code: bool = False
+    """Whether the backbone's repository may run its own code."""
+    load_in_4bit: bool = False
+    """Load the backbone in 4 bits with bitsandbytes."""
+    load_in_8bit: bool = False
+    """Load the backbone in 8 bits with bitsandbytes."""
+    bnb_4bit_quant_type: str = "nf4"
+    """``nf4`` or ``fp4``."""
+    bnb_4bit_compute_dtype: str | None = None
+    """Dtype of 4-bit products; None takes ``dtype``."""
+    bnb_4bit_use_double_quant: bool = False
+    """Whether the scales of 4-bit blocks are quantised too."""
+    attn_implementation: str | None = None
+    """Attention of transformers; None leaves the choice to transformers."""
+
+    def loading(self) -> dict[str, Any]:
+        """What the backbone's loader is asked for besides its name and dtype."""
+        keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
+
+
+def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, Any]]:
+    """Split keyword arguments into the model's and the harness's.
+
+    Args:
+        values: Keyword arguments as lm-eval parsed them.
+
+    Returns:
+        The model's arguments, and the options of ``HARNESS_OPTIONS`` that were given.
+
+    Raises:
+        ConfigError: For an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    harness = parse_harness_options(values)
+    model: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    artifacts: dict[str, str] = {}
+    for key, value in values.items():
+        if key in HARNESS_OPTIONS or value is None:
+            continue
+        if key.startswith(METHOD_PREFIX):
+            overrides[key.removeprefix(METHOD_PREFIX)] = value
+        elif key.startswith(ARTIFACT_PREFIX):
+            artifacts[key.removeprefix(ARTIFACT_PREFIX)] = str(value)
+        else:
+            model[key] = value
+    known = [option.name for option in fields(ModelArgs) if option.name != "artifacts"]
+    for key in model:
+        if key not in known and key != "adapters":
+            options = [*known, *HARNESS_OPTIONS, f"{METHOD_PREFIX}KEY", f"{ARTIFACT_PREFIX}ROLE"]
+            raise ConfigError(f"--model_args: unknown key '{key}'.{nearest(key, options)} Valid keys: {', '.join(options)}.")
+    model["method_params"] = _mapping(model.get("method_params")) | overrides
+    model["artifacts"] = artifacts
+    chosen = _chosen_names(model)
+    if chosen is not None:
+        model["names"] = chosen
+    for key in ("method", "pretrained", "pool", "router", "multitask", "trained", "revision", "device", "dtype", "bnb_4bit_compute_dtype"):
+        if key in model:
+            model[key] = str(model[key]).removeprefix("torch.")  # lm-eval turns a folder named 42 into a number
+    return build(ModelArgs, model, "--model_args"), harness
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """``method_params`` as a mapping; text must be JSON."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--model_args: method_params must be a JSON object, got {value!r} ({error.msg}).") from error
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"--model_args: method_params must map settings to values, got {value!r}.")
+    return {str(key): setting for key, setting in value.items()}
+
+
+def _chosen_names(model: dict[str, Any]) -> tuple[str, ...] | None:
+    """``names`` (or its other name ``adapters``, removed from ``model``) as expert names in order."""
+    other = model.pop("adapters", None)
+    if other is not None and model.get("names") is not None:
+        raise ConfigError("--model_args: names and adapters are the same option; give one of them.")
+    value = other if other is not None else model.get("names")
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return tuple(str(name) for name in value)
+    bare = str(value).strip().removeprefix("[").removesuffix("]").replace(",", "+")
+    names = tuple(name.strip().strip("\"'") for name in bare.split("+"))
+    if not all(names):
+        raise ConfigError(f"--model_args: names must be experts joined by '+', like names=alpha+beta, got {value!r}.")
+    return names
+
+
+def load_model(args: ModelArgs, device: torch.device) -> FusedCausalLM:
+    """The model that the arguments describe."""
+    from dlplora.inference.fused_model import FusedCausalLM
+
+    return FusedCausalLM.from_pretrained(
+        args.pretrained,
+        pool=args.pool,
+        method=args.method,
+        router=args.router,
+        multitask=args.multitask,
+        method_params=args.method_params or None,
+        artifacts=args.artifacts | ({"trained": args.trained} if args.trained else {}),
+        dtype=args.dtype,
+        device=device,
+        backend=args.backend,
+        **args.loading(),
+        names=args.names,
+        seed=args.seed,
+        few_shot=_training_items(args.pool),
+    )
+
+
+def _training_items(pool: str | None) -> Callable[[str, int], Sequence[Item]] | None:
+    """Where methods that need examples of a task find them: the nano suite for its own pool, else the rows under ``DLPLORA_DATA``."""
+    if pool is None:
+        return lambda task, num: get_suite("nano").task(task).items("train", num)
+    if os.environ.get(ENV_ROOT):
+        return lambda task, num: get_suite(f"local:{task}").task(task).items("train", num)
+    return None

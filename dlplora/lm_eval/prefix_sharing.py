@@ -1,0 +1,198 @@
+"""Two ways to read what is scored, and the answers in their logits. Shapes: B rows, T tokens, V vocabulary.
+
+The plain path reads context and option together, once an option::
+
+    c c c c x y        one row an option
+    c c c c z
+
+The shared path reads each context once and keeps its keys and values. Its last position scores the first token of every option;
+only options with more tokens are read, behind a copy of their question's keys and values::
+
+    . c c c c          one row a question, padded on the left
+              x        one row an option of two tokens or more
+
+Both give the same numbers up to rounding (about 1e-6 in float32), for plans and for gates: nothing in a causal model looks ahead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import ConfigError
+from dlplora.lm_eval.requests import Prompt, ScoringRequest, pad_rows
+
+Unit = ScoringRequest
+Question = list[Unit]
+"""Options that differ in what is read behind one context of one prompt; at least one."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Logits of one batch, and where the tokens of each unit are scored.
+
+    Args:
+        units: What was read.
+        logits: (N, V).
+        places: Of every unit, the rows of ``logits`` that score its tokens, in order.
+    """
+
+    units: list[Unit]
+    logits: Tensor
+    places: list[list[int]]
+
+
+def why_not(model: Any) -> str | None:
+    """Why the keys and values of a model cannot be shared between options, or None if they can."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    accepted = inspect.signature(model.forward).parameters
+    missing = [name for name in ("past_key_values", "attention_mask", "position_ids") if name not in accepted]
+    if missing:
+        return f"{type(model).__name__} takes no {', '.join(missing)}"
+    if getattr(model, "_is_stateful", False):
+        return f"{type(model).__name__} keeps a state that cannot be copied row by row"
+    others = sorted({type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer})
+    return f"{type(model).__name__} caches in {', '.join(others)}, which cannot be shared" if others else None
+
+
+def decide_sharing(wanted: str, model: Any) -> tuple[bool, str]:
+    """Whether the options of a question share the reading of their context, and the same in the words of the record.
+
+    Args:
+        wanted: ``auto``, ``always`` or ``never``.
+        model: The backbone.
+
+    Raises:
+        ConfigError: If it must share and cannot.
+    """
+    obstacle = why_not(model)
+    if wanted == "always" and obstacle:
+        raise ConfigError(f"share_prefix=always: {obstacle}. Leave it out, or use share_prefix=never.")
+    shares = wanted != "never" and obstacle is None
+    return shares, "shared" if shares else f"read for every option: {obstacle or 'share_prefix=never'}"
+
+
+def questions_of(units: Iterable[Unit]) -> list[Question]:
+    """Units grouped by prompt and context, longest contexts first."""
+    found: dict[Any, Question] = {}
+    for unit in units:
+        found.setdefault((unit.prompt.key, unit.context), []).append(unit)
+    return sorted(found.values(), key=lambda question: question[0].context_sort_key)
+
+
+def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    """Consecutive questions such that neither contexts nor options behind them are more than ``size`` rows.
+
+    A question with more options than that is a batch of its own.
+    """
+    batch: list[Question] = []
+    rows = 0
+    for question in questions:
+        longer = sum(len(unit.continuation) > 1 for unit in question)
+        if batch and (len(batch) == size or rows + longer > size):
+            yield batch
+            batch, rows = [], 0
+        batch.append(question)
+        rows += longer
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What both ways need of a model.
+
+    Args:
+        model: A patched causal LM.
+        bound: Binds the routing of these rows' prompts.
+        watched: Watches the gates at the marked tokens of these rows.
+        pad_id: Padding token.
+        device: Of the model.
+        max_length: Most tokens that are read of a unit.
+    """
+
+    model: Any
+    bound: Callable[[Sequence[Prompt]], AbstractContextManager[Any]]
+    watched: Callable[[Sequence[Prompt], Tensor], AbstractContextManager[Any]]
+    pad_id: int
+    device: torch.device
+    max_length: int
+
+
+def read_plainly(reader: Reader, batch: list[Unit]) -> Readings:
+    """One forward pass, a row a unit."""
+    windows = [unit.window(reader.max_length) for unit in batch]
+    ids, mask = pad_rows(windows, reader.pad_id, "right", reader.device)
+    prompts = [unit.prompt for unit in batch]
+    read = [len(window) - len(unit.continuation) + 1 for unit, window in zip(batch, windows, strict=True)]
+    prompt_mask = mask * (torch.arange(mask.shape[1], device=reader.device) < torch.tensor(read, device=reader.device)[:, None])
+    watched = reader.watched(prompts, prompt_mask) if all(unit.reads_prompt for unit in batch) else nullcontext()
+    with reader.bound(prompts), watched:
+        logits = reader.model(input_ids=ids, attention_mask=mask).logits  # (B, T, V)
+    here = [logits[row, start - 1 : len(window)] for row, (start, window) in enumerate(zip(read, windows, strict=True))]
+    ends = torch.tensor([len(piece) for piece in here]).cumsum(0).tolist()
+    return Readings(batch, torch.cat(here), [list(range(end - len(piece), end)) for end, piece in zip(ends, here, strict=True)])
+
+
+def read_questions(reader: Reader, batch: Sequence[Question]) -> Readings:
+    """Two forward passes at most: the contexts, then what follows the first token of longer options.
+
+    The model must be one that ``why_not`` has nothing against.
+    """
+    from transformers import DynamicCache
+
+    model, pad_id, device = reader.model, reader.pad_id, reader.device
+    prompts = [question[0].prompt for question in batch]
+    ids, mask = pad_rows([question[0].context for question in batch], pad_id, "left", device)
+    longer = [(row, unit) for row, question in enumerate(batch) for unit in question if len(unit.continuation) > 1]
+    cache = DynamicCache(config=model.config) if longer else None
+    options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    with reader.bound(prompts), reader.watched(prompts, mask):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0), **options).logits
+    pieces = [logits[:, -1]]
+    starts: dict[int, int] = {}
+    if longer:
+        assert cache is not None
+        rows = torch.tensor([row for row, _ in longer], device=device)
+        later, later_mask = pad_rows([unit.continuation[:-1] for _, unit in longer], pad_id, "right", device)
+        positions = mask.sum(dim=1)[rows, None] + torch.arange(later.shape[1], device=device)
+        cache.batch_select_indices(rows)
+        whole = torch.cat([mask[rows], later_mask], dim=1)
+        with reader.bound([unit.prompt for _, unit in longer]):
+            behind = model(input_ids=later, attention_mask=whole, position_ids=positions, use_cache=True, past_key_values=cache).logits
+        pieces.append(behind.flatten(0, 1))
+        starts = {id(unit): len(batch) + place * later.shape[1] for place, (_, unit) in enumerate(longer)}
+    units = [unit for question in batch for unit in question]
+    first = {id(unit): row for row, question in enumerate(batch) for unit in question}
+    places = [[first[id(unit)], *(starts.get(id(unit), 0) + index for index in range(len(unit.continuation) - 1))] for unit in units]
+    return Readings(units, torch.cat(pieces), places)
+
+
+def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+    """Sum of the log-probabilities of each continuation, and whether each of its tokens is the likeliest.
+
+    Args:
+        logprobs: (N, V).
+        places: Of every continuation, the row that scores each token.
+        continuations: Tokens.
+    """
+    rows = torch.tensor([row for one in places for row in one], dtype=torch.long, device=logprobs.device)
+    tokens = torch.tensor([token for one in continuations for token in one], dtype=torch.long, device=logprobs.device)
+    values = logprobs[rows, tokens].tolist()
+    greedy = (logprobs.argmax(dim=-1)[rows] == tokens).tolist()
+    found, start = [], 0
+    for continuation in continuations:
+        here = slice(start, start + len(continuation))
+        found.append((sum(values[here]), all(greedy[here])))
+        start += len(continuation)
+    return found

@@ -1,0 +1,1 @@
+"""Latency and training-speed records, their tables and figures."""

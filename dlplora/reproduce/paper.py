@@ -1,0 +1,302 @@
+"""The paper's comparison on one backbone: what ``dlplora reproduce paper --backbone NAME`` does, with the machinery of ``reproduce``.
+
+A profile (``configs/reproduce``) names the protocol, the backbone and the budgets. A hub id is resolved once to a folder of the cache, so
+that training and evaluation see the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlplora.config import build, configs_root, list_configs, load_yaml
+from dlplora.errors import ConfigError, TaskError, nearest
+from dlplora.evaluation.protocol import Protocol, load_protocol
+from dlplora.methods.registry import available_presets
+from dlplora.reporting import tables
+from dlplora.reproduce import artifacts as assets
+from dlplora.reproduce import estimate
+from dlplora.reproduce.pipeline import Plan, plan, roles_of
+from dlplora.reproduce.recipe import Setting
+from dlplora.tasks.local import ENV_ROOT
+from dlplora.tasks.registry import get_suite
+
+CONFIGS = {
+    "backbone": "paper_backbone",
+    "pool": "paper_experts",
+    "multitask": "paper_multitask",
+    "router": "paper_router",
+    "trained": "paper_fusion",
+}
+"""Kind of role -> training configuration."""
+RANKS = {"multitask_r64": 64, "multitask_r208": 208}
+"""Adapters on all tasks of other ranks; otherwise they are trained as ``multitask`` is, with alpha twice the rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One file of ``configs/reproduce``."""
+
+    protocol: str
+    """Name in ``configs/protocol``, or a file."""
+    backbone: str | None = None
+    """Folder or hub id."""
+    revision: str | None = None
+    """Commit of a hub id; None takes the newest, and the records say which it was."""
+    train_backbone: bool = False
+    """Whether the backbone is pretrained here, on the training rows."""
+    methods: list[str] = field(default_factory=lambda: list(tables.REFERENCE_ROWS))
+    """Methods of the comparison unless others are named."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Kind of training (or ``all``) -> further options of ``dlplora fit``."""
+    processes: int | None = None
+    """Processes that the experts are dealt out to."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """Sizes of the backbone for estimates, from its public configuration."""
+
+
+def load_profile(name: str) -> tuple[str, Profile]:
+    """A profile by name or file, or the one for any backbone with a folder or hub id in it; also what its runs are called.
+
+    Raises:
+        ConfigError: If the name is neither a profile, nor a folder, nor like a hub id.
+    """
+    known = list_configs("reproduce")
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return Path(name).stem, build(Profile, load_yaml(name), name)
+    path = configs_root() / "reproduce" / f"{name}.yaml"
+    if name in known and name != "any":
+        return name, build(Profile, load_yaml(path), str(path))
+    looks_right = Path(name).expanduser().is_dir() or name.count("/") == 1
+    if not looks_right or name == "any":
+        profiles = [one for one in known if one != "any"]
+        raise ConfigError(
+            f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
+            "or give a model folder, a hub id, or a profile's file."
+        )
+    path = configs_root() / "reproduce" / "any.yaml"
+    return Path(name).name, dataclasses.replace(build(Profile, load_yaml(path), str(path)), backbone=name)
+
+
+def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | None]:
+    """The folder of a backbone, and its commit if it is a hub id; a folder wins.
+
+    Raises:
+        ConfigError: If it is neither here, nor in the cache, nor reachable.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder), None
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from requests.exceptions import RequestException
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
+    try:
+        found = snapshot_download(source, revision=revision, allow_patterns=wanted)
+    except (LocalEntryNotFoundError, HfHubHTTPError, RequestException, OSError) as error:
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).splitlines()[0]
+        raise ConfigError(
+            f"backbone '{source}' (revision {revision or 'newest'}) is no folder, not in the cache {constants.HF_HUB_CACHE}, and {state}. "
+            "Run once with a connection (unset HF_HUB_OFFLINE), or pass --backbone FOLDER."
+        ) from error
+    return found, Path(found).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A comparison on one backbone, resolved as far as is possible before anything is trained."""
+
+    name: str
+    profile: Profile
+    protocol: Protocol
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: Path
+    """Folder of the artefacts."""
+
+    @property
+    def protocol_name(self) -> str:
+        """Of the records: one protocol over several backbones is as many protocols."""
+        stem = Path(self.profile.protocol).stem
+        return stem if self.profile.train_backbone or stem == self.name else f"{stem}_{self.name}"
+
+    @property
+    def setting(self) -> Setting:
+        """Tasks and options, without a backbone yet."""
+        return Setting(
+            suite=self.protocol.suite,
+            data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
+            tasks=None if self.protocol.tasks is None else tuple(self.protocol.tasks),
+            configs={**CONFIGS, **dict.fromkeys(RANKS, CONFIGS["multitask"])},
+            options={**self.profile.options, **{role: self._ranked(role) for role in RANKS}},
+            processes=self.profile.processes,
+        )
+
+    def _ranked(self, role: str) -> list[str]:
+        settings = {"lora.rank": RANKS[role], "lora.lora_alpha": 2 * RANKS[role], "adapter_name": role}
+        return [*self.profile.options.get("multitask", ()), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
+
+    def backbone_asset(self) -> assets.Asset | None:
+        """The backbone that is pretrained here, or None if it comes from elsewhere."""
+        return assets.locate("backbone", self.runs, fresh=False, setting=self.setting) if self.profile.train_backbone else None
+
+    def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
+        """The same over a backbone that is there."""
+        label = self.name if commit is None else str(self.profile.backbone)
+        protocol = dataclasses.replace(self.protocol, backbone=folder if commit is None else label, revision=commit)
+        return protocol, dataclasses.replace(self.setting, backbone=folder, base_model_name=label)
+
+
+def resolve(
+    backbone: str, overrides: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int] | None, runs: Path | None
+) -> Job:
+    """Check every name before anything starts.
+
+    Args:
+        backbone: Name of a profile, folder, or hub id.
+        overrides: Of the protocol: ``tasks``, ``data_root``.
+        methods: Methods; None takes the profile's.
+        seeds: Seeds; None takes the protocol's.
+        runs: Folder of artefacts; None is ``runs/paper/NAME``.
+
+    Raises:
+        DLPLoRAError: For an unknown backbone, method or task, or rows that are missing or malformed.
+    """
+    name, profile = load_profile(backbone)
+    protocol = load_protocol(profile.protocol, overrides)
+    chosen = list(methods or profile.methods)
+    if chosen == ["all"]:
+        chosen = list(dict.fromkeys([*tables.REFERENCE_ROWS, *available_presets()]))
+    roles_of(chosen)
+    _require_tasks(protocol)
+    job = Job(
+        name=name,
+        profile=profile,
+        protocol=protocol,
+        methods=tuple(chosen),
+        seeds=tuple(seeds if seeds is not None else protocol.seeds),
+        runs=runs or Path("runs") / "paper" / name,
+    )
+    for role in roles_of(chosen):
+        assets.config_path(role, job.setting)
+    return job
+
+
+def announced(job: Job) -> Iterator[str]:
+    """What will be done and what it needs; reads rows if they lie here, loads no weights."""
+    setting = job.setting
+    asset = job.backbone_asset()
+    source = job.profile.backbone
+    if asset is not None:
+        yield f"backbone: {asset.source} ({asset.folder})"
+        source = str(asset.folder) if asset.ready else None
+    else:
+        yield f"backbone: {source} (revision {job.profile.revision or 'newest; the records say which'})"
+    if asset is None or asset.ready:
+        known = source is not None and Path(source).is_dir()
+        yield from planned(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
+    else:
+        yield from _roles(job)
+    training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := _budget(job, setting, kind))["runs"]}
+    rows, count = _rows_at_hand(job)
+    lora = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]
+    shape = estimate.shape_of(source, job.profile.shape or _own_shape(job), rank=lora["rank"], targets=lora["target_modules"])
+    wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
+    yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
+
+
+def _roles(job: Job) -> Iterator[str]:
+    for seed in job.seeds:
+        for role in roles_of(job.methods):
+            yield f"{role}, seed {seed}: to be trained, unless a finished one of the same recipe lies in {job.runs}"
+    yield f"evaluate {', '.join(job.methods)} with seed(s) {', '.join(map(str, job.seeds))}; finished cells are reused"
+
+
+def _own_shape(job: Job) -> dict[str, Any]:
+    """Sizes of the backbone that is pretrained here."""
+    if not job.profile.train_backbone:
+        return {}
+    config = load_yaml(assets.config_path("backbone", job.setting))
+    model = _overridden(config["model"]["init_args"], job.setting.extra("backbone"), "--model.init_args.")
+    return {
+        "model_type": "llama",
+        "vocab_size": config["data"]["init_args"].get("vocab_size", 4096),
+        "hidden_size": model["hidden_size"],
+        "intermediate_size": model["intermediate_size"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": model["num_heads"],
+        "num_key_value_heads": model["num_heads"],
+        "tie_word_embeddings": True,
+    }
+
+
+def _overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -> dict[str, Any]:
+    """Whole numbers of a configuration after the options that change them."""
+    given = dict(option.removeprefix(prefix).split("=", 1) for option in options if option.startswith(prefix))
+    return {**values, **{key: int(value) for key, value in given.items() if value.isdigit()}}
+
+
+def _budget(job: Job, setting: Setting, kind: str) -> dict[str, int]:
+    """Steps and rows of one kind of training, and how many of it there are."""
+    data = load_yaml(assets.config_path(kind, setting))["data"]["init_args"]
+    data = _overridden(data, setting.extra(kind), "--data.init_args.")
+    roles = [role for role in roles_of(job.methods) if assets.kind_of(role) == kind]
+    runs = len(roles) * len(job.seeds) * (_rows_at_hand(job)[1] if kind == "pool" else 1)
+    rank = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]["rank"]
+    size = RANKS.get(kind, rank) // rank
+    return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs, "size": size}
+
+
+def _has_rows(protocol: Protocol) -> bool:
+    """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
+    return protocol.suite == "paper_local" or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
+
+
+def _tasks_of_the_hub(suite: str) -> list[str]:
+    from dlplora.tasks.paper.sources import PAPER26, SOURCES
+
+    return [source.name for source in SOURCES] if suite == "paper" else list(PAPER26)
+
+
+def _require_tasks(protocol: Protocol) -> None:
+    """Refuse tasks that the suite does not have, also where its rows are still on the hub.
+
+    Raises:
+        TaskError: With the nearest name.
+    """
+    if _has_rows(protocol):
+        get_suite(protocol.suite, protocol.data_root).select(protocol.tasks)
+        return
+    known = _tasks_of_the_hub(protocol.suite)
+    for name in protocol.tasks or ():
+        if name not in known:
+            raise TaskError(f"suite '{protocol.suite}' has no task '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
+
+
+def _rows_at_hand(job: Job) -> tuple[list[int], int]:
+    """Characters of the training rows under the data root, none if they would have to come from the hub; and the number of tasks."""
+    if not _has_rows(job.protocol):
+        return [], len(job.protocol.tasks or _tasks_of_the_hub(job.protocol.suite))
+    suite = job.setting.chosen()
+    return [len(item.prompt) + len(item.answer) for task in suite.tasks for item in task.rows.get("train", ())], len(suite.tasks)
+
+
+def backbone_folder(job: Job) -> tuple[str, str | None]:
+    """The backbone's folder and commit; pretrains it first if it is our own and not there yet."""
+    asset = job.backbone_asset()
+    if asset is None:
+        assert job.profile.backbone is not None, "a profile without a backbone trains one"
+        return resolved_backbone(job.profile.backbone, job.profile.revision)
+    if not asset.ready:
+        assets.train("backbone", job.runs, setting=job.setting)
+    return str(asset.folder), None
+
+
+def planned(job: Job, setting: Setting) -> Plan:
+    """What has to be trained and evaluated over a backbone that is there."""
+    return plan(job.methods, job.seeds, job.runs, fresh=False, setting=setting)

@@ -1,0 +1,100 @@
+"""What artefacts are trained over: a backbone, a suite of tasks, and the options that fit the training recipes to both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlplora.adapters.files import file_sha256
+from dlplora.config import config_hash
+from dlplora.errors import ConfigError
+from dlplora.inference.loading import nano_asset
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Suite
+
+BACKBONE_OPTIONS = {"pool": "backbone", "router": "backbone", "trained": "pretrained"}
+"""Kind of role -> the training module's name for its backbone; adapters on all tasks have the pool's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One backbone and one suite; the default is the embedded nano backbone, whose artefacts are shipped."""
+
+    backbone: str | None = None
+    """Folder of the backbone; None is the embedded one."""
+    base_model_name: str | None = None
+    """What adapters name as their base."""
+    suite: str = "nano"
+    data_root: str | None = None
+    tasks: tuple[str, ...] | None = None
+    """Some tasks of the suite; None takes all."""
+    configs: Mapping[str, str] = field(default_factory=dict)
+    """Kind of role -> training configuration, where it is not the nano suite's."""
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Kind of role (``all`` for every one) -> further options of ``dlplora fit``."""
+    processes: int | None = None
+    """Processes that the experts of a pool are dealt out to; None takes the number of cores, at most four."""
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the package may hold artefacts of this setting."""
+        return self.backbone is None and self.suite == "nano"
+
+    def chosen(self) -> Suite:
+        """The tasks that are trained on."""
+        return get_suite(self.suite, self.data_root).select(self.tasks)
+
+    def extra(self, kind: str) -> list[str]:
+        """The further options of one kind of role, those of ``all`` first."""
+        return [*self.options.get("all", ()), *self.options.get(kind, ())]
+
+    def arguments(self, kind: str) -> list[str]:
+        """Options of ``dlplora fit`` that make a recipe train over this backbone and these tasks."""
+        if self.shipped:
+            return self.extra(kind)
+        told = ["--data.init_args.suite=" + self.suite]
+        if self.data_root is not None:
+            told.append(f"--data.init_args.data_root={self.data_root}")
+        if self.tasks is not None:
+            named = ",".join(self.tasks)
+            told.append(f"--data.init_args.tasks={f'[{named}]' if kind == 'backbone' else named}")
+        if kind != "backbone":
+            told.append(f"--model.init_args.{BACKBONE_OPTIONS.get(kind, 'backbone')}={self.backbone}")
+        if kind not in {"backbone", "router", "trained"} and self.base_model_name is not None:
+            told.append(f"--model.init_args.base_model_name={self.base_model_name}")
+        return [*told, *self.extra(kind)]
+
+    def facts(self, kind: str) -> dict[str, Any]:
+        """What an artefact is a function of, besides its configuration: the backbone's weights and the tasks' rows."""
+        described: dict[str, Any] = {}
+        if kind != "backbone":
+            described["backbone_sha256"] = self.backbone_sha256()
+        described["tasks"] = {
+            task.name: task.facts["sha256"]
+            if task.facts
+            else config_hash([task.version, task.phrasings, [[item.prompt, item.answer] for item in task.items("train", 20)]])
+            for task in self.chosen().tasks
+        }
+        if not self.shipped:
+            described["options"] = self.extra(kind)
+        return described
+
+    def backbone_sha256(self) -> str:
+        """Checksum of the backbone's weights.
+
+        Raises:
+            ConfigError: If the folder holds none.
+        """
+        folder = nano_asset("backbone") if self.backbone is None else Path(self.backbone)
+        files = sorted(folder.glob("*.safetensors"))
+        if not files and self.backbone is None:
+            raise ConfigError(f"the embedded backbone is missing ({folder / 'model.safetensors'}); this installation is incomplete.")
+        if not files:
+            raise ConfigError(f"backbone folder {folder} holds no safetensors file.")
+        sums = [file_sha256(path) for path in files]
+        return sums[0] if len(sums) == 1 else config_hash(sums)
+
+
+NANO = Setting()
