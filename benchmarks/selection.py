@@ -82,12 +82,12 @@ def cases() -> Iterator[Case]:
     unsure: dict[str, Any] = {"flip_rate": 0.3, "conviction": UNSURE}
     for selector, how in (("nucleus", "softmax"), ("nucleus", "sum"), ("threshold", "softmax")):
         for p in P_VALUES:
-            params = {"selector": selector, "p": p, "renormalize": how}
+            params = {"selector": selector, "top_p" if selector == "nucleus" else "threshold": p, "renormalize": how}
             yield Case(sweep="p", series=f"{selector}, {how}", x=p, params=params)
             yield Case(sweep="p_unsure", series=f"{selector}, {how}", x=p, params=params, **unsure)
     for how in ("softmax", "sum", "logits", "uniform", "none"):
         for rate in (0.0, 0.3):
-            params = {"selector": "nucleus", "p": 0.6, "renormalize": how}
+            params = {"selector": "nucleus", "top_p": 0.6, "renormalize": how}
             yield Case(sweep="weighting", series=how, x=rate, params=params, flip_rate=rate, conviction=UNSURE)
     for preset in ("dlp", "dlp_code", "dlp_top1"):
         for conviction, name in ((1.0, "flips"), (UNSURE, "flips_unsure")):

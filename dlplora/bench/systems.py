@@ -215,12 +215,12 @@ def _spec(entry: Entry) -> MethodSpec:
         return spec
     if not can_keep(spec):
         raise MethodError(f"'{entry.contender}' has no setting for the number of kept experts; leave --kept out or name other contenders.")
-    return load_method_spec(entry.contender, {"selector": "topk", "k": entry.kept})
+    return load_method_spec(entry.contender, {"selector": "topk", "top_k": entry.kept})
 
 
 def can_keep(spec: MethodSpec) -> bool:
     """Whether a method can be told how many experts to keep."""
-    return {"selector", "k"} <= set(getattr(method_class(spec.method).Config, "__dataclass_fields__", ()))
+    return {"selector", "top_k"} <= set(getattr(method_class(spec.method).Config, "__dataclass_fields__", ()))
 
 
 def known_contenders() -> list[str]:

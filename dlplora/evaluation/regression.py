@@ -43,7 +43,7 @@ GUARDS = (
     Guard(name="oracle", preset="oracle"),
     Guard(name="dlp", preset="dlp", latency=True),
     # The nano router is so sure that presets keep one expert; here the nucleus holds several.
-    Guard(name="dlp_wide", preset="dlp", params={"selector": "nucleus", "p": 0.9999, "renormalize": "sum"}),
+    Guard(name="dlp_wide", preset="dlp", params={"selector": "nucleus", "top_p": 0.9999, "renormalize": "sum"}),
     Guard(name="ties", preset="ties"),
     Guard(name="avg_factor", preset="avg_factor"),
     Guard(name="arrow_out", preset="arrow_out"),

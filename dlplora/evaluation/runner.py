@@ -23,7 +23,7 @@ from dlplora.evaluation.preconditions import require_artifacts, require_limit, r
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import method_asset, nano_asset, resolve_backbone
 from dlplora.inference.saving import read as saved_model
-from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, resolved_params
+from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec, resolved_params
 from dlplora.provenance import provenance
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
 from dlplora.reporting.statistics import detectable_difference
@@ -112,7 +112,7 @@ class Run:
         return {
             "protocol": self.protocol.hash(),
             "method": self.spec.method,
-            "params": resolved_params(self.spec),
+            "params": hashed_params(self.spec),
             "seed": self.seed,
             "backbone": backbone_identity(self.protocol.backbone, self.protocol.revision),
             "pool": pool.checksum() if pool else None,
@@ -317,7 +317,7 @@ def blank_record(run: Run) -> Record:
         protocol_hash=run.protocol.hash(),
         method_name=run.spec.name,
         method={"method": run.spec.method, "params": resolved_params(run.spec)},
-        method_hash=config_hash([run.spec.method, resolved_params(run.spec)]),
+        method_hash=config_hash([run.spec.method, hashed_params(run.spec)]),
         seed=run.seed,
         backbone=backbone_identity(run.protocol.backbone, run.protocol.revision),
         pool_hash=load_pool(run.folders["pool"]).checksum() if "pool" in run.folders else "",

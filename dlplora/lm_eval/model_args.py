@@ -1,8 +1,8 @@
 """What may stand in ``--model_args`` of ``lm_eval --model dlplora``, parsed strictly, and the model it describes.
 
 lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already
-converted. Settings of the method are given as dotted keys, ``method.p=0.6``, or as one mapping,
-``method_params={"p":0.6}``; folders of trained gates and the like as ``artifact.ROLE=FOLDER``; a list of experts as
+converted. Settings of the method are given as dotted keys, ``method.threshold=0.3``, or as one mapping,
+``method_params={"threshold":0.3}``; folders of trained gates and the like as ``artifact.ROLE=FOLDER``; a list of experts as
 ``names=[a,b]`` or ``names=a+b``.
 """
 

@@ -10,7 +10,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
-HASHED_IF_SET = {"hashed_if_set": True}
-"""Metadata of a parameter that came later with a default that changes nothing: at its default it is left out of records and hashes."""
+OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
+"""Metadata of a parameter that was added later: omitted from records and hashes at its default, so that old records still match."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
 
 
@@ -312,7 +312,28 @@ class FusionMethod(nn.Module):
                 f"{folder} was made for a pool with checksum {made_for[:12]}, this pool has {bank.checksum()[:12]}: the same names, other "
                 "adapters. Retrain it for this pool."
             )
-        return build(cls.Config, description["params"], str(file))
+        return build(cls.Config, cls.upgrade_params(description["params"], {}), str(file))
+
+    @classmethod
+    def upgrade_params(cls, params: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters under their present names; a method that renamed one still reads the old name.
+
+        Args:
+            params: From a file or a command line.
+            base: The parameters they override.
+        """
+        return dict(params)
+
+    @classmethod
+    def hashed_params(cls, config: Any) -> dict[str, Any]:
+        """Parameters as hashes cover them; a method that renamed one keeps the old name here."""
+        return cls.recorded_params(config)
+
+    @classmethod
+    def recorded_params(cls, config: Any) -> dict[str, Any]:
+        """All parameters, those marked ``OMIT_DEFAULT_FROM_HASH`` only where they differ from their default."""
+        later = {one.name: one.default for one in fields(config) if one.metadata.get("omit_default_from_hash")}
+        return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
 
     @classmethod
     def load(cls, folder: str | Path, bank: AdapterBank, context: MethodContext) -> FusionMethod:

@@ -7,8 +7,8 @@ released code MeCuping/DLP-LoRA@d68fd38. The two disagree, and the paper leaves 
 switch          paper                             released code                      presets
 =============== ================================= ================================== ===========================================
 ``selector``    "top-p", read by its reviewers as nucleus: sorted, the crossing item ``dlp`` threshold, ``dlp_code`` nucleus
-                keep i where p_i >= p             is kept
-``p``           never stated                      0.6                                ``dlp`` 0.2 (**ours**), ``dlp_code`` 0.6
+                keep i where p_i >= threshold     is kept
+bound           never stated                      0.6                                ``dlp`` 0.2 (**ours**), ``dlp_code`` 0.6
 ``renormalize`` softmax of the kept probabilities the same                           both ``softmax``; ``dlp_renorm`` uses ``sum``
 ``reroute``     first token of every new sentence once for the whole prompt          ``dlp`` sentence, ``dlp_code`` prompt
 ``view``        not stated                        the whole question                 ``tail`` (**ours**)
@@ -16,7 +16,7 @@ switch          paper                             released code                 
 ``kv_policy``   not stated                        nothing to decide                  ``stale``
 =============== ================================= ================================== ===========================================
 
-A softmax of probabilities flattens: at most a factor e lies between two kept experts, and two experts kept at p = 0.6 differ by less
+A softmax of probabilities flattens: at most a factor e lies between two kept experts, and two experts kept at a bound of 0.6 differ by less
 than 1.83. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
 code's top-k mode, which equals ``"sum"`` up to rounding; ``"none"`` leaves the probabilities as they are; ``"uniform"`` shares equally.
 
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import ConfigError, MethodError
-from dlplora.methods.base import HASHED_IF_SET, FusionMethod, Granularity, Metadata, MethodContext, WeightSum
+from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext, WeightSum
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.modules.routing import nucleus_mask, renormalize, threshold_mask, top_k_mask
@@ -67,12 +67,13 @@ class DLP(FusionMethod):
         """Switches of DLP-LoRA; the module docstring says where each value comes from."""
 
         selector: Literal["nucleus", "threshold", "topk", "argmax"] = "threshold"
-        """Which experts are kept. ``nucleus``: the fewest whose probabilities exceed p together, the crossing one included;
-        ``threshold``: every expert with probability >= p; ``topk``: the k best; ``argmax``: the best."""
-        p: float = 0.2
-        """Bound of ``nucleus`` and ``threshold``, a probability. The paper does not state it; 0.2 is ours and keeps at most
-        five experts, one when the router is sure."""
-        k: int = 2
+        """Which experts are kept. ``nucleus``: the fewest whose probabilities exceed ``top_p`` together, the crossing one included;
+        ``threshold``: every expert with probability >= ``threshold``; ``topk``: the ``top_k`` best; ``argmax``: the best."""
+        threshold: float = 0.2
+        """Least probability that ``threshold`` keeps. The paper does not state it; 0.2 is ours and keeps at most five experts."""
+        top_p: float = 0.6
+        """Probability mass that ``nucleus`` keeps; 0.6 is the value in the released code."""
+        top_k: int = 2
         """Experts kept by ``topk``; all of them if the pool holds fewer."""
         renormalize: Literal["softmax", "sum", "logits", "none", "uniform"] = "softmax"
         """How kept probabilities become routing weights. ``softmax`` is the softmax of probabilities of paper and released code."""
@@ -81,20 +82,21 @@ class DLP(FusionMethod):
         view: Literal["tail", "window", "whole", "segment"] = "tail"
         """What the router reads at a sentence end. ``tail``: the prompt's last question and the text since; ``window``: the last 64
         tokens; ``whole``: prompt and text; ``segment``: the i-th question of the prompt for the i-th answer."""
-        prompt_routing: Literal["whole", "question", "sentence"] = field(default="whole", metadata=HASHED_IF_SET)
+        prompt_routing: Literal["whole", "question", "sentence"] = field(default="whole", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``reroute: sentence``: the prompt under one plan, or each of its questions, or sentences, under its own."""
-        kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=HASHED_IF_SET)
+        kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``reroute: sentence``: cached keys and values after a re-route are kept, all made again, or only those of generated text."""
         min_keep: int = 1
-        """Experts kept by ``nucleus`` and ``threshold`` even if no probability reaches p."""
+        """Experts kept by ``nucleus`` and ``threshold`` even if no probability reaches the bound."""
         router: str | None = None
         """Folder of a trained router; None takes the one that came with the pool (the artefact ``router``)."""
 
         def __post_init__(self) -> None:
-            if not self.p >= 0.0:
-                raise ConfigError(f"'p' must be a probability of at least 0, got {self.p}.")
-            if self.k < 1:
-                raise ConfigError(f"'k' must be at least 1, got {self.k}.")
+            for name in ("threshold", "top_p"):
+                if not getattr(self, name) >= 0.0:
+                    raise ConfigError(f"'{name}' must be a probability of at least 0, got {getattr(self, name)}.")
+            if self.top_k < 1:
+                raise ConfigError(f"'top_k' must be at least 1, got {self.top_k}.")
             if self.min_keep < 1:
                 raise ConfigError(f"'min_keep' must be at least 1, got {self.min_keep}.")
 
@@ -132,17 +134,31 @@ class DLP(FusionMethod):
 
     @property
     def max_kept(self) -> int:
-        """Bound of the selector: at least p each, or p together and the crossing one, fits only so often into a mass of one."""
+        """Bound of the selector: only so many experts of at least ``threshold`` each fit into a mass of one; the same for ``top_p``."""
         config = self.config
         if config.selector in {"topk", "argmax"}:
-            return 1 if config.selector == "argmax" else config.k
+            return 1 if config.selector == "argmax" else config.top_k
         experts = len(self.expert_names)
         if config.selector == "nucleus":
-            # The kept ones but the last hold at most p, and being the best ranked at least their share of the mass.
-            most = experts if config.p >= 1.0 else math.floor(config.p * experts + _SLACK) + 1
+            # All but the last hold at most top_p together and, as the best ranked, at least their share of the mass.
+            most = experts if config.top_p >= 1.0 else math.floor(config.top_p * experts + _SLACK) + 1
         else:
-            most = experts if config.p * experts <= 1.0 else math.floor(1.0 / config.p + _SLACK)
+            most = experts if config.threshold * experts <= 1.0 else math.floor(1.0 / config.threshold + _SLACK)
         return min(max(most, config.min_keep), experts)
+
+    @classmethod
+    def upgrade_params(cls, params: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Read ``p`` and ``k``, the names before version 0.2: ``p`` was the bound of either selector."""
+        selector = params.get("selector", base.get("selector", cls.Config().selector))
+        names = {"p": "top_p" if selector == "nucleus" else "threshold", "k": "top_k"}
+        return {names.get(key, key): value for key, value in params.items()}
+
+    @classmethod
+    def hashed_params(cls, config: Any) -> dict[str, Any]:
+        """Under the names before version 0.2, so that records made with them still match."""
+        params = super().hashed_params(config)
+        threshold, top_p, top_k = (params.pop(name) for name in ("threshold", "top_p", "top_k"))
+        return {**params, "p": top_p if config.selector == "nucleus" else threshold, "k": top_k}
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:
@@ -182,10 +198,10 @@ class DLP(FusionMethod):
         """Boolean mask (B, E) of the kept experts."""
         config = self.config
         if config.selector == "nucleus":
-            return nucleus_mask(probs, config.p, min_keep=config.min_keep)
+            return nucleus_mask(probs, config.top_p, min_keep=config.min_keep)
         if config.selector == "threshold":
-            return threshold_mask(probs, config.p, min_keep=config.min_keep)
-        return top_k_mask(probs, 1 if config.selector == "argmax" else min(config.k, probs.shape[-1]))
+            return threshold_mask(probs, config.threshold, min_keep=config.min_keep)
+        return top_k_mask(probs, 1 if config.selector == "argmax" else min(config.top_k, probs.shape[-1]))
 
     @torch.no_grad()
     def route(self, prompts: PromptBatch) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import MethodError, nearest
-from dlplora.methods.base import HASHED_IF_SET, FusionMethod, Granularity, Metadata, MethodContext
+from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 
@@ -45,12 +45,12 @@ class Oracle(FusionMethod):
     class Config:
         """What the oracle does with prompts of several questions."""
 
-        segments: bool = field(default=False, metadata=HASHED_IF_SET)
+        segments: bool = field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
         """Whether a prompt may hold several questions of known tasks; then the i-th answer has the adapter of the i-th task. A point of
         reference for composite prompts, told both the tasks and, by the line breaks of the text, where an answer ends."""
-        prompt_routing: Literal["whole", "question"] = field(default="whole", metadata=HASHED_IF_SET)
+        prompt_routing: Literal["whole", "question"] = field(default="whole", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``segments``: the prompt under the first task's adapter, or each question under its own."""
-        kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=HASHED_IF_SET)
+        kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``segments``: what becomes of cached keys and values when the adapter changes."""
 
     config: Config

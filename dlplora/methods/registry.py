@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -190,15 +190,21 @@ def load_method_spec(name_or_path: str, overrides: Mapping[str, Any] | None = No
     if is_path or name in presets:
         path = find_config("method", name)
         method, params = _read_spec_file(path, methods)
-        spec = MethodSpec(path.stem, method, {**params, **(overrides or {})}, path)
+        spec = MethodSpec(path.stem, method, _merged(methods[method], params, overrides), path)
     elif name in methods:
-        spec = MethodSpec(name, name, dict(overrides or {}))
+        spec = MethodSpec(name, name, _merged(methods[name], {}, overrides))
     else:
         known = sorted({*presets, *methods})
         raise MethodError(f"unknown method '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
     _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(methods[spec.method]))
     build(methods[spec.method].Config, spec.params, spec.where)
     return spec
+
+
+def _merged(cls: type[FusionMethod], params: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Parameters with overrides, both under their present names."""
+    base = cls.upgrade_params(params, {})
+    return {**base, **cls.upgrade_params(overrides or {}, base)}
 
 
 def _read_spec_file(path: Path, methods: Mapping[str, type[FusionMethod]]) -> tuple[str, dict[str, Any]]:
@@ -238,13 +244,15 @@ def _refuse_protocol_keys(values: Mapping[str, Any], where: str, valid: Sequence
 
 
 def resolved_params(spec: MethodSpec) -> dict[str, Any]:
-    """All parameters of a spec with the defaults filled in; this is what a record stores and hashes.
+    """All parameters of a spec with the defaults filled in, as a record shows them."""
+    cls = method_class(spec.method)
+    return cls.recorded_params(build(cls.Config, spec.params, spec.where))
 
-    A parameter marked ``HASHED_IF_SET`` is left out at its default, so that adding one does not make old records another experiment.
-    """
-    config: Any = build(method_class(spec.method).Config, spec.params, spec.where)
-    later = {one.name: one.default for one in fields(config) if one.metadata.get("hashed_if_set")}
-    return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
+
+def hashed_params(spec: MethodSpec) -> dict[str, Any]:
+    """``resolved_params`` as hashes cover them."""
+    cls = method_class(spec.method)
+    return cls.hashed_params(build(cls.Config, spec.params, spec.where))
 
 
 def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = None) -> FusionMethod:
@@ -256,7 +264,7 @@ def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = N
     if isinstance(spec, str):
         spec = load_method_spec(spec, overrides)
     elif overrides:
-        spec = MethodSpec(spec.name, spec.method, {**spec.params, **overrides}, spec.path)
+        spec = MethodSpec(spec.name, spec.method, _merged(method_class(spec.method), spec.params, overrides), spec.path)
     cls = method_class(spec.method)
     _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(cls))
     return cls(build(cls.Config, spec.params, spec.where))

@@ -23,7 +23,7 @@ from dlplora.atomic import write_atomically
 from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
-from dlplora.methods.registry import build_method, load_method_spec, resolved_params
+from dlplora.methods.registry import build_method, hashed_params, load_method_spec
 from dlplora.reproduce.recipe import NANO, Setting
 
 RECIPE = "recipe.json"
@@ -80,7 +80,7 @@ def recipe(role: str, seed: int = 0, setting: Setting = NANO) -> dict[str, Any]:
     described: dict[str, Any] = {"config": load_yaml(config_path(role, setting)), **setting.facts(kind_of(role))}
     if role.startswith(TRAINED):
         spec = load_method_spec(role.removeprefix(TRAINED))
-        described |= {"method": spec.method, "params": resolved_params(spec), "pool": recipe_hash("pool", seed, setting)}
+        described |= {"method": spec.method, "params": hashed_params(spec), "pool": recipe_hash("pool", seed, setting)}
     return described | ({"seed": seed} if seed else {})
 
 

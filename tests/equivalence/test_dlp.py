@@ -117,13 +117,13 @@ def weights_by_hand(probs: list[float], kept: list[bool], how: str) -> list[floa
 
 
 SETTINGS = [
-    {"selector": "threshold", "p": 0.2, "renormalize": "softmax"},
-    {"selector": "nucleus", "p": 0.6, "renormalize": "softmax"},
-    {"selector": "nucleus", "p": 0.6, "renormalize": "sum"},
-    {"selector": "topk", "k": 2, "renormalize": "logits"},
-    {"selector": "topk", "k": 99, "renormalize": "none"},
+    {"selector": "threshold", "threshold": 0.2, "renormalize": "softmax"},
+    {"selector": "nucleus", "top_p": 0.6, "renormalize": "softmax"},
+    {"selector": "nucleus", "top_p": 0.6, "renormalize": "sum"},
+    {"selector": "topk", "top_k": 2, "renormalize": "logits"},
+    {"selector": "topk", "top_k": 99, "renormalize": "none"},
     {"selector": "argmax", "renormalize": "sum"},
-    {"selector": "nucleus", "p": 1.0, "renormalize": "uniform"},
+    {"selector": "nucleus", "top_p": 1.0, "renormalize": "uniform"},
 ]
 
 
@@ -144,26 +144,30 @@ def test_weights_and_logits_from_files_alone(
     for row in range(len(TEXTS)):
         ids = prompts.input_ids[row][prompts.attention_mask[row].bool()].tolist()
         probs = probabilities_by_hand(tmp_path, table, ids, 1.5).tolist()
-        kept = keep_by_hand(probs, options["selector"], options.get("p", 0.2), options.get("k", 2))
+        kept = keep_by_hand(probs, options["selector"], bound_of(options), options.get("top_k", 2))
         expected = weights_by_hand(probs, kept, options["renormalize"])
         kept_counts.add(sum(kept))
         np.testing.assert_allclose(state.weights[row].numpy(), expected, atol=1e-5)
         truth = merged_logits(tiny_llama, tiny_pool, dict(zip(NAMES, expected, strict=True)), ids)
         actual = logits[row][prompts.attention_mask[row].bool()].double()
         assert (actual - truth).abs().max() <= 2e-5 * truth.abs().max()
-    if options["selector"] in {"nucleus", "threshold"} and options["p"] < 1:
+    if options["selector"] in {"nucleus", "threshold"} and bound_of(options) < 1:
         assert len(kept_counts) > 1, "the prompts must exercise one and several experts"
 
 
 def test_paper_numbers_of_the_second_softmax() -> None:
     """Kept {.505, .485} gives the paper's 50.5 % and 49.5 %; {.60, .30} gives .574 and .426; one kept gives 1."""
-    method = dlp(selector="nucleus", p=0.6)
+    method = dlp(selector="nucleus", top_p=0.6)
     cases = [([0.505, 0.485, 0.01], [0.505, 0.495, 0.0]), ([0.60, 0.30, 0.10], [0.574, 0.426, 0.0]), ([0.7, 0.2, 0.1], [1.0, 0.0, 0.0])]
     for probs, expected in cases:
         np.testing.assert_allclose(routed(method, [probs])[0], expected, atol=6e-4)
     np.testing.assert_allclose(
-        routed(dlp(selector="nucleus", p=0.6, renormalize="sum"), [[0.60, 0.30, 0.10]])[0], [2 / 3, 1 / 3, 0], atol=1e-6
+        routed(dlp(selector="nucleus", top_p=0.6, renormalize="sum"), [[0.60, 0.30, 0.10]])[0], [2 / 3, 1 / 3, 0], atol=1e-6
     )
+
+
+def bound_of(options: dict[str, Any]) -> float:
+    return options.get("top_p", 0.6) if options["selector"] == "nucleus" else options.get("threshold", 0.2)
 
 
 def routed(method: DLP, probs: list[list[float]]) -> np.ndarray:
@@ -192,7 +196,7 @@ def dyadic_rows(draw: Any) -> list[float]:
     k=st.integers(1, 9),
 )
 def test_selection_equals_brute_force(row: list[float], p: float, selector: str, k: int) -> None:
-    method = dlp(selector=selector, p=p, k=k)
+    method = dlp(selector=selector, top_k=k, **{"top_p" if selector == "nucleus" else "threshold": p})
     assert method.select(torch.tensor([row]))[0].tolist() == keep_by_hand(row, selector, p, k)
 
 
@@ -204,25 +208,25 @@ def test_selection_equals_brute_force(row: list[float], p: float, selector: str,
     selector=st.sampled_from(["nucleus", "threshold"]),
 )
 def test_min_keep_equals_brute_force(row: list[float], p: float, min_keep: int, selector: str) -> None:
-    method = dlp(selector=selector, p=p, min_keep=min_keep)
+    method = dlp(selector=selector, min_keep=min_keep, **{"top_p" if selector == "nucleus" else "threshold": p})
     assert method.select(torch.tensor([row]))[0].tolist() == keep_by_hand(row, selector, p, 1, min_keep)
 
 
 @pytest.mark.parametrize(("p", "kept"), [(0.0, 1), (1e-6, 1), (0.49, 1), (0.5, 2), (0.74, 2), (0.75, 3), (0.99, 3), (1.0, 3), (7.0, 3)])
 def test_nucleus_boundaries(p: float, kept: int) -> None:
     """Probabilities 1/2, 1/4, 1/4: an expert is kept while the sum before it is at most p; p >= 1 keeps all."""
-    assert int(dlp(selector="nucleus", p=p).select(torch.tensor([[0.25, 0.5, 0.25]])).sum()) == kept
+    assert int(dlp(selector="nucleus", top_p=p).select(torch.tensor([[0.25, 0.5, 0.25]])).sum()) == kept
 
 
 def test_nucleus_at_one_keeps_experts_of_zero_probability() -> None:
-    assert dlp(selector="nucleus", p=1.0).select(torch.tensor([[1.0, 0.0, 0.0]])).tolist() == [[True, True, True]]
+    assert dlp(selector="nucleus", top_p=1.0).select(torch.tensor([[1.0, 0.0, 0.0]])).tolist() == [[True, True, True]]
 
 
 @settings(max_examples=100, deadline=None)
 @given(row=dyadic_rows(), p=st.integers(0, 64).map(lambda n: n / 64))
 def test_bounds_of_the_second_softmax(row: list[float], p: float) -> None:
     """Every weight of k kept experts lies in [1 / (1 + (k - 1) e), 1], and they sum to one."""
-    weights = routed(dlp(selector="nucleus", p=p), [row])[0]
+    weights = routed(dlp(selector="nucleus", top_p=p), [row])[0]
     kept = [value for value in weights if value > 0]
     assert sum(kept) == pytest.approx(1.0, abs=1e-6)
     assert min(kept) >= 1 / (1 + (len(kept) - 1) * math.e) - 1e-6
@@ -262,7 +266,7 @@ def test_a_sure_router_is_the_oracle(fuse: Any, tiny_llama: Any, tiny_tokenizer:
     wanted = fuse(Oracle())
     with torch.no_grad(), wanted.routing(wanted.plan(prompts)):
         expected = wanted(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
-    for preset in ({"selector": "threshold", "p": 0.2}, {"selector": "nucleus", "p": 0.6}, {"selector": "argmax"}):
+    for preset in ({"selector": "threshold", "threshold": 0.2}, {"selector": "nucleus", "top_p": 0.6}, {"selector": "argmax"}):
         fused = fuse(dlp(router, **preset))
         with torch.no_grad(), fused.routing(fused.plan(prompts)):
             actual = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits

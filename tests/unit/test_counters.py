@@ -58,13 +58,13 @@ def counted(name: str, experts: int | None = None, shape: str = "tiny", **params
 
 def test_folded_decoding_costs_the_same_whatever_the_number_of_experts() -> None:
     """The point of folding: 2, 26 or 200 experts in the bank, one decode step is the same work; so is a prefill."""
-    for params in ({"selector": "argmax"}, {"selector": "topk", "k": 2}):
+    for params in ({"selector": "argmax"}, {"selector": "topk", "top_k": 2}):
         cells = {experts: counted("dlp", experts, **params) for experts in (2, 26, 200)}
         for phase in ("decode", "prefill"):
             assert cells[2]["dlp/folded"][phase] == cells[26]["dlp/folded"][phase] == cells[200]["dlp/folded"][phase]
         assert cells[26]["dlp/dense"]["decode"]["bytes"] > cells[2]["dlp/dense"]["decode"]["bytes"]
     # The default keeps at most five and pays for those it keeps.
-    five = counted("dlp", 26, selector="topk", k=5)["dlp/folded"]["decode"]
+    five = counted("dlp", 26, selector="topk", top_k=5)["dlp/folded"]["decode"]
     for experts in (5, 26):
         assert all(number <= five[key] for key, number in counted("dlp", experts)["dlp/folded"]["decode"].items())
 

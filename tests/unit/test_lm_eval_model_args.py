@@ -18,8 +18,8 @@ def test_nothing_means_the_embedded_model_with_dlp() -> None:
 
 
 def test_dotted_keys_and_the_mapping_meet() -> None:
-    model, _ = parse_model_args({"method_params": {"p": 0.3, "k": 2}, "method.k": 4, "method.selector": "topk"})
-    assert model.method_params == {"p": 0.3, "k": 4, "selector": "topk"}
+    model, _ = parse_model_args({"method_params": {"threshold": 0.3, "top_k": 2}, "method.top_k": 4, "method.selector": "topk"})
+    assert model.method_params == {"threshold": 0.3, "top_k": 4, "selector": "topk"}
 
 
 def test_the_mapping_may_be_json_text() -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,13 +175,14 @@ def test_presets_mean_what_they_say() -> None:
     }
     for preset, values in wanted.items():
         params = registry.resolved_params(registry.load_method_spec(preset))
-        assert tuple(params[key] for key in ("selector", "p", "renormalize", "reroute", "view")) == values, preset
+        bound = "top_p" if params["selector"] == "nucleus" else "threshold"
+        assert tuple(params[key] for key in ("selector", bound, "renormalize", "reroute", "view")) == values, preset
 
 
 def test_overrides_replace_the_file_and_are_checked() -> None:
-    method = registry.build_method("dlp_code", {"p": 0.9})
-    assert (method.config.p, method.config.selector) == (0.9, "nucleus")
-    assert registry.build_method(registry.load_method_spec("dlp_code"), {"p": 0.8}).config.p == 0.8
+    method = registry.build_method("dlp_code", {"top_p": 0.9})
+    assert (method.config.top_p, method.config.selector) == (0.9, "nucleus")
+    assert registry.build_method(registry.load_method_spec("dlp_code"), {"top_p": 0.8}).config.top_p == 0.8
     with pytest.raises(ConfigError, match=r"dlp_code\.yaml: unknown key 'selektor'\. Did you mean 'selector'\?"):
         registry.load_method_spec("dlp_code", {"selektor": "argmax"})
     with pytest.raises(ConfigError, match="'selector' must be"):
@@ -192,12 +194,37 @@ def test_overrides_replace_the_file_and_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
+    ("preset", "old", "new"),
+    [
+        ("dlp", {"p": 0.4}, {"threshold": 0.4}),
+        ("dlp_code", {"p": 0.9}, {"top_p": 0.9}),
+        ("dlp", {"selector": "nucleus", "p": 0.9}, {"selector": "nucleus", "top_p": 0.9}),
+        ("dlp", {"selector": "topk", "k": 3}, {"selector": "topk", "top_k": 3}),
+    ],
+)
+def test_names_before_version_0_2_are_read(preset: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert registry.load_method_spec(preset, old).params == registry.load_method_spec(preset, new).params
+
+
+def test_hashes_of_renamed_parameters_are_those_of_old_records() -> None:
+    """Parameters as records of version 0.1 hold them."""
+    hashed = {preset: registry.hashed_params(registry.load_method_spec(preset)) for preset in ("dlp", "dlp_code", "dlp_top1")}
+    common = {"min_keep": 1, "router": None, "view": "tail", "k": 2}
+    assert hashed == {
+        "dlp": {**common, "selector": "threshold", "p": 0.2, "renormalize": "softmax", "reroute": "sentence"},
+        "dlp_code": {**common, "selector": "nucleus", "p": 0.6, "renormalize": "softmax", "reroute": "prompt"},
+        "dlp_top1": {**common, "selector": "argmax", "p": 0.2, "renormalize": "sum", "reroute": "sentence"},
+    }
+
+
+@pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"p": -0.1}, "'p' must be"),
-        ({"k": 0}, "'k' must be"),
+        ({"threshold": -0.1}, "'threshold' must be"),
+        ({"top_p": -0.1}, "'top_p' must be"),
+        ({"top_k": 0}, "'top_k' must be"),
         ({"min_keep": 0}, "'min_keep' must be"),
-        ({"p": float("nan")}, "'p' must be"),
+        ({"top_p": float("nan")}, "'top_p' must be"),
     ],
 )
 def test_values_out_of_range_are_refused(params: dict[str, float], message: str) -> None:
@@ -206,9 +233,9 @@ def test_values_out_of_range_are_refused(params: dict[str, float], message: str)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.yaml", "method: dlp\nparams:\n  selector: topk\n  k: 3\n")
+    path = write(tmp_path / "mine.yaml", "method: dlp\nparams:\n  selector: topk\n  top_k: 3\n")
     spec = registry.load_method_spec(path)
-    assert (spec.name, spec.method, spec.params, str(spec.path)) == ("mine", "dlp", {"selector": "topk", "k": 3}, path)
+    assert (spec.name, spec.method, spec.params, str(spec.path)) == ("mine", "dlp", {"selector": "topk", "top_k": 3}, path)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +252,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (
             "method: dlp\nparams: {seed: 0}\n",
             ConfigError,
-            r"mine\.yaml: params: 'seed' belongs to the evaluation protocol.*Valid keys here: selector, p,",
+            r"mine\.yaml: params: 'seed' belongs to the evaluation protocol.*Valid keys here: selector, threshold,",
         ),
         (
             "method: xlora\nparams: {pool: 0}\n",
@@ -239,7 +266,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
             r"mine\.yaml: unknown method 'dpl'\. Did you mean 'dlp'\? Known methods: .*avg_delta.* base.*oracle",
         ),
         ("method: dlp\nparams: [p]\n", ConfigError, r"mine\.yaml: 'params' must be a mapping"),
-        ("method: dlp\nparams: {p: high}\n", ConfigError, r"mine\.yaml: 'p' must be float, got 'high'"),
+        ("method: dlp\nparams: {top_p: high}\n", ConfigError, r"mine\.yaml: 'top_p' must be float, got 'high'"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
