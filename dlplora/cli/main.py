@@ -126,7 +126,7 @@ def _reports(commands: Any) -> None:
         if name == "accept":
             parser.add_argument("--reason", required=True, help="why the numbers move; written into the changelog")
             parser.add_argument("--changelog", default="CHANGELOG.md", metavar="FILE")
-        parser.set_defaults(run=_lazy("regression", f"run_{name}"))
+        parser.set_defaults(run=_lazy("report_check", f"run_{name}"))
 
 
 def _benchmarks(commands: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dlplora.lm_eval import __main__ as command
+from dlplora.lm_eval import command
 
 TASK = "dlplora_nano_object_counting"
 

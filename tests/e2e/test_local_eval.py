@@ -14,7 +14,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from dlplora.cli.main import main
-from dlplora.lm_eval import __main__ as command
+from dlplora.lm_eval import command
 from dlplora.tasks.export import export_local
 from tests.toy_tasks import NAMES, write_tasks
 

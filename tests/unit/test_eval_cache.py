@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlplora.evaluation import cache as shared
 from dlplora.evaluation.cache import eval_cache
 from dlplora.evaluation.outcomes import outcomes_of
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.evaluation.runner import evaluate_run, open_model, prepare
 from dlplora.inference import loading
-from dlplora.lm_eval import evaluate as harness
 
 TASKS = ["object_counting", "news_summary", "pick_tool"]
 
@@ -25,7 +25,7 @@ def test_methods_of_a_matrix_score_as_they_do_alone(monkeypatch: Any) -> None:
     alone = {method: outcomes(method) for method in ("dlp", "arrow_out")}
     read, built = [], []
     monkeypatch.setattr(loading, "read_backbone", lambda *a, original=loading.read_backbone, **k: read.append(a) or original(*a, **k))
-    monkeypatch.setattr(harness, "load_tasks", lambda *a, original=harness.load_tasks: built.append(a) or original(*a))
+    monkeypatch.setattr(shared, "load_tasks", lambda *a, original=shared.load_tasks: built.append(a) or original(*a))
     with eval_cache() as cache:
         for method in ("dlp", "arrow_out", "dlp"):
             found, routing, model = outcomes(method, cache)

@@ -12,7 +12,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 
 from dlplora.errors import ConfigError
-from dlplora.lm_eval import __main__ as command
+from dlplora.lm_eval import command
 
 
 @pytest.fixture
