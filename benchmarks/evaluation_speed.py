@@ -64,7 +64,7 @@ def stock(limit: int | None) -> dict[str, HarnessResult]:
 
 
 def run_of(method: str, limit: int | None) -> Run:
-    """A run of the nano suite with the embedded artefacts of a preset."""
+    """A run of the nano suite with the embedded artifacts of a preset."""
     roles = build_method(load_method_spec(method)).artifact_roles
     own = {role: nano_asset(f"trained/{method}" if role == "trained" else role) for role in roles}
     return prepare(load_protocol("nano"), "nano", method, 0, artifacts=Artifacts(others=own), limit=limit)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.speed_targets import print_table, rows
-from dlplora.bench.session import load_plan, run_plan
+from dlplora.bench.session import load_bench_config, run_plan
 from dlplora.cli.bench import target_path
 from dlplora.cli.terminal import quiet_loading
 from dlplora.errors import DLPLoRAError
@@ -31,7 +31,7 @@ def run(names: list[str], out: str | None, *, full: bool) -> Path:
         out: Folder; None is the default of ``dlplora bench latency``.
         full: Whether every table is printed too.
     """
-    plans = [load_plan(name) for name in names]  # a misspelt name is found before anything runs
+    plans = [load_bench_config(name) for name in names]  # a misspelt name is found before anything runs
     folder = FOLDER
     for plan in plans:
         record = run_plan(plan, _tell, after_group=lambda record: save_bench(record, target_path(out, record)))

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dlplora.bench.hardware import OthersWatch
+from dlplora.bench.hardware import ContentionMonitor
 from dlplora.bench.model_shapes import load_shape
-from dlplora.bench.session import Group, LatencyPlan, build_workshop, make_workload
-from dlplora.bench.setup import Contender, Entry
-from dlplora.bench.systems import build_contender
+from dlplora.bench.session import BenchConfig, Group, build_setup, make_workload
+from dlplora.bench.setup import BenchSystem, Entry
+from dlplora.bench.systems import build_system
 from dlplora.cli.terminal import quiet_loading, split_names
 from dlplora.errors import DLPLoRAError
 from dlplora.provenance import provenance
@@ -60,7 +60,7 @@ class ProfileRecord:
     schema_version: int = BENCH_VERSION
 
 
-def _operators(contender: Contender, workload: Any) -> dict[str, tuple[int, float]]:
+def _operators(contender: BenchSystem, workload: Any) -> dict[str, tuple[int, float]]:
     """Operator -> calls and self time in ms of one generation."""
     activities = [ProfilerActivity.CPU]
     if workload.prompts.input_ids.device.type == "cuda":
@@ -89,22 +89,22 @@ def step_of(short: dict[str, tuple[int, float]], long: dict[str, tuple[int, floa
 def measure(options: argparse.Namespace) -> ProfileRecord:
     """Profile the contenders one after another."""
     entries = Group(contenders=tuple(split_names(options.contenders)), batch=(options.batch,), prompt=(options.prompt,)).entries()
-    plan = LatencyPlan(shape=options.shape, dtype=options.dtype, device=options.device, groups={"profile": Group()})
+    plan = BenchConfig(shape=options.shape, dtype=options.dtype, device=options.device, groups={"profile": Group()})
     device = plan.torch_device
-    watch = OthersWatch(device)
+    watch = ContentionMonitor(device)
     model, tokenizer = load_shape(plan.shape, plan.dtype, device)
     profiles = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        shop = build_workshop(plan, model, tokenizer, max(entry.experts for entry in entries), Path(folder))
+        setup = build_setup(plan, model, tokenizer, max(entry.experts for entry in entries), Path(folder))
         for entry in entries:
-            profiles[entry.contender] = _profile(build_contender(shop, entry), entry, options, tokenizer, device)
+            profiles[entry.contender] = _profile(build_system(setup, entry), entry, options, tokenizer, device)
     return ProfileRecord(
         shape=plan.shape, dtype=plan.dtype, device=str(device), batch_size=options.batch, prompt_tokens=options.prompt, profiles=profiles,
         warnings=watch.warnings(), provenance=provenance(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
-def _profile(contender: Contender, entry: Entry, options: argparse.Namespace, tokenizer: Any, device: torch.device) -> StepProfile:
+def _profile(contender: BenchSystem, entry: Entry, options: argparse.Namespace, tokenizer: Any, device: torch.device) -> StepProfile:
     print(f"profiling {entry.label}", file=sys.stderr, flush=True)
     short, long = (
         _operators(contender, make_workload(tokenizer, device, options.batch, options.prompt, number)) for number in (SHORT, LONG)

@@ -28,7 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from dlplora.bench.hardware import OthersWatch
+from dlplora.bench.hardware import ContentionMonitor
 from dlplora.bench.timing import synchronize
 from dlplora.cli.terminal import split_names
 from dlplora.data.batching import BatchPlan
@@ -170,7 +170,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, arguments: Sequence[str], tell: Callable[[str], object]) -> TrainingRecord:
     """All ways by turns."""
-    watch = OthersWatch(torch.device(options.device))
+    watch = ContentionMonitor(torch.device(options.device))
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
     for number in range(options.repeats):
         for mode in list(runs) if number % 2 == 0 else list(reversed(runs)):

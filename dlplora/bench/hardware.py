@@ -120,7 +120,7 @@ def require_memory(parts: dict[str, int], device: torch.device, advice: str) -> 
     raise ConfigError(f"does not fit into {free / 1e9:.1f} GB free on {device}: {listed}. {advice}")
 
 
-class OthersWatch:
+class ContentionMonitor:
     """Whether other processes disturb a measurement: load at the start, then the processor time that was not ours.
 
     Args:

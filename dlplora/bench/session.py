@@ -19,17 +19,17 @@ import torch
 from transformers import StoppingCriteriaList
 
 from dlplora.adapters.pool import load_pool
-from dlplora.bench.hardware import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes, transient_bytes
+from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes, transient_bytes
 from dlplora.bench.model_shapes import LORA, find_shape, load_shape, needed_bytes, random_bank
-from dlplora.bench.setup import Contender, Entry, Workload, Workshop
+from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
 from dlplora.bench.systems import (
     BUILTIN,
     POOL_FREE,
-    build_contender,
+    build_system,
     can_keep,
-    check_contender,
+    check_system,
     facts,
-    known_contenders,
+    known_systems,
 )
 from dlplora.bench.timing import time_call, time_generation
 from dlplora.config import build, find_config, load_yaml
@@ -95,11 +95,11 @@ class Group:
                 raise ConfigError(f"unknown backend '{name}'. Known: auto, all, {', '.join(BACKENDS)}.")
         for name in self.contenders:
             if name != "all":
-                check_contender(_split(name)[0])
+                check_system(_split(name)[0])
 
     def entries(self) -> list[Entry]:
         """Every contender with every setting that applies to it, in the order given."""
-        names = [known for name in self.contenders for known in (known_contenders() if name == "all" else [name])]
+        names = [known for name in self.contenders for known in (known_systems() if name == "all" else [name])]
         found: dict[Entry, None] = {}
         for compiled in self.compile:
             for name in names:
@@ -141,7 +141,7 @@ def _split(name: str) -> tuple[str, int | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyPlan:
+class BenchConfig:
     """One run: a backbone and the groups timed on it."""
 
     shape: str = "nano"
@@ -178,18 +178,18 @@ class LatencyPlan:
         return device
 
 
-def load_plan(name: str) -> LatencyPlan:
+def load_bench_config(name: str) -> BenchConfig:
     """A plan from ``configs/bench`` or a YAML file.
 
     Raises:
         ConfigError: For an unknown name, key or value.
     """
     path = find_config("bench", name)
-    return build(LatencyPlan, load_yaml(path), str(path))
+    return build(BenchConfig, load_yaml(path), str(path))
 
 
 def run_plan(
-    plan: LatencyPlan, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None
+    plan: BenchConfig, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None
 ) -> LatencyRecord:
     """Measure everything.
 
@@ -206,7 +206,7 @@ def run_plan(
     _check_memory(plan, max(entry.experts for listed in entries.values() for entry in listed), device)
     if any(entry.compiled for listed in entries.values() for entry in listed):
         _allow_compilation(device)
-    watch = OthersWatch(device)
+    watch = ContentionMonitor(device)
     bandwidth = measure_bandwidth(device)
     model, tokenizer = load_shape(plan.shape, plan.dtype, device)
     record = LatencyRecord(
@@ -226,9 +226,9 @@ def run_plan(
     with torch.no_grad():
         for name, group in plan.groups.items():
             with tempfile.TemporaryDirectory() as folder:
-                shop = build_workshop(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
-                record.adapters[name] = f"{'shipped' if shop.shipped else 'random'}, {POOL_TEXT}"
-                record.measurements.extend(_Session(name, group, shop, bandwidth, record.skipped, progress).measure(entries[name]))
+                setup = build_setup(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
+                record.adapters[name] = f"{'shipped' if setup.shipped else 'random'}, {POOL_TEXT}"
+                record.measurements.extend(_Session(name, group, setup, bandwidth, record.skipped, progress).measure(entries[name]))
             record.warnings[:] = watch.warnings()
             record.summary[:] = summarise(record)
             if after_group is not None:
@@ -236,7 +236,7 @@ def run_plan(
     return record
 
 
-def _check_memory(plan: LatencyPlan, experts: int, device: torch.device) -> None:
+def _check_memory(plan: BenchConfig, experts: int, device: torch.device) -> None:
     backbone, pool = needed_bytes(plan.shape, resolve_dtype(plan.dtype, device), experts)
     advice = "Use a smaller shape, fewer experts (--experts), or --dtype bfloat16."
     require_memory({f"backbone {plan.shape} in {plan.dtype}": backbone, f"{experts} experts": pool}, device, advice)
@@ -249,7 +249,7 @@ def _allow_compilation(device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]
 
 
-def build_workshop(plan: LatencyPlan, model: Any, tokenizer: Any, experts: int, folder: Path) -> Workshop:
+def build_setup(plan: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
     """The embedded pool where it has the size asked for, on the embedded backbone; otherwise a random one."""
     experts = max(1, experts)
     embedded = load_pool(nano_asset("pool")).names
@@ -258,7 +258,7 @@ def build_workshop(plan: LatencyPlan, model: Any, tokenizer: Any, experts: int, 
         bank = AdapterBank.from_pool(nano_asset("pool"), dtype=model.dtype, device=model.device)
     else:
         bank = random_bank(model, [f"expert_{index:04d}" for index in range(experts)], plan.seed)
-    return Workshop(model=model, tokenizer=tokenizer, bank=bank, folder=folder, shipped=shipped)
+    return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder, shipped=shipped)
 
 
 def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:
@@ -283,18 +283,18 @@ class _Session:
 
     name: str
     group: Group
-    shop: Workshop
+    setup: BenchSetup
     bandwidth: float
     skipped: dict[str, str]
     progress: Progress
 
     def measure(self, entries: Sequence[Entry]) -> list[Measurement]:
         """Build the contenders, then time them under every workload."""
-        contenders: list[Contender] = []
+        contenders: list[BenchSystem] = []
         for entry in entries:
             self.progress(f"{self.name}: building {entry.label}")
             try:
-                contender = build_contender(self.shop, entry)
+                contender = build_system(self.setup, entry)
             except DLPLoRAError as error:
                 self.skipped[f"{self.name}: {entry.label}"] = " ".join(str(error).split())
                 continue
@@ -307,9 +307,9 @@ class _Session:
                 measured += self._rounds(contenders, batch_size, prompt_tokens)
         return measured
 
-    def _rounds(self, contenders: Sequence[Contender], batch_size: int, prompt_tokens: int) -> list[Measurement]:
-        group, device = self.group, self.shop.model.device
-        workload = make_workload(self.shop.tokenizer, device, batch_size, prompt_tokens, group.new_tokens)
+    def _rounds(self, contenders: Sequence[BenchSystem], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+        group, device = self.group, self.setup.model.device
+        workload = make_workload(self.setup.tokenizer, device, batch_size, prompt_tokens, group.new_tokens)
         able = [one for one in contenders if one.max_batch is None or batch_size <= one.max_batch]
         for one in contenders:
             if one not in able:
@@ -325,7 +325,7 @@ class _Session:
                 plan = able[index].plan
                 if plan is not None:
                     router[index].append(time_call(lambda plan=plan: plan(workload), device))  # type: ignore[misc]
-        floor_s = step_bytes(self.shop.model, batch_size, prompt_tokens + group.new_tokens // 2) / self.bandwidth
+        floor_s = step_bytes(self.setup.model, batch_size, prompt_tokens + group.new_tokens // 2) / self.bandwidth
         return [
             Measurement(
                 **facts(one, workload),
@@ -336,10 +336,10 @@ class _Session:
             for index, one in enumerate(able)
         ]  # fmt: skip
 
-    def _warm(self, contenders: Sequence[Contender], workload: Workload) -> tuple[list[Contender], list[int | None]]:
+    def _warm(self, contenders: Sequence[BenchSystem], workload: Workload) -> tuple[list[BenchSystem], list[int | None]]:
         """Warm-up rounds, then one for the memory; who cannot serve the workload drops out with its reason."""
-        device = self.shop.model.device
-        able: list[Contender] = []
+        device = self.setup.model.device
+        able: list[BenchSystem] = []
         transient: list[int | None] = []
         for one in contenders:
             rows, width = workload.prompts.input_ids.shape
@@ -356,7 +356,7 @@ class _Session:
         return able, transient
 
 
-def _once(contender: Contender, workload: Workload) -> tuple[float, float]:
+def _once(contender: BenchSystem, workload: Workload) -> tuple[float, float]:
     """(TTFT, TPOT) of one generation, s."""
     prompts = workload.prompts
     options: Mapping[str, Any] = {"cache_implementation": "static"} if contender.entry.compiled else {}

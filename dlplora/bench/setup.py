@@ -1,4 +1,4 @@
-"""What a timed contender is, and what all of them are built from: one backbone, one pool, artefacts of true size.
+"""What a timed contender is, and what all of them are built from: one backbone, one pool, artifacts of true size.
 
 Shapes: B rows, T tokens, E experts.
 """
@@ -59,7 +59,7 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class BenchSystem:
     """Something that generates.
 
     Args:
@@ -86,14 +86,14 @@ class Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workshop:
+class BenchSetup:
     """What contenders are built from.
 
     Args:
         model, tokenizer: The backbone; never changed.
         bank: The largest pool.
         folder: For files, emptied by whoever made it.
-        shipped: Whether backbone and pool are the embedded ones, whose trained artefacts then fit.
+        shipped: Whether backbone and pool are the embedded ones, whose trained artifacts then fit.
     """
 
     model: Any
@@ -120,7 +120,7 @@ class Workshop:
         return folders
 
     def context(self, cls: type[FusionMethod], spec: MethodSpec, experts: int) -> MethodContext:
-        """What a method may use: shipped artefacts where they fit, otherwise untrained stand-ins of true size."""
+        """What a method may use: shipped artifacts where they fit, otherwise untrained stand-ins of true size."""
         embedding = self.model.get_input_embeddings()
         bank = self.pool(experts)
         bare = MethodContext(tokenizer=self.tokenizer, embedding=embedding, device=self.model.device, few_shot=_few_shot(bank.names))

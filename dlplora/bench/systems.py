@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from dlplora.bench.model_shapes import share_weights
-from dlplora.bench.setup import Contender, Entry, Workload, Workshop
+from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
 from dlplora.bench.timing import dtype_of
 from dlplora.bench.upstream_loop import ReleasedLoop
 from dlplora.config import list_configs
@@ -80,72 +80,72 @@ def _plain(model: Any, pad_id: int, **fixed: Any) -> Callable[..., Tensor]:
     return generate
 
 
-def _base(shop: Workshop, entry: Entry) -> Contender:
-    model = share_weights(shop.model)
-    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), compilable=True)
+def _base(setup: BenchSetup, entry: Entry) -> BenchSystem:
+    model = share_weights(setup.model)
+    return BenchSystem(entry=entry, modules=(model,), generate=_plain(model, setup.tokenizer.pad_token_id), compilable=True)
 
 
-def _peft_with(shop: Workshop, number: int) -> Any:
+def _peft_with(setup: BenchSetup, number: int) -> Any:
     """The backbone with so many unmerged adapters named 0, 1, …, all in the backbone's dtype."""
     from peft import PeftModel
 
-    first, *others = shop.adapter_folders(number)
-    model = PeftModel.from_pretrained(share_weights(shop.model), str(first), adapter_name="0", autocast_adapter_dtype=False)
+    first, *others = setup.adapter_folders(number)
+    model = PeftModel.from_pretrained(share_weights(setup.model), str(first), adapter_name="0", autocast_adapter_dtype=False)
     for name, folder in enumerate(others, start=1):
         model.load_adapter(str(folder), str(name), autocast_adapter_dtype=False)
     return model.eval()
 
 
-def _peft_single(shop: Workshop, entry: Entry) -> Contender:
-    model = _peft_with(shop, 1)
-    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), compilable=True)
+def _peft_single(setup: BenchSetup, entry: Entry) -> BenchSystem:
+    model = _peft_with(setup, 1)
+    return BenchSystem(entry=entry, modules=(model,), generate=_plain(model, setup.tokenizer.pad_token_id), compilable=True)
 
 
-def _peft_mixed(shop: Workshop, entry: Entry) -> Contender:
-    model = _peft_with(shop, entry.experts)
+def _peft_mixed(setup: BenchSetup, entry: Entry) -> BenchSystem:
+    model = _peft_with(setup, entry.experts)
 
     def generate(workload: Workload, **options: Any) -> Tensor:
         names = [str(row % entry.experts) for row in range(len(workload.prompts))]
-        return _plain(model, shop.tokenizer.pad_token_id, adapter_names=names)(workload, **options)
+        return _plain(model, setup.tokenizer.pad_token_id, adapter_names=names)(workload, **options)
 
-    return Contender(entry=entry, modules=(model,), generate=generate, granularity="prompt")
+    return BenchSystem(entry=entry, modules=(model,), generate=generate, granularity="prompt")
 
 
-def _peft_xlora(shop: Workshop, entry: Entry) -> Contender:
+def _peft_xlora(setup: BenchSetup, entry: Entry) -> BenchSystem:
     from peft import XLoraConfig, get_peft_model
 
-    backbone = share_weights(shop.model)
+    backbone = share_weights(setup.model)
     backbone.config.use_cache = False  # PEFT's class refuses to be built otherwise
-    adapters = {str(index): str(folder) for index, folder in enumerate(shop.adapter_folders(entry.experts))}
+    adapters = {str(index): str(folder) for index, folder in enumerate(setup.adapter_folders(entry.experts))}
     config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=backbone.config.hidden_size, adapters=adapters)
-    model = get_peft_model(backbone, config, autocast_adapter_dtype=False).to(dtype_of(shop.model)).eval()
-    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), granularity="token")
+    model = get_peft_model(backbone, config, autocast_adapter_dtype=False).to(dtype_of(setup.model)).eval()
+    return BenchSystem(entry=entry, modules=(model,), generate=_plain(model, setup.tokenizer.pad_token_id), granularity="token")
 
 
-def _peft_arrow(shop: Workshop, entry: Entry) -> Contender:
+def _peft_arrow(setup: BenchSetup, entry: Entry) -> BenchSystem:
     from peft import ArrowConfig, create_arrow_model
 
-    paths = [str(folder) for folder in shop.adapter_folders(entry.experts)]
+    paths = [str(folder) for folder in setup.adapter_folders(entry.experts)]
     config = ArrowConfig(top_k=min(3, entry.experts), rng_seed=0)
-    model = create_arrow_model(share_weights(shop.model), paths, config, autocast_adapter_dtype=False).to(dtype_of(shop.model)).eval()
-    return Contender(entry=entry, modules=(model,), generate=_plain(model, shop.tokenizer.pad_token_id), granularity="token")
+    model = create_arrow_model(share_weights(setup.model), paths, config, autocast_adapter_dtype=False).to(dtype_of(setup.model)).eval()
+    return BenchSystem(entry=entry, modules=(model,), generate=_plain(model, setup.tokenizer.pad_token_id), granularity="token")
 
 
-def _released_loop(shop: Workshop, entry: Entry) -> Contender:
+def _released_loop(setup: BenchSetup, entry: Entry) -> BenchSystem:
     spec = load_method_spec(LOOP_PRESET)
-    context = shop.context(method_class(spec.method), spec, entry.experts)
-    loop = ReleasedLoop(share_weights(shop.model), shop.pool(entry.experts), build_method(spec), context)
+    context = setup.context(method_class(spec.method), spec, entry.experts)
+    loop = ReleasedLoop(share_weights(setup.model), setup.pool(entry.experts), build_method(spec), context)
 
     def generate(workload: Workload, **options: Any) -> Tensor:
-        return loop.generate(workload.prompts, **workload.options(shop.tokenizer.pad_token_id), **options)
+        return loop.generate(workload.prompts, **workload.options(setup.tokenizer.pad_token_id), **options)
 
-    return Contender(
+    return BenchSystem(
         entry=entry, modules=(loop.model, loop.method), generate=generate, granularity="prompt",
         plan=lambda workload: loop.plan(workload.prompts), max_batch=1,
     )  # fmt: skip
 
 
-BUILTIN: dict[str, Callable[[Workshop, Entry], Contender]] = {
+BUILTIN: dict[str, Callable[[BenchSetup, Entry], BenchSystem]] = {
     BASE: _base,
     SINGLE: _peft_single,
     "peft_mixed": _peft_mixed,
@@ -158,7 +158,7 @@ POOL_FREE = {BASE: 0, SINGLE: 1}
 """Contenders that every sweep over pools leaves as they are -> adapters they hold."""
 
 
-def ours(shop: Workshop, entry: Entry) -> Contender:
+def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
     """A method of this suite.
 
     Raises:
@@ -166,11 +166,11 @@ def ours(shop: Workshop, entry: Entry) -> Contender:
     """
     spec = _spec(entry)
     method = build_method(spec)
-    context = shop.context(type(method), spec, entry.experts)
-    bank = shop.pool(entry.experts)
+    context = setup.context(type(method), spec, entry.experts)
+    bank = setup.pool(entry.experts)
     if "trained" in context.artifacts:
         method = type(method).load(context.artifacts["trained"], bank, context)
-    model = FusedCausalLM(share_weights(shop.model), shop.tokenizer, bank, method, backend=entry.backend, context=context)
+    model = FusedCausalLM(share_weights(setup.model), setup.tokenizer, bank, method, backend=entry.backend, context=context)
     if entry.compiled:
         model.compile()
     if entry.reroute_every is not None and method.granularity != "sentence":
@@ -187,7 +187,7 @@ def ours(shop: Workshop, entry: Entry) -> Contender:
             forced = ForcedRerouter(model, workload, entry.reroute_every)
             options["stopping_criteria"] = [forced, *options.get("stopping_criteria", ())]
         prompts = named(workload)
-        fixed = workload.options(shop.tokenizer.pad_token_id)
+        fixed = workload.options(setup.tokenizer.pad_token_id)
         return model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, prompts=prompts, **fixed, **options)
 
     def plan(workload: Workload) -> Tensor | None:
@@ -203,7 +203,7 @@ def ours(shop: Workshop, entry: Entry) -> Contender:
         generate(workload, trace=trace)
         return len(trace) - len(workload.prompts)  # the prompts' own plans come first
 
-    return Contender(
+    return BenchSystem(
         entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if token else plan,
         count_reroutes=count if sentence else None, compilable=not token, backend=backend,
     )  # fmt: skip
@@ -223,36 +223,36 @@ def can_keep(spec: MethodSpec) -> bool:
     return {"selector", "top_k"} <= set(getattr(method_class(spec.method).Config, "__dataclass_fields__", ()))
 
 
-def known_contenders() -> list[str]:
+def known_systems() -> list[str]:
     """Names of everything that can be timed; the preset of the bare backbone is the contender of that name."""
     return [*BUILTIN, *(name for name in list_configs("method") if name not in BUILTIN)]
 
 
-def check_contender(name: str) -> None:
+def check_system(name: str) -> None:
     """Refuse a name that nothing bears.
 
     Raises:
         ConfigError: With the nearest names.
     """
-    known = known_contenders()
+    known = known_systems()
     if name not in known and Path(name).suffix not in {".yaml", ".yml"}:
         raise ConfigError(f"unknown contender '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or a method YAML file.")
 
 
-def build_contender(shop: Workshop, entry: Entry) -> Contender:
+def build_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
     """Make one contender.
 
     Raises:
         DLPLoRAError: If it cannot be made, with the reason.
     """
     if entry.contender not in BUILTIN:
-        return ours(shop, entry)
+        return build_method_system(setup, entry)
     if entry.contender.startswith("peft_") and entry.experts > MAX_PEFT_EXPERTS:
         raise ConfigError(f"PEFT is timed with at most {MAX_PEFT_EXPERTS} adapters, kept as separate modules; got {entry.experts}.")
-    return BUILTIN[entry.contender](shop, entry)
+    return BUILTIN[entry.contender](setup, entry)
 
 
-def facts(contender: Contender, workload: Workload) -> Mapping[str, Any]:
+def facts(contender: BenchSystem, workload: Workload) -> Mapping[str, Any]:
     """What a measurement says about its contender under a workload apart from times."""
     entry = contender.entry
     weights = None if contender.plan is None else contender.plan(workload)

@@ -52,7 +52,7 @@ def plan_of(arguments: argparse.Namespace) -> Any:
     Raises:
         ConfigError: For a bad value, or options of a group beside ``--config``.
     """
-    from dlplora.bench.session import Group, LatencyPlan, load_plan
+    from dlplora.bench.session import BenchConfig, Group, load_bench_config
 
     given = {name: getattr(arguments, name) for name in GROUP_OPTIONS if getattr(arguments, name) is not None}
     whole = {name: getattr(arguments, name) for name in ("shape", "dtype", "device") if getattr(arguments, name) is not None}
@@ -60,7 +60,7 @@ def plan_of(arguments: argparse.Namespace) -> Any:
         if given:
             first = next(iter(given)).replace("_", "-")
             raise ConfigError(f"--config names a whole plan; --{first} belongs to a single group. Leave one of them out.")
-        return dataclasses.replace(load_plan(arguments.config), **whole)
+        return dataclasses.replace(load_bench_config(arguments.config), **whole)
     for name in LISTS:
         if name in given:
             given[name] = _numbers(name, given[name])
@@ -69,7 +69,7 @@ def plan_of(arguments: argparse.Namespace) -> Any:
             given[name] = tuple(split_names(given[name]))
     if "compile" in given:
         given["compile"] = (False, True)
-    return LatencyPlan(**whole, groups={"command": Group(**given)})
+    return BenchConfig(**whole, groups={"command": Group(**given)})
 
 
 def target_path(out: str | None, record: Any) -> Path:

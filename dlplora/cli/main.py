@@ -83,7 +83,7 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--seeds", help="comma-separated; every seed has its own experts (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="questions a task; such records are in no table")
     parser.add_argument("--out", default="results", metavar="DIR")
-    parser.add_argument("--runs", metavar="DIR", help="folder of trained artefacts (default: runs/nano, or runs/paper/NAME)")
+    parser.add_argument("--runs", metavar="DIR", help="folder of trained artifacts (default: runs/nano, or runs/paper/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and for the paper what it needs, and stop")
     parser.set_defaults(run=_lazy("evaluate", "run_reproduce"))
 

@@ -1,6 +1,6 @@
 """The guarded subset of the nano suite: what `dlplora report check` runs again and compares with the golden file.
 
-Every observation is made with the embedded artefacts, so it depends on the code and on nothing else.
+Every observation is made with the embedded artifacts, so it depends on the code and on nothing else.
 """
 
 from __future__ import annotations

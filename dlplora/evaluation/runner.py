@@ -42,7 +42,7 @@ TEST_ITEMS = 100
 """Questions that a generated task has; a local one has the rows of its file."""
 DISAGREEMENT = 0.1
 NOTES = ("recipe.json", "training.json")
-"""Files of an artefact that say how it was made, with times that differ between equal runs."""
+"""Files of an artifact that say how it was made, with times that differ between equal runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Artifacts:
 
 
 def folder_hash(folder: Path) -> str:
-    """Hash over the weights and JSON files of an artefact folder, names included; notes on how it was trained do not count."""
+    """Hash over the weights and JSON files of an artifact folder, names included; notes on how it was trained do not count."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name not in NOTES)
     return config_hash([[str(path.relative_to(folder)), file_sha256(path)] for path in files])
 
@@ -132,7 +132,7 @@ class Run:
         return rows_sha256(self.protocol.data_root, task.name) if task.rows else task.version
 
     def artifact_hashes(self) -> dict[str, str]:
-        """Hashes of the artefacts the method reads, by role; the pool has its own checksum."""
+        """Hashes of the artifacts the method reads, by role; the pool has its own checksum."""
         wanted = build_method(self.spec).artifact_roles
         return {role: folder_hash(self.folders[role]) for role in wanted if role in self.folders}
 
@@ -169,7 +169,7 @@ def prepare(
         if not path.is_dir():
             raise TaskError(f"{role} folder not found: {path}.")
     experts = load_pool(folders["pool"]).names if "pool" in folders else None
-    if experts is not None and saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artefacts
+    if experts is not None and saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artifacts
         require_artifacts(built, spec.name, folders)
     require_task_facts(built, suite, protocol.tasks or suite.names, experts)
     return Run(protocol=protocol, protocol_name=protocol_name, spec=spec, seed=seed, suite=suite, folders=folders, limit=limit)
@@ -336,7 +336,7 @@ def blank_record(run: Run) -> Record:
 
 
 def training_tokens(folders: Mapping[str, Path], roles: Sequence[str]) -> int | None:
-    """Tokens that the training of the named artefacts saw, 0 for none; None if one of them does not say.
+    """Tokens that the training of the named artifacts saw, 0 for none; None if one of them does not say.
 
     Args:
         folders: Folder by role.

@@ -21,7 +21,7 @@ from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.loading import load_backbone, nano_asset, resolve_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
-from dlplora.inference.prompt_routing import first_views
+from dlplora.inference.prompt_routing import initial_router_input
 from dlplora.inference.prompting import prompt_tensors
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
@@ -44,7 +44,7 @@ class FusedCausalLM(nn.Module):
         bank: The experts, on the model's device.
         method: A method; it is prepared and attached here.
         backend: ``auto``, or a key of ``kernels.backends.BACKENDS``.
-        context: What the method may use; None builds one without artefacts.
+        context: What the method may use; None builds one without artifacts.
 
     Attributes:
         model: The patched Hugging Face model.
@@ -116,9 +116,9 @@ class FusedCausalLM(nn.Module):
                 and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
             pool: Folder of PEFT LoRA folders.
             method: Name of a method configuration, or path of a method YAML; None is the saved model's, else ``dlp``.
-            router, multitask: Artefact folders.
+            router, multitask: Artifact folders.
             method_params: Overrides of the method's parameters.
-            artifacts: Further artefacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.
+            artifacts: Further artifacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.
             dtype: ``float32``, ``float16`` or ``bfloat16``; the bank follows it.
             device: None means CPU.
             backend: See the class.
@@ -249,7 +249,7 @@ class FusedCausalLM(nn.Module):
         """
         tokens = prompts.input_ids.shape[1]
         if self.method.granularity == "sentence":
-            prompts = first_views(self.method.view, prompts, self.tokenizer)
+            prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
         weights = self.planner.route(prompts)
         if weights is None:
             return None

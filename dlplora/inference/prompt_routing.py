@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"(\d+)\.\s+")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedQuestions:
     """The questions that a prompt wants answered, in order; worked examples before them are not among them.
 
     Args:
@@ -53,7 +53,7 @@ class Asked:
         return [prompt[start:end] for start, end in self.spans]
 
 
-def asked_questions(prompt: str) -> Asked:
+def asked_questions(prompt: str) -> ParsedQuestions:
     """Find the questions of a prompt.
 
     ``[INST] … [/INST]`` blocks count if there are any: the last run of them with nothing but white space between. Otherwise, if parts begin
@@ -65,14 +65,14 @@ def asked_questions(prompt: str) -> Asked:
     marked = list(_INSTRUCTION.finditer(prompt))
     if marked:
         first = max((i for i in range(1, len(marked)) if prompt[marked[i - 1].end() : marked[i].start()].strip()), default=0)
-        return Asked(tuple(_trimmed(prompt, *match.span(1)) for match in marked[first:]), "numbered")
+        return ParsedQuestions(tuple(_trimmed(prompt, *match.span(1)) for match in marked[first:]), "numbered")
     spans = question_spans(prompt)
     numbered = [(span, int(match[1]), match.end()) for span in spans if (match := _NUMBER.match(prompt, *span))]
     start = max((i for i, (_, number, _) in enumerate(numbered) if number == 1), default=None)
     if start is not None and len(numbered) - start > 1:
-        return Asked(tuple(_numbered_spans(prompt, spans, [(span, inner) for span, _, inner in numbered[start:]])), "numbered")
+        return ParsedQuestions(tuple(_numbered_spans(prompt, spans, [(span, inner) for span, _, inner in numbered[start:]])), "numbered")
     blocks = _blocks(prompt)
-    return Asked(tuple(blocks), "line") if len(blocks) > 1 else Asked(tuple(spans), "sentence")
+    return ParsedQuestions(tuple(blocks), "line") if len(blocks) > 1 else ParsedQuestions(tuple(spans), "sentence")
 
 
 def _blocks(prompt: str) -> list[tuple[int, int]]:
@@ -107,7 +107,7 @@ def answers_by_line(prompt: str) -> bool:
     return asked.answers == "line" and len(asked.spans) > 1
 
 
-def answer_index(asked: Asked, generated: str, num_sentences: int) -> int:
+def answer_index(asked: ParsedQuestions, generated: str, num_sentences: int) -> int:
     """Which answer comes next, from 0: lines begun so far, or sentences ended where answers are sentences; at most the last one."""
     text = generated.lstrip() if asked.answers == "numbered" else generated
     done = num_sentences if asked.answers == "sentence" else len(re.findall(r"\n+", text))
@@ -128,7 +128,7 @@ def segment_task(names: str | None, index: int) -> str | None:
     return parts[min(index, len(parts) - 1)]
 
 
-def pieces(prompt: str, how: str) -> list[tuple[int, int]]:
+def split_prompt(prompt: str, how: str) -> list[tuple[int, int]]:
     """The parts of a prompt that are routed by themselves: (start, end) in characters, ascending, never empty.
 
     What lies between two parts (white space, worked answers, list numbers) belongs to the one before; what stands before the first, to it.
@@ -147,7 +147,7 @@ def pieces(prompt: str, how: str) -> list[tuple[int, int]]:
     raise GenerationError(f"unknown prompt_routing '{how}'; known: {', '.join(PROMPT_ROUTINGS)}.")
 
 
-def first_views(view: str, prompts: PromptBatch, tokenizer: Any) -> PromptBatch:
+def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> PromptBatch:
     """What the plan of the first answer is made from: the prompt, or under ``segment`` its first question.
 
     Args:
@@ -207,7 +207,7 @@ def piecewise_weights(
     for row in range(ids.shape[0]):
         tokens = ids[row][mask[row].bool()].tolist()
         text, ends = token_ends(tokenizer, tokens)
-        spans = pieces(text, how)
+        spans = split_prompt(text, how)
         starts = [start for start, _ in spans]
         owners.append([len(texts) + max(0, sum(start < end for start in starts) - 1) for end in ends])
         places += [(row, i) for i in range(len(spans))]

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, kept_experts, settling, trace_entry, with_watchers
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
-from dlplora.inference.prompt_routing import first_views, piecewise_weights, segment_task
+from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, segment_task
 from dlplora.methods.base import FusedModel, FusionMethod
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.types import PromptBatch
@@ -78,7 +78,7 @@ class RoutedGeneration:
         if state is None:
             return None
         if self.trace is not None:
-            read = first_views(self.fused.method.view, self.prompts, self.fused.tokenizer) if self.sentences else self.prompts
+            read = initial_router_input(self.fused.method.view, self.prompts, self.fused.tokenizer) if self.sentences else self.prompts
             for row, text in enumerate(read.texts):
                 self.trace.append(trace_entry(row, 0, text, state.per_row()[row], self.fused.bank.names))
         piecewise = self.sentences and self.fused.method.prompt_routing != "whole"

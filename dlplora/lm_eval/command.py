@@ -117,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         register()
         from lm_eval.__main__ import cli_evaluate
 
-        from dlplora.lm_eval.distributed import leaving_together
+        from dlplora.lm_eval.distributed import shutdown_process_group
 
-        with leaving_together(), tasks_included(include_defaults=not _only_our_tasks(options)):
+        with shutdown_process_group(), tasks_included(include_defaults=not _only_our_tasks(options)):
             cli_evaluate()
     except DLPLoRAError as error:
         return _fail(str(error))

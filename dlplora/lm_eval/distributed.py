@@ -40,7 +40,7 @@ def _launched() -> bool:
 
 
 @contextmanager
-def leaving_together() -> Iterator[None]:
+def shutdown_process_group() -> Iterator[None]:
     """End the process group at the end of the block, if one was begun by then: gloo's threads must not outlive the interpreter.
 
     After success all processes wait for each other, since a peer may still be in the last collective. After an error nobody waits: the

@@ -39,7 +39,7 @@ from dlplora.lm_eval.distributed import accelerator_if_launched, without_message
 from dlplora.lm_eval.gate_statistics import GateWatch
 from dlplora.lm_eval.harness_options import present_device, require_fit
 from dlplora.lm_eval.model_args import ModelArgs, load_model, parse_model_args
-from dlplora.lm_eval.prefix_sharing import Reader, Readings, answers, batches_of, decide_sharing, questions_of, read_plainly, read_questions
+from dlplora.lm_eval.prefix_sharing import Readings, Scorer, answers, batches_of, decide_sharing, questions_of, read_questions, score_full
 from dlplora.lm_eval.requests import (
     GenerationSettings,
     Prompt,
@@ -272,16 +272,16 @@ class DLPLoRALM(HFLM):
     @torch.no_grad()
     def _readings(self, units: list[ScoringRequest], batch_size: int | None) -> Iterator[Readings]:
         """Logits for all units, batch by batch: behind shared contexts where that is possible, else the plain way."""
-        reader = Reader(self.fused.model, self._bound, self._watched, self._pad_id, self.device, self.max_length)
+        scorer = Scorer(self.fused.model, self._bound, self._watched, self._pad_id, self.device, self.max_length)
         shared = [unit for unit in units if self._shares_prefix and unit.reads_prompt and unit.num_read <= self.max_length]
         together = {id(unit) for unit in shared}
         if shared:
             for questions in batches_of(questions_of(shared), self._size_at(shared, 0, batch_size, [])):
                 with self._autocast():
-                    yield read_questions(reader, questions)
+                    yield read_questions(scorer, questions)
         for batch in self._batches([unit for unit in units if id(unit) not in together], batch_size):
             with self._autocast():
-                yield read_plainly(reader, batch)
+                yield score_full(scorer, batch)
 
     def _batches(self, units: list[ScoringRequest], batch_size: int | None = None) -> Iterator[list[ScoringRequest]]:
         """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as it was told to."""

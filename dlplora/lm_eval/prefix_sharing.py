@@ -107,7 +107,7 @@ def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Questi
 
 
 @dataclass(frozen=True)
-class Reader:
+class Scorer:
     """What both ways need of a model.
 
     Args:
@@ -127,29 +127,29 @@ class Reader:
     max_length: int
 
 
-def read_plainly(reader: Reader, batch: list[Unit]) -> Readings:
+def score_full(scorer: Scorer, batch: list[Unit]) -> Readings:
     """One forward pass, a row a unit."""
-    windows = [unit.window(reader.max_length) for unit in batch]
-    ids, mask = pad_rows(windows, reader.pad_id, "right", reader.device)
+    windows = [unit.window(scorer.max_length) for unit in batch]
+    ids, mask = pad_rows(windows, scorer.pad_id, "right", scorer.device)
     prompts = [unit.prompt for unit in batch]
     read = [len(window) - len(unit.continuation) + 1 for unit, window in zip(batch, windows, strict=True)]
-    prompt_mask = mask * (torch.arange(mask.shape[1], device=reader.device) < torch.tensor(read, device=reader.device)[:, None])
-    watched = reader.watched(prompts, prompt_mask) if all(unit.reads_prompt for unit in batch) else nullcontext()
-    with reader.bound(prompts), watched:
-        logits = reader.model(input_ids=ids, attention_mask=mask).logits  # (B, T, V)
+    prompt_mask = mask * (torch.arange(mask.shape[1], device=scorer.device) < torch.tensor(read, device=scorer.device)[:, None])
+    watched = scorer.watched(prompts, prompt_mask) if all(unit.reads_prompt for unit in batch) else nullcontext()
+    with scorer.bound(prompts), watched:
+        logits = scorer.model(input_ids=ids, attention_mask=mask).logits  # (B, T, V)
     here = [logits[row, start - 1 : len(window)] for row, (start, window) in enumerate(zip(read, windows, strict=True))]
     ends = torch.tensor([len(piece) for piece in here]).cumsum(0).tolist()
     return Readings(batch, torch.cat(here), [list(range(end - len(piece), end)) for end, piece in zip(ends, here, strict=True)])
 
 
-def read_questions(reader: Reader, batch: Sequence[Question]) -> Readings:
+def read_questions(scorer: Scorer, batch: Sequence[Question]) -> Readings:
     """Two forward passes at most: the contexts, then what follows the first token of longer options.
 
     The model must be one that ``why_not`` has nothing against.
     """
     from transformers import DynamicCache
 
-    model, pad_id, device = reader.model, reader.pad_id, reader.device
+    model, pad_id, device = scorer.model, scorer.pad_id, scorer.device
     prompts = [question[0].prompt for question in batch]
     ids, mask = pad_rows([question[0].context for question in batch], pad_id, "left", device)
     longer = [(row, unit) for row, question in enumerate(batch) for unit in question if len(unit.continuation) > 1]
@@ -157,7 +157,7 @@ def read_questions(reader: Reader, batch: Sequence[Question]) -> Readings:
     options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
-    with reader.bound(prompts), reader.watched(prompts, mask):
+    with scorer.bound(prompts), scorer.watched(prompts, mask):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0), **options).logits
     pieces = [logits[:, -1]]
     starts: dict[int, int] = {}
@@ -168,7 +168,7 @@ def read_questions(reader: Reader, batch: Sequence[Question]) -> Readings:
         positions = mask.sum(dim=1)[rows, None] + torch.arange(later.shape[1], device=device)
         cache.batch_select_indices(rows)
         whole = torch.cat([mask[rows], later_mask], dim=1)
-        with reader.bound([unit.prompt for _, unit in longer]):
+        with scorer.bound([unit.prompt for _, unit in longer]):
             behind = model(input_ids=later, attention_mask=whole, position_ids=positions, use_cache=True, past_key_values=cache).logits
         pieces.append(behind.flatten(0, 1))
         starts = {id(unit): len(batch) + place * later.shape[1] for place, (_, unit) in enumerate(longer)}

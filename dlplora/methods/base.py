@@ -88,7 +88,7 @@ class Metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodContext:
-    """What a method may use when it is prepared: the backbone's frozen embeddings, the tokenizer, named artefacts."""
+    """What a method may use when it is prepared: the backbone's frozen embeddings, the tokenizer, named artifacts."""
 
     tokenizer: PreTrainedTokenizerBase
     embedding: nn.Module
@@ -119,7 +119,7 @@ class MethodContext:
         return items
 
     def artifact(self, role: str, method: str) -> Path:
-        """The folder of one artefact.
+        """The folder of one artifact.
 
         Raises:
             MethodError: If it was not supplied or does not exist.
@@ -236,7 +236,7 @@ class FusionMethod(nn.Module):
 
     @classmethod
     def example_artifacts(cls, folder: Path, bank: AdapterBank, context: MethodContext) -> dict[str, Path]:
-        """Write untrained stand-ins for the artefacts the method needs and return their folders by role.
+        """Write untrained stand-ins for the artifacts the method needs and return their folders by role.
 
         For the conformance suite and for timing, which do not depend on training. Default: nothing is needed.
         """

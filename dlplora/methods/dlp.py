@@ -51,7 +51,7 @@ _SLACK = 1e-4
 
 
 class DLP(FusionMethod):
-    """Dynamic fusion by a mini-MLP router. Needs the artefact ``router``, a folder written by ``MiniMLPRouter.save``."""
+    """Dynamic fusion by a mini-MLP router. Needs the artifact ``router``, a folder written by ``MiniMLPRouter.save``."""
 
     name = "dlp"
     metadata = Metadata(
@@ -89,7 +89,7 @@ class DLP(FusionMethod):
         min_keep: int = 1
         """Experts kept by ``nucleus`` and ``threshold`` even if no probability reaches the bound."""
         router: str | None = None
-        """Folder of a trained router; None takes the one that came with the pool (the artefact ``router``)."""
+        """Folder of a trained router; None takes the one that came with the pool (the artifact ``router``)."""
 
         def __post_init__(self) -> None:
             for name in ("threshold", "top_p"):

@@ -70,7 +70,7 @@ def _by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def suite_table(standard: Sequence[Record], released: Sequence[Record]) -> str:
-    """One row a method that was measured both ways with the same seeds, pool and artefacts; empty if there is none."""
+    """One row a method that was measured both ways with the same seeds, pool and artifacts; empty if there is none."""
     ours, theirs = _by_method(standard), _by_method(released)
     rows = []
     for name in sorted(theirs, key=lambda name: (REFERENCE_ROWS.index(name) if name in REFERENCE_ROWS else len(REFERENCE_ROWS), name)):
@@ -91,8 +91,8 @@ def suite_table(standard: Sequence[Record], released: Sequence[Record]) -> str:
 
 def _same_models(standard: Sequence[Record], released: Sequence[Record]) -> list[tuple[Record, Record]]:
     def identity(record: Record) -> tuple[object, ...]:
-        artefacts = tuple(sorted(record.artifact_hashes.items()))
-        return record.seed, record.method_hash, record.pool_hash, artefacts, record.backbone.get("sha256")
+        artifacts = tuple(sorted(record.artifact_hashes.items()))
+        return record.seed, record.method_hash, record.pool_hash, artifacts, record.backbone.get("sha256")
 
     known = {identity(record): record for record in standard}
     return [(known[identity(record)], record) for record in released if identity(record) in known]

@@ -57,7 +57,7 @@ class Record:
     """Name and fingerprint."""
     pool_hash: str
     artifact_hashes: dict[str, str]
-    """Hashes of router and other trained artefacts the method was given, by role."""
+    """Hashes of router and other trained artifacts the method was given, by role."""
     tasks: dict[str, TaskResult]
     suite_tasks: list[str]
     """Every task of the suite; an aggregate exists only if all of a kind are in ``tasks``."""

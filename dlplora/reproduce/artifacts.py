@@ -1,4 +1,4 @@
-"""Trained artefacts: shipped ones of the nano suite while their recipe still matches, else trained here, once.
+"""Trained artifacts: shipped ones of the nano suite while their recipe still matches, else trained here, once.
 
 Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of
 a method that ``LitFusion`` trains, and ``backbone`` for a small one of one's own.
@@ -28,14 +28,14 @@ from dlplora.reproduce.recipe import NANO, Setting
 
 RECIPE = "recipe.json"
 CONFIGS = {"pool": "experts", "multitask": "multitask", "router": "router"}
-"""Role -> training configuration where the two differ or the artefact is shipped; another role's configuration bears its name."""
+"""Role -> training configuration where the two differ or the artifact is shipped; another role's configuration bears its name."""
 TRAINED = "trained/"
 """Prefix of the roles of trained methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One artefact and where it comes from."""
+    """One artifact and where it comes from."""
 
     role: str
     seed: int
@@ -75,7 +75,7 @@ def config_path(role: str, setting: Setting) -> Path:
 
 
 def recipe(role: str, seed: int = 0, setting: Setting = NANO) -> dict[str, Any]:
-    """Everything the artefact is a function of: its training configuration, the backbone, the tasks' text; for gates also the
+    """Everything the artifact is a function of: its training configuration, the backbone, the tasks' text; for gates also the
     method's parameters and the pool's recipe; the seed if it is not the configuration's own."""
     described: dict[str, Any] = {"config": load_yaml(config_path(role, setting)), **setting.facts(kind_of(role))}
     if role.startswith(TRAINED):
@@ -90,7 +90,7 @@ def recipe_hash(role: str, seed: int = 0, setting: Setting = NANO) -> str:
 
 
 def stamp(role: str, folder: Path, seed: int = 0, setting: Setting = NANO) -> None:
-    """Write the recipe beside a finished artefact; its presence says that training ended.
+    """Write the recipe beside a finished artifact; its presence says that training ended.
 
     What a backbone's pretraining has noted in that file stays, under ``pretraining``.
     """
@@ -114,19 +114,19 @@ def _matches(folder: Path, wanted: str) -> bool:
 
 
 def home(runs: Path, seed: int) -> Path:
-    """The folder of one seed's artefacts."""
+    """The folder of one seed's artifacts."""
     return runs / f"seed{seed}" if seed else runs
 
 
 def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Setting = NANO) -> Asset:
-    """Where an artefact is, or will be.
+    """Where an artifact is, or will be.
 
     The router is always trained in ``runs`` rather than taken from the package: it is the method's own part, and cheap.
 
     Args:
         role: As above.
         runs: Folder of local training runs.
-        fresh: Whether shipped artefacts are ignored.
+        fresh: Whether shipped artifacts are ignored.
         seed: Seed of the training; only seed 0 is shipped.
         setting: Backbone and tasks.
     """
@@ -171,7 +171,7 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None, setting: Setting = NANO) -> Path:
-    """Train one artefact into its folder by its configuration, in processes of its own; resumes after an interruption.
+    """Train one artifact into its folder by its configuration, in processes of its own; resumes after an interruption.
 
     Args:
         role: As above.
@@ -223,7 +223,7 @@ def _train_pool(setting: Setting, folder: Path, resume: Path, seeded: Sequence[s
 
 
 def forget(runs: Path, roles: Sequence[str], seed: int = 0) -> None:
-    """Remove local artefacts so that the next training starts anew."""
+    """Remove local artifacts so that the next training starts anew."""
     for role in roles:
         for folder in (home(runs, seed) / role, home(runs, seed) / f"{role}_training"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -117,7 +117,7 @@ class Job:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: Path
-    """Folder of the artefacts."""
+    """Folder of the artifacts."""
 
     @property
     def protocol_name(self) -> str:
@@ -162,7 +162,7 @@ def resolve(
         overrides: Of the protocol: ``tasks``, ``data_root``.
         methods: Methods; None takes the profile's.
         seeds: Seeds; None takes the protocol's.
-        runs: Folder of artefacts; None is ``runs/paper/NAME``.
+        runs: Folder of artifacts; None is ``runs/paper/NAME``.
 
     Raises:
         DLPLoRAError: For an unknown backbone, method or task, or rows that are missing or malformed.

@@ -1,4 +1,4 @@
-"""The main job: artefacts, evaluation of every method, tables. Every finished step is reused."""
+"""The main job: artifacts, evaluation of every method, tables. Every finished step is reused."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Folders = dict[tuple[int, str], Path]
 class Plan:
     """What a run of ``reproduce`` will do."""
 
-    artefacts: tuple[assets.Asset, ...]
+    artifacts: tuple[assets.Asset, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     setting: Setting = NANO
 
     def lines(self) -> Iterator[str]:
         """The announcement, one line a step."""
-        for asset in self.artefacts:
+        for asset in self.artifacts:
             known = self.setting.shipped and not asset.ready
             cost = f", about {SECONDS.get(asset.role, SECONDS_OF_ANOTHER_TRAINING)} s on two cores" if known else ""
             seed = f", seed {asset.seed}" if asset.seed else ""
@@ -47,7 +47,7 @@ class Plan:
 
 
 def roles_of(methods: Sequence[str]) -> list[str]:
-    """Artefacts that the methods read, each once; the pool first, since gates are trained over it."""
+    """Artifacts that the methods read, each once; the pool first, since gates are trained over it."""
     return list(dict.fromkeys(role for method in methods for role in assets.roles_of(method)))
 
 
@@ -63,14 +63,14 @@ def begin_fresh(methods: Sequence[str], seeds: Sequence[int], runs: Path) -> Non
 
 def plan(methods: Sequence[str], seeds: Sequence[int], runs: Path, *, fresh: bool, setting: Setting = NANO) -> Plan:
     """What has to be trained and evaluated."""
-    artefacts = tuple(assets.locate(role, runs, fresh=fresh, seed=seed, setting=setting) for seed in seeds for role in roles_of(methods))
-    return Plan(artefacts=artefacts, methods=tuple(methods), seeds=tuple(seeds), setting=setting)
+    artifacts = tuple(assets.locate(role, runs, fresh=fresh, seed=seed, setting=setting) for seed in seeds for role in roles_of(methods))
+    return Plan(artifacts=artifacts, methods=tuple(methods), seeds=tuple(seeds), setting=setting)
 
 
 def train_missing(planned: Plan, runs: Path, say: Callable[[str], None]) -> Folders:
     """Train what is missing, in order; returns the folder of each seed and role."""
     folders: Folders = {}
-    for asset in planned.artefacts:
+    for asset in planned.artifacts:
         if not asset.ready:
             say(f"training {asset.role}{f', seed {asset.seed}' if asset.seed else ''} …")
             pool = folders.get((asset.seed, "pool"))
@@ -85,8 +85,8 @@ def runs_of(planned: Plan, protocol: Protocol, name: str, folders: Folders, limi
     for method in planned.methods:
         for seed in planned.seeds:
             own = {role.partition("/")[0]: folders[seed, role] for role in assets.roles_of(method)}
-            artefacts = Artifacts(pool=own.pop("pool"), others=own)
-            runs.append(prepare(protocol, name, method, seed, artifacts=artefacts, limit=limit))
+            artifacts = Artifacts(pool=own.pop("pool"), others=own)
+            runs.append(prepare(protocol, name, method, seed, artifacts=artifacts, limit=limit))
     return runs
 
 

@@ -1,4 +1,4 @@
-"""What artefacts are trained over: a backbone, a suite of tasks, and the options that fit the training recipes to both."""
+"""What artifacts are trained over: a backbone, a suite of tasks, and the options that fit the training recipes to both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKBONE_OPTIONS = {"pool": "backbone", "router": "backbone", "trained": "pretra
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One backbone and one suite; the default is the embedded nano backbone, whose artefacts are shipped."""
+    """One backbone and one suite; the default is the embedded nano backbone, whose artifacts are shipped."""
 
     backbone: str | None = None
     """Folder of the backbone; None is the embedded one."""
@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def shipped(self) -> bool:
-        """Whether the package may hold artefacts of this setting."""
+        """Whether the package may hold artifacts of this setting."""
         return self.backbone is None and self.suite == "nano"
 
     def chosen(self) -> Suite:
@@ -67,7 +67,7 @@ class Setting:
         return [*told, *self.extra(kind)]
 
     def facts(self, kind: str) -> dict[str, Any]:
-        """What an artefact is a function of, besides its configuration: the backbone's weights and the tasks' rows."""
+        """What an artifact is a function of, besides its configuration: the backbone's weights and the tasks' rows."""
         described: dict[str, Any] = {}
         if kind != "backbone":
             described["backbone_sha256"] = self.backbone_sha256()

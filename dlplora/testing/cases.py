@@ -68,7 +68,7 @@ class Case:
         return tuple(sorted(path.name for path in self.pool.iterdir() if path.is_dir()))
 
     def context(self, model: Any) -> MethodContext:
-        """The context of a method bound to ``model``, with the stand-ins for missing artefacts written, the same each time."""
+        """The context of a method bound to ``model``, with the stand-ins for missing artifacts written, the same each time."""
         bare = MethodContext(
             tokenizer=self.tokenizer, embedding=model.get_input_embeddings(), artifacts=dict(self.artifacts), few_shot=_training_items
         )

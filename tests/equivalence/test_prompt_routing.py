@@ -11,7 +11,13 @@ import torch
 
 from dlplora.errors import GenerationError
 from dlplora.inference.generation import view_text
-from dlplora.inference.prompt_routing import asked_questions, first_views, pieces, piecewise_weights, segment_text, token_ends
+from dlplora.inference.prompt_routing import (
+    asked_questions,
+    initial_router_input,
+    piecewise_weights,
+    segment_text,
+    token_ends,
+)
 from dlplora.types import PromptBatch
 from tests.equivalence.test_kv_policy import ByLength, fused_with, keys_and_values, merged, talkative
 
@@ -42,10 +48,10 @@ PIECES = {
 @pytest.mark.parametrize("how", ["question", "sentence"])
 def test_pieces(how: str) -> None:
     for prompt, expected in zip(PROMPTS[how], PIECES[how], strict=True):
-        assert [prompt[start:end] for start, end in pieces(prompt, how)] == expected
-    assert pieces("One. Two.", "whole") == [(0, 9)]
+        assert [prompt[start:end] for start, end in split_prompt(prompt, how)] == expected
+    assert split_prompt("One. Two.", "whole") == [(0, 9)]
     with pytest.raises(GenerationError, match="unknown prompt_routing 'word'; known: whole, question, sentence"):
-        pieces("One.", "word")
+        split_prompt("One.", "word")
 
 
 @pytest.mark.parametrize("how", ["question", "sentence"])
@@ -170,9 +176,9 @@ def test_the_segment_follows_the_answers(tiny_tokenizer: Any) -> None:
 def test_the_first_answer_is_routed_on_the_first_question(tiny_tokenizer: Any) -> None:
     prompts = PromptBatch.from_texts((ASKED["blocks"][0], "Who?"), tiny_tokenizer, task_names=("a+b", "c"))
     for view in ("tail", "window", "whole"):
-        assert first_views(view, prompts, tiny_tokenizer) is prompts
-    first = first_views("segment", prompts, tiny_tokenizer)
+        assert initial_router_input(view, prompts, tiny_tokenizer) is prompts
+    first = initial_router_input("segment", prompts, tiny_tokenizer)
     assert first.texts == ("Who? Or what?\nAnswer:", "Who?")
     assert first.task_names == ("a", "c")
     single = PromptBatch.from_texts(("Who?",), tiny_tokenizer)
-    assert torch.equal(first_views("segment", single, tiny_tokenizer).input_ids, single.input_ids)
+    assert torch.equal(initial_router_input("segment", single, tiny_tokenizer).input_ids, single.input_ids)

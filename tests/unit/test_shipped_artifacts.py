@@ -21,7 +21,7 @@ ROLES = [role for role in roles_of(sorted(available_presets())) if role != "rout
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_every_artefact_of_seed_0_is_shipped(role: str, tmp_path: Path) -> None:
+def test_every_artifact_of_seed_0_is_shipped(role: str, tmp_path: Path) -> None:
     assert assets.locate(role, tmp_path, fresh=False).source == "shipped"
     assert json.loads((nano_asset(role) / "training.json").read_text())["training_tokens"] > 0
 

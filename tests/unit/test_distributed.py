@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dlplora.lm_eval.distributed import leaving_together
+from dlplora.lm_eval.distributed import shutdown_process_group
 
 
 def begin(folder: Path) -> None:
@@ -18,7 +18,7 @@ def begin(folder: Path) -> None:
 
 
 def test_the_group_is_gone_after_success(tmp_path: Path) -> None:
-    with leaving_together():
+    with shutdown_process_group():
         begin(tmp_path)
         assert dist.is_initialized()
     assert not dist.is_initialized()
@@ -27,7 +27,7 @@ def test_the_group_is_gone_after_success(tmp_path: Path) -> None:
 def test_the_group_is_gone_after_an_error_and_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "barrier", lambda: pytest.fail("an error must not wait for the other processes"))
 
-    @leaving_together()
+    @shutdown_process_group()
     def failing() -> None:
         begin(tmp_path)
         raise ZeroDivisionError
@@ -38,21 +38,21 @@ def test_the_group_is_gone_after_an_error_and_nobody_is_waited_for(tmp_path: Pat
 
 
 def test_without_a_group_nothing_happens() -> None:
-    with leaving_together():
+    with shutdown_process_group():
         pass
     assert not dist.is_initialized()
 
 
 PROGRAM = """
 import atexit
-from dlplora.lm_eval.distributed import leaving_together
+from dlplora.lm_eval.distributed import shutdown_process_group
 
 class Teardown:
     def __del__(self):
         print("taken apart")
 
 kept = Teardown()
-with leaving_together():
+with shutdown_process_group():
     atexit.register(print, "said good-bye")
     print("worked", end=" ")
     {last}

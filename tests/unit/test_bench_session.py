@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dlplora.bench import session as latency_bench
-from dlplora.bench.hardware import OthersWatch, measure_bandwidth, require_memory, resident_bytes, step_bytes
+from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
-from dlplora.bench.session import Group, LatencyPlan, load_plan, make_workload, run_plan
-from dlplora.bench.setup import Entry, Workshop
-from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_contender, known_contenders
+from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_workload, run_plan
+from dlplora.bench.setup import BenchSetup, Entry
+from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems
 from dlplora.bench.upstream_loop import KeptExperts, LoopedLoRALinear
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError
@@ -30,14 +30,14 @@ MILLIONS = {"qwen2-0.5b": 494.03, "qwen2-1.5b": 1543.71, "qwen2-7b": 7615.62, "l
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> BenchSetup:
     model, tokenizer = load_shape("tiny", "float32", CPU)
     bank = random_bank(model, [f"expert_{index}" for index in range(4)])
     # adapters of the benchmark are small; here a difference between experts has to show
     for entry in bank.modules.values():
         entry.lora_a.mul_(20)
         entry.lora_b.mul_(20)
-    return Workshop(model=model, tokenizer=tokenizer, bank=bank, folder=tmp_path_factory.mktemp("shop"), shipped=False)
+    return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=tmp_path_factory.mktemp("setup"), shipped=False)
 
 
 def logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -57,59 +57,59 @@ def test_bytes_of_backbone_and_pool() -> None:
         require_memory({"backbone x": 10**18, "3 experts": 1000}, CPU, "Use less.")
 
 
-def test_a_second_tree_shares_weights_but_not_layers(shop: Workshop) -> None:
-    twin = share_weights(shop.model)
-    assert twin.model.layers[0].self_attn is not shop.model.model.layers[0].self_attn
-    assert twin.lm_head.weight is shop.model.lm_head.weight
-    assert resident_bytes(shop.model, twin) == resident_bytes(shop.model)
-    before = logits(shop.model, torch.tensor([[1, 5, 9]]))
+def test_a_second_tree_shares_weights_but_not_layers(setup: BenchSetup) -> None:
+    twin = share_weights(setup.model)
+    assert twin.model.layers[0].self_attn is not setup.model.model.layers[0].self_attn
+    assert twin.lm_head.weight is setup.model.lm_head.weight
+    assert resident_bytes(setup.model, twin) == resident_bytes(setup.model)
+    before = logits(setup.model, torch.tensor([[1, 5, 9]]))
     twin.model.layers[0].self_attn.q_proj = torch.nn.Identity()
-    assert torch.equal(logits(shop.model, torch.tensor([[1, 5, 9]])), before)
+    assert torch.equal(logits(setup.model, torch.tensor([[1, 5, 9]])), before)
 
 
-def test_smaller_pools_are_views_of_the_largest(shop: Workshop) -> None:
-    small = first_experts(shop.bank, 2)
+def test_smaller_pools_are_views_of_the_largest(setup: BenchSetup) -> None:
+    small = first_experts(setup.bank, 2)
     path = next(iter(small.modules))
     assert small.names == ("expert_0", "expert_1")
-    assert small.modules[path].lora_a.data_ptr() == shop.bank.modules[path].lora_a.data_ptr()
-    assert small.nbytes * 2 == shop.bank.nbytes
+    assert small.modules[path].lora_a.data_ptr() == setup.bank.modules[path].lora_a.data_ptr()
+    assert small.nbytes * 2 == setup.bank.nbytes
 
 
-def test_step_bytes_by_hand(shop: Workshop) -> None:
+def test_step_bytes_by_hand(setup: BenchSetup) -> None:
     # tiny: two layers; q, o 32x32, k, v 32x16, mlp 3x32x48, two norms of 32; one norm of 32; a head of 3072x32; the embedding is looked up
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32 + 3072 * 32
     cached = 2 * 2 * 2 * 8 * (3 * 10)  # layers, keys and values, heads, width; three rows of ten tokens
-    assert step_bytes(shop.model, 3, 10) == 4 * (weights + cached)
+    assert step_bytes(setup.model, 3, 10) == 4 * (weights + cached)
 
 
-def test_every_contender_computes_what_it_claims(shop: Workshop) -> None:
+def test_every_contender_computes_what_it_claims(setup: BenchSetup) -> None:
     """PEFT's models, driven here without a clock, against our fused layer on the same experts."""
-    ids = make_workload(shop.tokenizer, CPU, 2, 9, 2).prompts.input_ids
-    fused = FusedCausalLM(share_weights(shop.model), shop.tokenizer, shop.bank, build_method("avg_delta"), backend="reference")
+    ids = make_workload(setup.tokenizer, CPU, 2, 9, 2).prompts.input_ids
+    fused = FusedCausalLM(share_weights(setup.model), setup.tokenizer, setup.bank, build_method("avg_delta"), backend="reference")
 
-    def ours(weights: torch.Tensor) -> torch.Tensor:
+    def build_method_system(weights: torch.Tensor) -> torch.Tensor:
         with fused.routing(weights):
             return logits(fused, ids)
 
-    base = build_contender(shop, Entry(contender="base", experts=0)).modules[0]
-    assert torch.equal(logits(base, ids), logits(shop.model, ids))
-    single = build_contender(shop, Entry(contender="peft_single", experts=1)).modules[0]
+    base = build_system(setup, Entry(contender="base", experts=0)).modules[0]
+    assert torch.equal(logits(base, ids), logits(setup.model, ids))
+    single = build_system(setup, Entry(contender="peft_single", experts=1)).modules[0]
     one_hot = torch.eye(4)
-    torch.testing.assert_close(logits(single, ids), ours(one_hot[0]), atol=1e-5, rtol=1e-5)
-    assert (ours(one_hot[0]) - ours(one_hot[1])).abs().max() > 1e-2
-    mixed = build_contender(shop, Entry(contender="peft_mixed", experts=4)).modules[0]
-    torch.testing.assert_close(logits(mixed, ids, adapter_names=["0", "1"]), ours(one_hot[:2]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(single, ids), build_method_system(one_hot[0]), atol=1e-5, rtol=1e-5)
+    assert (build_method_system(one_hot[0]) - build_method_system(one_hot[1])).abs().max() > 1e-2
+    mixed = build_system(setup, Entry(contender="peft_mixed", experts=4)).modules[0]
+    torch.testing.assert_close(logits(mixed, ids, adapter_names=["0", "1"]), build_method_system(one_hot[:2]), atol=1e-5, rtol=1e-5)
     assert {parameter.dtype for parameter in mixed.parameters()} == {torch.float32}
 
 
-def test_the_released_loop_computes_the_definition(shop: Workshop) -> None:
-    contender = build_contender(shop, Entry(contender="released_loop", experts=4))
+def test_the_released_loop_computes_the_definition(setup: BenchSetup) -> None:
+    contender = build_system(setup, Entry(contender="released_loop", experts=4))
     model = contender.modules[0]
-    workload = make_workload(shop.tokenizer, CPU, 1, 11, 2)
+    workload = make_workload(setup.tokenizer, CPU, 1, 11, 2)
     assert contender.plan is not None
     weights = contender.plan(workload)
     assert weights is not None
-    fused = FusedCausalLM(share_weights(shop.model), shop.tokenizer, shop.bank, build_method("avg_delta"), backend="reference")
+    fused = FusedCausalLM(share_weights(setup.model), setup.tokenizer, setup.bank, build_method("avg_delta"), backend="reference")
     mixed = torch.tensor([[0.0, 0.3, 0.0, 0.7]])
     layer = next(module for module in model.modules() if isinstance(module, LoopedLoRALinear))
     for plan in (weights, mixed):
@@ -121,9 +121,9 @@ def test_the_released_loop_computes_the_definition(shop: Workshop) -> None:
         KeptExperts().take(torch.ones(2, 4))
 
 
-def test_forced_reroutes_happen_where_the_arithmetic_expects_them(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    contender = build_contender(shop, Entry(contender="dlp", experts=4, kept=2, reroute_every=3))
-    workload = make_workload(shop.tokenizer, CPU, 2, 9, 10)
+def test_forced_reroutes_happen_where_the_arithmetic_expects_them(setup: BenchSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = build_system(setup, Entry(contender="dlp", experts=4, kept=2, reroute_every=3))
+    workload = make_workload(setup.tokenizer, CPU, 2, 9, 10)
     assert contender.plan is not None
     plan = contender.plan(workload)
     assert plan is not None
@@ -134,9 +134,9 @@ def test_forced_reroutes_happen_where_the_arithmetic_expects_them(shop: Workshop
     def noted(self: ForcedRerouter, generated: torch.Tensor) -> None:
         original(self, generated)
         widths.append(generated.shape[1])
-        texts = [str(shop.tokenizer.decode(row % 3072, skip_special_tokens=True)) for row in generated]
+        texts = [str(setup.tokenizer.decode(row % 3072, skip_special_tokens=True)) for row in generated]
         views = [last_question(prompt) + text for prompt, text in zip(workload.prompts.texts, texts, strict=True)]
-        expected = self.model.method.route(PromptBatch.from_texts(views, shop.tokenizer))
+        expected = self.model.method.route(PromptBatch.from_texts(views, setup.tokenizer))
         assert self.model.slot.state is not None
         assert torch.equal(self.model.slot.state.weights, expected)
 
@@ -146,15 +146,15 @@ def test_forced_reroutes_happen_where_the_arithmetic_expects_them(shop: Workshop
     assert reroutes_in(10, 3) == 3
 
 
-def test_workloads_have_different_rows_of_one_length(shop: Workshop) -> None:
-    prompts = make_workload(shop.tokenizer, CPU, 32, 50, 2).prompts
+def test_workloads_have_different_rows_of_one_length(setup: BenchSetup) -> None:
+    prompts = make_workload(setup.tokenizer, CPU, 32, 50, 2).prompts
     assert prompts.input_ids.shape == (32, 50)
     assert bool((prompts.attention_mask == 1).all())
     assert len({tuple(row) for row in prompts.input_ids.tolist()}) == 32
 
 
 def test_all_names_every_contender_and_preset() -> None:
-    assert set(known_contenders()) == set(BUILTIN) | set(available_presets())
+    assert set(known_systems()) == set(BUILTIN) | set(available_presets())
     entries = Group(contenders=("all",), experts=(4,), reroute_every=(8,)).entries()
     assert len(entries) == len(set(entries))
     forced = {entry.contender for entry in entries if entry.reroute_every}
@@ -175,7 +175,7 @@ def test_settings_apply_where_they_mean_something() -> None:
 
 @pytest.mark.parametrize("name", ["nano", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
 def test_shipped_plans_load(name: str) -> None:
-    assert load_plan(name).groups
+    assert load_bench_config(name).groups
 
 
 def test_rounds_alternate_and_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_rounds_alternate_and_every_sample_is_kept(monkeypatch: pytest.MonkeyPat
         return 2.0 * len(order), 1.0 * len(order)
 
     monkeypatch.setattr(latency_bench, "_once", timed)
-    plan = LatencyPlan(
+    plan = BenchConfig(
         shape="tiny", groups={"a": Group(contenders=("base", "peft_single"), prompt=(4,), new_tokens=2, repeats=3, warmup=1)}
     )
     record = run_plan(plan)
@@ -253,8 +253,8 @@ def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     times = iter([(0.0, 100.0, 10.0), (10.0, 134.0, 16.0)])  # 34 s of work in 10 s of four cores, 6 of them ours
-    monkeypatch.setattr(OthersWatch, "_times", lambda self: next(times))
-    watch = OthersWatch(CPU)
+    monkeypatch.setattr(ContentionMonitor, "_times", lambda self: next(times))
+    watch = ContentionMonitor(CPU)
     assert watch.warnings() == [
         "load average 64.0 on 4 cores at the start",
         "other processes used 70 % of 4 cores during the measurement",
@@ -265,8 +265,8 @@ def test_a_quiet_machine_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (0.5, 1.0, 1.0))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     times = iter([(0.0, 100.0, 10.0), (10.0, 120.0, 29.5)])
-    monkeypatch.setattr(OthersWatch, "_times", lambda self: next(times))
-    assert OthersWatch(CPU).warnings() == []
+    monkeypatch.setattr(ContentionMonitor, "_times", lambda self: next(times))
+    assert ContentionMonitor(CPU).warnings() == []
 
 
 def test_bandwidth_counts_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:
