@@ -16,6 +16,7 @@ from dlplora.inference.prompt_routing import (
     initial_router_input,
     piecewise_weights,
     segment_text,
+    split_prompt,
     token_ends,
 )
 from dlplora.types import PromptBatch
