@@ -5,7 +5,7 @@
   deltas, as PEFT's ``create_arrow_model`` does; ``arrow_factor`` sums A and B apart, as the authors' code (``lora_merge_after=False``).
 * SpectR (arXiv:2504.03454): the score is ``|V_e^T x|`` with ``B_e A_e = U_e S_e V_e^T``, the length of what the expert sees of a token
   (as its authors quote it in equation 7 of the next paper).
-* LAG (arXiv:2507.05346): Arrow makes a shortlist, SpectR ranks it again, and the best one alone speaks, with weight one.
+* LAG (arXiv:2507.05346): Arrow makes a shortlist, SpectR ranks it again, and the best one alone is used, with weight one.
 
 Deviations, with reasons: prototypes and V come from an exact singular value decomposition (PEFT iterates 15 times); directions without a
 singular value, of an expert that has a lower rank than others for instance, do not count. ``score: response`` is ours: the length of what
@@ -133,7 +133,7 @@ def response_norms(x: Tensor, entry: BankEntry, gram: Tensor) -> Tensor:
 
 
 class SpectR(TokenGated):
-    """The experts whose row spaces hold most of a token speak."""
+    """Routing to the experts whose row spaces contain most of a token."""
 
     name = "spectr"
     metadata = Metadata(title="SpectR", paper="https://arxiv.org/abs/2504.03454", granularity="token", depth="module")

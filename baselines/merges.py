@@ -1,4 +1,4 @@
-"""Static merges of weight deltas: SVD, TIES, DARE and magnitude pruning, one merged adapter that always speaks.
+"""Static merges of weight deltas: SVD, TIES, DARE and magnitude pruning, one merged adapter for all prompts.
 
 Every expert's delta ``dW_e = s_e B_e A_e`` (O, I) is formed in float32 with its own scaling, the deltas are merged by PEFT's
 functions, and the result is factored by SVD into one adapter, so that it runs through the fused layer as any other. Definitions:

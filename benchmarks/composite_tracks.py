@@ -53,7 +53,7 @@ def run(what: str, root: Path) -> None:
 
 
 def trace(method: str, reading: str, n: int, index: int) -> None:
-    """Ask one composite and print every answer with the experts that spoke, and what the router had read."""
+    """Ask one composite and print every answer, the adapters used, and what the router read."""
     fused = FusedCausalLM.from_pretrained(method=method)
     composite = composites(get_suite("nano"), reading, n, index + 1)[index]
     row = composite_row(composite)

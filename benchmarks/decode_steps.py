@@ -2,7 +2,7 @@
 
 The nano backbone's sizes with random weights, 26 experts of rank 8 on the query and value projections. All contenders take turns in one
 process over the same backbone weights, every other turn backwards, so that whatever else the machine does hits all of them; the median
-of the ratios of each turn is told, with its quartiles.
+of the ratios of each round is reported, with its quartiles.
 One thread; the clock is the processor time of the process, which other processes hardly change.
 """
 

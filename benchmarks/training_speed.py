@@ -169,7 +169,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str], tell: Callable[[str], object]) -> TrainingRecord:
-    """All ways by turns."""
+    """All systems, interleaved."""
     watch = ContentionMonitor(torch.device(options.device))
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
     for number in range(options.repeats):

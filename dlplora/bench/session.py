@@ -299,7 +299,7 @@ class _Session:
                 self.skipped[f"{self.name}: {entry.label}"] = " ".join(str(error).split())
                 continue
             if entry.compiled and not contender.compilable:
-                continue  # nobody asked for it by name: the group's other contenders are compiled
+                continue  # not asked for by name: the other systems of the group are compiled
             contenders.append(contender)
         measured = []
         for batch_size in self.group.batch:

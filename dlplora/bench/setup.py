@@ -92,7 +92,7 @@ class BenchSetup:
     Args:
         model, tokenizer: The backbone; never changed.
         bank: The largest pool.
-        folder: For files, emptied by whoever made it.
+        folder: For files; the caller removes it.
         shipped: Whether backbone and pool are the embedded ones, whose trained artifacts then fit.
     """
 

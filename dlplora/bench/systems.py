@@ -1,7 +1,7 @@
 """Who is timed: the bare backbone, what PEFT offers, the released code's loop, and every method of ours.
 
 All contenders of a process wrap module trees over one set of backbone weights, so that none pays for another's copy. Each is driven
-through ``generate``; none is told apart by its name once it is built. Shapes: B rows, T tokens, E experts.
+through ``generate``; after construction nothing depends on its name. Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from dlplora.types import PromptBatch
 
 @dataclass
 class KeptExperts:
-    """Index and routing weight of the adapters that speak; shared by all layers of a model."""
+    """Index and routing weight of the kept adapters; shared by all layers of a model."""
 
     pairs: list[tuple[int, float]] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class LoopedLoRALinear(nn.Module):
         base: The layer.
         pairs: A (R, I) and B (O, R) of every expert.
         scaling: Of every expert.
-        kept: Which of them speak.
+        kept: The kept ones.
     """
 
     def __init__(self, base: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], scaling: Sequence[float], kept: KeptExperts) -> None:

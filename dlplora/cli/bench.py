@@ -17,7 +17,7 @@ GROUP_OPTIONS = ("contenders", "backends", *LISTS, "new_tokens", "repeats", "war
 
 def add_latency(inner: Any) -> argparse.ArgumentParser:
     """Declare ``latency`` under ``dlplora bench``; returns its parser."""
-    parser: argparse.ArgumentParser = inner.add_parser("latency", help="time contenders by turns and write one record")
+    parser: argparse.ArgumentParser = inner.add_parser("latency", help="time systems interleaved in one process and write one record")
     parser.add_argument("--config", metavar="NAME", help="plan in configs/bench, or a YAML file; excludes the options of one group")
     parser.add_argument("--shape", help="qwen2-0.5b, qwen2-1.5b, qwen2-7b, llama2-7b, llama3-8b, nano or tiny (default: nano)")
     parser.add_argument("--contenders", metavar="A,B", help="presets, base, peft_single, peft_mixed, peft_xlora, peft_arrow, "

@@ -37,7 +37,7 @@ class PlanFacts:
         kind: ``static`` (E,), ``row`` (B, E) or ``token`` (B, T, E).
         rows: B; 1 for static weights.
         experts: E.
-        width: Experts a row can keep, now or after a re-route. kept: Experts the fullest row keeps now; 0 if nobody counted.
+        width: Experts a row can keep, now or after a re-route. kept: Experts the fullest row keeps now; 0 if not counted.
         alike: Whether all rows are routed alike and stay so.
         sized: Whether a plan's size must not depend on the values of its weights, as compiled graphs need it.
         finite: Whether all weights are. zero: Whether none of them is anything else.
@@ -143,7 +143,7 @@ def select_backend(name: str, facts: PlanFacts, work: Work | None = None) -> str
     Args:
         name: ``auto`` or a key of ``BACKENDS``.
         facts: What the plan is like.
-        work: What it will be used for. Without it, or on a device nobody has measured, the backend is taken that reads fewer factors.
+        work: What it will be used for. Without it, or on a device without constants, the backend that reads fewer factors is taken.
 
     Raises:
         RoutingError: For an unknown name, or a backend that cannot serve the plan; names the property that forbids it and the

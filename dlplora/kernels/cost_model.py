@@ -117,7 +117,7 @@ def terms(backend: str, work: Work, rows: int, plan_rows: int, width: int) -> Te
 
 @cache
 def constants(device: str) -> dict[str, dict[str, float]] | None:
-    """Backend -> seconds per launch, byte and floating point operation, measured on a device type; None if nobody measured."""
+    """Backend -> seconds per launch, byte and floating point operation, measured on a device type; None if it was not measured."""
     measured: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))["devices"]
     return measured[device]["constants"] if device in measured else None
 

@@ -103,7 +103,7 @@ class FoldedPlan(nn.Module):
             self.b_sel[rows] = b_rows
 
     def use(self, kept: int) -> None:
-        """Leave out what stands behind the first ``kept`` experts, which is zero for every row.
+        """Skip everything after the first ``kept`` experts, which is zero for every row.
 
         Only on a CPU, and not in compiled products: a captured graph must find the same sizes after the next plan.
         """

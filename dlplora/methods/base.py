@@ -1,7 +1,7 @@
 """What a fusion method is: a rule for where routing weights come from.
 
-The bank, the fused layer, generation, scoring and timing are shared by all methods; a method only says which experts speak
-for a prompt (or installs gates that say so for every token). Shapes: B rows, T tokens, E experts.
+The bank, the fused layer, generation, scoring and timing are shared by all methods; a method only decides the routing weights
+of a prompt (or installs gates that decide them for every token). Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations

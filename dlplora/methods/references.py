@@ -97,7 +97,7 @@ class Oracle(FusionMethod):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MultiTaskConfig:
-    """Which adapter speaks."""
+    """Which adapter is used."""
 
     artifact: str = "multitask"
     """Role of its folder: ``multitask`` has the rank of one expert, ``multitask_r64`` the paper's, ``multitask_r208`` as many parameters
@@ -105,7 +105,7 @@ class MultiTaskConfig:
 
 
 class MultiTask(FusionMethod):
-    """One adapter trained on the mixture of all tasks; the pool is set aside and this adapter always speaks."""
+    """One adapter trained on the mixture of all tasks; this adapter replaces the pool."""
 
     name = "multitask"
     metadata = Metadata(title="Multi-task LoRA", granularity="none", needs=("all_tasks_adapter",))

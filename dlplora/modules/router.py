@@ -1,4 +1,4 @@
-"""The mini-MLP that reads a prompt and says which experts should speak.
+"""The mini-MLP that reads a prompt and gives a probability for each expert.
 
 Four linear layers with GELU between them, over pooled token embeddings, in two variants:
 
@@ -10,7 +10,7 @@ Four linear layers with GELU between them, over pooled token embeddings, in two 
 Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
 nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or behind it
 (``tokens``, which also takes the maximum): a mean over embeddings blurs the one word that tells two tasks apart, and wordings that
-nobody trained on are then routed worse (``docs/nano_suite.md`` has the numbers).
+that are not in the training data are then routed worse (``docs/nano_suite.md`` has the numbers).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from a third. So there are three readings:
 The same n and seed give the same questions in every reading. Every part knows where it came from. An answer of several lines becomes one
 line, and a blank line inside a question a plain line break, because line breaks divide answers and blank lines questions.
 
-An *answer form* is what stands before each answer (the question's own cue ``Answer:``, or ``2.``). With ``form="fill"`` the evaluation
+An *answer form* is the text before each answer (the question's own cue ``Answer:``, or ``2.``). With ``form="fill"`` the evaluation
 writes it (``evaluation.answer_form``): where a model ends its text, or a line, too early, the form of the next answer follows. Adapters
 trained on single questions end their text after one answer, so without this nothing but the first answer would ever be measured.
 ``form="free"`` lets the model write everything.
@@ -74,7 +74,7 @@ class Composite:
         reading: How.
         prompt: What the model reads; ends without white space.
         parts: The questions, in order.
-        form: What stands before each answer; the first is empty where the prompt already ends with it.
+        form: The text before each answer; the first is empty where the prompt already ends with it.
     """
 
     reading: Reading
@@ -140,7 +140,7 @@ def _answers(parts: Sequence[Part]) -> str:
 
 
 def worked_examples(suite: Suite, parts: Sequence[Part], seed: int, pools: dict[str, list[Item]] | None = None) -> list[tuple[Part, ...]]:
-    """``NUM_EXAMPLES`` lists of training questions of the same tasks in the same order, drawn by the questions that they stand before.
+    """``NUM_EXAMPLES`` lists of training questions of the same tasks in the same order, drawn by the questions that they precede.
 
     Args:
         suite: Where they are from.

@@ -1,4 +1,4 @@
-"""Composites that somebody else made: MeteoRA's files, one JSON object a line with ``prompt``, ``response`` and ``subtasks``."""
+"""Composites in MeteoRA's files, one JSON object per line with ``prompt``, ``response`` and ``subtasks``."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dlplora.errors import TaskError, nearest
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TASK_SEPARATOR = "+"
-"""Between the task names of a prompt that asks several questions, in their order; only methods that are told the task see them."""
+"""Between the task names of a prompt that asks several questions, in their order; only methods that are given the task see them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
-    for name, question, answers in (("parity", "Is {n} odd?", ("yes", "no")), ("echo", "Repeat the word cat {n} times.", ("cat", "cat cat"))):
+    for name, question, answers in (
+        ("parity", "Is {n} odd?", ("yes", "no")),
+        ("echo", "Repeat the word cat {n} times.", ("cat", "cat cat")),
+    ):
         model = LlamaForCausalLM.from_pretrained(root / "base")
         get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).save_pretrained(
             root / "adapters" / name
@@ -88,7 +91,9 @@ def test_the_router_of_the_readme_reads_the_embeddings_of_its_base_model(workpla
 def test_the_readme_snippet_prints_what_it_says(workplace: dict[str, str]) -> None:
     (snippet,) = blocks("README.md", "python")
     (expected,) = blocks("README.md", "text")
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=workplace["WORK"], env=workplace, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], capture_output=True, text=True, cwd=workplace["WORK"], env=workplace, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == expected
 

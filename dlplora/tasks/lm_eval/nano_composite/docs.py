@@ -23,7 +23,7 @@ def nano_composites(
         n: Questions a composite.
         num_composites: Composites; ``mixture`` has n rows of each.
         data_seed: Seed of the choice of questions.
-        form: Who writes what stands before an answer: ``fill`` the evaluation, ``free`` the model.
+        form: Who writes the cue of an answer: ``fill`` the evaluation, ``free`` the model.
     """
     rows = [composite_row(one, form) for one in composites(get_suite("nano"), reading, n, num_composites, data_seed)]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
