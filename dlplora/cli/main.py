@@ -14,6 +14,7 @@ from typing import Any
 
 from dlplora import __version__
 from dlplora.cli.pool import add_parser as pool_commands
+from dlplora.cli.serve import add_serve
 from dlplora.errors import ConfigError, DLPLoRAError
 
 Command = Callable[[argparse.Namespace], int]
@@ -171,6 +172,9 @@ def _generation(commands: Any) -> None:
     parser.add_argument("--task", help="task name, for methods that need it (oracle)")
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("generate", "run_generate"))
+    parser = add_serve(commands)
+    _add_model_options(parser)
+    parser.set_defaults(run=_lazy("serve", "run_serve"))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,10 @@ from hooks import COPIES, ROOT, rewritten
 from dlplora.methods.registry import available_methods, available_presets, load_method_spec, resolved_params
 from dlplora.reporting import schema
 
-ROOMS = ("inference", "methods", "modules", "kernels", "evaluation", "tasks", "data", "training", "reporting")
+ROOMS = (
+    "inference", "methods", "modules", "adapters", "kernels", "lm_eval", "evaluation", "reproduce", "bench", "serve", "testing", "tasks", "data",
+    "training", "reporting",
+)  # fmt: skip
 LEFT_OUT = {"index.md", "record.md"}
 
 

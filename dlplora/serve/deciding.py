@@ -1,0 +1,91 @@
+"""From the requests of a batch to their routing weights. Shapes: B requests, E experts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import ConfigError, GenerationError
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.serve.jobs import Decision, Target
+from dlplora.types import PromptBatch
+
+
+def require_servable(fused: FusedCausalLM) -> None:
+    """Refuse methods whose weights are not decided per prompt or sentence.
+
+    Raises:
+        ConfigError: Naming the method and the reason.
+    """
+    name, granularity = fused.method.name, fused.method.granularity
+    if granularity == "token" or fused.patched.hooks:
+        raise ConfigError(f"method '{name}' routes single tokens inside the layers; the server needs one that routes prompts or sentences.")
+    if fused.method.kv_policy == "prompt_frozen" or fused.method.prompt_routing != "whole":
+        raise ConfigError("the server supports kv_policy stale and recompute, and prompt_routing whole.")
+    if "task_id" in fused.method.metadata.needs:
+        raise ConfigError(f"method '{name}' needs the task of each prompt, which a request does not have.")
+
+
+class Decider:
+    """Routing weights of requests and of their sentences.
+
+    Args:
+        fused: The model.
+        min_confidence: Below this probability a routed request is out of scope and gets the base model; 0 never does.
+    """
+
+    def __init__(self, fused: FusedCausalLM, min_confidence: float = 0.0) -> None:
+        self.fused, self.min_confidence = fused, min_confidence
+        self.names: tuple[str, ...] = tuple(fused.bank.names)
+        self._zeros = torch.zeros(fused.bank.num_experts, device=fused.device)
+        self._routes = fused.method.name != "base"
+
+    @torch.no_grad()
+    def decide(self, targets: Sequence[Target], texts: Sequence[str]) -> tuple[list[Decision], Tensor]:
+        """Decisions and weights (B, E), float32; the router reads all texts in one batch.
+
+        Args:
+            targets: What each request asks for.
+            texts: What the router reads for each.
+        """
+        started = time.perf_counter()
+        weights = self._zeros.repeat(len(targets), 1)
+        kinds: list[Any] = [target.kind for target in targets]
+        confidences: list[float | None] = [None] * len(targets)
+        routed = [row for row, target in enumerate(targets) if target.kind == "routed" and self._routes]
+        if routed:
+            found, sure = self._route([texts[row] for row in routed])
+            for place, row in enumerate(routed):
+                confidences[row] = None if sure is None else sure[place]
+                if sure is not None and sure[place] < self.min_confidence:
+                    kinds[row] = "base"
+                else:
+                    weights[row] = found[place]
+        for row, target in enumerate(targets):
+            for name, value in target.weights.items():
+                if name not in self.names:
+                    raise GenerationError(f"the pool has no adapter '{name}' any more.")
+                weights[row, self.names.index(name)] = value
+        seconds = time.perf_counter() - started
+        decisions = [
+            Decision(kind=kind, weights=self._kept(values), confidence=confidence, seconds=seconds)
+            for kind, values, confidence in zip(kinds, weights.tolist(), confidences, strict=True)
+        ]
+        return decisions, weights
+
+    def _route(self, texts: Sequence[str]) -> tuple[Tensor, list[float] | None]:
+        fused = self.fused
+        batch = PromptBatch.from_texts(texts, fused.tokenizer, device=fused.device)
+        weights = fused.planner.route(batch)
+        if weights is None:
+            raise ConfigError(f"method '{fused.method.name}' returned no routing weights.")
+        probabilities = getattr(fused.method, "probabilities", None)
+        sure = None if probabilities is None else probabilities(batch)[0].max(dim=-1).values.tolist()
+        return weights.to(fused.device), sure
+
+    def _kept(self, values: Sequence[float]) -> dict[str, float]:
+        return {name: round(value, 6) for name, value in zip(self.names, values, strict=True) if value != 0}

@@ -1,0 +1,374 @@
+"""The engine: one thread that owns the model and advances all running requests by a token at a time.
+
+Requests join and leave between two steps. A step is one forward over all rows that decode, each under its own routing weights, after at
+most one chunk of a prompt that is being processed. When sentences end, all of their rows are routed in one batch.
+
+Rows that decode are the first slots, in order; the row behind them, if any, is processing its prompt.
+Shapes: B rows, T tokens, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import ConfigError, DLPLoRAError, GenerationError
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.serve.deciding import Decider, require_servable
+from dlplora.serve.jobs import Decision, Failed, Finished, Job, QueueFullError, Sentence, Started
+from dlplora.serve.rows import Row
+from dlplora.serve.sampling import Chosen
+from dlplora.serve.slots import SlotCache, causal_mask, check_slots
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Bounds of the engine."""
+
+    max_batch: int = 16
+    """Requests that run at once."""
+    max_queue: int = 64
+    """Requests that may wait; one more is refused."""
+    max_model_len: int | None = None
+    """Tokens of one request, prompt included; None takes the context of the base model, at most 4096."""
+    prefill_chunk: int = 256
+    """Prompt tokens processed between two decode steps."""
+    min_confidence: float = 0.0
+    """See ``Decider``."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_queue", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 <= self.min_confidence <= 1.0:
+            raise ConfigError(f"'min_confidence' must be between 0 and 1, got {self.min_confidence}.")
+
+
+class Engine:
+    """Runs jobs on a fused model until it is closed.
+
+    Args:
+        fused: The model; nobody else may use it meanwhile.
+        options: Bounds.
+
+    Raises:
+        ConfigError: If the method or the base model cannot be served this way.
+    """
+
+    def __init__(self, fused: FusedCausalLM, options: EngineOptions | None = None) -> None:
+        self.options = options or EngineOptions()
+        self.max_model_len = min(self.options.max_model_len or 4096, fused.max_length)
+        self._ready = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._rows: list[Row] = []
+        self._prefill: Row | None = None
+        self._again: deque[Row] = deque()
+        self._state: Any = None
+        self._closed = False
+        self.adopt(fused)
+        check_slots(fused, self._cache)
+        self._thread = threading.Thread(target=self._run, name="dlplora-engine", daemon=True)
+        self._thread.start()
+
+    def adopt(self, fused: FusedCausalLM) -> None:
+        """Serve another model; only before the start, or from the engine's thread while no request is in a slot."""
+        require_servable(fused)
+        self.fused = fused
+        self.decider = Decider(fused, self.options.min_confidence)
+        self._cache = SlotCache(fused.config, self.options.max_batch + 1, self.max_model_len)
+        eos = fused.generation_config.eos_token_id if fused.generation_config.eos_token_id is not None else fused.tokenizer.eos_token_id
+        takes = inspect.signature(fused.model.forward).parameters
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._eos = frozenset(eos if isinstance(eos, (list, tuple)) else [eos]) - {None}
+
+    # ------------------------------------------------------------------ called from other threads
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in a slot."""
+        return len(self._rows) + len(self._again) + (self._prefill is not None)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values held now."""
+        return self._cache.num_bytes()
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs, all or none.
+
+        Raises:
+            QueueFullError: If that many cannot wait.
+            GenerationError: If the engine is closed.
+        """
+        with self._ready:
+            if self._closed:
+                raise GenerationError("the engine is closed.")
+            if len(self._waiting) + len(jobs) > self.options.max_queue:
+                raise QueueFullError(f"{len(self._waiting)} requests are waiting, {self.options.max_queue} may; try again later.")
+            self._waiting.extend(jobs)
+            self._ready.notify()
+
+    def cancel(self, *jobs: Job) -> None:
+        """Stop working on jobs; their slots are free before the next step."""
+        with self._ready:
+            for job in jobs:
+                job.cancelled = True
+                if job in self._waiting:
+                    self._waiting.remove(job)
+                    job.report(Finished("cancelled", len(job.prompt_ids), 0, time.monotonic() - job.submitted, None))
+            self._ready.notify()
+
+    def run_idle(self, task: Callable[[], FusedCausalLM | None]) -> FusedCausalLM | None:
+        """Run a task in the engine's thread when no request is in a slot; waiting requests stay in the queue.
+
+        Args:
+            task: May return another model, which is served from then on.
+
+        Raises:
+            DLPLoRAError: What the task raised; the engine goes on with the model it had.
+        """
+        future: Future[FusedCausalLM | None] = Future()
+
+        def adopt() -> FusedCausalLM | None:
+            found = task()
+            if found is not None:
+                self.adopt(found)
+            return found
+
+        with self._ready:
+            self._tasks.append((adopt, future))
+            self._ready.notify()
+        return future.result()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a short function in the engine's thread, between two steps, and return its value.
+
+        Raises:
+            DLPLoRAError: What it raised.
+        """
+        future: Future[Any] = Future()
+        with self._ready:
+            self._calls.append((function, future))
+            self._ready.notify()
+        return future.result()
+
+    def close(self) -> None:
+        """End the thread; unfinished jobs are reported as failed."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+        self._thread.join()
+
+    # ------------------------------------------------------------------ the loop
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                while not (self._closed or self._waiting or self._tasks or self._calls or self.num_running):
+                    self._ready.wait()
+                if self._closed:
+                    break
+            try:
+                self._advance()
+            except (DLPLoRAError, RuntimeError) as error:  # the model's own errors: out of memory, a shape that does not fit
+                log.exception("a step failed; its requests are reported as failed")
+                self._fail_all(error)
+        self._fail_all(GenerationError("the server is shutting down."))
+
+    def _fail_all(self, error: Exception) -> None:
+        shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {str(error).splitlines()[0]}")
+        jobs = [row.job for row in (*self._rows, *self._again, *([self._prefill] if self._prefill else []))]
+        self._rows, self._prefill, self._state = [], None, None
+        self._again.clear()
+        if self._closed:
+            with self._ready:
+                jobs += self._waiting
+                self._waiting.clear()
+                for _, future in (*self._calls, *self._tasks):
+                    future.set_exception(shown)
+        for job in jobs:
+            job.report(Failed(shown))
+
+    def _advance(self) -> None:
+        self._drop_cancelled()
+        while self._calls:
+            _settle(*self._calls.popleft())
+        if self._tasks and not self.num_running:
+            _settle(*self._tasks.popleft())
+            return
+        if self._prefill is None and self._again:
+            self._prefill = self._again.popleft()
+        elif self._prefill is None and not self._tasks and len(self._rows) < self.options.max_batch:
+            self._admit()
+        if self._prefill is not None:
+            self._process_chunk(self._prefill)
+        if self._rows:
+            self._step()
+
+    def _drop_cancelled(self) -> None:
+        if self._prefill is not None and self._prefill.job.cancelled:
+            self._prefill.finish("cancelled")
+            self._prefill = None
+        for row in [row for row in self._again if row.job.cancelled]:
+            self._again.remove(row)
+            row.finish("cancelled")
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].job.cancelled:
+                self._rows[place].finish("cancelled")
+                self._leave(place)
+
+    def _admit(self) -> None:
+        with self._ready:
+            job = self._waiting.popleft() if self._waiting else None
+        if job is None:
+            return
+        row = Row(job, self.fused.tokenizer, self.fused.device)
+        try:
+            decisions, weights = self.decider.decide([job.target], [job.routed_text])
+        except DLPLoRAError as error:
+            job.report(Failed(error))
+            return
+        row.weights = weights[0]
+        job.report(Started(decisions[0]))
+        self._prefill = row
+
+    # ------------------------------------------------------------------ forwards
+
+    @torch.inference_mode()
+    def _process_chunk(self, row: Row) -> None:
+        """Process the next tokens of a prompt; with the last of them the row begins to decode."""
+        fused, slot = self.fused, len(self._rows)
+        chunk = row.pending[: self.options.prefill_chunk]
+        length = row.cached + len(chunk)
+        positions = torch.arange(row.cached, length, device=fused.device)[None]
+        assert row.weights is not None
+        state = fused.planner.state(row.weights[None], prompt_tokens=len(chunk))
+        self._cache.at(slot, positions, length)
+        with fused.routing(state):
+            logits = fused(
+                input_ids=torch.tensor([chunk], device=fused.device),
+                attention_mask=causal_mask(positions, length, fused.dtype),
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._last_only,
+            ).logits[:, -1]
+        row.cached, row.pending = length, row.pending[len(chunk) :]
+        if row.pending:
+            return
+        self._prefill, self._state = None, None
+        self._rows.append(row)
+        if row.resumes:
+            row.resumes = False
+        else:
+            self._take([slot], logits)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """One token for every row that decodes."""
+        fused, rows = self.fused, self._rows
+        positions = torch.tensor([[row.cached] for row in rows], device=fused.device)
+        length = max(row.cached for row in rows) + 1
+        if self._state is None:
+            weights = torch.stack([row.weights for row in rows if row.weights is not None])
+            self._state = fused.planner.state(weights, reroutes=True, prompt_tokens=1, new_tokens=self.max_model_len)
+        self._cache.at(0, positions, length)
+        with fused.routing(self._state):
+            logits = fused(
+                input_ids=torch.tensor([[row.newest] for row in rows], device=fused.device),
+                attention_mask=causal_mask(positions, length, fused.dtype),
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).logits[:, -1]
+        for row in rows:
+            row.cached += 1
+        self._take(list(range(len(rows))), logits)
+
+    def _take(self, places: list[int], logits: Tensor) -> None:
+        """Sample a token for each place, end what has ended, and route again the rows whose sentence ended."""
+        greedy = logits.argmax(dim=-1).tolist()
+        going: list[Row] = []
+        ended: list[int] = []
+        for place, best, scores in zip(places, greedy, logits, strict=True):
+            row = self._rows[place]
+            chosen = Chosen(best) if row.sampler.is_plain_greedy else row.sampler.choose(scores)
+            reason = row.take(chosen, self._eos)
+            if reason is None and row.cached + 1 > self.max_model_len:
+                reason = "length"
+            if reason is None:
+                going.append(row)
+            else:
+                row.finish(reason)
+                ended.append(place)
+        for place in sorted(ended, reverse=True):
+            self._leave(place)
+        self._reroute(going)
+
+    def _leave(self, place: int) -> None:
+        """Free a slot: the last decoding row takes its place, and a prompt in progress moves up."""
+        last = len(self._rows) - 1
+        if place != last:
+            self._cache.move(last, place, self._rows[last].cached)
+            self._rows[place] = self._rows[last]
+        self._rows.pop()
+        if self._prefill is not None:
+            self._cache.move(last + 1, last, self._prefill.cached)
+        self._state = None
+
+    def _reroute(self, rows: list[Row]) -> None:
+        """Route the rows whose newest token ended a sentence, in one batch."""
+        method = self.fused.method
+        if method.granularity != "sentence":
+            return
+        routed = [row for row in rows if row.job.target.kind == "routed"]
+        views = [(row, view) for row in routed if (view := row.ended_sentence(method.view)) is not None]
+        if not views:
+            return
+        decisions, weights = self.decider.decide([row.job.target for row, _ in views], [view for _, view in views])
+        for (row, _), decision, new in zip(views, decisions, weights, strict=True):
+            self._switch(row, decision, new)
+
+    def _switch(self, row: Row, decision: Decision, weights: Tensor) -> None:
+        row.job.report(Sentence(len(row.detokenizer.text), decision))
+        assert row.weights is not None
+        if torch.equal(weights, row.weights):
+            return
+        row.weights = weights
+        place = self._rows.index(row)
+        if self.fused.method.kv_policy == "recompute":
+            row.restart()
+            self._leave(place)
+            self._again.append(row)
+        elif self._state is not None:
+            self._state.update_rows(torch.tensor([place], device=weights.device), weights[None])
+
+
+def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(function())
+    except (DLPLoRAError, RuntimeError, OSError) as error:
+        future.set_exception(error)

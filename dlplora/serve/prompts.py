@@ -1,0 +1,118 @@
+"""From requests to prompts: chat templates, tokens, and the text that the router reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dlplora.serve.jobs import BadRequestError
+from dlplora.serve.schemas import ChatRequest, CompletionRequest, Message
+
+NANO_TEMPLATE = "{{ messages | map(attribute='content') | join('\n\n') }}\nAnswer:"
+"""For the embedded model, which has no chat template and was trained on prompts that end with ``Answer:``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: tokens, text, and what the router reads."""
+
+    ids: tuple[int, ...]
+    text: str
+    routed_text: str
+
+
+class PromptBuilder:
+    """Makes prompts for one tokenizer.
+
+    Args:
+        tokenizer: Of the base model.
+        vocab_size: Token ids that the model knows.
+        limit: Tokens of a request, prompt included.
+        chat_template: Jinja template for chat requests; None takes the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, limit: int, chat_template: str | None = None) -> None:
+        self.tokenizer, self.vocab_size, self.limit = tokenizer, vocab_size, limit
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+
+    def chat(self, request: ChatRequest) -> Prompt:
+        """The prompt of a conversation; the router reads the last user message.
+
+        Raises:
+            BadRequestError: Without a chat template, or if the template refuses the messages.
+        """
+        text, routed = self._rendered(request.messages), self.question(request.messages)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._checked(ids, text, routed, "messages")
+
+    def question(self, messages: Sequence[Message]) -> str:
+        """What the router reads of a conversation: the last user message (for the embedded model in the form it was trained on)."""
+        asked = next((message for message in reversed(messages) if message.role == "user"), messages[-1])
+        if self.chat_template == NANO_TEMPLATE:
+            return self._rendered([asked])
+        return asked.text
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        if self.chat_template is None:
+            raise BadRequestError(
+                "this base model has no chat template; use /v1/completions, or start the server with --chat-template FILE.", "messages"
+            )
+        plain = [{"role": message.role, "content": message.text} for message in messages]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                plain, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError) as error:
+            raise BadRequestError(f"the chat template refuses these messages: {str(error).splitlines()[0]}", "messages") from error
+        return str(rendered)
+
+    def completion(self, request: CompletionRequest) -> list[Prompt]:
+        """One or several prompts.
+
+        Raises:
+            BadRequestError: If one is empty, too long, or names a token that does not exist.
+        """
+        given: Any = request.prompt
+        if not given:
+            raise BadRequestError("'prompt' is empty.", "prompt")
+        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        return [self._of_text(one) if isinstance(one, str) else self._of_tokens(one) for one in several]
+
+    def _of_text(self, text: str) -> Prompt:
+        return self._checked(self.tokenizer(text)["input_ids"], text, text, "prompt")
+
+    def _of_tokens(self, ids: Sequence[int]) -> Prompt:
+        wrong = next((one for one in ids if not 0 <= one < self.vocab_size), None)
+        if wrong is not None:
+            raise BadRequestError(f"token {wrong} does not exist; the vocabulary has {self.vocab_size} tokens.", "prompt")
+        text = str(self.tokenizer.decode(list(ids)))
+        return self._checked(ids, text, text, "prompt")
+
+    def _checked(self, ids: Sequence[int], text: str, routed: str, param: str) -> Prompt:
+        if not ids:
+            raise BadRequestError(f"'{param}' is empty.", param)
+        if len(ids) >= self.limit:
+            raise BadRequestError(
+                f"this prompt has {len(ids)} tokens, which leaves no room for an answer: the context is {self.limit} tokens.",
+                param,
+                "context_length_exceeded",
+            )
+        return Prompt(tuple(ids), text, routed)
+
+    def room(self, prompt: Prompt, wanted: int | None, default: int) -> int:
+        """Tokens that may be generated.
+
+        Raises:
+            BadRequestError: If more are asked for than fit.
+        """
+        free = self.limit - len(prompt.ids)
+        if wanted is not None and wanted > free:
+            raise BadRequestError(
+                f"the prompt has {len(prompt.ids)} tokens and 'max_tokens' is {wanted}; together they exceed the context of {self.limit}.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        return min(default, free) if wanted is None else wanted

@@ -1,0 +1,103 @@
+"""A running request: what it has generated, and when its sentences end."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlplora.inference.generation import view_text
+from dlplora.inference.sentences import last_question, sentence_end_positions
+from dlplora.serve.jobs import Finished, FinishReason, Job, Piece
+from dlplora.serve.sampling import Chosen, Sampler
+from dlplora.serve.text import Detokenizer, StopTexts
+
+
+@dataclass(eq=False)
+class Row:
+    """One job in a slot.
+
+    Attributes:
+        cached: Tokens whose keys and values are in the slot.
+        pending: Tokens to process before the next one can be sampled; for a new job the prompt.
+        resumes: Whether ``pending`` is a prefix that is processed again under new weights, behind which a token waits already.
+        newest: The last sampled token, not processed yet.
+    """
+
+    job: Job
+    tokenizer: Any
+    device: torch.device
+    pending: list[int] = field(default_factory=list)
+    cached: int = 0
+    resumes: bool = False
+    newest: int | None = None
+    weights: Tensor | None = None
+    num_sentences: int = 0
+
+    def __post_init__(self) -> None:
+        self.pending = list(self.job.prompt_ids)
+        self.sampler = Sampler(self.job.sampling, self.device)
+        self.detokenizer = Detokenizer(self.tokenizer)
+        self.stops = StopTexts(self.job.stops)
+        self.shown: list[Chosen] = []
+        self.started = time.monotonic()
+        self.first_token_s: float | None = None
+        self._watched_from = 0
+        self._tail = functools.cache(last_question)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.detokenizer.tokens)
+
+    def take(self, chosen: Chosen, eos: frozenset[int]) -> FinishReason | None:
+        """Add a sampled token, report new text, and say whether the answer ends."""
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.job.submitted
+        if chosen.token in eos and not self.job.ignore_eos:
+            self._show(self.stops.finish())
+            return "stop"
+        self.newest = chosen.token
+        self.shown.append(chosen)
+        text, stopped = self.stops.push(self.detokenizer.push(chosen.token))
+        if stopped:
+            self._show(text)
+            return "stop"
+        if self.num_generated >= self.job.max_tokens:
+            rest, stopped = self.stops.push(self.detokenizer.finish())
+            self._show(text + rest + ("" if stopped else self.stops.finish()))
+            return "stop" if stopped else "length"
+        if text:
+            self._show(text)
+        return None
+
+    def _show(self, text: str) -> None:
+        if text or self.shown:
+            self.job.report(Piece(text, tuple(self.shown)))
+            self.shown = []
+
+    def ended_sentence(self, view: str) -> str | None:
+        """What the router reads if the newest token ended a sentence, else None."""
+        tokens = self.detokenizer.tokens
+        running = str(self.tokenizer.decode(tokens[self._watched_from :], skip_special_tokens=True))
+        ends = sentence_end_positions(running, final=False)
+        if not ends:
+            return None
+        self.num_sentences += len(ends)
+        self._watched_from = len(tokens) - 1 if running[ends[-1] :].strip() else len(tokens)
+        generated = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return view_text(view, self.job.routed_text, generated, self.num_sentences, self.tokenizer, self._tail)
+
+    def restart(self) -> None:
+        """Process prompt and answer again, for a policy that does not keep keys and values of other adapters."""
+        self.pending = [*self.job.prompt_ids, *self.detokenizer.tokens[:-1]]
+        self.cached, self.resumes = 0, True
+
+    def finish(self, reason: FinishReason) -> None:
+        """Report the end of the answer."""
+        waited = self.started - self.job.submitted
+        self.job.report(Finished(reason, len(self.job.prompt_ids), self.num_generated, waited, self.first_token_s))

@@ -1,0 +1,157 @@
+"""Requests of the OpenAI API, and this server's own, as pydantic models.
+
+Fields that this server does not know are ignored, as OpenAI's server does, except those that would change the meaning of the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+UNSUPPORTED = (
+    "tools",
+    "functions",
+    "tool_choice",
+    "function_call",
+    "response_format",
+    "logit_bias",
+    "suffix",
+    "echo",
+    "best_of",
+    "audio",
+    "modalities",
+)
+"""Fields that change what an answer is, and that are not implemented: refused unless they ask for nothing."""
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"}, ["text"])
+
+
+class DlploraOptions(BaseModel):
+    """Options of this server, under the key ``dlplora``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    trace: bool = False
+    """Return the routing weights of each sentence."""
+
+
+class StreamOptions(BaseModel):
+    """As in the OpenAI API."""
+
+    include_usage: bool = False
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Weight = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of completion have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = "auto"
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] | None = None
+    top_p: Probability | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    ignore_eos: bool = False
+    adapter_weights: dict[str, Weight] | None = None
+    dlplora: DlploraOptions | None = None
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> GenerationRequest:
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in _NOTHING and not (name == "best_of" and value == self.n):
+                raise ValueError(f"'{name}' is not supported by this server.")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop texts."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_trace(self) -> bool:
+        """Whether the routing weights of each sentence are returned."""
+        return self.dlplora is not None and self.dlplora.trace
+
+
+class ChatRequest(GenerationRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None reports nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate at most."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(default=16, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None reports nothing."""
+        return self.logprobs
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate at most."""
+        return self.max_tokens
+
+
+class RouteRequest(BaseModel):
+    """Body of ``POST /v1/route``: either a prompt or messages."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RouteRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages'.")
+        return self

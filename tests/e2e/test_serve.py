@@ -1,0 +1,345 @@
+"""The server through its endpoints, and once as a process with the official client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server's packages are not installed: pip install -e '.[serve]'")
+pytest.importorskip("httpx", reason="httpx is not installed")
+from starlette.testclient import TestClient
+
+from dlplora.cli.main import main
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.loading import nano_asset
+from dlplora.serve.app import build_app
+from dlplora.serve.engine import Engine, EngineOptions
+from dlplora.serve.prompts import NANO_TEMPLATE
+from dlplora.serve.server import ServerOptions
+
+ZARGI = "Please write in Zargi: the cat sees the hat."
+GATE = "Tom is at the gate with a brown glove. Does Tom pass?"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(FusedCausalLM.from_pretrained(method="dlp"), EngineOptions(max_batch=4, max_queue=8))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[TestClient]:
+    options = ServerOptions(base_name="nano", chat_template=NANO_TEMPLATE, max_body_bytes=20_000)
+    with TestClient(build_app(engine, options)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, str]:
+    """What ``generate`` answers."""
+    model = FusedCausalLM.from_pretrained(method="dlp")
+    found = {}
+    for text in (ZARGI, GATE):
+        ids = model.tokenizer(f"{text}\nAnswer:", return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=30, do_sample=False)
+        found[text] = model.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
+
+
+def chat(text: str = ZARGI, **options: Any) -> dict[str, Any]:
+    return {"model": "auto", "messages": [{"role": "user", "content": text}], "temperature": 0, **options}
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("text", [ZARGI, GATE])
+def test_a_chat_answer_is_that_of_generate(client: TestClient, alone: dict[str, str], text: str) -> None:
+    response = client.post("/v1/chat/completions", json=chat(text, dlplora={"trace": True}))
+    body = response.json()
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": alone[text]}
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    wanted = {ZARGI: "translate_zargi", GATE: "gate_colors"}[text]
+    assert response.headers["x-dlplora-selected-adapter"] == wanted
+    assert response.headers["x-dlplora-decision"] == "routed"
+    assert float(response.headers["x-dlplora-confidence"]) > 0.9
+    (trace,) = body["dlplora"]["choices"]
+    assert [(one["text"], one["weights"]) for one in trace] == [(alone[text], {wanted: 1.0})]
+
+
+def test_a_stream_adds_up_to_the_answer(client: TestClient, alone: dict[str, str]) -> None:
+    response = client.post(
+        "/v1/chat/completions", json=chat(stream=True, stream_options={"include_usage": True}, dlplora={"trace": True}, n=2)
+    )
+    assert response.headers["content-type"].startswith("text/event-stream")
+    texts = {0: "", 1: ""}
+    for event in events(response):
+        assert event["object"] == "chat.completion.chunk"
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: alone[ZARGI], 1: alone[ZARGI]}
+    last = events(response)[-1]
+    assert last["usage"]["completion_tokens"] == 12
+    assert last["dlplora"]["choices"][1][0]["adapter"] == "translate_zargi"
+
+
+def test_completions_of_several_prompts_and_token_lists(client: TestClient, alone: dict[str, str], engine: Engine) -> None:
+    prompts = [f"{ZARGI}\nAnswer:", f"{GATE}\nAnswer:"]
+    ids = [engine.fused.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for given in (prompts, ids):
+        body = client.post("/v1/completions", json={"model": "auto", "prompt": given, "temperature": 0, "max_tokens": 30}).json()
+        assert [choice["text"] for choice in body["choices"]] == [alone[ZARGI], alone[GATE]]
+        assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+    body = client.post("/v1/completions", json={"prompt": prompts[0], "temperature": 0, "stop": [" zaro"], "logprobs": 1}).json()
+    assert body["choices"][0]["text"] == " ru zuza"
+    assert body["choices"][0]["logprobs"]["tokens"][:2] == [" ru", " zuza"]
+
+
+def test_models_pins_and_weights(client: TestClient) -> None:
+    cards = client.get("/v1/models").json()["data"]
+    assert (cards[0]["id"], cards[0]["parent"], cards[-1]["id"]) == ("base", None, "auto")
+    card = client.get("/v1/models/gate_colors").json()
+    assert (card["root"], card["parent"]) == ("gate_colors", "base")
+    answers = {
+        name: client.post("/v1/chat/completions", json=chat(GATE, model=name, max_tokens=8)).json()["choices"][0]["message"]["content"]
+        for name in ("gate_colors", "base:gate_colors", "nano:gate_colors", "bridge_colors", "base", "nano")
+    }
+    assert answers["gate_colors"] == answers["base:gate_colors"] == answers["nano:gate_colors"] == " no"
+    assert answers["base"] == answers["nano"] != " no"
+    weighted = chat(GATE, model="base", adapter_weights={"gate_colors": 1.0}, dlplora={"trace": True})
+    body = client.post("/v1/chat/completions", json=weighted).json()
+    assert body["choices"][0]["message"]["content"] == " no"
+    assert body["dlplora"]["choices"][0][0]["decision"] == "weights"
+
+
+def test_a_route_without_an_answer(client: TestClient) -> None:
+    body = client.post(
+        "/v1/route", json={"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": GATE}]}
+    ).json()
+    assert body["adapter"] == "gate_colors"
+    assert body["read"] == f"{GATE}\nAnswer:"
+
+
+BAD = [
+    ({"model": "gate_color"}, 404, "model", "Did you mean 'gate_colors'?"),
+    ({"messages": []}, 400, "messages", "at least 1"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "messages", ""),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", ""),
+    ({"n": 17}, 400, "n", "16"),
+    ({"n": 0}, 400, "n", ""),
+    ({"temperature": -1}, 400, "temperature", ""),
+    ({"temperature": float("nan")}, 400, "temperature", ""),
+    ({"top_p": 0}, 400, "top_p", ""),
+    ({"max_tokens": 0}, 400, "max_tokens", ""),
+    ({"max_tokens": 5000}, 400, "max_tokens", "context"),
+    ({"stop": ["x"] * 17}, 400, "stop", ""),
+    ({"tools": [{"type": "function"}]}, 400, None, "'tools' is not supported"),
+    ({"adapter_weights": {"gate_colors": 1.0}}, 400, "adapter_weights", "needs model 'base'"),
+    ({"model": "base", "adapter_weights": {"gate_color": 1.0}}, 400, "adapter_weights", "Did you mean 'gate_colors'?"),
+    ({"model": "base", "adapter_weights": {"gate_colors": -1}}, 400, "adapter_weights", ""),
+    ({"model": "base", "adapter_weights": {"gate_colors": float("inf")}}, 400, "adapter_weights", ""),
+    ({"dlplora": {"traces": True}}, 400, "dlplora", ""),
+    ({"seed": 2**70}, 400, "seed", ""),
+    ({"messages": [{"role": "user", "content": "the cat " * 600}]}, 400, "messages", "no room"),
+    ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 413, None, "20000 bytes"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "param", "message"), BAD, ids=[str(change)[:50] for change, *_ in BAD])
+def test_bad_requests_are_refused_in_openai_s_form(client: TestClient, change: Any, status: int, param: str | None, message: str) -> None:
+    response = client.post("/v1/chat/completions", content=json.dumps({**chat(), **change}), headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert param is None or str(error["param"]).startswith(param)
+    assert message in error["message"]
+    assert "/" not in error["message"].replace("/v1", ""), "no paths"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"messages": 5}', b"[" * 5000])
+def test_bodies_that_are_no_requests(client: TestClient, content: bytes) -> None:
+    response = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "message" in response.json()["error"]
+
+
+def test_unknown_fields_are_ignored_and_unsupported_ones_may_ask_for_nothing(client: TestClient) -> None:
+    response = client.post("/v1/chat/completions", json=chat(user="me", store=True, tools=[], response_format={"type": "text"}))
+    assert response.status_code == 200
+
+
+def test_health_metrics_and_the_page(client: TestClient) -> None:
+    assert client.get("/health").text == "ok"
+    assert client.get("/ready").json()["ready"] is True
+    metrics = client.get("/metrics").text
+    assert 'dlplora_decisions_total{adapter="gate_colors",decision="routed"}' in metrics
+    assert "dlplora_requests_running 0.0" in metrics
+    page = client.get("/")
+    assert "script-src 'sha256-" in page.headers["content-security-policy"]
+    assert not re.search(r"\son\w+=|https?://", page.text), "no inline handlers, nothing from elsewhere"
+    assert client.get("/nothing").json()["error"]["message"] == "Not Found"
+
+
+def test_keys(engine: Engine) -> None:
+    calls = []
+    options = ServerOptions(api_key="secret", admin_key="admin", chat_template=NANO_TEMPLATE, reload=lambda: calls.append(1) or ["a"])  # type: ignore[func-returns-value]
+    with TestClient(build_app(engine, options)) as client:
+        for key in (None, "secre", "secrets", "sécret", ""):
+            headers = {} if key is None else {"authorization": f"Bearer {key}".encode()}
+            for path in ("/v1/models", "/metrics"):
+                assert client.get(path, headers=headers).status_code == 401
+            assert client.post("/v1/chat/completions", json=chat(), headers=headers).json()["error"]["type"] == "authentication_error"
+        assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code == 200
+        assert client.post("/admin/reload", headers={"authorization": "Bearer secret"}).status_code == 401
+        assert client.post("/admin/reload", headers={"authorization": "Bearer admin"}).json() == {"adapters": ["a"]}
+    assert calls == [1]
+
+
+def test_a_full_queue_is_429(engine: Engine, client: TestClient) -> None:
+    response = client.post("/v1/completions", json={"prompt": ["x"] * 9, "max_tokens": 2})
+    assert response.status_code == 400
+    response = client.post("/v1/completions", json={"prompt": ["the"] * 8, "max_tokens": 2, "ignore_eos": True, "n": 1})
+    assert len(response.json()["choices"]) == 8
+    import threading
+
+    blocker = threading.Event()
+    busy = threading.Thread(target=engine.call, args=(lambda: blocker.wait(30),))
+    busy.start()
+    results: list[int] = []
+    waiting = threading.Thread(
+        target=lambda: results.append(client.post("/v1/completions", json={"prompt": ["the"] * 8, "max_tokens": 1}).status_code)
+    )
+    waiting.start()
+    while engine.num_waiting < 8:
+        time.sleep(0.01)
+    refused = client.post("/v1/chat/completions", json=chat())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    blocker.set()
+    busy.join()
+    waiting.join()
+    assert results == [200]
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
+    """A server of three of nano's adapters; ``lorauter`` needs no trained router."""
+    pool = tmp_path_factory.mktemp("serve") / "pool"
+    pool.mkdir()
+    for name in ("translate_zargi", "gate_colors", "pick_tool"):
+        shutil.copytree(nano_asset("pool") / name, pool / name)
+    command = [
+        sys.executable,
+        "-m",
+        "dlplora.cli.main",
+        "serve",
+        "--port",
+        "0",
+        "--pool",
+        str(pool),
+        "--method",
+        "lorauter",
+        "--max-batch",
+        "4",
+    ]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert started.stderr is not None
+    seen = []
+    for line in started.stderr:
+        seen.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            yield started, int(found[1]), pool
+            break
+    else:
+        pytest.fail("".join(seen))
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) in {0, 130, -signal.SIGINT}
+
+
+def test_the_official_client_and_a_reload(process: Any, alone: dict[str, str]) -> None:
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    server, port, pool = process
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    found = client.chat.completions.create(model="translate_zargi", messages=[{"role": "user", "content": ZARGI}], temperature=0)
+    assert found.choices[0].message.content == alone[ZARGI]
+    stream = client.chat.completions.create(
+        model="translate_zargi", messages=[{"role": "user", "content": ZARGI}], temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == alone[ZARGI]
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="other", prompt="x")
+    shutil.copytree(nano_asset("pool") / "bridge_colors", pool / "bridge_colors")
+    server.send_signal(signal.SIGHUP)
+    until = time.monotonic() + 30
+    while "bridge_colors" not in {card.id for card in client.models.list().data}:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    (pool / "broken").mkdir()
+    (pool / "broken" / "adapter_config.json").write_text("{")
+    server.send_signal(signal.SIGHUP)
+    time.sleep(1.0)
+    names = {card.id for card in client.models.list().data}
+    assert "bridge_colors" in names
+    assert "broken" not in names
+    found = client.chat.completions.create(model="gate_colors", messages=[{"role": "user", "content": GATE}], temperature=0)
+    assert found.choices[0].message.content == " no"
+
+
+def test_clients_that_vanish_free_their_slots(process: Any) -> None:
+    _, port, _ = process
+    body = json.dumps({"model": "base", "prompt": "the cat", "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    for cut in (body, body[: len(body) // 2]):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + cut)
+            if cut is body:
+                connection.recv(100)
+    import httpx
+
+    until = time.monotonic() + 20
+    while httpx.get(f"http://127.0.0.1:{port}/ready").json() != {"ready": True, "running": 0, "waiting": 0}:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "set --api-key, or pass --insecure"),
+        (["--port", "70000"], "--port must be between"),
+        (["--max-batch", "0"], "max_batch"),
+        (["--method", "arrow_out"], "routes single tokens"),
+        (["--chat-template", "missing.jinja"], "chat template not found"),
+        (["--min-confidence", "2"], "min_confidence"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dlplora: error:")
+    assert message in error
+
+
+def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
+    assert "Choose another --port" in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""The engine's answers, with requests that join and leave, against loops without a cache, PEFT and the unpatched model."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from dlplora.errors import ConfigError, GenerationError
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.serve.engine import Engine, EngineOptions
+from dlplora.serve.jobs import Failed, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
+from dlplora.serve.sampling import SamplingOptions
+from tests.equivalence.test_kv_policy import STEPS, TEXTS, fused_with, slow
+
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+class Client:
+    """Submits jobs and collects their events."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.events: dict[Any, list[Any]] = {}
+        self._queue: queue.Queue[tuple[Any, Any]] = queue.Queue()
+
+    def job(self, key: Any, text: str, target: Target | None = None, **options: Any) -> Job:
+        tokenizer = self.engine.fused.tokenizer
+        self.events[key] = []
+        settings: dict[str, Any] = {"sampling": GREEDY, "max_tokens": STEPS, "ignore_eos": True, **options}
+        return Job(
+            prompt_ids=tuple(tokenizer(text)["input_ids"]), routed_text=text, target=target or Target(),
+            report=lambda event: self._queue.put((key, event)), **settings,
+        )  # fmt: skip
+
+    def wait(self, num: int) -> None:
+        """Until so many jobs have ended."""
+        while num:
+            key, event = self._queue.get(timeout=120)
+            self.events[key].append(event)
+            num -= isinstance(event, (Finished, Failed))
+
+    def tokens(self, key: Any) -> list[int]:
+        return [chosen.token for event in self.events[key] if isinstance(event, Piece) for chosen in event.tokens]
+
+    def text(self, key: Any) -> str:
+        return "".join(event.text for event in self.events[key] if isinstance(event, Piece))
+
+
+@pytest.fixture
+def double(talkative: Any) -> Any:
+    return talkative.double()
+
+
+@pytest.mark.parametrize("policy", ["stale", "recompute"])
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_answers_equal_slow_loops(policy: str, max_batch: int, double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """Every request twice, in an order of its own, so that rows join, leave and move while others decode."""
+    expected = {text: slow(double, tiny_pool, tiny_tokenizer, text, policy) for text in TEXTS}
+    fused = fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, policy)
+    engine = Engine(fused, EngineOptions(max_batch=max_batch, prefill_chunk=3))
+    client = Client(engine)
+    order = [(text, turn, limit) for text in TEXTS for turn, limit in enumerate((STEPS, 7))]
+    random.Random(3).shuffle(order)
+    for text, turn, limit in order:
+        engine.submit(client.job((text, turn), text, max_tokens=limit))
+    client.wait(len(order))
+    engine.close()
+    for text, turn, limit in order:
+        new, _, turns = expected[text]
+        assert client.tokens((text, turn)) == new[:limit]
+        assert client.text((text, turn)) == tiny_tokenizer.decode(new[:limit], skip_special_tokens=True)
+        if limit == STEPS:
+            sentences = sum(isinstance(event, Sentence) for event in client.events[text, turn])
+            assert turns - sentences in {0, 1}, "only a sentence that ends with the answer is not routed again"
+
+
+def test_base_and_pinned_rows_beside_routed_ones(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    prompts = {text: tiny_tokenizer(text, return_tensors="pt") for text in TEXTS}
+    fixed = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = {text: double.generate(**ids, **fixed)[0, ids["input_ids"].shape[1] :].tolist() for text, ids in prompts.items()}
+    adapted = PeftModel.from_pretrained(copy.deepcopy(double), str(tiny_pool / "beta"), autocast_adapter_dtype=False).double()
+    pinned = {text: adapted.generate(**ids, **fixed)[0, ids["input_ids"].shape[1] :].tolist() for text, ids in prompts.items()}
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=12))
+    client = Client(engine)
+    targets = {"base": Target(kind="base"), "beta": Target(kind="pinned", weights={"beta": 1.0}), "auto": Target()}
+    for text in TEXTS:
+        for name, target in targets.items():
+            engine.submit(client.job((text, name), text, target))
+    client.wait(len(TEXTS) * len(targets))
+    engine.close()
+    for text in TEXTS:
+        assert client.tokens((text, "base")) == plain[text]
+        assert client.tokens((text, "beta")) == pinned[text]
+        first = client.events[text, "beta"][0]
+        assert isinstance(first, Started)
+        assert (first.decision.adapter, first.decision.kind, dict(first.decision.weights)) == ("beta", "pinned", {"beta": 1.0})
+    assert plain != pinned
+
+
+def test_a_sampled_answer_does_not_depend_on_its_neighbours(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=8))
+    client = Client(engine)
+    seeded = SamplingOptions(temperature=2.0, top_p=0.99, seed=11, top_logprobs=2)
+    engine.submit(client.job("alone", TEXTS[1], sampling=seeded))
+    client.wait(1)
+    for number in range(5):
+        engine.submit(client.job(number, TEXTS[number % len(TEXTS)], sampling=SamplingOptions(temperature=2.0, seed=number)))
+    engine.submit(client.job("beside", TEXTS[1], sampling=seeded))
+    client.wait(6)
+    engine.close()
+    assert client.tokens("alone") == client.tokens("beside")
+    assert len({tuple(client.tokens(number)) for number in range(5)}) > 1
+    for piece in (event for event in client.events["alone"] if isinstance(event, Piece)):
+        for chosen in piece.tokens:
+            assert chosen.logprob is not None
+            assert chosen.logprob <= chosen.alternatives[0][1] <= 0.0
+
+
+def test_cancelled_jobs_free_their_slots_and_others_go_on(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=2, max_queue=4))
+    client = Client(engine)
+    endless = [client.job(name, TEXTS[0], max_tokens=200) for name in ("a", "b", "waits")]
+    engine.submit(*endless)
+    engine.submit(client.job("last", TEXTS[2]))
+    engine.cancel(endless[0], endless[2])
+    client.wait(4)
+    assert [client.events[name][-1].reason for name in ("a", "b", "waits", "last")] == ["cancelled", "length", "cancelled", "length"]
+    assert len(client.tokens("last")) == STEPS
+    assert len(client.tokens("b")) == 200
+    engine.close()
+    assert engine.num_running == 0
+
+
+def test_too_many_requests_are_refused_together(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=1, max_queue=2))
+    client = Client(engine)
+    blocker = threading.Event()
+    engine_busy = threading.Thread(target=engine.call, args=(lambda: blocker.wait(30),))
+    engine_busy.start()
+    engine.submit(client.job("first", TEXTS[0]), client.job("second", TEXTS[1]))
+    with pytest.raises(QueueFullError, match="2 requests are waiting, 2 may"):
+        engine.submit(client.job("third", TEXTS[2]))
+    blocker.set()
+    engine_busy.join()
+    client.wait(2)
+    engine.close()
+    with pytest.raises(GenerationError, match="closed"):
+        engine.submit(client.job("late", TEXTS[0]))
+
+
+def test_a_failing_step_fails_its_requests_only(double: Any, tiny_tokenizer: Any, tiny_pool: Path, monkeypatch: Any) -> None:
+    fused = fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale")
+    engine = Engine(fused, EngineOptions(max_batch=4))
+    client = Client(engine)
+    with monkeypatch.context() as patch:
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("out of memory: tried to allocate 3 GiB\nat somewhere")
+
+        patch.setattr(type(fused), "forward", broken)
+        engine.submit(client.job("unlucky", TEXTS[0]))
+        client.wait(1)
+    failed = client.events["unlucky"][-1]
+    assert isinstance(failed, Failed)
+    assert "out of memory" in str(failed.error)
+    assert "somewhere" not in str(failed.error)
+    engine.submit(client.job("next", TEXTS[0]))
+    client.wait(1)
+    assert len(client.tokens("next")) == STEPS
+    engine.close()
+
+
+def test_another_model_is_adopted_between_requests(double: Any, tiny_tokenizer: Any, tiny_pool: Path, make_adapter: Any) -> None:
+    """Requests that wait while the pool is loaded again are answered with the new one; a failure leaves the old one."""
+    base = copy.deepcopy(double)
+    old = fused_with(base, tiny_tokenizer, tiny_pool, "stale")
+    engine = Engine(old, EngineOptions(max_batch=2))
+    client = Client(engine)
+
+    def swap() -> FusedCausalLM:
+        old.close()
+        return fused_with(base, tiny_tokenizer, tiny_pool, "recompute")
+
+    def fails() -> FusedCausalLM:
+        raise ConfigError("adapter 'x' has rank 0")
+
+    with pytest.raises(ConfigError, match="rank 0"):
+        engine.run_idle(fails)
+    assert engine.fused is old
+    engine.submit(*(client.job(text, text) for text in TEXTS))
+    engine.run_idle(swap)
+    client.wait(len(TEXTS))
+    assert engine.fused is not old
+    assert not any(isinstance(event, Failed) for events in client.events.values() for event in events)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_batch": 0}, "max_batch"), ({"max_queue": 0}, "max_queue"), ({"min_confidence": 1.5}, "min_confidence")],
+)
+def test_bounds_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineOptions(**options)
+
+
+def test_models_that_do_not_fit_are_refused_by_name(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from dlplora.serve.slots import SlotCache
+
+    config = MistralConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="sliding window of 8"):
+        SlotCache(MistralForCausalLM(config).config, 2, 64)
+
+
+def test_token_level_methods_are_refused() -> None:
+    model = FusedCausalLM.from_pretrained(method="arrow_out")
+    with pytest.raises(ConfigError, match="routes single tokens"):
+        Engine(model)
+    model.close()
+    model = FusedCausalLM.from_pretrained(method="oracle")
+    with pytest.raises(ConfigError, match="needs the task"):
+        Engine(model)

@@ -1,0 +1,40 @@
+"""Incremental decoding and stop texts give what the whole text gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlplora.serve.text import Detokenizer, StopTexts
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(alphabet="ab é。😀\n!", max_size=20))
+def test_pieces_add_up_to_the_text(tiny_tokenizer: Any, text: str) -> None:
+    tokens = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    decoder = Detokenizer(tiny_tokenizer)
+    pieces = [decoder.push(token) for token in tokens]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + decoder.finish() == tiny_tokenizer.decode(tokens, skip_special_tokens=True) == decoder.text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(st.text(alphabet="abc", max_size=4), max_size=8),
+    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=3),
+)
+def test_the_first_stop_text_ends_the_answer_whatever_the_pieces(pieces: list[str], stops: list[str]) -> None:
+    whole = "".join(pieces)
+    places = [place for place in (whole.find(stop) for stop in stops) if place >= 0]
+    watcher, shown, found = StopTexts(stops), "", False
+    for piece in pieces:
+        text, found = watcher.push(piece)
+        shown += text
+        if found:
+            break
+    if not found:
+        shown += watcher.finish()
+    assert found == bool(places)
+    assert shown == (whole[: min(places)] if places else whole)
