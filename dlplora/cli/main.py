@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dlplora import __version__
+from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.cli.serve import add_serve
 from dlplora.errors import ConfigError, DLPLoRAError
@@ -159,6 +160,7 @@ def _information(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="versions, machine, data, pools, quantisation packages, hub reachability")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.set_defaults(run=_lazy("doctor", "run_doctor"))
+    add_new_method(commands).set_defaults(run=_lazy("new_method", "run_new_method"))
     pool_commands(commands, _lazy)
 
 

@@ -1,12 +1,14 @@
 """The checklist every method must pass, as functions: ours run them in ``tests/conformance``, third parties on their own methods.
 
 ```python
-case = Case(build=lambda: build_method("mine"), make_model=make_model, tokenizer=tokenizer, pool=pool, workdir=tmp_path)
-run_all(case)
+from dlplora.testing import conformance
+
+conformance.check(MyMethod)
 ```
-Every check raises ``ConformanceError`` with the line that failed. What a check compares with shares no code with this library: the
-unpatched transformers model, or PEFT with one adapter. A method that breaks a line by definition declares it
-(``Metadata.exempt``, or ``combine="factor"`` for T12), and then the line must fail.
+``check`` makes a tiny random model with adapters; ``run_all`` takes a ``Case`` with a model of one's own. A check raises
+``ConformanceError`` with the line that failed. What it compares with shares no code with this library: the unpatched transformers
+model, or PEFT with one adapter. A method that breaks a line by definition declares it (``Metadata.exempt``, or ``combine="factor"``
+for T12), and then the line must fail.
 
 Run it in float32 on a tiny random model with non-trivial adapters (B not zero). Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -14,14 +16,18 @@ Run it in float32 on a tiny random model with non-trivial adapters (B not zero).
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dlplora.errors import MethodError
+from dlplora.errors import MethodError, nearest
 from dlplora.methods.base import FusionMethod
 from dlplora.testing.cases import (
     PROMPTS,
@@ -349,3 +355,38 @@ def run_all(case: Case) -> None:
     """Run the whole checklist."""
     for line in CHECKS:
         run_check(line, case)
+
+
+def check(method: str | Callable[[], FusionMethod], lines: Sequence[str] | None = None) -> None:
+    """Run the checklist on a method, with a tiny random model and adapters made here.
+
+    Args:
+        method: A method class or any function that makes the method, unbound; or the name of a preset or of an installed method.
+        lines: Some lines only, ``("T1", "T4")`` for example.
+
+    Raises:
+        ConformanceError: For the first line that fails.
+        MethodError: If the method or a line is unknown.
+    """
+    from dlplora.methods.registry import build_method
+    from dlplora.testing.tiny import tiny_setup, write_adapter
+
+    build = partial(build_method, method) if isinstance(method, str) else method
+    for line in lines or ():
+        if line not in CHECKS:
+            raise MethodError(f"unknown line '{line}'.{nearest(line, CHECKS)} Known: {', '.join(CHECKS)}.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny = tiny_setup(folder)
+        multitask = write_adapter(tiny.model, folder / "multitask", seed=9)
+        case = Case(
+            build=build,
+            make_model=lambda: copy.deepcopy(tiny.model),
+            tokenizer=tiny.tokenizer,
+            pool=tiny.uniform_pool if build().metadata.combine == "factor" else tiny.pool,
+            workdir=folder / "work",
+            artifacts=dict.fromkeys(("multitask", "multitask_r64", "multitask_r208"), multitask),
+        )
+        case.workdir.mkdir()
+        for line in lines or CHECKS:
+            run_check(line, case)
