@@ -73,6 +73,7 @@ def test_commands_of_the_documentation_parse(page: str, line: str) -> None:
     words = words[next(index for index, word in enumerate(words) if word.rpartition("/")[2] == "dlplora") + 1 :]
     if words[0] in HAND_PARSED:
         configs = [word for flag, word in pairwise(words) if flag == "--config"]
+        configs += words[1:2] if not words[1].startswith("-") else []
         assert configs, line
         for config in configs:
             assert (ROOT / config).is_file() or "/" not in config or not config.startswith("configs/"), line
