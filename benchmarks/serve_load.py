@@ -1,0 +1,168 @@
+"""Load on a server from a second process: throughput, time to first token, fairness, and whether slots leak.
+
+``python -m benchmarks.serve_load --clients 16 --requests 64`` starts ``dlplora serve`` on a free loopback port. Its figures are ratios of runs that
+were interleaved against one server: requests that are routed, each to another adapter, against the base model; many clients against
+one. The record is ``results/bench/serve-*.json``. Other options (``--pretrained``, ``--pool``, ``--router``) go to ``dlplora serve``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from dlplora.atomic import write_json
+from dlplora.bench.hardware import ContentionMonitor
+from dlplora.provenance import provenance
+from dlplora.tasks.registry import get_suite
+
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run of requests."""
+
+    model: str
+    clients: int
+    requests: int
+    seconds: float
+    completion_tokens: int
+    first_token_s: tuple[float, ...]
+    errors: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second over all clients."""
+        return self.completion_tokens / self.seconds
+
+
+@contextmanager
+def server(arguments: Sequence[str]) -> Iterator[str]:
+    """A server process; yields its address."""
+    command = [sys.executable, "-m", "dlplora.cli.main", "serve", "--port", "0", "--max-queue", "512", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if found := re.search(r"http://\S+", line):
+                yield found[0]
+                return
+        raise SystemExit("the server did not start.")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def _one(client: httpx.AsyncClient, model: str, prompt: str) -> tuple[float, int]:
+    """Time to the first token and number of tokens of one streamed request."""
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    started, first, tokens = time.perf_counter(), None, 0
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if first is None and any(choice["text"] for choice in chunk["choices"]):
+                first = time.perf_counter() - started
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+    return first or 0.0, tokens
+
+
+async def _run(address: str, model: str, prompts: Sequence[str], clients: int, requests: int) -> Load:
+    waiting = iter([prompts[i % len(prompts)] for i in range(requests)])
+    first: list[float] = []
+    counts = [0, 0]
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for prompt in waiting:
+            try:
+                seconds, tokens = await _one(client, model, prompt)
+            except httpx.HTTPError:
+                counts[1] += 1
+                continue
+            first.append(seconds)
+            counts[0] += tokens
+
+    started = time.perf_counter()
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+        await asyncio.gather(*(work(client) for _ in range(clients)))
+    return Load(model, clients, requests, time.perf_counter() - started, counts[0], tuple(first), counts[1])
+
+
+def measure(address: str, prompts: Sequence[str], clients: int, requests: int, rounds: int) -> list[Load]:
+    """Rounds of three loads: routed and base with many clients, routed with one; every other round in reverse order."""
+    plans = [("auto", clients, requests), ("base", clients, requests), ("auto", 1, max(4, requests // 8))]
+    asyncio.run(_run(address, "auto", prompts, clients, clients))  # warm-up
+    found = []
+    for turn in range(rounds):
+        for model, count, num in plans if turn % 2 == 0 else plans[::-1]:
+            found.append(asyncio.run(_run(address, model, prompts, count, num)))
+    return found
+
+
+def summary(loads: Sequence[Load], clients: int) -> dict[str, Any]:
+    """Ratios of medians over rounds."""
+
+    def rate(model: str, count: int) -> float:
+        return statistics.median(load.tokens_per_s for load in loads if (load.model, load.clients) == (model, count))
+
+    def first(count: int, quantile: float) -> float:
+        values = sorted(value for load in loads if (load.model, load.clients) == ("auto", count) for value in load.first_token_s)
+        return values[min(len(values) - 1, int(quantile * len(values)))]
+
+    return {
+        "routed_over_base": rate("auto", clients) / rate("base", clients),
+        "clients_over_one": rate("auto", clients) / rate("auto", 1),
+        "first_token_p95_over_alone": first(clients, 0.95) / first(1, 0.5),
+        "first_token_max_s": first(clients, 1.0),
+        "tokens_per_s": rate("auto", clients),
+        "errors": sum(load.errors for load in loads),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=64, help="requests of one run")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--suite", default="nano", help="suite whose test prompts are sent, a task after the other")
+    parser.add_argument("--data-root")
+    parser.add_argument("--out", default="results/bench", metavar="DIR")
+    arguments, rest = parser.parse_known_args(argv)
+    tasks = get_suite(arguments.suite, arguments.data_root).tasks
+    prompts = [item.prompt for items in zip(*(task.items("test", 4) for task in tasks), strict=False) for item in items]
+    monitor = ContentionMonitor(torch.device("cpu"))
+    with server(rest) as address:
+        loads = measure(address, prompts, arguments.clients, arguments.requests, arguments.rounds)
+        ready = httpx.get(f"{address}/ready").json()
+    found = {**summary(loads, arguments.clients), "left_running": ready["running"] + ready["waiting"]}
+    record = {"server": list(rest), "suite": arguments.suite, "summary": found, "loads": [asdict(load) for load in loads]}
+    warnings = monitor.warnings()
+    path = Path(arguments.out) / f"serve-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**record, "warnings": list(warnings), "provenance": provenance()})
+    print(json.dumps({**found, "record": str(path)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
