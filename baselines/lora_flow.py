@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
+from ._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank

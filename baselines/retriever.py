@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines._gates import require_at_most, top_k_softmax
+from ._gates import require_at_most, top_k_softmax
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
+from ._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.fused_linear import RoutingState
