@@ -37,15 +37,15 @@ def shared_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def make_environment(shared_packages: Path, tmp_path: Path) -> Callable[[str], Environment]:
+@pytest.fixture(scope="session")
+def make_environment(shared_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Environment]:
     """Make an environment without dlplora and lm-eval."""
 
     def make(installer: str) -> Environment:
         if installer == "uv" and shutil.which("uv") is None:
             pytest.skip("uv is not installed: pip install -e '.[packaging]'")
-        made = Environment(tmp_path / "environment", installer)
-        run([sys.executable, "-m", "venv", "--without-pip", made.folder], tmp_path)
+        made = Environment(tmp_path_factory.mktemp("environment") / "venv", installer)
+        run([sys.executable, "-m", "venv", "--without-pip", made.folder], made.folder.parent)
         (made.site_packages / "zz_shared.pth").write_text(f"{shared_packages}\n")
         return made
 

@@ -18,7 +18,7 @@ from tests.packaging.environments import Environment, run
 pytestmark = pytest.mark.packaging
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment(make_environment: Callable[[str], Environment], distributions: dict[str, Path]) -> Environment:
     made = make_environment("pip")
     made.install("lm-eval", distributions["wheel"])
