@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def shared_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Links to everything installed here but lm-eval, dlplora and start-up files."""
-    folder = tmp_path_factory.mktemp("shared_packages")
+    folder = tmp_path_factory.mktemp("shared") / "site-packages"  # dill, which hashes data sets, knows packages by this name
+    folder.mkdir()
     for place in sys.path:
         if not place.endswith("site-packages"):
             continue
