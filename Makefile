@@ -3,19 +3,26 @@
 # make lint        ruff, mypy
 # make report      tables, figures and page from the records
 # make docs        the documentation site, in site/
+# make wheel       wheel and source distribution, in dist/, checked
+# make packaging   the wheel and every door of lm-eval in throw-away environments (half an hour; needs the package index)
 PYTHON ?= python3
 VENV   ?= .venv
 METHODS ?= all
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TOOLS  := $(VENV)/.packaging
 
-.PHONY: reproduce test lint report docs clean
+.PHONY: reproduce test lint report docs wheel packaging clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dlplora needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Pass PYTHON=python3.11.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(TOOLS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,packaging]'
 	touch $@
 
 reproduce: $(READY)
@@ -35,6 +42,14 @@ report: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+wheel: $(TOOLS)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+packaging: $(TOOLS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/packaging -m packaging $(ARGS)
 
 clean:
 	rm -rf runs dist build .pytest_cache .mypy_cache .ruff_cache

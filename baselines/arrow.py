@@ -22,10 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from baselines._gates import TokenGated, require_at_most, top_k_softmax
 from dlplora.errors import ConfigError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank, BankEntry
+
+from ._gates import TokenGated, require_at_most, top_k_softmax
 
 ARROW_PAPER = "https://arxiv.org/abs/2405.11157"
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+
+from ._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, key_of, over_real_tokens, require_at_most, top_k_softmax
 from dlplora.errors import ConfigError
 from dlplora.methods.base import FusedModel, Metadata
 from dlplora.modules.lora_bank import AdapterBank
+
+from ._gates import TRAINED_NEEDS, TrainedGates, drawn, key_of, over_real_tokens, require_at_most, top_k_softmax
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

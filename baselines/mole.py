@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, first_modules, key_of, layer_of
 from dlplora.errors import ConfigError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.seeds import derive_seed
+
+from ._gates import TRAINED_NEEDS, TrainedGates, first_modules, key_of, layer_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

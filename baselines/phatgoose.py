@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, key_of, require_at_most, top_k_softmax
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+
+from ._gates import TRAINED_NEEDS, TrainedGates, drawn, key_of, require_at_most, top_k_softmax
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines._gates import require_at_most, top_k_softmax
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, mean_of_rows
 from dlplora.types import PromptBatch
+
+from ._gates import require_at_most, top_k_softmax
 
 PAPER = "https://arxiv.org/abs/2402.09997"
 

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
+
+from ._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
 
 PAPER = "https://arxiv.org/abs/2402.07148"
 REARRANGING = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")

@@ -1,3 +1,3 @@
 """Dynamic LoRA fusion: train experts and routers, fuse adapters, compare methods under identical settings."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -69,7 +69,8 @@ def find_config(kind: str, name: str) -> Path:
     if path.is_file():
         return path
     known = list_configs(kind)
-    raise ConfigError(f"unknown {kind} '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
+    what = "training configuration" if kind == "train" else kind
+    raise ConfigError(f"unknown {what} '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
 
 
 def list_configs(kind: str) -> list[str]:

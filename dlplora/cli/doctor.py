@@ -124,18 +124,19 @@ def collect() -> dict[str, Any]:
     from dlplora.adapters.hub import pools_root
     from dlplora.cli.pool import known_pools
     from dlplora.config import configs_root
-    from dlplora.lm_eval.command import console_command_is_ours
+    from dlplora.lm_eval.command import hook_state, untested_version
     from dlplora.provenance import git_state, hardware, versions
 
     import torch  # isort: skip  # hardware() tells of threads and devices once torch is there
 
-    ours, reason = console_command_is_ours()
+    ready, sentence = hook_state()
+    lm_eval_state = " ".join(filter(None, ("ok:" if ready else "NOT ok:", sentence, untested_version())))
     return {
         "versions": versions(),
         "optional": optional_packages(),
         "hardware": {**hardware(), "cuda": torch.version.cuda, "gpus": gpu_states()},
         "git": git_state(),
-        "commands": {"lm_eval": f"{'ours' if ours else 'NOT ours'} ({reason})", "lightning": lightning_command_state()},
+        "commands": {"lm_eval": lm_eval_state, "lightning": lightning_command_state()},
         "nano": asset_states(),
         "configs": str(configs_root()),
         "data": data_state(),

@@ -6,19 +6,44 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USAGE = """usage: dlplora {fit,validate,test} --config FILE.yaml [--KEY VALUE ...]
+USAGE = """usage: dlplora {fit,validate,test} CONFIG [--KEY VALUE ...]
 
 Train what a configuration describes, or validate / test what it trained.
 
-  --config FILE.yaml     configuration; shipped ones: configs/train/{experts,expert,router,multitask,nano_backbone}.yaml
-  --ckpt_path last|FILE  resume from the run's newest readable checkpoint, or from a file
-  --print_config         print the resolved configuration and stop
-  --KEY VALUE            override one key, for instance --trainer.max_steps 50, --data.init_args.tasks homes,teams,
-                         --model.init_args.optimizer.lr 1e-3, --seed_everything 1
+  CONFIG, --config CONFIG  name of a shipped configuration (experts, expert, router, fusion, multitask, nano_backbone, ...) or a YAML file
+  --ckpt_path last|FILE    resume from the run's newest readable checkpoint, or from a file
+  --print_config           print the resolved configuration and stop
+  --KEY VALUE              override one key, for instance --trainer.max_steps 50, --data.init_args.tasks homes,teams,
+                           --model.init_args.optimizer.lr 1e-3, --seed_everything 1
 
 All keys: dlplora fit --help-all. Progress goes to standard error; the last line on standard output is JSON.
 Exit codes: 0 done, 2 bad configuration, 130 interrupted.
 """
+
+
+def with_config_files(arguments: Sequence[str]) -> list[str]:
+    """The command line with every configuration's name replaced by its file; a first argument without dashes is a configuration.
+
+    Args:
+        arguments: The command and its arguments.
+
+    Raises:
+        ConfigError: If there is no such configuration.
+    """
+    from dlplora.config import find_config
+
+    found = list(arguments)
+    if found[1:] and not found[1].startswith("-"):
+        found.insert(1, "--config")
+    for place, argument in enumerate(found):
+        flag, equals, value = argument.partition("=")
+        if flag not in {"--config", "-c"}:
+            continue
+        if equals:
+            found[place] = f"{flag}={find_config('train', value)}"
+        elif place + 1 < len(found):
+            found[place + 1] = str(find_config("train", found[place + 1]))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from dlplora.training.launch import run
 
-        return run(["--help" if argument == "--help-all" else argument for argument in arguments])
+        return run(["--help" if argument == "--help-all" else argument for argument in with_config_files(arguments)])
     except DLPLoRAError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

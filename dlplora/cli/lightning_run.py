@@ -1,7 +1,7 @@
-"""``lightning run``: the training that ``dlplora fit`` does, in one or several processes.
+"""The ``lightning`` command: ``lightning run CONFIG`` trains what ``dlplora fit CONFIG`` does; everything else is Lightning's own.
 
-Lightning 2.6 ships no ``lightning`` command, only ``fabric``. With one device this is ``dlplora fit --config CONFIG`` in this
-process; with several, Fabric's launcher starts one such process a device, and Lightning's trainer joins them.
+With one device ``run`` is ``dlplora fit`` in this process; with several, Fabric's launcher starts one such process a device, and
+Lightning's trainer joins them. The options before the configuration are those of ``fabric run``.
 """
 
 from __future__ import annotations
@@ -11,83 +11,88 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NoReturn
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any
+
+import click
 
 from dlplora.errors import ConfigError, DLPLoRAError
 
-DESCRIPTION = "Train what a YAML file describes, on one or several devices; the same as `dlplora fit --config CONFIG`."
-EPILOG = """examples:
-  lightning run configs/train/experts.yaml
-  lightning run --devices 2 --accelerator cpu configs/train/router.yaml --trainer.max_epochs 2
-Options of the trainer, the model and the data follow the file as --KEY VALUE; see `dlplora fit --help`."""
+USAGE = """usage: lightning run [OPTIONS] CONFIG [--KEY VALUE ...]
+
+Train what a configuration describes, on one or several devices; the same as `dlplora fit CONFIG`.
+
+  lightning run experts
+  lightning run --devices 2 --accelerator cpu router --trainer.max_epochs 2
+
+OPTIONS are those of `fabric run`; CONFIG and what follows are as for `dlplora fit`. `lightning run --help` lists them.
+"""
+TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "num_nodes")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"lightning: error: {message} See `lightning run --help`.\n")
+def command_of_others() -> EntryPoint | None:
+    """The ``lightning`` command of another installed distribution, else Lightning's ``fabric``, None without either."""
+    scripts = entry_points(group="console_scripts")
+    others = [script for script in scripts.select(name="lightning") if script.dist is not None and script.dist.name != "dlplora"]
+    return next(iter([*others, *scripts.select(name="fabric")]), None)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lightning", description="Lightning's trainer for dlplora configurations.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"lightning {version('lightning')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run")
-    run = commands.add_parser(
-        "run",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        help=DESCRIPTION,
-        allow_abbrev=False,
-        usage="lightning run [options] CONFIG.yaml [--KEY VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _forward(arguments: list[str]) -> int:
+    """Run Lightning's own command with these arguments."""
+    command = command_of_others()
+    if command is None:
+        raise ConfigError("this command knows `lightning run CONFIG`, and there is no command of Lightning's to forward the rest to.")
+    sys.argv = [command.name, *arguments]
+    return int(command.load()() or 0)
+
+
+def _run_options() -> list[click.Parameter]:
+    """The options of ``fabric run``."""
+    from lightning.fabric.cli import _main as fabric
+
+    return [parameter for parameter in fabric.commands["run"].params if isinstance(parameter, click.Option)]
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read what follows ``run``.
+
+    Returns:
+        ``config``, ``overrides``, ``launch`` (every option of Fabric's, defaults included) and ``given`` (the options on the command line).
+
+    Raises:
+        click.ClickException: For an option that Fabric does not have or a value that it does not take.
+    """
+    overrides = click.Argument(["overrides"], nargs=-1, type=click.UNPROCESSED, metavar="[--KEY VALUE]...")
+    command = click.Command(
+        "run", params=[*_run_options(), click.Argument(["config"], metavar="CONFIG"), overrides], help=USAGE.split("\n")[2]
     )
-    run.add_argument("--accelerator", help="cpu, cuda, gpu, mps or auto (default: what the file says)")
-    run.add_argument("--devices", default=None, help="how many devices, or which ('0,1'), or 'auto' (default: what the file says)")
-    run.add_argument("--strategy", help="how several devices work together (default: what the model needs, ddp as a rule)")
-    run.add_argument("--precision", help="as the trainer's, for instance 32-true or bf16-mixed")
-    run.add_argument("--num-nodes", "--num_nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
-    run.add_argument("--node-rank", "--node_rank", type=int, default=0, metavar="I", help="index of this machine (default: 0)")
-    run.add_argument("--main-address", "--main_address", default="127.0.0.1", metavar="HOST", help="address of machine 0")
-    run.add_argument("--main-port", "--main_port", type=int, default=None, metavar="PORT", help="port on it (default: a free one)")
-    run.add_argument("config", metavar="CONFIG.yaml")
-    run.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE")
-    return parser
+    command.allow_interspersed_args = False  # what follows the configuration overrides its keys
+    with command.make_context("lightning run", list(arguments)) as context:
+        launch = dict(context.params)
+        given = {name for name in launch if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+        return {"config": launch.pop("config"), "overrides": list(launch.pop("overrides")), "launch": launch, "given": given}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def fit_arguments(options: argparse.Namespace, default_strategy: str | None) -> list[str]:
+def fit_arguments(options: dict[str, Any], default_strategy: str | None) -> list[str]:
     """The command line of ``dlplora fit`` for these options; overrides come last, so they win.
 
     Args:
-        options: As parsed.
+        options: As ``parse`` gave them.
         default_strategy: Of a run of several processes for which none was asked; None for a single process.
     """
-    arguments = ["fit", "--config", options.config]
-    for key in ("accelerator", "devices", "strategy", "precision"):
-        value = getattr(options, key)
-        if value is not None:
-            arguments += [f"--trainer.{key}", str(value)]
-    if default_strategy is not None and options.strategy is None:
-        arguments += ["--trainer.strategy", default_strategy]
-    if options.num_nodes > 1:
-        arguments += ["--trainer.num_nodes", str(options.num_nodes)]
-    return arguments + list(options.overrides)
+    values = {key: options["launch"][key] for key in TRAINER_KEYS if key in options["given"]}
+    if default_strategy is not None:
+        values.setdefault("strategy", default_strategy)
+    flags = [text for key, value in values.items() for text in (f"--trainer.{key}", str(value))]
+    return ["fit", "--config", options["config"], *flags, *options["overrides"]]
 
 
-def count_devices(accelerator: str | None, devices: str | None) -> int:
+def count_devices(accelerator: str | None, devices: str) -> int:
     """Processes to start on this machine.
 
     Raises:
         ConfigError: If the devices are no number or list, or the machine does not have them.
     """
-    if devices is None:
-        return 1
     from lightning.fabric.cli import _get_num_processes
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -100,7 +105,13 @@ def count_devices(accelerator: str | None, devices: str | None) -> int:
     return count
 
 
-def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _launch(options: dict[str, Any], arguments: list[str]) -> int:
     """One process a device through Fabric's launcher; the exit code of the first one that failed."""
     from lightning.fabric.cli import main as launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -108,12 +119,9 @@ def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
 
     import dlplora.cli.fit as script
 
-    port = options.main_port or (29400 if options.num_nodes > 1 else _free_port())
-    settings: dict[str, Any] = {
-        "script": str(script.__file__), "accelerator": options.accelerator, "strategy": options.strategy, "devices": options.devices or "1",
-        "num_nodes": options.num_nodes, "node_rank": options.node_rank, "main_address": options.main_address, "main_port": port,
-        "precision": options.precision,
-    }  # fmt: skip
+    settings = {**options["launch"], "script": str(script.__file__)}
+    if "main_port" not in options["given"] and settings["num_nodes"] == 1:
+        settings["main_port"] = _free_port()
     try:
         launch(argparse.Namespace(**settings), arguments)
     except ChildFailedError as error:
@@ -128,8 +136,24 @@ def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _run(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    processes = count_devices(options["launch"]["accelerator"], options["launch"]["devices"])
+    if processes == 1 and options["launch"]["num_nodes"] == 1:
+        from dlplora.cli.fit import main as fit
+
+        return fit(fit_arguments(options, None))
+    from dlplora.cli.fit import with_config_files
+    from dlplora.training.config_check import check_command_line
+
+    classes = check_command_line(with_config_files(["fit", "--config", options["config"]]))
+    fitted = with_config_files(fit_arguments(options, getattr(classes.get("model"), "multi_process_strategy", "ddp")))
+    check_command_line(fitted)
+    return _launch(options, fitted)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``lightning run``.
+    """Run ``lightning run``, or forward to Lightning's own command.
 
     Args:
         argv: The arguments; None reads ``sys.argv``.
@@ -137,20 +161,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 when done, 2 for bad arguments or configuration (one line on standard error).
     """
-    options = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in {"-h", "--help"}:
+        forwarded = command_of_others()
+        rest = f"Everything else is forwarded to `{forwarded.name}` ({forwarded.value}).\n" if forwarded else ""
+        print(USAGE + rest, file=sys.stdout if given else sys.stderr, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"lightning {version('lightning')}")
+        return 0
     try:
-        if Path(options.config).suffix not in {".yaml", ".yml"}:
-            raise ConfigError(f"'{options.config}' is no YAML file: the configuration comes first, then --KEY VALUE.")
-        if count_devices(options.accelerator, options.devices) == 1 and options.num_nodes == 1:
-            from dlplora.cli.fit import main as fit
-
-            return fit(fit_arguments(options, None))
-        from dlplora.training.config_check import check_command_line
-
-        classes = check_command_line(["--config", options.config])
-        arguments = fit_arguments(options, getattr(classes.get("model"), "multi_process_strategy", "ddp"))
-        check_command_line(arguments)
-        return _launch(options, arguments)
+        return _run(given[1:]) if given[0] == "run" else _forward(given)
+    except click.exceptions.Exit as stop:  # after --help
+        return stop.exit_code
+    except click.ClickException as error:
+        print(f"lightning: error: {' '.join(error.format_message().split())} See `lightning run --help`.", file=sys.stderr)
+        return 2
     except DLPLoRAError as error:
         print(f"lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,99 +1,132 @@
-"""The ``lm_eval`` / ``lm-eval`` command: lm-eval's own, with the model ``dlplora`` and our tasks known to it.
+"""lm-eval's command with ``--model dlplora``: options checked before anything is loaded, and one line for what bad input caused.
 
-lm-eval 0.4.13 discovers no plug-ins, so this command registers ours and hands over to ``lm_eval.__main__:cli_evaluate``;
-an lm-eval that reads the entry points of group ``lm_eval.models`` finds the same class by itself. Everything else that
-``lm_eval`` can do (other models, ``run``, ``ls``, ``validate``, the old flags) passes through untouched.
-
-``python -m dlplora.lm_eval`` is the same command where another package owns the console script.
+``guarded`` runs around the stock command, which the start-up hook extends (``dlplora.lm_eval.plugin``): ``lm_eval``, ``lm-eval``,
+``python -m lm_eval`` and ``accelerate launch -m lm_eval``. ``main`` is ``python -m dlplora.lm_eval``, which needs no hook. Everything
+else that lm-eval can do (other models, ``ls``, ``validate``) passes through unchanged.
 """
 
 from __future__ import annotations
 
-import argparse
-import inspect
+import importlib.metadata
+import importlib.util
+import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dlplora.errors import DLPLoRAError, nearest
 from dlplora.lm_eval import CACHE_REFUSAL
+from dlplora.lm_eval.plugin import MODEL_NAME, activate, task_index
 
-MODEL_NAME = "dlplora"
-MODEL_TARGET = "dlplora.lm_eval.model:DLPLoRALM"
 TASK_PREFIX = "dlplora_"
+TESTED = ("0.4.10", "0.4.13")
+"""The first and the last release of lm-eval that the tests cover."""
+HOOK = "_dlplora_lm_eval"
+REINSTALL = "`pip install --force-reinstall --no-deps lm-eval` puts lm-eval's own back."
 
 
-def register() -> None:
-    """Make ``--model dlplora`` (and ``lm_eval.simple_evaluate("dlplora", ...)``) known to lm-eval. Safe to call twice."""
-    import lm_eval.models  # noqa: F401  (fills the registry; a newer lm-eval also reads our entry point here)
-    from lm_eval.api.registry import model_registry
+class Refused(SystemExit):
+    """Ends the command with exit code 2 after one line on standard error."""
 
-    if MODEL_NAME not in model_registry:
-        model_registry.register(MODEL_NAME, target=MODEL_TARGET)
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        sys.stderr.write(f"lm_eval: {' '.join(message.split())}\n")
 
 
-@contextmanager
-def tasks_included(*, include_defaults: bool = True) -> Iterator[None]:
-    """While open, every ``TaskManager`` also knows our tasks and those of the folder ``DLPLORA_DATA``; lm-eval has no hook for that.
+def untested_version() -> str | None:
+    """One sentence if the installed lm-eval is none of the tested releases, else None."""
+    installed = importlib.metadata.version("lm-eval")
+    first, last = map(_numbers, TESTED)
+    if first <= _numbers(installed) <= last:
+        return None
+    return f"lm-eval {installed} is installed; this dlplora is tested with {TESTED[0]} to {TESTED[1]}."
 
-    Our folder is read before the user's ``--include_path``, so a user's task of the same name wins.
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def guarded(arguments: Any, execute: Callable[[], None]) -> None:
+    """Run a command of lm-eval.
 
     Args:
-        include_defaults: False leaves lm-eval's thousands of own tasks unread, which saves most of its start-up time.
+        arguments: What lm-eval's own parser read.
+        execute: Runs the command.
+
+    Raises:
+        Refused: For an error that bad input caused, with exit code 2.
     """
+    options = _options(arguments)
+    ours = options.get("model") == MODEL_NAME
+    only_ours = _only_our_tasks(options)
+    if ours:
+        _check(options)
+    try:
+        with ExitStack() as stack:
+            if ours:
+                from dlplora.lm_eval.distributed import shutdown_process_group
+
+                stack.enter_context(shutdown_process_group())
+            if only_ours:
+                stack.enter_context(task_index("ours"))
+            execute()
+    except DLPLoRAError as error:
+        raise Refused(str(error)) from error
+    except ImportError as error:
+        note = untested_version() if ours else None
+        if note is None:
+            raise
+        raise Refused(f"{note} It lacks what dlplora needs: {error}.") from error
+    except ValueError as error:
+        if not (only_ours and str(error).startswith("Tasks not found")):
+            raise
+        raise Refused(_unknown_task(str(error))) from error
+
+
+def _options(arguments: Any) -> dict[str, Any]:
+    """Options of the command line; what is not given there is read from the file of ``--config``, as lm-eval does."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    path = given.get("config")
+    if path is None or not Path(path).is_file():
+        return given
+    import yaml
+
+    try:
+        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # lm-eval reports it
+        return given
+    return {**read, **given} if isinstance(read, dict) else given
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse what would waste a run or give wrong results."""
+    if options.get("use_cache") is not None:
+        raise Refused(CACHE_REFUSAL)
+    limit = options.get("limit")
+    if isinstance(limit, (int, float)) and not limit > 0:
+        raise Refused(f"--limit must be a positive number of questions a task, or a share of them below 1, got {limit:g}.")
+
+
+def _only_our_tasks(options: Mapping[str, Any]) -> bool:
+    """Whether the command names nothing but our tasks, so that lm-eval's own need not be indexed."""
+    given = options.get("tasks") or []
+    names = [name for part in ([given] if isinstance(given, str) else given) for name in str(part).split(",") if name]
+    return bool(names) and all(name.startswith(TASK_PREFIX) for name in names) and options.get("include_path") is None
+
+
+def _unknown_task(message: str) -> str:
+    """lm-eval's list of unknown tasks with the nearest of ours."""
     from lm_eval.tasks import TaskManager
 
-    from dlplora.tasks import lm_eval_dir
-    from dlplora.tasks.export import local_tasks
-
-    original: Callable[..., None] = TaskManager.__init__
-    signature = inspect.signature(original)
-
-    def with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        given = bound.arguments.get("include_path") or []
-        paths = list(given) if isinstance(given, (list, tuple)) else [given]
-        ours = lm_eval_dir()
-        if all(Path(path).resolve() not in {ours, *ours.parents} for path in paths):
-            paths[:0] = [ours] if local is None else [ours, local]
-        bound.arguments["include_path"] = paths
-        if not include_defaults:
-            bound.arguments["include_defaults"] = False
-        original(*bound.args, **bound.kwargs)
-
-    with ExitStack() as stack:
-        local = stack.enter_context(local_tasks())
-        TaskManager.__init__ = with_ours  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            TaskManager.__init__ = original  # type: ignore[method-assign]
-
-
-def _peek(argv: Sequence[str]) -> argparse.Namespace:
-    """The few options this wrapper looks at; lm-eval's own parser has the last word on all of them."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--model", "-M")
-    parser.add_argument("--tasks", "-t", nargs="+", action="extend", default=[])
-    parser.add_argument("--use_cache", "-c")
-    parser.add_argument("--config", "-C")
-    parser.add_argument("--include_path")
-    parser.add_argument("--limit", "-L", type=float)
-    try:
-        return parser.parse_known_args(list(argv))[0]
-    except argparse.ArgumentError:  # lm-eval reports it, in its own words
-        return argparse.Namespace(model=None, tasks=[], use_cache=None, config=None, include_path=None, limit=None)
-
-
-def _only_our_tasks(options: argparse.Namespace) -> bool:
-    """Whether the command names nothing but our tasks, so that lm-eval's own need not be indexed."""
-    names = [name for given in options.tasks for name in given.split(",") if name]
-    plain = bool(names) and all(name.startswith(TASK_PREFIX) for name in names)
-    return plain and options.config is None and options.include_path is None
+    with task_index("ours"):
+        known = [name for name in TaskManager().all_tasks if name.startswith(TASK_PREFIX)]
+    unknown = [name.strip() for name in message.partition(":")[2].split(",")]
+    hints = "".join(nearest(name, known) for name in unknown)
+    return f"unknown task {', '.join(unknown)}.{hints} `dlplora tasks` lists the nano suite; local rows need DLPLORA_DATA."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,66 +138,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after an error that bad input caused (one line on stderr). lm-eval's own exits pass through.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _peek(arguments)
-    if options.model == MODEL_NAME and options.use_cache is not None:
-        return _fail(CACHE_REFUSAL)
-    if options.model == MODEL_NAME and options.limit is not None and not options.limit > 0:
-        return _fail(f"--limit must be a positive number of questions a task, or a share of them below 1, got {options.limit:g}.")
     saved = sys.argv
-    sys.argv = [saved[0] if saved else "lm_eval", *arguments]
+    sys.argv = [saved[0] if saved else "lm_eval", *(sys.argv[1:] if argv is None else argv)]
     try:
-        register()
+        activate()
         from lm_eval.__main__ import cli_evaluate
 
-        from dlplora.lm_eval.distributed import shutdown_process_group
-
-        with shutdown_process_group(), tasks_included(include_defaults=not _only_our_tasks(options)):
-            cli_evaluate()
-    except DLPLoRAError as error:
-        return _fail(str(error))
-    except ValueError as error:
-        if not (_only_our_tasks(options) and str(error).startswith("Tasks not found")):
-            raise
-        return _fail(_unknown_task(str(error)))
+        cli_evaluate()
+    except Refused:
+        return 2
     finally:
         sys.argv = saved
     return 0
 
 
-def _unknown_task(message: str) -> str:
-    """lm-eval's list of unknown tasks with the nearest of ours."""
-    from lm_eval.tasks import TaskManager
-
-    with tasks_included(include_defaults=False):
-        known = [name for name in TaskManager().all_tasks if name.startswith(TASK_PREFIX)]
-    unknown = [name.strip() for name in message.partition(":")[2].split(",")]
-    hints = "".join(nearest(name, known) for name in unknown)
-    return f"unknown task {', '.join(unknown)}.{hints} `dlplora tasks` lists the nano suite; local rows need DLPLORA_DATA."
-
-
-def _fail(message: str) -> int:
-    sys.stderr.write(f"lm_eval: {' '.join(message.split())}\n")
-    return 2
-
-
-def console_command_is_ours() -> tuple[bool, str]:
-    """Whether ``lm_eval --model dlplora`` works when typed, and one sentence that says why or what to do (``dlplora doctor``).
-
-    A later re-installation of lm-eval puts its own console script over ours.
-    """
-    scripts = sysconfig.get_path("scripts")
-    found = shutil.which("lm_eval", path=scripts) or shutil.which("lm_eval")
+def hook_state() -> tuple[bool, str]:
+    """Whether the stock command knows ``--model dlplora``, and one sentence that says so or what to do (``dlplora doctor``)."""
+    found = shutil.which("lm_eval", path=sysconfig.get_path("scripts")) or shutil.which("lm_eval")
     if found is None:
-        return False, "no lm_eval command in this environment; use `python -m dlplora.lm_eval`, or install dlplora with pip."
+        return False, f"no lm_eval command in this environment; `python -m lm_eval` works. {REINSTALL}"
     if b"dlplora.lm_eval.command" in Path(found).read_bytes():
-        return True, f"{found} is dlplora's and knows --model dlplora."
-    import lm_eval.models  # noqa: F401
-    from lm_eval.api.registry import model_registry
-
-    if MODEL_NAME in model_registry:
-        return True, f"{found} is lm-eval's own and finds --model dlplora by entry point."
-    return False, (
-        f"{found} is lm-eval's own and does not know --model dlplora; use `python -m dlplora.lm_eval`, "
-        "or put ours back with `pip install --force-reinstall --no-deps dlplora`."
-    )
+        return False, f"{found} was written by an older dlplora. {REINSTALL}"
+    if any(type(finder).__module__ == HOOK for finder in sys.meta_path):
+        return True, f"{found} knows --model dlplora."
+    if importlib.util.find_spec(HOOK) is not None:
+        return False, f"{found} does not know --model dlplora: DLPLORA_NO_LM_EVAL_HOOK is set. `python -m dlplora.lm_eval` does."
+    return False, f"{found} does not know --model dlplora: reinstall dlplora with pip or uv, or use `python -m dlplora.lm_eval`."

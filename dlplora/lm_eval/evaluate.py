@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlplora.errors import TaskError, nearest
+from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.tasks import lm_eval_dir
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def _no_tasks() -> TaskManager:
     """A task manager for tasks that are built already; it reads no folder."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=False)
+    from dlplora.lm_eval.plugin import task_index
+
+    with task_index("as called"):
+        return TaskManager(include_defaults=False)
 
 
 def load_tasks(task_names: Sequence[str], manager: TaskManager) -> list[Task]:
@@ -81,7 +85,10 @@ def load_tasks(task_names: Sequence[str], manager: TaskManager) -> list[Task]:
 
     Raises:
         TaskError: If a task is unknown, or none is given.
+        ConfigError: If the installed lm-eval cannot build tasks by themselves.
     """
+    if not hasattr(manager, "load"):
+        raise ConfigError(f"dlplora eval needs lm-eval 0.4.12 or newer, {version('lm-eval')} is installed; lm_eval --model dlplora works.")
     return list(manager.load(_matching(task_names, manager))["tasks"].values())
 
 

@@ -9,6 +9,7 @@ converted. Settings of the method are given as dotted keys, ``method.threshold=0
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from dlplora.inference.fused_model import FusedCausalLM
+
+logger = logging.getLogger(__name__)
 
 METHOD_PREFIX = "method."
 ARTIFACT_PREFIX = "artifact."
@@ -158,9 +161,13 @@ def _chosen_names(model: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def load_model(args: ModelArgs, device: torch.device) -> FusedCausalLM:
-    """The model that the arguments describe."""
+    """The model that the arguments describe. An lm-eval that the tests do not cover is warned about; it may still work."""
     from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.lm_eval.command import untested_version
 
+    note = untested_version()
+    if note is not None:
+        logger.warning(note)
     return FusedCausalLM.from_pretrained(
         args.pretrained,
         pool=args.pool,

@@ -1,6 +1,6 @@
 """Find methods by name and build them from YAML. There is no list to maintain.
 
-A method is a ``FusionMethod`` subclass with a ``name`` in a module of ``dlplora.methods`` or of ``baselines``, or a class behind an
+A method is a ``FusionMethod`` subclass with a ``name`` in a module of ``dlplora.methods`` or ``dlplora.baselines``, or a class behind an
 entry point of the group ``dlplora.methods``. A *preset* is a file ``configs/method/<preset>.yaml`` with the two keys ``method`` and
 ``params``; several presets may share one class.
 """
@@ -25,7 +25,7 @@ from dlplora.errors import ConfigError, MethodError, nearest
 from dlplora.methods.base import FusionMethod, Metadata
 
 ENTRY_POINT_GROUP = "dlplora.methods"
-SCANNED_PACKAGES = ("dlplora.methods", "baselines")
+SCANNED_PACKAGES = ("dlplora.methods", "dlplora.baselines")
 SPEC_KEYS = ("method", "params")
 PROTOCOL_KEYS = frozenset(
     (
@@ -107,12 +107,7 @@ def _third_party(read: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...
 
 
 def _modules_of(package_name: str) -> Iterator[ModuleType]:
-    try:
-        package = importlib.import_module(package_name)
-    except ModuleNotFoundError as error:
-        if error.name != package_name:
-            raise
-        return  # `baselines` is a package of its own, which an installation may leave out
+    package = importlib.import_module(package_name)
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
         if not info.name.startswith("_"):
             yield importlib.import_module(f"{package_name}.{info.name}")

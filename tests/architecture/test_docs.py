@@ -87,7 +87,7 @@ PYTHON = [(page, block) for page in PAGES for language, block in BLOCK.findall(p
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page.name}-{number}" for number, (page, _) in enumerate(PYTHON)])
 def test_python_blocks_compile_and_import_what_exists(page: Path, block: str) -> None:
     compile(block, str(page), "exec")
-    for module, imported in re.findall(r"^from (dlplora[\w.]*|baselines[\w.]*) import ([\w, ]+)", block, re.MULTILINE):
+    for module, imported in re.findall(r"^from (dlplora[\w.]*) import ([\w, ]+)", block, re.MULTILINE):
         found = __import__(module, fromlist=["_"])
         for name in imported.split(","):
             assert hasattr(found, name.strip()), f"{page.name}: {module}.{name.strip()}"

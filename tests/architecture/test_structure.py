@@ -106,7 +106,7 @@ def fidelity_faults(text: str, name: str) -> list[str]:
     if paper is not None and f"arXiv:{paper.rsplit('/', 1)[-1]}" not in row[2]:
         faults.append(f"the class cites {paper}, the row {row[2]}")
     file = row[1].strip("`")
-    if cls.__module__.replace(".", "/") + ".py" not in {file, f"baselines/{file}"}:
+    if cls.__module__.replace(".", "/") + ".py" not in {file, f"dlplora/baselines/{file}"}:
         faults.append(f"the class is in {cls.__module__}, the row says {file}")
     if not re.search(r"[\w.-]+/[\w.-]+@[0-9a-f]{7}\b|PEFT \d|\bnone\b|not public|not looked up|not recorded", row[4]):
         faults.append(f"no commit: {row[4]}")

@@ -25,17 +25,17 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The page's method as a module that the registry scans, as if its file lay in ``baselines``."""
+    """The page's method as a module that the registry scans, as if its file lay in ``baselines/``."""
     path = tmp_path / "nearest_length.py"
     path.write_text(blocks("python")[0])
-    spec = importlib.util.spec_from_file_location("baselines.nearest_length", path)
+    spec = importlib.util.spec_from_file_location("dlplora.baselines.nearest_length", path)
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, made)
     spec.loader.exec_module(made)
     original = registry._modules_of
-    monkeypatch.setattr(registry, "_modules_of", lambda name: [*original(name), *([made] if name == "baselines" else [])])
+    monkeypatch.setattr(registry, "_modules_of", lambda name: [*original(name), *([made] if name == "dlplora.baselines" else [])])
     return made
 
 

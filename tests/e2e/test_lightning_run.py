@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dlplora.cli import lightning_run
+from dlplora.cli.fit import with_config_files
+from dlplora.config import configs_root
+from dlplora.errors import ConfigError
 from tests.toy_tasks import NAMES, write_tasks
 
 
@@ -80,14 +84,15 @@ def test_a_process_that_fails_gives_its_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["run"], "required: CONFIG.yaml"),
-        (["run", "train.py"], "no YAML file"),
+        (["run"], "Missing argument 'CONFIG'"),
+        (["run", "train.py"], "unknown training configuration 'train.py'"),
         (["run", "no/such.yaml"], "config file not found"),
+        (["run", "--device", "2", "router"], "No such option '--device'"),
+        (["run", "--strategy", "many", "router"], "'many' is not one of"),
         (["run", "--devices", "none", "configs/train/router.yaml"], "--devices none"),
         (["run", "--devices", "2", "--accelerator", "cuda", "configs/train/router.yaml"], "--devices 2"),
         (["run", "--devices", "2", "--accelerator", "cpu", "configs/train/router.yaml", "--trainer.max_epoch", "1"], "max_epochs"),
         (["run", "configs/train/router.yaml", "--trainer.max_epoch", "1"], "max_epochs"),
-        (["fly"], "fly"),
     ],
 )
 def test_bad_arguments_give_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], part: str) -> None:
@@ -104,9 +109,42 @@ def test_bad_arguments_give_one_line(capsys: pytest.CaptureFixture[str], argumen
 
 
 def test_options_become_trainer_keys_and_overrides_win() -> None:
-    options = lightning_run._parser().parse_args(
-        ["run", "--devices", "2", "--precision", "32-true", "x.yaml", "--trainer.devices", "1", "--seed_everything", "3"]
-    )
+    given = ["--devices", "2", "--precision", "32-true", "x.yaml", "--trainer.devices", "1", "--seed_everything", "3"]
+    options = lightning_run.parse(given)
     expected = "fit --config x.yaml --trainer.devices 2 --trainer.precision 32-true --trainer.strategy ddp".split()
     assert lightning_run.fit_arguments(options, "ddp") == [*expected, "--trainer.devices", "1", "--seed_everything", "3"]
     assert "--trainer.strategy" not in lightning_run.fit_arguments(options, None)
+
+
+def test_the_rest_is_forwarded_to_lightnings_own_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``fabric`` where Lightning ships no ``lightning``; the command of another distribution where one does."""
+    with pytest.raises(SystemExit) as stop:
+        lightning_run.main(["consolidate", "--help"])
+    assert stop.value.code == 0
+    assert "fabric consolidate" in capsys.readouterr().out
+
+    def other() -> None:
+        print("other", sys.argv)
+
+    theirs = SimpleNamespace(name="lightning", value="other:main", dist=SimpleNamespace(name="lightning-sdk"), load=lambda: other)
+    ours = SimpleNamespace(name="lightning", value="dlplora:main", dist=SimpleNamespace(name="dlplora"), load=None)
+    found = SimpleNamespace(select=lambda name: [ours, theirs] if name == "lightning" else [])
+    monkeypatch.setattr(lightning_run, "entry_points", lambda group: found)
+    monkeypatch.setattr(sys, "argv", ["lightning"])
+    assert lightning_run.main(["login", "--now"]) == 0
+    assert capsys.readouterr().out == "other ['lightning', 'login', '--now']\n"
+    monkeypatch.setattr(lightning_run, "entry_points", lambda group: SimpleNamespace(select=lambda name: []))
+    assert lightning_run.main(["login"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_configuration_is_named_as_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names need neither a clone nor a working folder; a file is a file."""
+    monkeypatch.chdir(tmp_path)
+    file = str(configs_root() / "train" / "router.yaml")
+    for given in (["fit", "router"], ["fit", "--config", "router"], ["fit", "--config", file]):
+        assert with_config_files([*given, "--seed_everything", "1"]) == ["fit", "--config", file, "--seed_everything", "1"]
+    assert with_config_files(["fit", "--config=router"]) == ["fit", f"--config={file}"]
+    assert with_config_files(["test", "-c", "router", "--config", file]) == ["test", "-c", file, "--config", file]
+    with pytest.raises(ConfigError, match=r"unknown training configuration 'rooter'\. Did you mean 'router'"):
+        with_config_files(["fit", "rooter"])

@@ -14,7 +14,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from dlplora.cli.main import main
-from dlplora.lm_eval import command
+from dlplora.lm_eval import command, plugin
 from dlplora.tasks.export import export_local
 from tests.toy_tasks import NAMES, write_tasks
 
@@ -140,8 +140,8 @@ def test_a_broken_task_does_not_hide_the_others(tmp_path: Path, monkeypatch: pyt
     rows = write_tasks(tmp_path / "rows")
     (rows / "pets" / "test.jsonl").write_text("{")
     monkeypatch.setenv("DLPLORA_DATA", str(rows))
-    with command.tasks_included(include_defaults=False):
-        known = TaskManager().all_tasks
+    plugin.activate()
+    known = TaskManager(include_defaults=False).all_tasks
     assert {"dlplora_local_colors", "dlplora_local_echo", "dlplora_local"} <= set(known)
     assert "dlplora_local_pets" not in known
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from baselines.lorahub import LoRAHub, LoRAHubConfig
+from dlplora.baselines.lorahub import LoRAHub, LoRAHubConfig
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError, IncompatibleAdapterError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
@@ -182,7 +182,7 @@ def test_what_it_cannot_do_is_said(tiny_llama: Any, tiny_tokenizer: Any, tiny_po
 
 
 def test_nevergrads_branch_finds_a_minimum_and_keeps_to_its_budget() -> None:
-    from baselines.lorahub import _nevergrad
+    from dlplora.baselines.lorahub import _nevergrad
 
     seen: list[tuple[float, np.ndarray]] = []
 

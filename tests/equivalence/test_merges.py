@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from baselines.averages import AvgFactor, RandomRoute
-from baselines.merges import DareLinear, DareTies, MagnitudePrune, MergeConfig, SVDMerge, Ties, factored
+from dlplora.baselines.averages import AvgFactor, RandomRoute
+from dlplora.baselines.merges import DareLinear, DareTies, MagnitudePrune, MergeConfig, SVDMerge, Ties, factored
 from dlplora.errors import AdapterError, ConfigError, IncompatibleAdapterError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import MethodContext

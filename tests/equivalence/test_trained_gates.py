@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines._gates import first_modules, layer_of
-from baselines.lora_flow import LoRAFlow, LoRAFlowConfig
-from baselines.meteora import MeteoRA, MeteoRAConfig
-from baselines.mole import MoLE, MoLEConfig, balancing_loss
-from baselines.phatgoose import Phatgoose, PhatgooseConfig
+from dlplora.baselines._gates import first_modules, layer_of
+from dlplora.baselines.lora_flow import LoRAFlow, LoRAFlowConfig
+from dlplora.baselines.meteora import MeteoRA, MeteoRAConfig
+from dlplora.baselines.mole import MoLE, MoLEConfig, balancing_loss
+from dlplora.baselines.phatgoose import Phatgoose, PhatgooseConfig
 from dlplora.errors import ConfigError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod

@@ -14,8 +14,8 @@ from peft import ArrowConfig
 from peft.tuners.lora.arrow import create_arrow_model
 from torch import Tensor
 
-from baselines.arrow import Arrow, ArrowFactor, Lag, LagConfig, ScoreConfig, SpectR, SpectrConfig, prototypes
-from baselines.retriever import Lorauter, LorauterConfig, RetrieverConfig, RetrieverFusion, RetrieverMixture
+from dlplora.baselines.arrow import Arrow, ArrowFactor, Lag, LagConfig, ScoreConfig, SpectR, SpectrConfig, prototypes
+from dlplora.baselines.retriever import Lorauter, LorauterConfig, RetrieverConfig, RetrieverFusion, RetrieverMixture
 from dlplora.errors import ConfigError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod, MethodContext

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, XLoraConfig, get_peft_model
 from torch import Tensor
 
-from baselines.xlora import XLoRA, XLoRAConfig, XLoRAFrozen
+from dlplora.baselines.xlora import XLoRA, XLoRAConfig, XLoRAFrozen
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.modules.lora_bank import AdapterBank

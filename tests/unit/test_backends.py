@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.arrow import Arrow
+from dlplora.baselines.arrow import Arrow
 from dlplora.errors import AllocationError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.kernels import cost_model

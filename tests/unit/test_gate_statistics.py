@@ -13,8 +13,8 @@ import torch
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
-from baselines._gates import TokenGated, top_k_softmax
-from baselines.xlora import XLoRA
+from dlplora.baselines._gates import TokenGated, top_k_softmax
+from dlplora.baselines.xlora import XLoRA
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext

@@ -14,10 +14,10 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from baselines.arrow import Arrow, Lag
-from baselines.lora_flow import LoRAFlow
-from baselines.mole import MoLE
-from baselines.xlora import XLoRA
+from dlplora.baselines.arrow import Arrow, Lag
+from dlplora.baselines.lora_flow import LoRAFlow
+from dlplora.baselines.mole import MoLE
+from dlplora.baselines.xlora import XLoRA
 from dlplora.errors import ConfigError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.lm_eval.model import DLPLoRALM
