@@ -123,7 +123,6 @@ def _reports(commands: Any) -> None:
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")
         parser.add_argument("--methods", metavar="A,B", help="some of the guarded methods only")
-        parser.add_argument("--no-latency", action="store_true", help="leave the latency ratios out")
         if name == "accept":
             parser.add_argument("--reason", required=True, help="why the numbers move; written into the changelog")
             parser.add_argument("--changelog", default="CHANGELOG.md", metavar="FILE")

@@ -212,10 +212,9 @@ def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None) -> t
             loaded = time.perf_counter()
             result = evaluate_run(run, lm, cache)
             evaluated = time.perf_counter()
-            latency = measure_latency(run, lm)
-            timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
+            timings = {"load": loaded - started, "evaluate": evaluated - loaded}
             outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
-            record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
+            record = _record(run, lm, result, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
     except DLPLoRAError as error:
         if loaded is not None:
             save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
@@ -276,37 +275,6 @@ def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None) -> Har
         )
 
 
-def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
-    """Decode and prefill time against PEFT with the pool's first adapter, interleaved in this process."""
-    protocol = run.protocol
-    if protocol.latency_repeats == 0 or "pool" not in run.folders:
-        return None
-    import torch
-
-    from dlplora.bench.timing import load_peft_reference, measure_decode_ratio
-
-    pool = load_pool(run.folders["pool"])
-    first = pool.names[0]
-    reference = load_peft_reference(
-        resolve_backbone(protocol.backbone),
-        pool.folders[first],
-        dtype=lm.fused.dtype,
-        device=str(lm.fused.device),
-        **protocol.loading(),
-    )
-    text = " ".join(item.prompt for item in run.suite.tasks[0].items("test", 16))
-    ids = lm.fused.tokenizer(text)["input_ids"][: protocol.latency_prompt_tokens]
-    result = measure_decode_ratio(
-        lm.fused,
-        reference,
-        input_ids=torch.tensor([ids]),
-        new_tokens=protocol.latency_new_tokens,
-        repeats=protocol.latency_repeats,
-        task_names=[first],
-    )
-    return {"reference": "PEFT, one unmerged adapter, same dtype", **result.as_record()}
-
-
 def blank_record(run: Run) -> Record:
     """A record with everything known before the run."""
     facts = {name: dict(run.suite.task(name).facts) for name in run.task_names if run.suite.task(name).facts}
@@ -362,7 +330,6 @@ def _record(
     run: Run,
     lm: DLPLoRALM,
     result: HarnessResult,
-    latency: dict[str, Any] | None,
     timings: dict[str, float],
     errors: Mapping[str, Mapping[str, float | None]],
 ) -> Record:
@@ -381,7 +348,6 @@ def _record(
         blank_record(run),
         tasks=tasks,
         routing={**lm.routing_statistics(), **lm.fused.method.reported},
-        latency=latency,
         backend=lm.fused.backends_used(),
         timings_s={name: round(value, 3) for name, value in timings.items()},
         training_tokens=training_tokens(run.folders, build_method(run.spec).artifact_roles),

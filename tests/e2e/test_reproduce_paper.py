@@ -53,7 +53,7 @@ def write_rows(root: Path) -> Path:
 @pytest.fixture
 def job(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
     """The command over a profile with budgets of a few steps."""
-    protocol = {"suite": "paper_local", "batch_size": 8, "latency_repeats": 0}
+    protocol = {"suite": "paper_local", "batch_size": 8}
     (tmp_path / "tiny_protocol.yaml").write_text(yaml.safe_dump(protocol))
     cpu = ["--trainer.accelerator=cpu"]
     steps = ["--data.init_args.num_steps=12", "--data.init_args.batch_size=2", "--data.init_args.num_validation=4"]
