@@ -10,6 +10,8 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
@@ -28,8 +30,9 @@ class Progress:
         total: Units in all; None if not known, and then no time left is shown.
         unit: Name of one unit.
         plural: Name of several; None adds an s.
-        stream: Where to write; None is standard error.
         done: Units that an earlier run finished; they do not count for the rate.
+        brief: Whether the lines at the start and at the end are left to the caller.
+        stream: Where to write; None is standard error.
         interval_s: Time between two lines, s; None is that of the kind of stream.
     """
 
@@ -40,29 +43,31 @@ class Progress:
         *,
         unit: str = "step",
         plural: str | None = None,
-        stream: TextIO | None = None,
         done: int = 0,
+        brief: bool = False,
+        stream: TextIO | None = None,
         interval_s: float | None = None,
     ) -> None:
-        self.what, self.total, self.unit = what, total, unit
         self.units = plural or f"{unit}s"
         self.note = ""
         """Shown at the end of a line, for instance the loss."""
+        self._brief = brief
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
         self._interval_s = interval_s or (BAR_INTERVAL_S if self._is_terminal else LINE_INTERVAL_S)
-        self._before = self._done = done
-        self._start = time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._begin(what, total, done)
+
+    def _begin(self, what: str, total: int | None, done: int = 0) -> None:
+        self._what, self._total, self._before, self._done, self._start = what, total, done, done, time.monotonic()
 
     def __enter__(self) -> Progress:
-        self._start = time.monotonic()
-        size = "" if self.total is None else f", {self.total} {self.units}"
-        resumed = f", {self._done} done before" if self._done else ""
-        if not self._is_terminal:
-            self._write(f"{self.what}: started{size}{resumed}\n")
+        self._begin(self._what, self._total, self._done)
+        if not self._is_terminal and not self._brief:
+            size = "" if self._total is None else f", {self._total} {self.units}"
+            self._write(f"{self._what}: started{size}{f', {self._done} done before' if self._done else ''}\n")
         self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
         self._thread.start()
         return self
@@ -70,13 +75,25 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(finished=kind is None)
 
+    @contextmanager
+    def phase(self, *, total: int, desc: str, disable: bool = False) -> Iterator[Progress]:
+        """Count the units of one part of the work; a stand-in for ``tqdm``, whose arguments it takes.
+
+        Args:
+            total: Units of this part.
+            desc: Added to what is being done.
+            disable: Ignored; who wants silence opens no progress.
+        """
+        whole = self._what
+        self._begin(f"{whole}, {desc}", total)
+        try:
+            yield self
+        finally:
+            self._begin(whole, None)
+
     def update(self, count: int = 1) -> None:
         """Add finished units."""
         self._done += count
-
-    def move_to(self, done: int) -> None:
-        """Set the number of finished units."""
-        self._done = done
 
     def say(self, text: str) -> None:
         """Write a line of its own, above the bar if there is one."""
@@ -93,18 +110,18 @@ class Progress:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        seconds = time.monotonic() - self._start
-        end = f"{self.what}: {self._done} {self.units} in {duration(seconds)}{self._noted()}\n" if finished else ""
-        self._write(self._erase() + end)
+        told = f"{self._what}: {self._done} {self.units} in {duration(time.monotonic() - self._start)}{self._noted()}\n"
+        self._write(self._erase() + (told if finished and not self._brief else ""))
 
     def line(self) -> str:
-        """The state as text: steps, rate, time left, note."""
+        """The state as text: units done, rate, time left, note; before the first unit the time so far."""
         done, elapsed = self._done, max(time.monotonic() - self._start, 1e-9)
         rate = (done - self._before) / elapsed
-        of = "" if self.total is None else f"/{self.total}"
-        text = f"{self.what}: {done}{of} {self.units}, {rate:.3g} {self.units}/s"
-        if self.total is not None and rate > 0:
-            text += f", {duration(max(self.total - done, 0) / rate)} left"
+        if rate <= 0:
+            return f"{self._what}: {duration(elapsed)} so far{self._noted()}"
+        text = f"{self._what}: {done}{'' if self._total is None else f'/{self._total}'} {self.units}, {rate:.3g} {self.units}/s"
+        if self._total is not None:
+            text += f", {duration(max(self._total - done, 0) / rate)} left"
         return text + self._noted()
 
     def _noted(self) -> str:
@@ -117,8 +134,8 @@ class Progress:
 
     def _bar(self) -> str:
         text = self.line()
-        if self.total:
-            filled = round(BAR_WIDTH * min(self._done / self.total, 1.0))
+        if self._total:
+            filled = round(BAR_WIDTH * min(self._done / self._total, 1.0))
             text = f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {text}"
         return self._erase() + text[: shutil.get_terminal_size().columns - 1]
 

@@ -78,8 +78,9 @@ class Protocol:
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
     def hash(self) -> str:
-        """Hash of the settings that decide a run, and of the retired ones; the list of seeds and the place of the rows are not among them."""
-        return config_hash({key: value for key, value in {**self.resolved(), **self.retired}.items() if key not in {"seeds", "data_root"}})
+        """Hash of the settings that decide a run and of the retired ones, without the list of seeds and the place of the rows."""
+        values = {**self.resolved(), **self.retired}
+        return config_hash({key: value for key, value in values.items() if key not in {"seeds", "data_root"}})
 
     def loading(self) -> dict[str, Any]:
         """What the backbone's loader is asked for besides its name and dtype."""

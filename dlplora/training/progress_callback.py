@@ -62,4 +62,3 @@ def _total(trainer: L.Trainer) -> int | None:
     if trainer.max_steps > 0:
         counts.append(trainer.max_steps * trainer.accumulate_grad_batches)
     return min(counts, default=None)
-
