@@ -1,11 +1,11 @@
-# make reproduce   every method on the embedded nano suite (FRESH=1 retrains experts, router and gates; METHODS=dlp,oracle runs some)
+# make reproduce   train the router, evaluate 14 methods on the nano suite, compare with the committed records
+#                  (METHODS=all or METHODS=dlp,oracle evaluates others; FRESH=1 trains and evaluates everything again)
 # make test        the tests
 # make lint        ruff, mypy
 # make report      tables, figures and page from the records
 # make docs        the documentation site, in site/
 PYTHON ?= python3
 VENV   ?= .venv
-METHODS ?= all
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 reproduce: $(READY)
-	$(BIN)/dlplora reproduce nano --methods $(METHODS) $(if $(FRESH),--fresh) $(ARGS)
+	$(BIN)/dlplora reproduce nano $(if $(METHODS),--methods $(METHODS)) $(if $(FRESH),--fresh) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
