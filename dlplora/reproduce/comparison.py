@@ -26,15 +26,11 @@ TOLERATED_SHARE = 0.01
 """Share of the questions that may change between right and wrong."""
 TOLERATED_POINTS = 1.0
 """How far each of the table's scores (accuracy, exact match, BLEU, ROUGE; 0 to 100) may move."""
-TOLERANCE = (
-    f"at most {TOLERATED_SHARE:.0%} of the questions changed between right and wrong, and no score moved by more than "
-    f"{TOLERATED_POINTS:g} point"
-)
 SCORE_EPSILON = 1e-6
 """Scores of one question that differ by less are equal; they are stored in float32."""
-SHOWN = (("MCQ %", "mcq_acc"), ("exact %", "gen_exact_match"), ("BLEU", "gen_bleu"), ("ROUGE-L", "gen_rougeL"))
-"""Columns of the printed table."""
-MEANS = SHOWN[:2]
+SHOWN = (("MCQ %", "mcq_acc", 6), ("exact %", "gen_exact_match", 8), ("BLEU", "gen_bleu", 6), ("ROUGE-L", "gen_rougeL", 8))
+"""Columns of the printed table and their widths; the last gives way to a column for the seed."""
+MEANS = (("MCQ %", "mcq_acc", 12), ("exact %", "gen_exact_match", 12))
 """Those that are shown as means over all seeds as well."""
 
 
@@ -167,18 +163,20 @@ def table(comparisons: Sequence[Comparison], committed: Sequence[Record]) -> str
     seeds = sorted({record.seed for record in records})
     all_seeds = sorted({record.seed for record in everything})
     several = len(seeds) > 1
+    shown = SHOWN[:-1] if several else SHOWN
     width = max(len("method"), *(len(record.method_name) for record in records))
     left = f"{'method':<{width}}" + (" seed" if several else "")
-    head = left + "".join(f"{title:>8}" for title, _ in SHOWN) + "".join(f"{title:>13}" for title, _ in MEANS) + "  changed  verdict"
-    over_left = f"seed {seeds[0]}, this machine" if not several else "this machine"
-    over_right = f"mean of seeds {', '.join(map(str, all_seeds))}"
-    lines = [f"{'':<{len(left)}}{over_left:>{8 * len(SHOWN)}}{over_right:>{13 * len(MEANS)}}", head]
+    head = left + "".join(f"{title:>{room}}" for title, _, room in (*shown, *MEANS)) + " changed  verdict"
+    here = "this machine" if several else f"seed {seeds[0]}, this machine"
+    there = f"mean of seeds {', '.join(map(str, all_seeds))}"
+    rooms = [sum(room for _, _, room in columns) for columns in (shown, MEANS)]
+    lines = [f"{'':<{len(left)}}{here:>{rooms[0]}}{there:>{rooms[1]}}", head]
     for one in comparisons:
         name = f"{one.record.method_name:<{width}}" + (f"{one.record.seed:>5}" if several else "")
-        own = "".join(f"{_number(one.record.aggregates.get(key), key):>8}" for _, key in SHOWN)
-        mean = "".join(f"{_with_error(means[one.record.method_name][key], key):>13}" for _, key in MEANS)
+        own = "".join(f"{_number(one.record.aggregates.get(key), key):>{room}}" for _, key, room in shown)
+        mean = "".join(f"{_with_error(means[one.record.method_name][key], key):>{room}}" for _, key, room in MEANS)
         changed = "" if one.verdict == "new" else str(one.num_changed)
-        lines.append(f"{name}{own}{mean}{changed:>9}  {one.verdict}")
+        lines.append(f"{name}{own}{mean}{changed:>8}  {one.verdict}")
     return "\n".join(lines)
 
 
@@ -196,8 +194,9 @@ def legend(comparisons: Sequence[Comparison]) -> str:
     num = max((one.num_questions for one in comparisons), default=0)
     return "\n".join(
         (
-            f"changed: questions (of {num}) with another answer or score than in the committed record of the same seed.",
-            "mean: this run's records with the committed ones of the other seeds, as in the README; ± standard error.",
-            f"within: {TOLERANCE}.",
+            f"changed: questions (of {num}) with another answer or score than in the committed record.",
+            "mean: this run's records and the committed ones of the other seeds, as in the README.",
+            f"within the tolerance: at most {TOLERATED_SHARE:.0%} of the questions changed between right and wrong,",
+            f"  and no score moved by more than {TOLERATED_POINTS:g} point.",
         )
     )

@@ -104,6 +104,7 @@ def quieten() -> None:
         "lightning.fabric.utilities.seed",
         "lightning.pytorch.accelerators.cuda",
         "lightning.pytorch.trainer.connectors.checkpoint_connector",
+        "lightning.pytorch.trainer.connectors.signal_connector",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
