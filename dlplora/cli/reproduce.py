@@ -94,7 +94,7 @@ def _reproduce_nano(arguments: argparse.Namespace) -> int:
     counts = Counter(one.verdict for one in comparisons)
     print(
         f"against the committed records: {counts['equal']} of {len(comparisons)} equal, {counts['within']} within the tolerance, "
-        f"{counts['differs']} differ, {counts['new']} without a committed record"
+        f"{counts['differs']} differ, {counts['new']} new"
     )
     return 1 if counts["differs"] else 0
 

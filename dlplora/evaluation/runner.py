@@ -27,7 +27,7 @@ from dlplora.methods.base import FusionMethod
 from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec, resolved_params
 from dlplora.progress import Progress
 from dlplora.provenance import provenance
-from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
+from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate, read_record
 from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
 from dlplora.tasks.export import rows_sha256
@@ -225,7 +225,8 @@ def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None, prog
         if loaded is not None:
             save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
         raise
-    return save(record, root, outcomes), record
+    path = save(record, root, outcomes)
+    return path, read_record(path)  # with the checksum of its outcomes
 
 
 @contextmanager

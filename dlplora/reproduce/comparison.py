@@ -197,6 +197,6 @@ def legend(comparisons: Sequence[Comparison]) -> str:
             f"changed: questions (of {num}) with another answer or score than in the committed record.",
             "mean: this run's records and the committed ones of the other seeds, as in the README.",
             f"within the tolerance: at most {TOLERATED_SHARE:.0%} of the questions changed between right and wrong,",
-            f"  and no score moved by more than {TOLERATED_POINTS:g} point.",
+            f"  and no score moved by more than {TOLERATED_POINTS:g} point. new: no committed record of this cell.",
         )
     )

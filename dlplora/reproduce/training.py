@@ -54,8 +54,10 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         ConfigError: If one ended with another exit code than 0.
     """
     try:
-        while any(process.poll() is None for process in processes) and not any(process.returncode for process in processes):
+        codes = [process.poll() for process in processes]
+        while None in codes and not any(codes):
             time.sleep(POLL_S)
+            codes = [process.poll() for process in processes]
     finally:
         _stop(processes)
     codes = [process.returncode for process in processes]
