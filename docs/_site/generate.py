@@ -19,8 +19,8 @@ from dlplora.methods.registry import available_methods, available_presets, load_
 from dlplora.reporting import schema
 
 ROOMS = (
-    "inference", "methods", "modules", "adapters", "kernels", "lm_eval", "evaluation", "reproduce", "bench", "serve", "testing", "tasks", "data",
-    "training", "reporting",
+    "inference", "methods", "modules", "adapters", "kernels", "lm_eval", "evaluation", "reproduce", "bench", "serve", "testing", "tasks",
+    "data", "training", "reporting",
 )  # fmt: skip
 LEFT_OUT = {"index.md", "record.md"}
 
