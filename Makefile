@@ -1,4 +1,5 @@
-# make reproduce   every method on the embedded nano suite (FRESH=1 retrains experts, router and gates; METHODS=dlp,oracle runs some)
+# make reproduce   train the router, evaluate 14 methods on the nano suite, compare with the committed records
+#                  (METHODS=all or METHODS=dlp,oracle evaluates others; FRESH=1 trains and evaluates everything again)
 # make test        the tests
 # make lint        ruff, mypy
 # make report      tables, figures and page from the records
@@ -7,7 +8,6 @@
 # make packaging   the wheel and every door of lm-eval in throw-away environments (half an hour; needs the package index)
 PYTHON ?= python3
 VENV   ?= .venv
-METHODS ?= all
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.packaging
@@ -26,7 +26,7 @@ $(TOOLS): $(READY)
 	touch $@
 
 reproduce: $(READY)
-	$(BIN)/dlplora reproduce nano --methods $(METHODS) $(if $(FRESH),--fresh) $(ARGS)
+	$(BIN)/dlplora reproduce nano $(if $(METHODS),--methods $(METHODS)) $(if $(FRESH),--fresh) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

@@ -17,7 +17,7 @@ Train what a configuration describes, or validate / test what it trained.
                            --model.init_args.optimizer.lr 1e-3, --seed_everything 1
 
 All keys: dlplora fit --help-all. Progress goes to standard error; the last line on standard output is JSON.
-Exit codes: 0 done, 2 bad configuration, 130 interrupted.
+Exit codes: 0 done, 2 bad configuration, 130 interrupted, 143 terminated.
 """
 
 
@@ -53,27 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command and its arguments; None reads ``sys.argv``.
 
     Returns:
-        Exit code: 0 when done, 2 for bad configuration, 130 when interrupted (one line on standard error).
+        Exit code: 0 done, 2 bad configuration, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in {"fit", "validate", "test"} or arguments[1:2] in (["--help"], ["-h"]):
         wanted_help = any(argument in {"--help", "-h"} for argument in arguments)
         print(USAGE, file=sys.stdout if wanted_help else sys.stderr, end="")
         return 0 if wanted_help else 2
-    from dlplora.errors import DLPLoRAError
+    from dlplora.training.command import main as train
 
-    try:
-        from dlplora.training.launch import run
-
-        return run(["--help" if argument == "--help-all" else argument for argument in with_config_files(arguments)])
-    except DLPLoRAError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except SystemExit as error:  # Lightning ends an interrupted training with code 1 and no word
-        if not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        print("interrupted; --ckpt_path last goes on from the newest checkpoint.", file=sys.stderr)
-        return 130
+    return train(["--help" if argument == "--help-all" else argument for argument in with_config_files(arguments)])
 
 
 if __name__ == "__main__":

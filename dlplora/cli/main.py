@@ -1,6 +1,6 @@
 """The ``dlplora`` command. Only argument parsing happens here; every subcommand imports what it needs when it runs.
 
-Exit codes: 0 done, 1 regression or stale table, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 regression, stale table or other results than the committed ones, 2 bad input, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.cli.serve import add_serve
 from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.interruption import exit_code, raising_on_sigterm
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -73,21 +74,21 @@ def _evaluation(commands: Any) -> None:
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
 
-    parser = commands.add_parser("reproduce", help="the main job: train what is missing, evaluate, write the tables")
+    parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument("suite", choices=["nano", "paper"])
     parser.add_argument(
         "--backbone", metavar="NAME", help="paper: a profile of configs/reproduce, a model folder or a hub id (default: local-small)"
     )
     parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
-    parser.add_argument("--fresh", action="store_true", help="train every expert and the router again")
-    parser.add_argument("--methods", help="comma-separated, or 'all' (default: the six reference rows)")
+    parser.add_argument("--fresh", action="store_true", help="nano: train and evaluate everything again")
+    parser.add_argument("--methods", help="comma-separated, or 'all' (default for nano: fourteen of all families)")
     parser.add_argument("--seeds", help="comma-separated; every seed has its own experts (default: the protocol's)")
     parser.add_argument("--limit", type=int, help="questions a task; such records are in no table")
-    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/nano/results, or results for the paper)")
     parser.add_argument("--runs", metavar="DIR", help="folder of trained artifacts (default: runs/nano, or runs/paper/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and for the paper what it needs, and stop")
-    parser.set_defaults(run=_lazy("evaluate", "run_reproduce"))
+    parser.set_defaults(run=_lazy("reproduce", "run_reproduce"))
 
 
 def _reports(commands: Any) -> None:
@@ -124,7 +125,6 @@ def _reports(commands: Any) -> None:
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR")
         parser.add_argument("--methods", metavar="A,B", help="some of the guarded methods only")
-        parser.add_argument("--no-latency", action="store_true", help="leave the latency ratios out")
         if name == "accept":
             parser.add_argument("--reason", required=True, help="why the numbers move; written into the changelog")
             parser.add_argument("--changelog", default="CHANGELOG.md", metavar="FILE")
@@ -216,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        with raising_on_sigterm():
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except DLPLoRAError as error:
         print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -226,9 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"dlplora: error: {error.strerror or error}: {error.filename2 or error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("dlplora: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print("dlplora: interrupted; the same command continues where this one stopped.", file=sys.stderr)
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def _observe(arguments: argparse.Namespace) -> dict[str, Any]:
     observed = {}
     for guard in regression.chosen(names):
         start = time.perf_counter()
-        observed[guard.name] = regression.observe(guard, latency=not arguments.no_latency)
+        observed[guard.name] = regression.observe(guard)
         print(f"{guard.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return observed
 

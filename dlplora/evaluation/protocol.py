@@ -14,6 +14,10 @@ from dlplora.tasks.registry import get_suite
 
 LATER = {"since": 2}
 """Metadata of settings added after the first records: at their default they are left out, so that old hashes stay what they were."""
+RETIRED: Mapping[str, int] = {"latency_prompt_tokens": 32, "latency_new_tokens": 24, "latency_repeats": 9}
+"""Settings of a latency measurement that an evaluation no longer makes (``dlplora bench latency`` does), with their defaults. They have no
+effect, but stay in the hash with the values they had: a record's cell contains the hash of its protocol, and without them no record made
+before would be recognised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,32 +56,31 @@ class Protocol:
     """Resamples for the standard error of BLEU."""
     apply_chat_template: bool = False
     """Wrap prompts in the tokenizer's chat template."""
-    latency_prompt_tokens: int = 32
-    """Prompt length of the latency measurement."""
-    latency_new_tokens: int = 24
-    """Decoded tokens of the latency measurement."""
-    latency_repeats: int = 9
-    """Interleaved repeats; 0 measures no latency."""
+    retired: dict[str, int] = dataclasses.field(default_factory=lambda: dict(RETIRED))
+    """Values of the keys of ``RETIRED``, from files that still name them; only the hash reads them."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "latency_prompt_tokens", "latency_new_tokens", "bootstrap_iters"):
+        for name in ("batch_size", "bootstrap_iters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}.")
-        if self.num_fewshot < 0 or self.latency_repeats < 0:
-            raise ConfigError("'num_fewshot' and 'latency_repeats' cannot be negative.")
+        if self.num_fewshot < 0:
+            raise ConfigError(f"'num_fewshot' cannot be negative, got {self.num_fewshot}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("'load_in_4bit' and 'load_in_8bit' exclude each other; give one of them.")
         if not self.seeds:
             raise ConfigError("'seeds' must name at least one seed.")
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values; those of ``LATER`` only where they are set."""
+        """All settings that have an effect as plain values; those of ``LATER`` only where they are set."""
         later = {item.name: item.default for item in dataclasses.fields(self) if item.metadata == LATER}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in later or value != later[key]}
+        values = dataclasses.asdict(self)
+        del values["retired"]
+        return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
     def hash(self) -> str:
-        """Hash of the settings that decide a run; the list of seeds and the place of the rows are not among them."""
-        return config_hash({key: value for key, value in self.resolved().items() if key not in {"seeds", "data_root"}})
+        """Hash of the settings that decide a run and of the retired ones, without the list of seeds and the place of the rows."""
+        values = {**self.resolved(), **self.retired}
+        return config_hash({key: value for key, value in values.items() if key not in {"seeds", "data_root"}})
 
     def loading(self) -> dict[str, Any]:
         """What the backbone's loader is asked for besides its name and dtype."""
@@ -98,7 +101,21 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
     given = dict(overrides or {})
     if given.get("backbone", values.get("backbone")) != values.get("backbone"):
         given.setdefault("revision", None)  # the file's commit is one of the file's backbone
-    return build(Protocol, {**values, **given}, str(path))
+    return build(Protocol, _with_retired({**values, **given}, str(path)), str(path))
+
+
+def _with_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values with the retired keys moved to where only the hash finds them.
+
+    Raises:
+        ConfigError: If one of them is not a whole number.
+    """
+    kept = {key: value for key, value in values.items() if key not in RETIRED}
+    old = {key: value for key, value in values.items() if key in RETIRED}
+    for key, value in old.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{where}: '{key}' must be int, got {value!r}. It has no effect any more; leave it out.")
+    return {**kept, "retired": {**RETIRED, **old}}
 
 
 def fitted_to_suite(protocol: Protocol) -> tuple[Protocol, list[str]]:

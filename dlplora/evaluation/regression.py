@@ -15,7 +15,7 @@ import torch
 from dlplora.errors import MethodError, nearest
 from dlplora.evaluation.outcomes import outcomes_of
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.runner import Run, evaluate_run, measure_latency, open_model, prepare
+from dlplora.evaluation.runner import Run, evaluate_run, open_model, prepare
 from dlplora.reporting.comparison import MAIN_METRIC
 from dlplora.types import PromptBatch
 
@@ -35,13 +35,12 @@ class Guard:
     name: str
     preset: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    latency: bool = False
 
 
 GUARDS = (
     Guard(name="base", preset="base"),
     Guard(name="oracle", preset="oracle"),
-    Guard(name="dlp", preset="dlp", latency=True),
+    Guard(name="dlp", preset="dlp"),
     # The nano router is so sure that presets keep one expert; here the nucleus holds several.
     Guard(name="dlp_wide", preset="dlp", params={"selector": "nucleus", "top_p": 0.9999, "renormalize": "sum"}),
     Guard(name="ties", preset="ties"),
@@ -65,12 +64,12 @@ def chosen(names: Sequence[str] | None) -> tuple[Guard, ...]:
     return tuple(GUARDS if names is None else (by_name[name] for name in names))
 
 
-def observe(guard: Guard, *, latency: bool = True) -> dict[str, Any]:
+def observe(guard: Guard) -> dict[str, Any]:
     """Run one guard and return what the golden file keeps of it."""
     run = prepare(load_protocol("nano"), "nano", guard.preset, 0, method_params=guard.params, limit=LIMIT)
     with open_model(run) as lm:
         outcomes = outcomes_of(evaluate_run(run, lm), run.prefix, lm.statistics.routes)
-        observed = {
+        return {
             "logits": _probe(run, lm),
             "routing": {
                 f"{one.task}/{one.question}": None if one.routing is None else [[at, kept] for at, kept in one.routing] for one in outcomes
@@ -79,12 +78,7 @@ def observe(guard: Guard, *, latency: bool = True) -> dict[str, Any]:
                 task.name: "".join(str(int(one.metrics[MAIN_METRIC[task.kind]])) for one in outcomes if one.task == task.name)
                 for task in run.suite.tasks
             },
-            "latency": {},
         }
-        if guard.latency and latency:
-            measured = measure_latency(run, lm) or {}
-            observed["latency"] = {key: round(measured[key], 3) for key in ("ttft_ratio", "tpot_ratio")}
-    return observed
 
 
 @torch.no_grad()

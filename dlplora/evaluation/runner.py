@@ -22,9 +22,11 @@ from dlplora.evaluation.preconditions import require_artifacts, require_limit, r
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.loading import method_asset, nano_asset, resolve_backbone
 from dlplora.inference.saving import read as saved_model
+from dlplora.methods.base import FusionMethod
 from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec, resolved_params
+from dlplora.progress import Progress
 from dlplora.provenance import provenance
-from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate
+from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate, read_record
 from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
 from dlplora.tasks.export import rows_sha256
@@ -92,6 +94,8 @@ class Run:
     protocol: Protocol
     protocol_name: str
     spec: MethodSpec
+    method: FusionMethod
+    """Built from ``spec`` and bound to no pool: what it declares can be asked, every model gets one of its own."""
     seed: int
     suite: Suite
     folders: Mapping[str, Path]
@@ -134,8 +138,7 @@ class Run:
 
     def artifact_hashes(self) -> dict[str, str]:
         """Hashes of the artifacts the method reads, by role; the pool has its own checksum."""
-        wanted = build_method(self.spec).artifact_roles
-        return {role: folder_hash(self.folders[role]) for role in wanted if role in self.folders}
+        return {role: folder_hash(self.folders[role]) for role in self.method.artifact_roles if role in self.folders}
 
     def cell(self) -> str:
         """Hash of ``description``."""
@@ -173,7 +176,9 @@ def prepare(
     if experts is not None and saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artifacts
         require_artifacts(built, spec.name, folders)
     require_task_facts(built, suite, protocol.tasks or suite.names, experts)
-    return Run(protocol=protocol, protocol_name=protocol_name, spec=spec, seed=seed, suite=suite, folders=folders, limit=limit)
+    return Run(
+        protocol=protocol, protocol_name=protocol_name, spec=spec, method=built, seed=seed, suite=suite, folders=folders, limit=limit
+    )
 
 
 def power_note(run: Run) -> str:
@@ -193,7 +198,7 @@ def finished(run: Run, root: Path = RESULTS) -> Path | None:
     return find_cell(run.cell(), run.seed, run.suite.name, run.spec.name, root, scratch=True)
 
 
-def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None) -> tuple[Path, Record]:
+def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None, progress: Progress | None = None) -> tuple[Path, Record]:
     """Evaluate and write the record; a failure is written to ``scratch`` and raised again.
 
     What is refused before the evaluation begins (an unfit pool, gates of another pool, a missing encoder) leaves nothing behind.
@@ -202,6 +207,7 @@ def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None) -> t
         run: What to evaluate.
         root: Results folder.
         cache: What this run shares with others; None shares nothing.
+        progress: Shows the questions that are done; None leaves that to lm-eval.
 
     Raises:
         DLPLoRAError: What the evaluation raised.
@@ -211,17 +217,17 @@ def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None) -> t
     try:
         with open_model(run, cache) as lm:
             loaded = time.perf_counter()
-            result = evaluate_run(run, lm, cache)
+            result = evaluate_run(run, lm, cache, progress)
             evaluated = time.perf_counter()
-            latency = measure_latency(run, lm)
-            timings = {"load": loaded - started, "evaluate": evaluated - loaded, "latency": time.perf_counter() - evaluated}
+            timings = {"load": loaded - started, "evaluate": evaluated - loaded}
             outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
-            record = _record(run, lm, result, latency, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
+            record = _record(run, lm, result, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
     except DLPLoRAError as error:
         if loaded is not None:
             save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
         raise
-    return save(record, root, outcomes), record
+    path = save(record, root, outcomes)
+    return path, read_record(path)  # with the checksum of its outcomes
 
 
 @contextmanager
@@ -245,8 +251,7 @@ def _load(run: Run) -> DLPLoRALM:
     fused = FusedCausalLM.from_pretrained(
         protocol.backbone,
         pool=run.folders.get("pool"),
-        method=str(run.spec.path) if run.spec.path else run.spec.method,
-        method_params=dict(run.spec.params),
+        method=run.spec,
         artifacts={role: path for role, path in run.folders.items() if role != "pool"},
         dtype=protocol.dtype,
         device=None if protocol.backbone is None else usable_device(None),
@@ -258,7 +263,7 @@ def _load(run: Run) -> DLPLoRALM:
     return DLPLoRALM(fused=fused, batch_size=protocol.batch_size, **options)
 
 
-def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None) -> HarnessResult:
+def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None, progress: Progress | None = None) -> HarnessResult:
     """The run's tasks through lm-eval, with every question's outcome."""
     from dlplora.evaluation.cache import eval_cache
     from dlplora.lm_eval.evaluate import evaluate
@@ -274,38 +279,8 @@ def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None) -> Har
             log_samples=True,
             bootstrap_iters=0,  # errors are computed from the outcomes: lm-eval's bootstrap of BLEU takes longer than the evaluation
             apply_chat_template=protocol.apply_chat_template,
+            progress_bar=None if progress is None else progress.phase,
         )
-
-
-def measure_latency(run: Run, lm: DLPLoRALM) -> dict[str, Any] | None:
-    """Decode and prefill time against PEFT with the pool's first adapter, interleaved in this process."""
-    protocol = run.protocol
-    if protocol.latency_repeats == 0 or "pool" not in run.folders:
-        return None
-    import torch
-
-    from dlplora.bench.timing import load_peft_reference, measure_decode_ratio
-
-    pool = load_pool(run.folders["pool"])
-    first = pool.names[0]
-    reference = load_peft_reference(
-        resolve_backbone(protocol.backbone),
-        pool.folders[first],
-        dtype=lm.fused.dtype,
-        device=str(lm.fused.device),
-        **protocol.loading(),
-    )
-    text = " ".join(item.prompt for item in run.suite.tasks[0].items("test", 16))
-    ids = lm.fused.tokenizer(text)["input_ids"][: protocol.latency_prompt_tokens]
-    result = measure_decode_ratio(
-        lm.fused,
-        reference,
-        input_ids=torch.tensor([ids]),
-        new_tokens=protocol.latency_new_tokens,
-        repeats=protocol.latency_repeats,
-        task_names=[first],
-    )
-    return {"reference": "PEFT, one unmerged adapter, same dtype", **result.as_record()}
 
 
 def blank_record(run: Run) -> Record:
@@ -363,7 +338,6 @@ def _record(
     run: Run,
     lm: DLPLoRALM,
     result: HarnessResult,
-    latency: dict[str, Any] | None,
     timings: dict[str, float],
     errors: Mapping[str, Mapping[str, float | None]],
 ) -> Record:
@@ -382,10 +356,9 @@ def _record(
         blank_record(run),
         tasks=tasks,
         routing={**lm.routing_statistics(), **lm.fused.method.reported},
-        latency=latency,
         backend=lm.fused.backends_used(),
         timings_s={name: round(value, 3) for name, value in timings.items()},
-        training_tokens=training_tokens(run.folders, build_method(run.spec).artifact_roles),
+        training_tokens=training_tokens(run.folders, run.method.artifact_roles),
         trained_parameters=sum(parameter.numel() for parameter in lm.fused.method.parameters() if parameter.requires_grad),
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}

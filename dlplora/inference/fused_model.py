@@ -25,6 +25,7 @@ from dlplora.inference.prompt_routing import initial_router_input
 from dlplora.inference.prompting import prompt_tensors
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
+from dlplora.methods.registry import MethodSpec
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
@@ -94,7 +95,7 @@ class FusedCausalLM(nn.Module):
         pretrained: str | Path | None = None,
         *,
         pool: str | Path | None = None,
-        method: str | None = None,
+        method: str | MethodSpec | FusionMethod | None = None,
         router: str | Path | None = None,
         multitask: str | Path | None = None,
         method_params: Mapping[str, Any] | None = None,
@@ -115,7 +116,8 @@ class FusedCausalLM(nn.Module):
             pretrained: Model folder, hub id, or a folder written by ``save_pretrained``; None is the embedded nano backbone,
                 and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
             pool: Folder of PEFT LoRA folders.
-            method: Name of a method configuration, or path of a method YAML; None is the saved model's, else ``dlp``.
+            method: Name of a method configuration, path of a method YAML, what ``load_method_spec`` returns, or a method that is built
+                and belongs to no other model; None is the saved model's, else ``dlp``.
             router, multitask: Artifact folders.
             method_params: Overrides of the method's parameters.
             artifacts: Further artifacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.

@@ -6,14 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dlplora.adapters.pool import write_manifest
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, MethodContext
-from dlplora.methods.registry import build_method, load_method_spec, method_class
+from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
 
 CONFIG_NAME = "fused_config.json"
@@ -125,37 +125,51 @@ def untrained_method(name: str) -> MethodError:
 
 
 def choose_method(
-    saved: SavedModel | None, name: str, params: Mapping[str, Any] | None, bank: AdapterBank, context: MethodContext, *, untrained: bool
+    saved: SavedModel | None,
+    method: str | MethodSpec | FusionMethod,
+    params: Mapping[str, Any] | None,
+    bank: AdapterBank,
+    context: MethodContext,
+    *,
+    untrained: bool,
 ) -> FusionMethod:
     """The method of a saved model, a trained one from the folder ``context.artifacts["trained"]``, or a new one.
 
     Args:
         saved: The saved model, if one is loaded; its method is taken unless another name or other parameters are asked for.
-        name: Preset, path or method.
-        params: Overrides.
+        method: Preset, path or method; or what ``load_method_spec`` read; or a method that is built, which may hold trained parts.
+        params: Overrides of the parameters of a method that is not built yet.
         bank, context: As for ``FusionMethod.prepare``.
         untrained: Whether a method that needs training may be returned without it, in order to train it.
 
     Raises:
-        MethodError: If the trained folder is missing, belongs to another method or pool, or was trained with other parameters.
+        MethodError: If the trained folder is missing, belongs to another method or pool, or was trained with other parameters; or if
+            parameters are given for a method that is built.
     """
-    if saved is not None and name == saved.method and not params:
+    bare = method.method if isinstance(method, MethodSpec) and method.path is None and not method.params else method
+    if saved is not None and bare == saved.method and not params:
         return load_method(saved, bank, context)
-    spec = load_method_spec(name, params)
-    cls = method_class(spec.method)
+    if isinstance(method, FusionMethod):
+        if params:
+            raise MethodError(f"method '{method.name}' is already built; give method_params with a method's name only.")
+        built, name, asked = method, method.name, [item.name for item in fields(method.config)]
+    else:
+        spec = load_method_spec(method, params) if isinstance(method, str) else method
+        built = build_method(spec, None if isinstance(method, str) else params)
+        name, asked = spec.name, [*spec.params, *(params or {})]
     folder = context.artifacts.get("trained")
-    if folder is None or "trained" not in cls.metadata.needs:
-        if "trained" in cls.metadata.needs and not untrained:
-            raise untrained_method(spec.name)
-        return build_method(spec)
-    known = cls.saved_config(folder, bank)
-    other = {key for key, value in spec.params.items() if getattr(known, key) != getattr(build_method(spec).config, key)}
-    if other - set(cls.evaluation_params):
-        key = sorted(other - set(cls.evaluation_params))[0]
+    if folder is None or "trained" not in built.metadata.needs:
+        if "trained" in built.metadata.needs and not untrained and built is not method:
+            raise untrained_method(name)
+        return built
+    known = built.saved_config(folder, bank)
+    other = {key for key in asked if getattr(known, key) != getattr(built.config, key)}
+    if other - set(built.evaluation_params):
+        key = sorted(other - set(built.evaluation_params))[0]
         raise MethodError(
-            f"{folder} was trained with {key}={getattr(known, key)!r}, '{spec.name}' asks for {spec.params[key]!r}. "
+            f"{folder} was trained with {key}={getattr(known, key)!r}, '{name}' asks for {getattr(built.config, key)!r}. "
             "Train it with that value, or leave the parameter out."
         )
-    method = cls.load(folder, bank, context)
-    method.config = replace(method.config, **{key: getattr(build_method(spec).config, key) for key in other})
-    return method
+    loaded = built.load(folder, bank, context)
+    loaded.config = replace(loaded.config, **{key: getattr(built.config, key) for key in other})
+    return loaded

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlplora.errors import ConfigError, TaskError, nearest
+from dlplora.lm_eval.distributed import without_messages
 from dlplora.tasks import lm_eval_dir
 
 if TYPE_CHECKING:
@@ -59,15 +61,56 @@ def fast_task_manager(include_path: str | Path | Sequence[str | Path] = (), meta
 
 @contextmanager
 def without_environment_report() -> Iterator[None]:
-    """While open, lm-eval does not list the machine's packages behind its results: seconds of ``pip list``, which nobody here reads."""
+    """While open, lm-eval adds neither a list of the machine's packages (seconds of ``pip list``) nor the commit of the working folder.
+
+    Nobody here reads either, and outside a git repository the latter prints git's error message. Records name the commit of this code.
+    """
     from lm_eval import evaluator
 
-    original = evaluator.add_env_info
-    evaluator.add_env_info = lambda storage: None
+    with replaced(evaluator, "add_env_info", lambda storage: None), replaced(evaluator, "get_git_commit_hash", lambda: None):
+        yield
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """While open, a name of a module stands for something else; a name that this version of the module lacks is left out."""
+    if not hasattr(module, name):
+        yield
+        return
+    kept = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        evaluator.add_env_info = original
+        setattr(module, name, kept)
+
+
+@contextmanager
+def with_progress(lm: LM, progress_bar: Callable[..., Any] | None) -> Iterator[None]:
+    """While open, the model shows its requests with ``progress_bar`` in place of tqdm, and lm-eval draws none of its own.
+
+    Args:
+        lm: The model; its attribute ``progress_bar`` is set.
+        progress_bar: Takes ``total``, ``disable`` and ``desc`` and returns a context manager with ``update(count)``; None changes nothing.
+    """
+    if progress_bar is None:
+        yield
+        return
+    from lm_eval.api import model as harness_model
+    from lm_eval.api import task as harness_task
+
+    kept = lm.progress_bar  # type: ignore[attr-defined]
+    lm.progress_bar = progress_bar  # type: ignore[attr-defined]
+    with replaced(harness_task, "tqdm", _plain_rows), replaced(harness_model, "tqdm", _plain_rows):
+        try:
+            yield
+        finally:
+            lm.progress_bar = kept  # type: ignore[attr-defined]
+
+
+def _plain_rows(rows: Any, **options: Any) -> Any:
+    """In place of tqdm: the rows, without a bar."""
+    return rows
 
 
 def _no_tasks() -> TaskManager:
@@ -89,7 +132,9 @@ def load_tasks(task_names: Sequence[str], manager: TaskManager) -> list[Task]:
     """
     if not hasattr(manager, "load"):
         raise ConfigError(f"dlplora eval needs lm-eval 0.4.12 or newer, {version('lm-eval')} is installed; lm_eval --model dlplora works.")
-    return list(manager.load(_matching(task_names, manager))["tasks"].values())
+    names = _matching(task_names, manager)
+    with without_messages([f"{name}: Custom kwargs can be passed" for name in names], "lm_eval.api.task"):  # of rows made by code
+        return list(manager.load(names)["tasks"].values())
 
 
 def evaluate(
@@ -105,6 +150,7 @@ def evaluate(
     task_manager: TaskManager | None = None,
     gen_kwargs: Mapping[str, Any] | None = None,
     apply_chat_template: bool | str = False,
+    progress_bar: Callable[..., Any] | None = None,
 ) -> HarnessResult:
     """Run lm-eval's ``simple_evaluate`` on a model that is already built.
 
@@ -121,6 +167,7 @@ def evaluate(
         task_manager: By default ``fast_task_manager()``.
         gen_kwargs: Decoding options that replace the tasks' own.
         apply_chat_template: True, or the name of one of the tokenizer's templates.
+        progress_bar: See ``with_progress``.
 
     Raises:
         TaskError: If a task is unknown, or none is given.
@@ -134,7 +181,7 @@ def evaluate(
     if batch_size is not None:
         lm.batch_size_per_gpu = batch_size if batch_size == "auto" else int(batch_size)  # type: ignore[attr-defined]
     # the harness prints notes; standard output belongs to the caller
-    with redirect_stdout(sys.stderr), without_environment_report():
+    with redirect_stdout(sys.stderr), without_environment_report(), with_progress(lm, progress_bar):
         raw = simple_evaluate(
             model=lm,
             tasks=tasks,

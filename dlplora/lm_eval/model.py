@@ -96,6 +96,7 @@ class DLPLoRALM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.encodings: dict[Any, array[int]] = {}
         """Texts tokenised so far; may be handed on to the next model with the same tokenizer."""
+        self.progress_bar: Any = tqdm  # or what else takes these arguments and has `update`
         self._plans: dict[Any, Tensor | None] = {}
         self._cut: set[Any] = set()
         self._task_names: list[str | None] | None = None
@@ -257,7 +258,7 @@ class DLPLoRALM(HFLM):
         self._plan_all(unit.prompt for unit in units)
         self.batch_sizes: dict[int, int] = {}
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests") as progress:
+        with self.progress_bar(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood") as progress:
             for readings in self._readings(units, batch_size):
                 logprobs = torch.log_softmax(readings.logits, dim=-1, dtype=self.softmax_dtype)
                 members = [groups[unit.forward_key] for unit in readings.units]
@@ -319,7 +320,7 @@ class DLPLoRALM(HFLM):
             groups.setdefault(options_key(request.args[1]), []).append(index)
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests") as progress:
+        with self.progress_bar(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until") as progress:
             for members in groups.values():
                 settings = GenerationSettings.parse(requests[members[0]].args[1], default_max_new_tokens=self.max_gen_toks, eos=eos)
                 prompts = {index: self._generation_prompt(requests[index], settings) for index in members}
@@ -381,8 +382,6 @@ class DLPLoRALM(HFLM):
         text = self.tok_decode(tokens)
         text = text.lstrip() if isinstance(marker, int) else text
         return postprocess_generated_text(text, list(until), marker if isinstance(marker, str) else None)
-
-    # ------------------------------------------------------------------ records
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores with its results: the parent's facts, and which method, pool, backend and routing it was."""

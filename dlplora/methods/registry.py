@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -64,19 +64,21 @@ PROTOCOL_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class MethodSpec:
-    """A method with its parameters, before anything is built.
+    """A method with its parameters, read once and checked by ``load_method_spec``; methods are built from it.
 
     Args:
         name: Name of the preset (stem of its file), shown in tables.
         method: Name of the class.
         params: Parameters as given; what is not given keeps the default of the class.
         path: The YAML file, or None if a method without a preset was named.
+        config: The class's ``Config`` with these parameters.
     """
 
     name: str
     method: str
     params: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    config: Any = field(default=None, compare=False, repr=False)
 
     @property
     def where(self) -> str:
@@ -185,15 +187,17 @@ def load_method_spec(name_or_path: str, overrides: Mapping[str, Any] | None = No
     if is_path or name in presets:
         path = find_config("method", name)
         method, params = _read_spec_file(path, methods)
-        spec = MethodSpec(path.stem, method, _merged(methods[method], params, overrides), path)
-    elif name in methods:
-        spec = MethodSpec(name, name, _merged(methods[name], {}, overrides))
-    else:
-        known = sorted({*presets, *methods})
-        raise MethodError(f"unknown method '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
-    _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(methods[spec.method]))
-    build(methods[spec.method].Config, spec.params, spec.where)
-    return spec
+        return _checked(MethodSpec(path.stem, method, _merged(methods[method], params, overrides), path), methods[method])
+    if name in methods:
+        return _checked(MethodSpec(name, name, _merged(methods[name], {}, overrides)), methods[name])
+    known = sorted({*presets, *methods})
+    raise MethodError(f"unknown method '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
+
+
+def _checked(spec: MethodSpec, cls: type[FusionMethod]) -> MethodSpec:
+    """The spec with its ``Config``."""
+    _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(cls))
+    return replace(spec, config=build(cls.Config, spec.params, spec.where))
 
 
 def _merged(cls: type[FusionMethod], params: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -240,14 +244,12 @@ def _refuse_protocol_keys(values: Mapping[str, Any], where: str, valid: Sequence
 
 def resolved_params(spec: MethodSpec) -> dict[str, Any]:
     """All parameters of a spec with the defaults filled in, as a record shows them."""
-    cls = method_class(spec.method)
-    return cls.recorded_params(build(cls.Config, spec.params, spec.where))
+    return method_class(spec.method).recorded_params(spec.config)
 
 
 def hashed_params(spec: MethodSpec) -> dict[str, Any]:
     """``resolved_params`` as hashes cover them."""
-    cls = method_class(spec.method)
-    return cls.hashed_params(build(cls.Config, spec.params, spec.where))
+    return method_class(spec.method).hashed_params(spec.config)
 
 
 def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = None) -> FusionMethod:
@@ -258,11 +260,10 @@ def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = N
     """
     if isinstance(spec, str):
         spec = load_method_spec(spec, overrides)
-    elif overrides:
-        spec = MethodSpec(spec.name, spec.method, _merged(method_class(spec.method), spec.params, overrides), spec.path)
     cls = method_class(spec.method)
-    _refuse_protocol_keys(spec.params, f"{spec.where}: params", _parameters(cls))
-    return cls(build(cls.Config, spec.params, spec.where))
+    if spec.config is None or overrides:
+        spec = _checked(replace(spec, params=_merged(cls, spec.params, overrides)), cls)
+    return cls(spec.config)
 
 
 def discovered_specs() -> dict[str, MethodSpec]:

@@ -1,7 +1,7 @@
 """What the guarded runs gave when they were last accepted, and how a new run is compared with it; no deep-learning package.
 
-A golden file holds, for each guarded method: logits of a few prompts read in one batch, the experts kept for every question, right or
-wrong for every question, and the decode and prefill ratios to one LoRA.
+A golden file holds, for each guarded method: logits of a few prompts read in one batch, the experts kept for every question, and right or
+wrong for every question.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ LOGIT_TOLERANCE = 1e-3
 """Largest difference of a logit, absolute; float32 on another CPU differs by about 1e-5."""
 WEIGHT_TOLERANCE = 1e-3
 """Largest difference of a routing weight."""
-LATENCY_BAND = 3.0
-"""A latency ratio may grow by this factor: machines differ and are shared."""
 CHANGELOG_HEADING = "### Results"
 
 
@@ -84,7 +82,7 @@ def compare(golden: Mapping[str, Any], now: Mapping[str, Any]) -> list[Finding]:
         if known is None:
             findings.append(Finding(method=name, what="golden file", text="this method is not in it"))
             continue
-        for check in (_logits, _routing, _answers, _latency):
+        for check in (_logits, _routing, _answers):
             findings += [Finding(method=name, what=what, text=text) for what, text in check(known, seen)]
     return findings
 
@@ -145,13 +143,6 @@ def _answers(known: Mapping[str, Any], seen: Mapping[str, Any]) -> Iterator[tupl
 
 def _percent(values: Sequence[float]) -> str:
     return f"{100 * sum(values) / len(values):.1f} %"
-
-
-def _latency(known: Mapping[str, Any], seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, wanted in known["latency"].items():
-        got = seen["latency"].get(key)
-        if got is not None and got > LATENCY_BAND * wanted:
-            yield "latency", f"{key} {wanted:.2f} became {got:.2f} (allowed: {LATENCY_BAND:g} times)"
 
 
 def note_in_changelog(text: str, reason: str, findings: Sequence[Finding]) -> str:

@@ -1,4 +1,4 @@
-"""Trained artifacts: shipped ones of the nano suite while their recipe still matches, else trained here, once.
+"""Where trained artifacts are: shipped with the package while their recipe still matches, else in a folder of local trainings.
 
 Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of
 a method that ``LitFusion`` trains, and ``backbone`` for a small one of one's own.
@@ -6,19 +6,14 @@ a method that ``LitFusion`` trains, and ``backbone`` for a small one of one's ow
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlplora.adapters.pool import MANIFEST_NAME, write_manifest
+from dlplora.adapters.pool import MANIFEST_NAME
 from dlplora.atomic import write_atomically
 from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.errors import ConfigError
@@ -34,7 +29,7 @@ TRAINED = "trained/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asset:
+class Artifact:
     """One artifact and where it comes from."""
 
     role: str
@@ -42,6 +37,11 @@ class Asset:
     folder: Path
     source: str
     """``shipped``, ``trained before`` or ``to be trained``."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"{self.role}, seed {self.seed}" if self.seed else self.role
 
     @property
     def ready(self) -> bool:
@@ -89,11 +89,16 @@ def recipe_hash(role: str, seed: int = 0, setting: Setting = NANO) -> str:
     return config_hash(recipe(role, seed, setting))
 
 
-def stamp(role: str, folder: Path, seed: int = 0, setting: Setting = NANO) -> None:
+def write_recipe(role: str, folder: Path, seed: int = 0, setting: Setting = NANO) -> None:
     """Write the recipe beside a finished artifact; its presence says that training ended.
 
     What a backbone's pretraining has noted in that file stays, under ``pretraining``.
+
+    Raises:
+        ConfigError: If the training has exported nothing.
     """
+    if not is_complete(folder):
+        raise ConfigError(f"training of {role} ended without an export in {folder}. Run the command again to resume.")
     described = recipe(role, seed, setting)
     if role == "backbone":
         noted = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
@@ -103,9 +108,19 @@ def stamp(role: str, folder: Path, seed: int = 0, setting: Setting = NANO) -> No
     write_atomically(folder / RECIPE, json.dumps({"recipe_hash": config_hash(described), **described}, indent=2) + "\n")
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds exported weights: its own, or those of every adapter that a pool's manifest names."""
+    manifest = folder / MANIFEST_NAME
+    try:
+        parts = [folder / adapter["name"] for adapter in json.loads(manifest.read_text())["adapters"]] if manifest.is_file() else [folder]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
+    return all(any(part.glob("*.safetensors")) for part in parts)
+
+
 def _matches(folder: Path, wanted: str) -> bool:
     path = folder / RECIPE
-    if not path.is_file():
+    if not path.is_file() or not is_complete(folder):
         return False
     try:
         return bool(json.loads(path.read_text())["recipe_hash"] == wanted)
@@ -113,12 +128,12 @@ def _matches(folder: Path, wanted: str) -> bool:
         return False
 
 
-def home(runs: Path, seed: int) -> Path:
+def artifact_dir(runs: Path, seed: int) -> Path:
     """The folder of one seed's artifacts."""
     return runs / f"seed{seed}" if seed else runs
 
 
-def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Setting = NANO) -> Asset:
+def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Setting = NANO) -> Artifact:
     """Where an artifact is, or will be.
 
     The router is always trained in ``runs`` rather than taken from the package: it is the method's own part, and cheap.
@@ -131,99 +146,16 @@ def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Settin
         setting: Backbone and tasks.
     """
     wanted = recipe_hash(role, seed, setting)
-    trained = home(runs, seed) / role
+    trained = artifact_dir(runs, seed) / role
     if _matches(trained, wanted):
-        return Asset(role=role, seed=seed, folder=trained, source="trained before")
+        return Artifact(role=role, seed=seed, folder=trained, source="trained before")
     if setting.shipped and not fresh and role != "router" and _matches(nano_asset(role), wanted):
-        return Asset(role=role, seed=seed, folder=nano_asset(role), source="shipped")
-    return Asset(role=role, seed=seed, folder=trained, source="to be trained")
+        return Artifact(role=role, seed=seed, folder=nano_asset(role), source="shipped")
+    return Artifact(role=role, seed=seed, folder=trained, source="to be trained")
 
 
-def _command(role: str, setting: Setting, folder: Path, resume: Path, extra: Sequence[str] = ()) -> list[str]:
-    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", str(config_path(role, setting)), "--ckpt_path", "last"]
-    places = [f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={resume}"]
-    return [*command, *setting.arguments(kind_of(role)), *places, *extra]
-
-
-def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a training that does not outlive this process: after a hard kill a second one would write into the same folder."""
-    return subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None, **options)
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however it ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for all; one that fails, or Ctrl-C, ends the others."""
-    try:
-        codes = [process.wait() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-    if 130 in codes or -signal.SIGINT in codes:
-        raise KeyboardInterrupt
-    if any(codes):
-        bad = next(code for code in codes if code)
-        raise ConfigError(f"training of {role} ended with exit code {bad}; see the message above. Run the command again to resume.")
-
-
-def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, processes: int | None = None, setting: Setting = NANO) -> Path:
-    """Train one artifact into its folder by its configuration, in processes of its own; resumes after an interruption.
-
-    Args:
-        role: As above.
-        runs: Folder of local training runs.
-        seed: Of the training.
-        pool: The pool that gates are trained over.
-        processes: Processes of a pool; None takes the setting's.
-        setting: Backbone and tasks.
-
-    Raises:
-        ConfigError: If training failed; its own message stands above.
-    """
-    folder, resume = home(runs, seed) / role, home(runs, seed) / f"{role}_training"
-    extra = [f"--seed_everything={seed}"] if seed else []
-    if role == "pool":
-        _train_pool(setting, folder, resume, extra, processes or setting.processes)
-    else:
-        if role.startswith(TRAINED):
-            extra += [f"--model.init_args.method={role.removeprefix(TRAINED)}", f"--model.init_args.pool={pool}"]
-        _wait(role, [_start(_command(role, setting, folder, resume, extra))])
-    stamp(role, folder, seed, setting)
-    return folder
-
-
-def _train_pool(setting: Setting, folder: Path, resume: Path, seeded: Sequence[str], processes: int | None) -> None:
-    """The experts of a pool do not depend on one another, so on a CPU they are dealt out to one single-threaded process a core: a
-    model this small keeps one core busy and gains nothing from a second."""
-    names = setting.chosen().names
-    count = max(1, min(processes or os.cpu_count() or 1, 4, len(names)))
-    shards = [names[i::count] for i in range(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if count > 1 else None
-    started = []
-    for i, shard in enumerate(shards):
-        extra = [*seeded, f"--data.init_args.tasks={','.join(shard)}"]
-        # Only the first process shows its progress; several bars on one terminal overwrite each other.
-        output = None if i == 0 else subprocess.DEVNULL
-        command = _command("pool", setting, resume / f"part{i}", resume / f"run{i}", extra)
-        started.append(_start(command, env=environment, stdout=output, stderr=output))
-    _wait("the pool", started)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, shard in enumerate(shards):
-        for name in shard:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            shutil.copytree(resume / f"part{i}" / name, folder / name)
-    notes = [json.loads((resume / f"part{i}" / "training.json").read_text()) for i in range(count)]
-    tokens = {"training_tokens": sum(part["training_tokens"] for part in notes)}
-    write_atomically(folder / "training.json", json.dumps(notes[0] | {"metrics": {}} | tokens, indent=2) + "\n")
-    write_manifest(folder, names, json.loads((resume / "part0" / MANIFEST_NAME).read_text())["base_model"])
-
-
-def forget(runs: Path, roles: Sequence[str], seed: int = 0) -> None:
+def delete_artifacts(runs: Path, roles: Sequence[str], seed: int = 0) -> None:
     """Remove local artifacts so that the next training starts anew."""
     for role in roles:
-        for folder in (home(runs, seed) / role, home(runs, seed) / f"{role}_training"):
+        for folder in (artifact_dir(runs, seed) / role, artifact_dir(runs, seed) / f"{role}_training"):
             shutil.rmtree(folder, ignore_errors=True)

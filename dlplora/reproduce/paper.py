@@ -18,10 +18,10 @@ from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.evaluation.protocol import Protocol, load_protocol
 from dlplora.methods.registry import available_presets
 from dlplora.reporting import tables
-from dlplora.reproduce import artifacts as assets
-from dlplora.reproduce import estimate
-from dlplora.reproduce.pipeline import Plan, plan, roles_of
+from dlplora.reproduce import artifacts, estimate
+from dlplora.reproduce.pipeline import ReproduceJob, make_job, roles_of
 from dlplora.reproduce.recipe import Setting
+from dlplora.reproduce.training import train
 from dlplora.tasks.local import ENV_ROOT
 from dlplora.tasks.registry import get_suite
 
@@ -108,7 +108,7 @@ def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PaperJob:
     """A comparison on one backbone, resolved as far as is possible before anything is trained."""
 
     name: str
@@ -141,9 +141,9 @@ class Job:
         settings = {"lora.rank": RANKS[role], "lora.lora_alpha": 2 * RANKS[role], "adapter_name": role}
         return [*self.profile.options.get("multitask", ()), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
 
-    def backbone_asset(self) -> assets.Asset | None:
+    def backbone_artifact(self) -> artifacts.Artifact | None:
         """The backbone that is pretrained here, or None if it comes from elsewhere."""
-        return assets.locate("backbone", self.runs, fresh=False, setting=self.setting) if self.profile.train_backbone else None
+        return artifacts.locate("backbone", self.runs, fresh=False, setting=self.setting) if self.profile.train_backbone else None
 
     def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
         """The same over a backbone that is there."""
@@ -154,7 +154,7 @@ class Job:
 
 def resolve(
     backbone: str, overrides: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int] | None, runs: Path | None
-) -> Job:
+) -> PaperJob:
     """Check every name before anything starts.
 
     Args:
@@ -174,7 +174,7 @@ def resolve(
         chosen = list(dict.fromkeys([*tables.REFERENCE_ROWS, *available_presets()]))
     roles_of(chosen)
     _require_tasks(protocol)
-    job = Job(
+    job = PaperJob(
         name=name,
         profile=profile,
         protocol=protocol,
@@ -183,45 +183,45 @@ def resolve(
         runs=runs or Path("runs") / "paper" / name,
     )
     for role in roles_of(chosen):
-        assets.config_path(role, job.setting)
+        artifacts.config_path(role, job.setting)
     return job
 
 
-def announced(job: Job) -> Iterator[str]:
+def announced(job: PaperJob) -> Iterator[str]:
     """What will be done and what it needs; reads rows if they lie here, loads no weights."""
     setting = job.setting
-    asset = job.backbone_asset()
+    artifact = job.backbone_artifact()
     source = job.profile.backbone
-    if asset is not None:
-        yield f"backbone: {asset.source} ({asset.folder})"
-        source = str(asset.folder) if asset.ready else None
+    if artifact is not None:
+        yield f"backbone: {artifact.source} ({artifact.folder})"
+        source = str(artifact.folder) if artifact.ready else None
     else:
         yield f"backbone: {source} (revision {job.profile.revision or 'newest; the records say which'})"
-    if asset is None or asset.ready:
+    if artifact is None or artifact.ready:
         known = source is not None and Path(source).is_dir()
-        yield from planned(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
+        yield from job_over(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
     else:
         yield from _roles(job)
     training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := _budget(job, setting, kind))["runs"]}
     rows, count = _rows_at_hand(job)
-    lora = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]
+    lora = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]
     shape = estimate.shape_of(source, job.profile.shape or _own_shape(job), rank=lora["rank"], targets=lora["target_modules"])
     wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
     yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
 
 
-def _roles(job: Job) -> Iterator[str]:
+def _roles(job: PaperJob) -> Iterator[str]:
     for seed in job.seeds:
         for role in roles_of(job.methods):
             yield f"{role}, seed {seed}: to be trained, unless a finished one of the same recipe lies in {job.runs}"
     yield f"evaluate {', '.join(job.methods)} with seed(s) {', '.join(map(str, job.seeds))}; finished cells are reused"
 
 
-def _own_shape(job: Job) -> dict[str, Any]:
+def _own_shape(job: PaperJob) -> dict[str, Any]:
     """Sizes of the backbone that is pretrained here."""
     if not job.profile.train_backbone:
         return {}
-    config = load_yaml(assets.config_path("backbone", job.setting))
+    config = load_yaml(artifacts.config_path("backbone", job.setting))
     model = _overridden(config["model"]["init_args"], job.setting.extra("backbone"), "--model.init_args.")
     return {
         "model_type": "llama",
@@ -241,13 +241,13 @@ def _overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) 
     return {**values, **{key: int(value) for key, value in given.items() if value.isdigit()}}
 
 
-def _budget(job: Job, setting: Setting, kind: str) -> dict[str, int]:
+def _budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
     """Steps and rows of one kind of training, and how many of it there are."""
-    data = load_yaml(assets.config_path(kind, setting))["data"]["init_args"]
+    data = load_yaml(artifacts.config_path(kind, setting))["data"]["init_args"]
     data = _overridden(data, setting.extra(kind), "--data.init_args.")
-    roles = [role for role in roles_of(job.methods) if assets.kind_of(role) == kind]
+    roles = [role for role in roles_of(job.methods) if artifacts.kind_of(role) == kind]
     runs = len(roles) * len(job.seeds) * (_rows_at_hand(job)[1] if kind == "pool" else 1)
-    rank = load_yaml(assets.config_path("pool", setting))["model"]["init_args"]["lora"]["rank"]
+    rank = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]["rank"]
     size = RANKS.get(kind, rank) // rank
     return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs, "size": size}
 
@@ -278,7 +278,7 @@ def _require_tasks(protocol: Protocol) -> None:
             raise TaskError(f"suite '{protocol.suite}' has no task '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
 
 
-def _rows_at_hand(job: Job) -> tuple[list[int], int]:
+def _rows_at_hand(job: PaperJob) -> tuple[list[int], int]:
     """Characters of the training rows under the data root, none if they would have to come from the hub; and the number of tasks."""
     if not _has_rows(job.protocol):
         return [], len(job.protocol.tasks or _tasks_of_the_hub(job.protocol.suite))
@@ -286,17 +286,17 @@ def _rows_at_hand(job: Job) -> tuple[list[int], int]:
     return [len(item.prompt) + len(item.answer) for task in suite.tasks for item in task.rows.get("train", ())], len(suite.tasks)
 
 
-def backbone_folder(job: Job) -> tuple[str, str | None]:
+def backbone_folder(job: PaperJob) -> tuple[str, str | None]:
     """The backbone's folder and commit; pretrains it first if it is our own and not there yet."""
-    asset = job.backbone_asset()
-    if asset is None:
+    artifact = job.backbone_artifact()
+    if artifact is None:
         assert job.profile.backbone is not None, "a profile without a backbone trains one"
         return resolved_backbone(job.profile.backbone, job.profile.revision)
-    if not asset.ready:
-        assets.train("backbone", job.runs, setting=job.setting)
-    return str(asset.folder), None
+    if not artifact.ready:
+        train("backbone", job.runs, setting=job.setting)
+    return str(artifact.folder), None
 
 
-def planned(job: Job, setting: Setting) -> Plan:
+def job_over(job: PaperJob, setting: Setting) -> ReproduceJob:
     """What has to be trained and evaluated over a backbone that is there."""
-    return plan(job.methods, job.seeds, job.runs, fresh=False, setting=setting)
+    return make_job(job.methods, job.seeds, job.runs, fresh=False, setting=setting)

@@ -126,6 +126,7 @@ class ResumeCheckpoint(L.Callback):
         self.folder = folder
         self.keep = keep
         self._saved_step = -1
+        self._ended = False
 
     def directory(self, trainer: L.Trainer) -> Path:
         """The folder of the files."""
@@ -138,7 +139,13 @@ class ResumeCheckpoint(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the finished run, so that it can be validated and tested later."""
+        self._ended = True
         self._save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finish a run that was stopped after its last step and before its export: Lightning finds nothing left to train and ends it."""
+        if not self._ended and trainer.fit_loop.done and trainer.global_step > 0:
+            pl_module.on_train_end()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save when asked to stop: Lightning raises this one between two batches, where the state is whole."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,29 +24,9 @@ from dlplora.config import require_writable
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.training.checkpoints import AtomicCheckpointIO, ResumeCheckpoint, find_latest
 from dlplora.training.config_check import check_command_line, first_reason
+from dlplora.training.progress_callback import TrainingProgress
 
 COMMANDS = ("fit", "validate", "test")
-REFRESH_STEPS = 20
-
-
-class PlainProgress(L.Callback):
-    """A line on standard error every so many steps, for logs and pipes."""
-
-    def __init__(self, every_n_steps: int = 200) -> None:
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Step, number of steps and the last logged loss."""
-        if (batch_idx + 1) % self.every_n_steps == 0 and trainer.is_global_zero:
-            loss = trainer.callback_metrics.get("train_loss")
-            shown = "" if loss is None else f"  train_loss {float(loss):.4f}"
-            print(f"epoch {trainer.current_epoch}  step {batch_idx + 1}/{trainer.num_training_batches}{shown}", file=sys.stderr, flush=True)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The averaged validation metrics."""
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_") and "/" not in key}
-            print("  ".join(f"{key} {value:.4f}" for key, value in values.items()), file=sys.stderr, flush=True)
 
 
 class TrainingCLI(LightningCLI):
@@ -75,7 +54,7 @@ class TrainingCLI(LightningCLI):
                 arguments["seed"] = int(seed) if seed is not None else 0
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The configured trainer with an atomic checkpoint writer; loggers and progress as the terminal allows."""
+        """The configured trainer with an atomic checkpoint writer, our loggers and our progress."""
         trainer = self._get(self.config_init, "trainer", default={})
         root = Path(trainer.get("default_root_dir") or ".")
         callbacks = trainer.get("callbacks") or []
@@ -84,14 +63,17 @@ class TrainingCLI(LightningCLI):
             fitting = self.subcommand == "fit" and not trainer.get("fast_dev_run")
             kwargs["logger"] = [CSVLogger(root, name="logs"), TensorBoardLogger(root, name="tensorboard")] if fitting else False
         if trainer.get("enable_progress_bar") is not False:
-            if sys.stderr.isatty():
-                callbacks.append(RichProgressBar(refresh_rate=REFRESH_STEPS))
-            else:
-                kwargs["enable_progress_bar"] = False
-                callbacks.append(PlainProgress())
+            # Lightning's bars write to standard output and draw nothing in a file
+            kwargs["enable_progress_bar"] = False
+            callbacks.append(TrainingProgress())
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def before_fit(self) -> None:
+        """Say that work has begun: making the rows and loading the backbone may take a minute."""
+        if self.trainer.is_global_zero and any(isinstance(one, TrainingProgress) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
+            print("fit: preparing data and model", file=sys.stderr, flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -122,6 +104,7 @@ def quieten() -> None:
         "lightning.fabric.utilities.seed",
         "lightning.pytorch.accelerators.cuda",
         "lightning.pytorch.trainer.connectors.checkpoint_connector",
+        "lightning.pytorch.trainer.connectors.signal_connector",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)

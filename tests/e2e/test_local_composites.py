@@ -103,7 +103,6 @@ def command(backbone: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "suite": "nano_composite",
         "tasks": ["mixture_3", "concat_3", "serial_3", "concat_5"],
         "batch_size": 50,
-        "latency_repeats": 0,
     }
     (tmp_path / "several.yaml").write_text(yaml.safe_dump(protocol))
     arguments = ["eval", "--protocol", str(tmp_path / "several.yaml"), "--pretrained", str(backbone), "--pool", str(pool)]

@@ -18,7 +18,7 @@ from dlplora.modules.lora_bank import AdapterBank
 from dlplora.reporting import goldens
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ["--out", str(ROOT / "results"), "--no-latency"]
+RESULTS = ["--out", str(ROOT / "results")]
 
 
 def check(methods: str) -> int:
@@ -69,7 +69,6 @@ def observation(**changes: object) -> dict[str, object]:
         "logits": {"a": [1.0, 2.0]},
         "routing": {"a/0": [[0, {"x": 0.75, "y": 0.25}]], "a/1": None},
         "right": {"a": "1111111111", "b": "0000000000"},
-        "latency": {"tpot_ratio": 1.0},
     }
     return {**whole, **changes}
 
@@ -83,7 +82,6 @@ def observation(**changes: object) -> dict[str, object]:
         ({"routing": {"a/0": [[0, {"x": 0.7, "y": 0.3}]], "a/1": None}}, "routing"),
         ({"right": {"a": "1111000000", "b": "0000000000"}}, "accuracy"),
         ({"right": {"a": "11111", "b": "0000000000"}}, "answers"),
-        ({"latency": {"tpot_ratio": 3.5}}, "latency"),
     ],
 )
 def test_every_kind_of_difference_is_found(changes: dict[str, object], what: str) -> None:
@@ -93,7 +91,7 @@ def test_every_kind_of_difference_is_found(changes: dict[str, object], what: str
 
 def test_noise_is_no_difference() -> None:
     quiet = observation(
-        logits={"a": [1.0002, 2.0]}, right={"a": "1111111110", "b": "0000000001"}, latency={"tpot_ratio": 2.0},
+        logits={"a": [1.0002, 2.0]}, right={"a": "1111111110", "b": "0000000001"},
         routing={"a/0": [[0, {"x": 0.7501, "y": 0.2499}]], "a/1": None},
     )  # fmt: skip
     assert goldens.compare({"m": observation()}, {"m": quiet}) == []
@@ -114,7 +112,7 @@ def test_bad_golden_files_and_names_are_one_line(tmp_path: Path, capsys: pytest.
 
 def test_accept_writes_goldens_and_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changelog = tmp_path / "CHANGELOG.md"
-    arguments = ["report", "accept", "--out", str(tmp_path), "--methods", "base", "--no-latency", "--changelog", str(changelog)]
+    arguments = ["report", "accept", "--out", str(tmp_path), "--methods", "base", "--changelog", str(changelog)]
     assert main([*arguments, "--reason", "first"]) == 2
     changelog.write_text("# Changelog\n\n### Results\n\n* Older.\n")
     assert main([*arguments, "--reason", " "]) == 2
@@ -122,4 +120,4 @@ def test_accept_writes_goldens_and_the_reason(tmp_path: Path, capsys: pytest.Cap
     assert main([*arguments, "--reason", "a new\nbackbone."]) == 0
     assert changelog.read_text() == "# Changelog\n\n### Results\n\n* a new backbone. Moved: base (golden file).\n\n* Older.\n"
     capsys.readouterr()
-    assert main(["report", "check", "--out", str(tmp_path), "--methods", "base", "--no-latency"]) == 0
+    assert main(["report", "check", "--out", str(tmp_path), "--methods", "base"]) == 0

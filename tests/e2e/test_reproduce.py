@@ -1,4 +1,4 @@
-"""The main job on a few questions: announced, evaluated, tabulated, and not repeated."""
+"""``dlplora reproduce nano`` on a few questions: announced, evaluated, compared with the committed records, and not repeated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from dlplora.cli.main import main
 from dlplora.inference.loading import NANO_ASSETS
-from dlplora.reproduce import artifacts as assets
+from dlplora.reporting.store import file_checksum, samples_path
+from dlplora.reproduce import artifacts, comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,34 +19,64 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """A folder of trainings in which the router is trained already, as after a first run."""
-    if not assets._matches(NANO_ASSETS / "router", assets.recipe_hash("router")):
+    if not artifacts._matches(NANO_ASSETS / "router", artifacts.recipe_hash("router")):
         pytest.skip("the embedded router's recipe has changed; training one takes too long here")
     shutil.copytree(NANO_ASSETS / "router", tmp_path / "runs" / "router")
     return tmp_path / "runs"
 
 
-def test_reproduce_evaluates_what_is_missing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (ROOT / "README.md").read_text()
-    arguments = ["reproduce", "nano", "--limit", "2", "--methods", "base,dlp", "--runs", str(runs), "--out", str(tmp_path / "results")]
+def checksums(root: Path) -> dict[Path, str]:
+    return {path: file_checksum(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_it_evaluates_here_and_compares_with_what_is_committed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = checksums(ROOT / "results") | {ROOT / "README.md": file_checksum(ROOT / "README.md")}
+    arguments = ["reproduce", "nano", "--limit", "2", "--methods", "base,dlp", "--runs", str(runs)]
     assert main(arguments) == 0
     first = capsys.readouterr()
-    assert "pool: shipped" in first.err
-    assert "router: trained before" in first.err
-    table = [line for line in first.out.splitlines() if line.startswith("| `")]
-    assert [line.split("`")[1] for line in table] == ["base", "dlp"]
-    records = {path.name.split("-")[0]: json.loads(path.read_text()) for path in (tmp_path / "results" / "scratch").rglob("*.json")}
+    for part in ("pool: shipped", "router: trained before", "[1/2] base, seed 0 …", "[2/2] dlp, seed 0: "):
+        assert part in first.err
+    assert "reused /" not in first.err
+    lines = first.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines if line.endswith("equal")] == ["base", "dlp"]
+    assert lines[-2].startswith("trained: nothing; evaluated: 2, reused: 0; time: ")
+    assert lines[-1] == "against the committed records: 2 of 2 equal, 0 within the tolerance, 0 differ, 0 new"
+
+    records = {path.name.split("-")[0]: json.loads(path.read_text()) for path in (runs / "results" / "scratch").rglob("*.json")}
     assert set(records) == {"base", "dlp"}  # limited runs are no results
     for record in records.values():
         assert record["limit"] == 2
+        assert record["latency"] is None
         assert len(record["tasks"]) == 26
         assert {task["num"] for task in record["tasks"].values()} == {2}
     assert records["base"]["artifact_hashes"] == {}
     assert set(records["dlp"]["artifact_hashes"]) == {"router"}
     assert records["dlp"]["aggregates"]["mcq_acc"] > records["base"]["aggregates"]["mcq_acc"] + 0.3
+
     assert main(arguments) == 0
     second = capsys.readouterr()
-    assert second.err.count("reused") == 3  # the announcement, and both cells
-    assert (ROOT / "README.md").read_text() == readme
+    assert second.err.count(": reused ") == 2
+    assert second.out.splitlines()[-2].startswith("trained: nothing; evaluated: 0, reused: 2; time: ")
+    assert [line for line in second.out.splitlines() if line.endswith("equal")] == [line for line in lines if line.endswith("equal")]
+    assert checksums(ROOT / "results") | {ROOT / "README.md": file_checksum(ROOT / "README.md")} == kept
+
+
+def test_other_results_than_the_committed_ones_are_exit_code_1(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The committed record of another method stands in for results that this code no longer gives."""
+    folder = tmp_path / "clone" / "results" / "runs" / "nano"
+    folder.mkdir(parents=True)
+    source, target = (next((ROOT / "results" / "runs" / "nano").glob(f"{name}-*-s0.json")) for name in ("oracle", "base"))
+    changed = json.loads(target.read_text()) | {"samples_sha256": file_checksum(samples_path(source))}
+    (folder / target.name).write_text(json.dumps(changed))
+    shutil.copy(samples_path(source), samples_path(folder / target.name))
+    monkeypatch.setattr(comparison, "PACKAGE_ROOT", tmp_path / "clone" / "dlplora")
+    assert main(["reproduce", "nano", "--limit", "1", "--methods", "base", "--runs", str(runs)]) == 1
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("against the committed records: 0 of 1 equal, 0 within the tolerance, 1 differ")
+    )
 
 
 def test_the_plan_names_what_each_method_needs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +87,36 @@ def test_the_plan_names_what_each_method_needs(runs: Path, tmp_path: Path, capsy
         assert line in planned
     assert "router" not in planned
     assert not (tmp_path / "results").exists()
+
+
+def test_fresh_trains_and_evaluates_everything_again(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dry: nothing is deleted, everything is to be trained, the shipped artifacts as well."""
+    before = checksums(runs)
+    assert main(["reproduce", "nano", "--fresh", "--dry-run", "--runs", str(runs), "--methods", "dlp,multitask"]) == 0
+    assert capsys.readouterr().err.count("to be trained") == 2  # the router lies in the folder, and goes when it begins
+    assert checksums(runs) == before
+    from dlplora.reproduce.pipeline import begin_fresh, finish
+
+    (runs / "results").mkdir()
+    (runs / "results" / "old.json").touch()
+    begin_fresh(["dlp"], [0], runs, runs / "results")
+    assert not (runs / "router").exists()
+    assert not (runs / "results").exists()
+    (runs / "router").mkdir()
+    begin_fresh(["dlp"], [0], runs, runs / "results")  # an interrupted one continues
+    assert (runs / "router").exists()
+    finish(runs)
+
+
+def test_an_evaluation_outside_a_repository_does_not_show_gits_complaint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "--method", "base", "--tasks", "shelf_sorting", "--limit", "1", "--out", "results"]) == 0
+    said = capfd.readouterr().err
+    assert "fatal" not in said
+    assert said.startswith("evaluating base on 1 task(s)")
+    assert len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dlplora.cli.main import main
 from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.reporting.store import load_all
-from dlplora.reproduce import artifacts as assets
+from dlplora.reproduce import artifacts
 from dlplora.reproduce.paper import CONFIGS, Profile, announced, resolve
 from dlplora.reproduce.recipe import Setting
 from dlplora.training.config_check import check_command_line
@@ -53,7 +53,7 @@ def write_rows(root: Path) -> Path:
 @pytest.fixture
 def job(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
     """The command over a profile with budgets of a few steps."""
-    protocol = {"suite": "paper_local", "batch_size": 8, "latency_repeats": 0}
+    protocol = {"suite": "paper_local", "batch_size": 8}
     (tmp_path / "tiny_protocol.yaml").write_text(yaml.safe_dump(protocol))
     cpu = ["--trainer.accelerator=cpu"]
     steps = ["--data.init_args.num_steps=12", "--data.init_args.batch_size=2", "--data.init_args.num_validation=4"]
@@ -240,7 +240,7 @@ def test_every_profile_names_a_protocol_and_options_that_exist(name: str, tmp_pa
         backbone="BASE", suite=protocol.suite, data_root=str(tmp_path), tasks=("gsm8k",), configs=CONFIGS, options=profile.options
     )
     for kind in KINDS:
-        arguments = ["--config", str(assets.config_path(kind, setting)), *setting.arguments(kind)]
+        arguments = ["--config", str(artifacts.config_path(kind, setting)), *setting.arguments(kind)]
         assert "model" in check_command_line(["fit", *arguments])
 
 

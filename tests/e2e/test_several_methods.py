@@ -14,13 +14,13 @@ from dlplora.methods.registry import available_presets
 from tests.toy_tasks import NAMES, write_tasks
 
 METHODS = ("oracle", "mole", "dlp")
-OF_THE_PROCESS = {"created", "timings_s", "provenance", "latency"}
+OF_THE_PROCESS = {"created", "timings_s", "provenance"}
 """What two equal runs differ in."""
 
 
 @pytest.fixture
 def quick(tmp_path: Path) -> list[str]:
-    (tmp_path / "quick.yaml").write_text("suite: nano\ntasks: [shelf_sorting, object_counting]\nlatency_repeats: 0\n")
+    (tmp_path / "quick.yaml").write_text("suite: nano\ntasks: [shelf_sorting, object_counting]\n")
     return ["eval", "--protocol", str(tmp_path / "quick.yaml"), "--limit", "2"]
 
 

@@ -72,7 +72,7 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(launch, "run", interrupted)
     assert main(["fit", "--config", "any.yaml"]) == 130
-    assert capsys.readouterr().err == "interrupted; --ckpt_path last goes on from the newest checkpoint.\n"
+    assert capsys.readouterr().err == "interrupted; --ckpt_path last continues from the newest checkpoint.\n"
 
 
 def test_a_terminal_without_the_character_shows_its_escape() -> None:

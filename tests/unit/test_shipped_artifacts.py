@@ -13,7 +13,7 @@ from dlplora.data.datamodule import ExpertDataModule, ExpertPoolDataModule, Fusi
 from dlplora.evaluation.runner import training_tokens
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import available_presets, build_method
-from dlplora.reproduce import artifacts as assets
+from dlplora.reproduce import artifacts
 from dlplora.reproduce.pipeline import roles_of
 from dlplora.training.frozen import load_tokenizer
 
@@ -22,7 +22,7 @@ ROLES = [role for role in roles_of(sorted(available_presets())) if role != "rout
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_artifact_of_seed_0_is_shipped(role: str, tmp_path: Path) -> None:
-    assert assets.locate(role, tmp_path, fresh=False).source == "shipped"
+    assert artifacts.locate(role, tmp_path, fresh=False).source == "shipped"
     assert json.loads((nano_asset(role) / "training.json").read_text())["training_tokens"] > 0
 
 

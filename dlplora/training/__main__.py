@@ -1,0 +1,9 @@
+"""``python -m dlplora.training fit --config FILE.yaml``: what ``dlplora fit`` does, for processes that start trainings."""
+
+from __future__ import annotations
+
+import sys
+
+from dlplora.training.command import main
+
+sys.exit(main(sys.argv[1:]))

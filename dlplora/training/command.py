@@ -1,0 +1,49 @@
+"""One training command from its arguments to its exit code. Errors of the user and interruptions are one line on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dlplora.errors import DLPLoRAError
+from dlplora.interruption import TERMINATED, exit_code, raising_on_sigterm
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``fit``, ``validate`` or ``test``.
+
+    Args:
+        arguments: The command and its options.
+
+    Returns:
+        Exit code: 0 done, 2 bad configuration, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    with raising_on_sigterm():
+        try:
+            # imported here, so that a signal during the seconds this takes is handled, too
+            from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+            from dlplora.training.launch import run
+
+            try:
+                return run(arguments)
+            except SIGTERMException:
+                return _interrupted(TERMINATED)
+            except SystemExit as error:  # Lightning ends with code 1 after Ctrl-C
+                if not isinstance(error.__context__, KeyboardInterrupt):
+                    raise
+                return _interrupted(exit_code(error.__context__))
+        except DLPLoRAError as error:
+            _say(f"error: {' '.join(str(error).split())}")
+            return 2
+        except KeyboardInterrupt as error:
+            return _interrupted(exit_code(error))
+
+
+def _interrupted(code: int) -> int:
+    _say("interrupted; --ckpt_path last continues from the newest checkpoint.")
+    return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
