@@ -13,11 +13,13 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from dlplora.errors import ConfigError, nearest
+from dlplora.documents import read_yaml
+from dlplora.errors import ConfigError, DLPLoRAError, nearest
 
 T = TypeVar("T")
 
@@ -32,26 +34,12 @@ def configs_root() -> Path:
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read one YAML mapping, with OmegaConf interpolation resolved.
+    """Read one YAML mapping; ``documents.read_yaml`` says what it may hold.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, or is not a mapping.
+        ConfigError: If the file is missing, is not YAML, is not a mapping, or breaks a limit.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file not found: {path}. Pass the path of an existing YAML file.")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"cannot read {path} as YAML: {first_line}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values, found {type(loaded).__name__}.")
-    return {str(key): value for key, value in loaded.items()}
+    return read_yaml(path)
 
 
 def find_config(kind: str, name: str) -> Path:
@@ -78,67 +66,132 @@ def list_configs(kind: str) -> list[str]:
     return sorted(path.stem for path in (configs_root() / kind).glob("*.yaml"))
 
 
-def _accepts(annotation: Any, value: Any) -> bool:
-    """Whether a YAML value fits a (simple) annotation; unknown annotations accept anything."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_accepts(option, value) for option in typing.get_args(annotation))
-    if origin is typing.Literal:
-        return value in typing.get_args(annotation)
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple))
-    if origin is dict:
-        return isinstance(value, Mapping)
-    if annotation is type(None):
-        return value is None
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (bool, str):
-        return isinstance(value, annotation)
-    return True
+def check_keys(content: Mapping[str, Any], known: Iterable[str], where: str, *, error: type[DLPLoRAError] = ConfigError) -> None:
+    """Refuse a key that is not known, with the nearest that is.
+
+    Raises:
+        error: At the first unknown key.
+    """
+    known = tuple(known)
+    for key in content:
+        if key not in known:
+            shown = f" Valid keys: {', '.join(known) or 'none'}." if len(known) <= 40 else ""
+            raise error(f"{where}: unknown key '{key}'.{nearest(str(key), known)}{shown}")
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make a dataclass from a mapping; every key must be a field and every value must fit its type.
+@cache
+def _adapter(cls: type) -> Any:
+    """The validator of a dataclass; making one takes longer than using it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = ConfigError) -> T:
+    """Make a dataclass from plain data: every key must be a field, and every value must fit its type at every depth.
+
+    The one validator of everything that is read from files and command lines. Types are strict: no text becomes a number, no number
+    a boolean. Lists become tuples and mappings become dataclasses where the annotations say so.
 
     Args:
         cls: A dataclass type.
-        values: Keys and plain YAML values; nested mappings build nested dataclasses.
+        values: A mapping of keys to plain values, as JSON and YAML have them.
         where: What to call the source in errors, usually a file path.
+        error: What to raise.
 
     Raises:
-        ConfigError: For an unknown key (with the nearest valid one), a missing required key, or a value of another type.
+        error: For an unknown key (with the nearest valid one), a missing key, a value of another type, or one that the class refuses.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"{where}: unknown key '{key}'.{nearest(str(key), fields)} Valid keys: {', '.join(fields) or 'none'}.")
-    hints = typing.get_type_hints(cls)
-    ready: dict[str, Any] = {}
-    for name, value in values.items():
-        annotation = hints[name]
-        if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
-            ready[name] = build(typing.cast(type[Any], annotation), value, f"{where}: {name}")
-            continue
-        if not _accepts(annotation, value):
-            wanted = getattr(annotation, "__name__", None) if not typing.get_args(annotation) else str(annotation)
-            raise ConfigError(f"{where}: '{name}' must be {str(wanted).replace('typing.', '')}, got {value!r}.")
-        ready[name] = tuple(value) if typing.get_origin(annotation) is tuple else value
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in ready and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: missing required key(s): {', '.join(missing)}.")
+    from pydantic import ValidationError
+
+    if not isinstance(values, Mapping):
+        raise error(f"{where} must be an object (a mapping of keys to values), got {short(values)}.")
+    check_keys(values, [field.name for field in dataclasses.fields(cls)], where, error=error)  # type: ignore[arg-type]
     try:
-        return cls(**ready)
-    except ConfigError:
-        raise
-    except ValueError as error:  # a __post_init__ check
-        raise ConfigError(f"{where}: {error}") from error
+        text = json.dumps(values)
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise error(f"{where}: holds a value that is neither text nor number, list or mapping: {problem}.") from problem
+    try:
+        return cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"))
+    except ValidationError as problem:
+        raise error(_reason(cls, values, problem.errors(include_url=False), where)) from problem
+
+
+def short(value: Any, most: int = 60) -> str:
+    """A value in an error message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _reason(cls: type, values: Any, problems: Sequence[Mapping[str, Any]], where: str) -> str:
+    """What a validator found, in one sentence: a key that is unknown or missing before a value that does not fit."""
+    first = min(problems, key=lambda one: one["type"] not in {"unexpected_keyword_argument", "missing"})
+    place = _Place(cls, values)
+    for part in first["loc"]:
+        if not place.enter(part):
+            break
+    inside = f"{where}: {place.owner_path}" if place.owner_path else where
+    if first["type"] == "value_error":  # a __post_init__ check; some say themselves where they stand
+        text = str(first["ctx"]["error"])
+        return text if text.startswith(where) else f"{where}: {place.path}: {text}" if place.path else f"{where}: {text}"
+    if first["type"] == "unexpected_keyword_argument":
+        known = [field.name for field in dataclasses.fields(place.owner)]
+        return f"{inside}: unknown key '{first['loc'][-1]}'.{nearest(str(first['loc'][-1]), known)} Valid keys: {', '.join(known)}."
+    if first["type"] == "missing":
+        names = [str(one["loc"][-1]) for one in problems if one["type"] == "missing" and one["loc"][:-1] == first["loc"][:-1]]
+        return f"{inside}: missing required key(s): {', '.join(names)}."
+    limits = {"greater_than_equal": "at least {ge}", "less_than_equal": "at most {le}", "greater_than": "more than {gt}"}
+    wanted = limits[first["type"]].format(**first["ctx"]) if first["type"] in limits else _name_of(place.annotation)
+    return f"{where}: '{place.path}' must be {wanted}, got {short(place.value)}."
+
+
+def _name_of(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _name_of(typing.get_args(annotation)[0])
+    if dataclasses.is_dataclass(annotation):
+        return "an object"
+    return str(annotation if typing.get_args(annotation) else annotation.__name__).replace("typing.", "")
+
+
+class _Place:
+    """A place in a document: its path in words, the annotation and the value there, and the dataclass it belongs to."""
+
+    def __init__(self, cls: type, value: Any) -> None:
+        self.annotation: Any = cls
+        self.value = value
+        self.path = self.owner_path = ""
+        self.owner: Any = cls
+
+    def enter(self, part: str | int) -> bool:
+        """Go one step down; False where a union has several options, of which none fits."""
+        while (options := self._options()) is not None:
+            if len(options) != 1:
+                return False
+            self.annotation = options[0]
+        arguments = typing.get_args(self.annotation)
+        if dataclasses.is_dataclass(self.annotation):
+            self.owner, self.owner_path = self.annotation, self.path
+            inner = typing.get_type_hints(self.annotation, include_extras=True).get(str(part))
+            if inner is None or not isinstance(self.value, Mapping) or part not in self.value:
+                return False
+        elif typing.get_origin(self.annotation) is dict:
+            inner = arguments[1]
+        elif typing.get_origin(self.annotation) in (list, tuple) and isinstance(part, int):
+            inner = arguments[0] if arguments[-1] is Ellipsis or part >= len(arguments) else arguments[part]
+        else:
+            return False
+        if isinstance(part, int) and isinstance(self.value, (list, tuple)) and part >= len(self.value):
+            return False
+        self.annotation, self.value = inner, self.value[part]
+        self.path += f"[{part}]" if isinstance(part, int) else f".{part}" if self.path else part
+        return True
+
+    def _options(self) -> list[Any] | None:
+        if typing.get_origin(self.annotation) is typing.Annotated:
+            return [typing.get_args(self.annotation)[0]]
+        if typing.get_origin(self.annotation) in (typing.Union, types.UnionType):
+            return [option for option in typing.get_args(self.annotation) if option is not type(None)]
+        return None
 
 
 def canonical_json(value: Any) -> str:
