@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from dlplora.documents import read_json
 from dlplora.reporting.latency.records import (
     SINGLE,
     LatencyRecord,
@@ -20,7 +21,6 @@ from dlplora.reporting.latency.records import (
     newest,
     paired_ratio,
     ratio_to,
-    read_json,
     reroute_cost,
 )
 from dlplora.reporting.latency.training import newest_training

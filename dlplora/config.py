@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 import types
 import typing
@@ -150,7 +151,7 @@ def _name_of(annotation: Any) -> str:
         return _name_of(typing.get_args(annotation)[0])
     if dataclasses.is_dataclass(annotation):
         return "an object"
-    return str(annotation if typing.get_args(annotation) else annotation.__name__).replace("typing.", "")
+    return re.sub(r"\b(\w+\.)+(?=\w)", "", str(annotation)) if typing.get_args(annotation) else str(annotation.__name__)
 
 
 class _Place:

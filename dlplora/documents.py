@@ -75,7 +75,7 @@ def parse_json(text: str | bytes, where: str, *, error: type[DLPLoRAError] = Con
         error: For text that is not JSON, NaN, infinities, numbers beyond 64 bits, NUL, half a surrogate pair, or too deep nesting.
     """
     try:
-        value = json.loads(text, parse_int=_whole_number, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_int=_whole_number)
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not JSON ({problem.msg}, line {problem.lineno}, column {problem.colno}).") from problem
     except UnicodeDecodeError as problem:
@@ -92,10 +92,6 @@ def _whole_number(text: str) -> int:
     if len(text) > 20:
         raise ValueError(f"the number {text[:12]}... has {len(text)} digits; whole numbers of 64 bits are read")
     return int(text)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"holds {text}, which is not a number that JSON has; a missing value is null")
 
 
 def read_yaml(path: str | os.PathLike[str], *, error: type[DLPLoRAError] = ConfigError, max_bytes: int = 1_000_000) -> dict[str, Any]:
@@ -177,32 +173,47 @@ def check_plain(value: Any, where: str, *, error: type[DLPLoRAError] = ConfigErr
         error: For nesting beyond ``max_depth``, too many values, numbers that are not finite or beyond 64 bits, NUL, half a surrogate
             pair, and values that JSON does not have.
     """
-    pending: list[tuple[Any, int]] = [(value, 0)]
+    pending: list[tuple[Any, int, Any]] = [(value, 0, None)]  # a value, its depth, and its key with those above
     count = 0
     while pending:
-        one, depth = pending.pop()
+        one, depth, place = pending.pop()
         count += 1
         if depth > max_depth:
             raise error(f"{where}: its brackets are nested too deeply; at most {max_depth} levels are read.")
         if count > MAX_NODES:
             raise error(f"{where}: more than {MAX_NODES:,} values.")
-        if isinstance(one, str):
-            if not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
-                raise error(f"{where}: holds half of a surrogate pair, which is no text: {one[:40]!r}.")
-            if "\0" in one:
-                raise error(f"{where}: holds a NUL character: {one[:40]!r}.")
-        elif isinstance(one, dict):
-            pending += [(inner, depth + 1) for pair in one.items() for inner in pair]
+        if isinstance(one, dict):
+            for key, inner in one.items():
+                if not isinstance(key, str):
+                    pending.append((key, depth + 1, place))
+                elif (problem := _problem(key)) is not None:
+                    raise error(f"{where}: a key {problem}.")
+                pending.append((inner, depth + 1, (place, key)))
         elif isinstance(one, list):
-            pending += [(inner, depth + 1) for inner in one]
-        elif isinstance(one, float):
-            if not math.isfinite(one):
-                raise error(f"{where}: holds {one}, which is no number; a missing value is null.")
-        elif isinstance(one, int):
-            if not -_LARGEST < one < _LARGEST:
-                raise error(f"{where}: holds a number of more than 64 bits.")
-        elif one is not None:
-            raise error(f"{where}: holds a value of type {type(one).__name__}, which is neither text nor number, list or mapping.")
+            pending += [(inner, depth + 1, (place, number)) for number, inner in enumerate(one)]
+        elif (problem := _problem(one)) is not None:
+            raise error(f"{where}: {_field(place)}{problem}.")
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with one text, number or the like; None if nothing is."""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            return f"holds half of a surrogate pair, which is no text: {value[:40]!r}"
+        return f"holds a NUL character: {value[:40]!r}" if "\0" in value else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"is {value}, which is no number; a missing value is null"
+    if isinstance(value, int):
+        return None if -_LARGEST < value < _LARGEST else "is a number of more than 64 bits"
+    return None if value is None else f"is a {type(value).__name__}, which is neither text nor number, list or mapping"
+
+
+def _field(place: Any) -> str:
+    keys: list[Any] = []
+    while place is not None:
+        place, key = place
+        keys.append(f"[{key}]" if isinstance(key, int) else f".{key}")
+    return f"field '{''.join(reversed(keys)).lstrip('.')}' " if keys else "it "
 
 
 def refuse_resolvers(text: str, where: str, *, error: type[DLPLoRAError] = ConfigError) -> None:

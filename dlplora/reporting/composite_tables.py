@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dlplora.atomic import write_atomically
+from dlplora.documents import read_json
 from dlplora.errors import RecordError
 from dlplora.reporting.drawing import PALETTE, pyplot, write_figures
 from dlplora.reporting.groups import latest
@@ -154,13 +154,13 @@ def write_kv_policy(record: Path, table: Path) -> Path:
         RecordError: If the file is missing or damaged.
     """
     try:
-        result = json.loads(record.read_text(encoding="utf-8"))
+        result = read_json(record, error=RecordError)
         rows = [
             [f"`{setting}`", f"`{facts['view']}`", f"`{policy}`", str(facts["num_compared"]), *_policy_cells(values)]
             for setting, facts in result["settings"].items()
             for policy, values in facts["policies"].items()
         ]
-    except (OSError, ValueError, KeyError) as error:
+    except (RecordError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(
             f"{record}: cannot be read as a kv_policy benchmark ({error}); run `python -m benchmarks.kv_policy run`."
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,7 +81,7 @@ def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
 
 def _routes(outcomes: Mapping[str, TaskOutcomes]) -> dict[str, list[list[tuple[int, dict[str, float]]]]]:
     """Task -> routing of each question that was routed."""
-    return {task: [json.loads(text) for text in rows.routing if text] for task, rows in outcomes.items()}
+    return {task: [rows.parsed_routing(text) for text in rows.routing if text] for task, rows in outcomes.items()}
 
 
 def _one_run(records: Sequence[Record], load: Loader, method: str) -> Mapping[str, TaskOutcomes] | None:

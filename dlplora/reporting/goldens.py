@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.atomic import write_atomically
+from dlplora.documents import read_json
 from dlplora.errors import RecordError
 from dlplora.reporting.statistics import ALPHA, exact_mcnemar
 from dlplora.reporting.store import RESULTS
@@ -53,13 +54,10 @@ def read_accepted(path: Path, part: str, command: str) -> dict[str, Any]:
     Raises:
         RecordError: If the file is missing, damaged or of another format.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}. `{command}` writes it.") from error
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get(part), dict):
+    if not path.is_file():
+        raise RecordError(f"{path}: cannot be read: no such file. `{command}` writes it.")
+    content = read_json(path, error=RecordError)
+    if content.get("format") != FORMAT or not isinstance(content.get(part), dict):
         raise RecordError(f"{path}: not a golden file of format {FORMAT} with '{part}'. `{command}` writes it.")
     return content
 

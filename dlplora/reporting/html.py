@@ -151,7 +151,8 @@ def _packed(runs: Mapping[str, TaskOutcomes], seeds: Mapping[str, int], items: S
         ``methods``: [name, seed, per question [right, index into said, index into routes] or null].
     """
     said: dict[Any, int] = {}
-    routes: dict[str, int] = {}
+    routes: dict[str | None, int] = {}
+    traces: list[list[Any] | None] = []
     total = 1 + max(int(rows.questions[-1]) for rows in runs.values())
     num = min(most, total)
     methods = []
@@ -165,7 +166,11 @@ def _packed(runs: Mapping[str, TaskOutcomes], seeds: Mapping[str, int], items: S
                 continue
             answer = rows.choice[row] if rows.choice[row] is not None else rows.answer[row]
             right = int(rows.metrics[MAIN_METRIC[kind]][row] > 0.5)
-            cells.append([right, said.setdefault(answer, len(said)), routes.setdefault(rows.routing[row] or "null", len(routes))])
+            text = rows.routing[row] or None
+            if text not in routes:
+                routes[text] = len(routes)
+                traces.append(None if text is None else _strongest(rows.parsed_routing(text)))
+            cells.append([right, said.setdefault(answer, len(said)), routes[text]])
         methods.append([name, seeds[name], cells])
     asked = [[item.prompt, list(item.choices) if item.choices else None, item.answer] for item in items[:num]]
     return {
@@ -173,13 +178,11 @@ def _packed(runs: Mapping[str, TaskOutcomes], seeds: Mapping[str, int], items: S
         "num": num,
         "items": asked + [None] * (num - len(asked)),
         "said": list(said),
-        "routes": [_strongest(json.loads(text)) for text in routes],
+        "routes": traces,
         "methods": methods,
     }
 
 
-def _strongest(route: Sequence[Sequence[Any]] | None, most: int = 5) -> list[Any] | None:
+def _strongest(route: Sequence[tuple[int, dict[str, float]]], most: int = 5) -> list[Any]:
     """A trace with the strongest experts of each step: an average over all of them needs no list of all of them."""
-    if route is None:
-        return None
     return [[at, dict(sorted(weights.items(), key=lambda pair: -abs(pair[1]))[:most]), len(weights)] for at, weights in route]

@@ -7,8 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
 
-import yaml
-
+from dlplora.documents import parse_yaml
 from dlplora.errors import RecordError
 
 Evidence = Literal["abstract", "repository", "second-hand"]
@@ -68,7 +67,7 @@ def parse(content: Any, where: str) -> tuple[Reported, ...]:
 def reported() -> tuple[Reported, ...]:
     """The shipped numbers."""
     file = resources.files("dlplora.reporting") / "reported.yaml"
-    return parse(yaml.safe_load(file.read_text("utf-8")), "reported.yaml")
+    return parse(parse_yaml(file.read_text("utf-8"), "reported.yaml", error=RecordError), "reported.yaml")
 
 
 def reported_table() -> str:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlplora.atomic import replacing
+from dlplora.config import short
+from dlplora.documents import parse_json
 from dlplora.errors import RecordError
 
 METRICS = ("acc", "acc_norm", "exact_match", "rouge1", "rouge2", "rougeL")
@@ -51,6 +53,24 @@ class TaskOutcomes:
     choice: list[int | None] = field(default_factory=list)
     answer: list[str | None] = field(default_factory=list)
     routing: list[str | None] = field(default_factory=list)
+    source: str = "outcomes"
+    """File they were read from, for errors."""
+
+    def parsed_routing(self, text: str) -> list[tuple[int, dict[str, float]]]:
+        """One entry of ``routing``: characters generated so far, and the kept experts with their weights.
+
+        Raises:
+            RecordError: If the text is not what ``write_samples`` writes.
+        """
+        steps = parse_json(text, f"{self.source}: column 'routing'", error=RecordError)
+        try:
+            found = [(at, weights) for at, weights in steps]
+            fits = all(type(at) is int and all(type(one) in (int, float) for one in weights.values()) for at, weights in found)
+        except (TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise RecordError(f"{self.source}: column 'routing' must hold [[characters, {{expert: weight}}], ...], got {short(text)}.")
+        return found
 
 
 def write_samples(path: str | Path, outcomes: Sequence[Outcome]) -> None:
@@ -107,6 +127,7 @@ def read_samples(path: str | Path, *, texts: bool = True) -> dict[str, TaskOutco
     found: dict[str, TaskOutcomes] = {}
     for start, stop in pairwise(starts):
         found[str(names[start])] = _task_outcomes(table.slice(start, stop - start), texts)
+        found[str(names[start])].source = str(path)
     return found
 
 

@@ -13,11 +13,12 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dlplora.errors import RecordError, nearest
+from dlplora.config import build
+from dlplora.documents import read_json
+from dlplora.errors import RecordError
 
 SCHEMA_VERSION = 2
 """2 added ``training_tokens`` and ``samples_sha256``; records of version 1 are read, with both null."""
@@ -133,84 +134,33 @@ def read_record(path: str | Path) -> Record:
     Raises:
         RecordError: Naming the file and the field for anything missing, unknown, of another type, or not finite.
     """
-    path = Path(path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: float(text))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
-    except RecursionError as error:
-        raise RecordError(f"{path}: not a record: its brackets are nested too deeply.") from error
-    if not isinstance(raw, dict):
-        raise RecordError(f"{path}: expected an object, got {type(raw).__name__}.")
+    raw = read_json(path, error=RecordError)
     version = raw.get("schema_version")
     if version not in READABLE:
         known = ", ".join(map(str, READABLE))
         raise RecordError(f"{path}: schema_version {version!r} is not known; this version reads {known}.")
-    _refuse_not_finite(raw, str(path), "")
-    record = _parse(Record, raw, str(path), "")
+    record = build(Record, raw, str(path), error=RecordError)
     unknown = [task for task in record.tasks if task not in record.suite_tasks]
     if unknown:
         raise RecordError(f"{path}: tasks.{unknown[0]} is not a task of suite '{record.suite}'.")
-    return record  # type: ignore[no-any-return]
+    if not isinstance(record.provenance.get("git", {}), dict):
+        raise RecordError(f"{path}: 'provenance.git' must be an object, got {record.provenance['git']!r}.")
+    for task, result in record.tasks.items():
+        _check_ranges(result, f"{path}: tasks.{task}")
+    return record
 
 
-def _refuse_not_finite(value: Any, where: str, field_path: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecordError(f"{where}: field '{field_path}' is {value}; a missing measurement is null.")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        _refuse_not_finite(inner, where, f"{field_path}.{key}" if field_path else str(key))
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    """Annotations of a dataclass; resolving them again for each of 26 tasks took most of the reading time."""
-    return typing.get_type_hints(cls)
-
-
-def _parse(cls: type, raw: Any, where: str, prefix: str) -> Any:
-    if not isinstance(raw, dict):
-        raise RecordError(f"{where}: field '{prefix}' must be an object, got {type(raw).__name__}.")
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for key in raw:
-        if key not in fields:
-            raise RecordError(f"{where}: unknown field '{prefix}{key}'.{nearest(key, fields)}")
-    hints = _hints(cls)
-    values: dict[str, Any] = {}
-    for name, item in fields.items():
-        if name not in raw:
-            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-                raise RecordError(f"{where}: field '{prefix}{name}' is missing.")
-            continue
-        if name == "tasks":
-            rows = raw[name] if isinstance(raw[name], dict) else {}
-            values[name] = {task: _parse(TaskResult, row, where, f"tasks.{task}.") for task, row in rows.items()}
-            continue
-        if not _fits(hints[name], raw[name]):
-            raise RecordError(f"{where}: field '{prefix}{name}' has the wrong type: {json.dumps(raw[name])[:60]}.")
-        values[name] = raw[name]
-    return cls(**values)
-
-
-def _fits(annotation: Any, value: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
-        return True
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(option, value) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(arguments[1], inner) for inner in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(_fits(arguments[0], inner) for inner in value)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
+def _check_ranges(result: TaskResult, where: str) -> None:
+    """Refuse numbers that no evaluation can give: every metric but BLEU is a fraction."""
+    if result.num < 1 or not result.metrics:
+        raise RecordError(f"{where}: needs at least one question and one metric, got {result.num} and {len(result.metrics)}.")
+    for name, value in result.metrics.items():
+        most = 100 if name == "bleu" else 1
+        if not 0 <= value <= most * (1 + 1e-9):  # sacreBLEU's best value is a little above 100
+            raise RecordError(f"{where}: metrics.{name} must be from 0 to {most}, got {value}.")
+    for name, error in result.stderr.items():
+        if error is not None and error < 0:
+            raise RecordError(f"{where}: stderr.{name} cannot be negative, got {error}.")
 
 
 def json_schema() -> dict[str, Any]:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dlplora.atomic import write_atomically
-from dlplora.errors import RecordError, nearest
+from dlplora.config import build
+from dlplora.documents import read_json
+from dlplora.errors import RecordError
 from dlplora.reporting.store import RESULTS
 
 FORMAT = 1
@@ -87,39 +87,10 @@ def read_sweep(path: Path) -> SweepFile:
     Raises:
         RecordError: Naming file and field of what is missing, unknown, of another type or not finite.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON ({error.msg}, line {error.lineno}).") from error
-    if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT or not isinstance(raw.get("points"), list):
+    raw = read_json(path, error=RecordError)
+    if raw.pop("format", None) != FORMAT or not isinstance(raw.get("points"), list):
         raise RecordError(f"{path}: not a sweep file of format {FORMAT}.")
-    points = tuple(_built(Point, row, f"{path}: points[{number}]") for number, row in enumerate(raw.pop("points")))
-    return _built(SweepFile, {**raw, "points": points}, str(path))  # type: ignore[no-any-return]
-
-
-TYPES: dict[str, type | types.UnionType] = {
-    "sweep": str, "series": str, "x": int | float, "num": int, "metrics": dict, "settings": dict,
-    "name": str, "suite": str, "limit": int, "points": tuple, "provenance": dict,
-}  # fmt: skip
-
-
-def _built(cls: type, raw: Any, where: str) -> Any:
-    known = {one.name: one for one in dataclasses.fields(cls)}
-    if not isinstance(raw, dict):
-        raise RecordError(f"{where} must be an object, got {type(raw).__name__}.")
-    for key, value in raw.items():
-        if key not in known:
-            raise RecordError(f"{where}: unknown field '{key}'.{nearest(key, known)}")
-        numbers = value.values() if key == "metrics" and isinstance(value, dict) else [value] if key == "x" else []
-        fits = all(one is None or (isinstance(one, (int, float)) and math.isfinite(one)) for one in numbers)
-        if not isinstance(value, TYPES[key]) or isinstance(value, bool) or not fits:
-            raise RecordError(f"{where}: field '{key}' has the wrong type or is not finite.")
-    for name, one in known.items():
-        if name not in raw and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-            raise RecordError(f"{where}: field '{name}' is missing.")
-    return cls(**raw)
+    return build(SweepFile, raw, str(path), error=RecordError)
 
 
 def load_sweeps(suite: str, root: Path = RESULTS) -> tuple[list[SweepFile], list[str]]:

@@ -26,7 +26,7 @@ def results(tmp_path: Path) -> Path:
 
 DAMAGES = {
     "unknown version": (lambda raw: raw.update(schema_version=99), "schema_version 99"),
-    "missing field": (lambda raw: raw.pop("seed"), "field 'seed' is missing"),
+    "missing field": (lambda raw: raw.pop("seed"), "missing required key(s): seed"),
     "NaN": (lambda raw: raw["tasks"]["a"]["metrics"].update(acc=math.nan), "field 'tasks.a.metrics.acc' is nan"),
     "another suite's task": (lambda raw: raw["tasks"].update(z=raw["tasks"]["a"]), "tasks.z is not a task of suite 'toy'"),
 }
@@ -123,4 +123,4 @@ def test_a_record_of_brackets_only_is_named(results: Path, capsys: pytest.Captur
     (path,) = results.glob("runs/toy/base-*.json")
     path.write_text("[" * 100_000)
     assert main(["report", "validate", "--suite", "toy", "--out", str(results)]) == 1
-    assert f"{path}: not a record: its brackets are nested too deeply" in capsys.readouterr().err
+    assert f"{path}: its brackets are nested too deeply" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
         ({"kind": "other"}, "expected kind 'latency'"),
         ({"extra": 1}, "unknown key 'extra'"),
         ({"measurements": [{"contender": "x"}]}, r"measurements\[0\]: missing required key"),
-        ({"measurements": 3}, "not iterable"),
+        ({"measurements": 3}, r"'measurements' must be list\[Measurement\], got 3"),
     ],
 )
 def test_damaged_records_are_refused(change: dict[str, Any], part: str, tmp_path: Path) -> None:

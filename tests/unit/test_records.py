@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,32 @@ def test_runs_that_cannot_be_published_go_to_scratch(tmp_path: Path, changes: di
     ("damage", "message"),
     [
         (lambda raw: raw.update(schema_version=99), "schema_version 99"),
-        (lambda raw: raw.pop("seed"), "'seed' is missing"),
-        (lambda raw: raw.update(seeed=1), "unknown field 'seeed'"),
+        (lambda raw: raw.pop("seed"), "missing required key(s): seed"),
+        (lambda raw: raw.update(seeed=1), "unknown key 'seeed'"),
         (lambda raw: raw["tasks"]["a"]["metrics"].update(acc=float("nan")), "tasks.a.metrics.acc"),
-        (lambda raw: raw["tasks"]["a"].pop("num"), "tasks.a.num"),
+        (lambda raw: raw["tasks"]["a"].pop("num"), "tasks.a: missing required key(s): num"),
         (lambda raw: raw["tasks"].update(other=raw["tasks"]["a"]), "tasks.other"),
-        (lambda raw: raw.update(seed="zero"), "'seed' has the wrong type"),
+        (lambda raw: raw.update(seed="zero"), "'seed' must be int, got 'zero'"),
+        (lambda raw: raw["provenance"].update(git=None), "'provenance.git' must be an object, got None"),
+        (lambda raw: raw["tasks"]["a"].update(metrics={}), "tasks.a: needs at least one question and one metric"),
+        (lambda raw: raw["tasks"]["a"]["metrics"].update(acc=7), "tasks.a: metrics.acc must be from 0 to 1, got 7"),
+        (lambda raw: raw["tasks"]["a"]["metrics"].update(acc=-3), "tasks.a: metrics.acc must be from 0 to 1, got -3"),
+        (lambda raw: raw["tasks"]["a"]["metrics"].update(bleu=101), "tasks.a: metrics.bleu must be from 0 to 100, got 101"),
+        (lambda raw: raw["tasks"]["a"]["stderr"].update(acc=-1), "tasks.a: stderr.acc cannot be negative"),
+        (lambda raw: raw["method"].update(deep=eval("[" * 60 + "]" * 60)), "nested too deeply"),
+        (lambda raw: raw.update(seed=10**30), "digits"),
+        (lambda raw: raw["method"].update(name="\ud800"), "surrogate"),
     ],
-    ids=["version", "missing", "unknown", "nan", "nested", "foreign-task", "type"],
+    ids=(
+        "version missing unknown nan nested foreign-task type no-git no-metrics acc-7 acc-negative bleu stderr deep digits surrogate"
+    ).split(),
 )
 def test_damaged_records_are_refused_by_file_and_field(tmp_path: Path, damage: Any, message: str) -> None:
     raw = json.loads(to_json(make_record()))
     damage(raw)
     path = tmp_path / "r.json"
     path.write_text(json.dumps(raw))
-    with pytest.raises(RecordError, match=message.replace(".", r"\.")) as caught:
+    with pytest.raises(RecordError, match=re.escape(message)) as caught:
         read_record(path)
     assert str(path) in str(caught.value)
 

@@ -70,11 +70,11 @@ def test_every_sweep_figure_draws_what_it_has_and_nothing_else() -> None:
     ("damage", "message"),
     [
         (lambda raw: raw.update(format=9), "format 1"),
-        (lambda raw: raw.pop("limit"), "'limit' is missing"),
-        (lambda raw: raw["points"][1].pop("x"), r"points\[1\]: field 'x' is missing"),
-        (lambda raw: raw["points"][1].update(xx=1), r"points\[1\]: unknown field 'xx'"),
-        (lambda raw: raw["points"][0]["metrics"].update(right=math.nan), r"points\[0\]: field 'metrics'"),
-        (lambda raw: raw["points"][0].update(num="8"), r"points\[0\]: field 'num'"),
+        (lambda raw: raw.pop("limit"), r"missing required key\(s\): limit"),
+        (lambda raw: raw["points"][1].pop("x"), r"points\[1\]: missing required key\(s\): x"),
+        (lambda raw: raw["points"][1].update(xx=1), r"points\[1\]: unknown key 'xx'"),
+        (lambda raw: raw["points"][0]["metrics"].update(right=math.nan), r"field 'points\[0\]\.metrics\.right' is nan"),
+        (lambda raw: raw["points"][0].update(num="8"), r"'points\[0\]\.num' must be int, got '8'"),
         (lambda raw: raw.update(points={}), "format 1"),
     ],
 )

@@ -19,7 +19,8 @@ import numpy as np
 
 from dlplora.atomic import write_atomically
 from dlplora.config import build
-from dlplora.errors import DLPLoRAError, RecordError
+from dlplora.documents import read_json
+from dlplora.errors import RecordError
 
 BENCH_VERSION = 1
 FOLDER = Path("results/bench")
@@ -228,15 +229,11 @@ def read_latency(path: Path) -> LatencyRecord:
     Raises:
         RecordError: Naming the file and the field that does not fit.
     """
-    raw = read_json(path)
+    raw = read_json(path, error=RecordError)
     if (raw.get("kind"), raw.get("schema_version")) != ("latency", BENCH_VERSION):
         found = f"{raw.get('kind')!r}, {raw.get('schema_version')!r}"
         raise RecordError(f"{path}: expected kind 'latency' in version {BENCH_VERSION}, got {found}.")
-    try:
-        measurements = [build(Measurement, row, f"{path}: measurements[{i}]") for i, row in enumerate(raw.get("measurements", ()))]
-        record = build(LatencyRecord, {**raw, "measurements": measurements}, str(path))
-    except (DLPLoRAError, TypeError) as error:
-        raise RecordError(str(error)) from error
+    record = build(LatencyRecord, raw, str(path), error=RecordError)
     for one in record.measurements:
         times = [*one.ttft_s, *one.tpot_s, *one.router_s, one.floor_s]
         if not all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in times):
@@ -244,21 +241,6 @@ def read_latency(path: Path) -> LatencyRecord:
         if len(one.ttft_s) != len(one.tpot_s) or not one.ttft_s:
             raise RecordError(f"{path}: {one.contender}: {len(one.ttft_s)} first and {len(one.tpot_s)} later samples; one of each a round.")
     return record
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        RecordError: If it cannot be read or is none.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path}: cannot be read as JSON: {error}.") from error
-    if not isinstance(raw, dict):
-        raise RecordError(f"{path}: expected an object, got {type(raw).__name__}.")
-    return raw
 
 
 def latency_records(folder: Path = FOLDER) -> list[LatencyRecord]:

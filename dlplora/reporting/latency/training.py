@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.config import build
-from dlplora.errors import DLPLoRAError, RecordError
-from dlplora.reporting.latency.records import BENCH_VERSION, iqr, paired_ratio, read_json
+from dlplora.documents import read_json
+from dlplora.errors import RecordError
+from dlplora.reporting.latency.records import BENCH_VERSION, iqr, paired_ratio
 
 ONE_BY_ONE = "peft_one_by_one"
 """The reference: PEFT and a plain loop, one adapter after another."""
@@ -42,8 +43,7 @@ class TrainingRecord:
     device: str
     default_mode: str
     """What ``mode: auto`` takes on this device."""
-    modes: dict[str, Any]
-    """Name -> ``TrainingMode``."""
+    modes: dict[str, TrainingMode]
     warnings: list[str]
     provenance: dict[str, Any]
     created: str
@@ -65,14 +65,10 @@ def read_training(path: Path) -> TrainingRecord:
     Raises:
         RecordError: Naming the file and the field that does not fit.
     """
-    raw = read_json(path)
+    raw = read_json(path, error=RecordError)
     if (raw.get("kind"), raw.get("schema_version")) != ("training", BENCH_VERSION):
         raise RecordError(f"{path}: expected kind 'training' in version {BENCH_VERSION}, got {raw.get('kind')!r}.")
-    try:
-        modes = {name: build(TrainingMode, mode, f"{path}: modes.{name}") for name, mode in raw.get("modes", {}).items()}
-        return build(TrainingRecord, {**raw, "modes": modes}, str(path))
-    except (DLPLoRAError, TypeError, AttributeError) as error:
-        raise RecordError(str(error)) from error
+    return build(TrainingRecord, raw, str(path), error=RecordError)
 
 
 def newest_training(folder: Path, device_type: str) -> TrainingRecord | None:
