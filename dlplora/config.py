@@ -138,10 +138,10 @@ def _reason(cls: type, values: Any, problems: Sequence[Mapping[str, Any]], where
     if first["type"] == "unexpected_keyword_argument":
         known = [field.name for field in dataclasses.fields(place.owner)]
         return f"{inside}: unknown key '{first['loc'][-1]}'.{nearest(str(first['loc'][-1]), known)} Valid keys: {', '.join(known)}."
-    if first["type"] == "missing":
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         names = [str(one["loc"][-1]) for one in problems if one["type"] == "missing" and one["loc"][:-1] == first["loc"][:-1]]
         return f"{inside}: missing required key(s): {', '.join(names)}."
-    limits = {"greater_than_equal": "at least {ge}", "less_than_equal": "at most {le}", "greater_than": "more than {gt}"}
+    limits = {"greater_than_equal": "at least {ge:g}", "less_than_equal": "at most {le:g}", "greater_than": "more than {gt:g}"}
     wanted = limits[first["type"]].format(**first["ctx"]) if first["type"] in limits else _name_of(place.annotation)
     return f"{where}: '{place.path}' must be {wanted}, got {short(place.value)}."
 

@@ -1,6 +1,6 @@
 """Reading JSON and YAML: one loader with limits on size, depth, numbers and text, for files of ours and of others.
 
-Whatever a file holds, the answer is plain data (mappings with text keys, lists, text, finite numbers of 64 bits, booleans, None) or one
+Whatever a file holds, the answer is plain data (mappings with text keys, lists, text, finite numbers, booleans, None) or one
 error on one line. Nothing is executed, and no environment variable is read: a configuration that somebody sends must not be able to
 print a secret.
 """
@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from dlplora.errors import ConfigError, DLPLoRAError
 
 MAX_BYTES = 64_000_000
 MAX_DEPTH = 40
-MAX_NODES = 2_000_000
+MAX_NODES = 1_000_000
 """Values of one document, after YAML aliases are written out."""
-_LARGEST = 2**64
+MAX_DIGITS = 20
+"""Of whole numbers: enough for 64 bits."""
 _REFERENCE = re.compile(r"(?<!\\)\$\{(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\}")
 _YAML_FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
@@ -62,7 +63,14 @@ def read_json(
     return require_mapping(value, str(path), error=error)
 
 
-def parse_json(text: str | bytes, where: str, *, error: type[DLPLoRAError] = ConfigError, max_depth: int = MAX_DEPTH) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    *,
+    error: type[DLPLoRAError] = ConfigError,
+    max_depth: int = MAX_DEPTH,
+    max_digits: int = MAX_DIGITS,
+) -> Any:
     """One JSON value.
 
     Args:
@@ -70,12 +78,13 @@ def parse_json(text: str | bytes, where: str, *, error: type[DLPLoRAError] = Con
         where: What to call the source in errors: a file, or a file and a line.
         error: What to raise.
         max_depth: Most brackets inside each other.
+        max_digits: Most digits of a whole number.
 
     Raises:
-        error: For text that is not JSON, NaN, infinities, numbers beyond 64 bits, NUL, half a surrogate pair, or too deep nesting.
+        error: For text that is not JSON, NaN, infinities, numbers that are too long, NUL, half a surrogate pair, or too deep nesting.
     """
     try:
-        value = json.loads(text, parse_int=_whole_number)
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_int=partial(_whole_number, max_digits))
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not JSON ({problem.msg}, line {problem.lineno}, column {problem.colno}).") from problem
     except UnicodeDecodeError as problem:
@@ -84,13 +93,13 @@ def parse_json(text: str | bytes, where: str, *, error: type[DLPLoRAError] = Con
         raise error(f"{where}: its brackets are nested too deeply; at most {max_depth} levels are read.") from problem
     except ValueError as problem:
         raise error(f"{where}: {problem}.") from problem
-    check_plain(value, where, error=error, max_depth=max_depth)
+    check_plain(value, where, error=error, max_depth=max_depth, max_digits=max_digits)
     return value
 
 
-def _whole_number(text: str) -> int:
-    if len(text) > 20:
-        raise ValueError(f"the number {text[:12]}... has {len(text)} digits; whole numbers of 64 bits are read")
+def _whole_number(most: int, text: str) -> int:
+    if len(text.lstrip("-")) > most:
+        raise ValueError(f"the number {text[:12]}... has {len(text)} digits; at most {most} are read")
     return int(text)
 
 
@@ -166,11 +175,13 @@ def require_mapping(value: Any, where: str, *, error: type[DLPLoRAError] = Confi
     return value
 
 
-def check_plain(value: Any, where: str, *, error: type[DLPLoRAError] = ConfigError, max_depth: int = MAX_DEPTH) -> None:
+def check_plain(
+    value: Any, where: str, *, error: type[DLPLoRAError] = ConfigError, max_depth: int = MAX_DEPTH, max_digits: int = MAX_DIGITS
+) -> None:
     """Walk through a parsed document without recursion; values that one YAML alias names several times count each time.
 
     Raises:
-        error: For nesting beyond ``max_depth``, too many values, numbers that are not finite or beyond 64 bits, NUL, half a surrogate
+        error: For nesting beyond ``max_depth``, too many values, numbers that are not finite or too long, NUL, half a surrogate
             pair, and values that JSON does not have.
     """
     pending: list[tuple[Any, int, Any]] = [(value, 0, None)]  # a value, its depth, and its key with those above
@@ -186,16 +197,16 @@ def check_plain(value: Any, where: str, *, error: type[DLPLoRAError] = ConfigErr
             for key, inner in one.items():
                 if not isinstance(key, str):
                     pending.append((key, depth + 1, place))
-                elif (problem := _problem(key)) is not None:
+                elif (problem := _problem(key, max_digits)) is not None:
                     raise error(f"{where}: a key {problem}.")
                 pending.append((inner, depth + 1, (place, key)))
         elif isinstance(one, list):
             pending += [(inner, depth + 1, (place, number)) for number, inner in enumerate(one)]
-        elif (problem := _problem(one)) is not None:
+        elif (problem := _problem(one, max_digits)) is not None:
             raise error(f"{where}: {_field(place)}{problem}.")
 
 
-def _problem(value: Any) -> str | None:
+def _problem(value: Any, max_digits: int) -> str | None:
     """What is wrong with one text, number or the like; None if nothing is."""
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -204,7 +215,7 @@ def _problem(value: Any) -> str | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else f"is {value}, which is no number; a missing value is null"
     if isinstance(value, int):
-        return None if -_LARGEST < value < _LARGEST else "is a number of more than 64 bits"
+        return None if abs(value) < 10**max_digits else f"is a number of more than {max_digits} digits"
     return None if value is None else f"is a {type(value).__name__}, which is neither text nor number, list or mapping"
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, load_config, read_config, same_base
+from dlplora.adapters.files import file_sha256
 from dlplora.adapters.headers import AdapterHeader, read_header
 from dlplora.adapters.hub import AdapterSource, find_adapter, find_pool
 from dlplora.adapters.pool import Pool, load_pool, manifest_row, save_rows
 from dlplora.errors import AdapterError, IncompatibleAdapterError, PoolError, UnsafeFileError
 
 _NAME = re.compile(r"\w[\w.-]*")
+LOCK_NAME = ".lock"
+"""A file of the pool that stays there, as waiting processes need it; no reader looks at hidden files."""
 _ATTEMPTS = 1000
-"""To make and lock a pool's folder that others remove at the same time."""
+"""To make a pool whose parent folders others remove at the same time."""
 
 
 def add_adapter(
@@ -46,81 +54,150 @@ def add_adapter(
         IncompatibleAdapterError: If it was made for another backbone than the adapters that are there.
         AdapterError: If it cannot be fused. Nothing is written after any error.
     """
+    return place_adapter(
+        folder, adapter, name, revision=revision, allow_pickle=allow_pickle, offline=offline, allow_other_base=allow_other_base
+    ).pool
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """What became of an addition.
+
+    Attributes:
+        pool: The pool now.
+        name: The adapter's name in it.
+        was_there: Whether the pool listed an adapter of that name with the same files before; then nothing was written.
+    """
+
+    pool: Pool
+    name: str
+    was_there: bool
+
+
+def place_adapter(
+    folder: str | Path,
+    adapter: str | Path,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    offline: bool = False,
+    allow_other_base: bool = False,
+) -> Addition:
+    """As ``add_adapter``, which says what the arguments are; also tells whether there was anything to do."""
     root = find_pool(folder)
     found = find_adapter(adapter, revision=revision, offline=offline, with_pickle=allow_pickle)
     name = name or found.name
     if not _NAME.fullmatch(name):
         raise PoolError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '.', beginning with a letter or digit.")
-    with _locked(root) as undo:
-        _add(root, found, name, undo, allow_pickle=allow_pickle, allow_other_base=allow_other_base)
-    return load_pool(root)
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[ExitStack]:
-    """The pool's folder, made if need be and held by one process at a time, where the system can lock a folder.
-
-    Yields the stack of what an error inside the block takes back; folders made here go too, before another process gets the lock.
-    """
-    handle: int | None = None
-    try:
-        with ExitStack() as made:
-            for _ in range(_ATTEMPTS):  # what was made or locked may be removed by a failed addition meanwhile
-                handle = _lock(root) if _make_folder(root, made) else None
-                if handle is not None:
-                    break
-            else:
-                raise PoolError(f"cannot make and hold the folder {root}: it goes away again. Is it a link to nowhere?")
-            with ExitStack() as undo:
-                yield undo
+    if root.is_symlink() and not root.exists():
+        raise PoolError(f"cannot make the folder {root}: it is a link to nowhere.")
+    if root.exists() and not root.is_dir():
+        raise PoolError(f"{root} is a file; a pool is a folder.")
+    options = {"allow_pickle": allow_pickle, "allow_other_base": allow_other_base}
+    with ExitStack() as made:
+        if _new_pool(root, found, name, made, options):
+            was_there = False
+        else:
+            with FileLock(root / LOCK_NAME), ExitStack() as undo:
+                _remove_leftovers(root)
+                was_there = _add(root, root, found, name, undo, **options)
                 undo.pop_all()
-            made.pop_all()
-    finally:
-        if handle is not None and handle >= 0:
-            os.close(handle)  # the lock goes with it
+        made.pop_all()
+    return Addition(load_pool(root), name, was_there)
 
 
-def _lock(root: Path) -> int | None:
-    """The open, locked folder; -1 where there are no such locks; None if ``root`` is gone or another folder by now."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two additions at once are the user's to avoid
-        return -1
-    handle = -1
-    try:
-        handle = os.open(root, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.path.samestat(os.fstat(handle), os.stat(root)):
-            return handle
-    except FileNotFoundError:
-        pass
-    if handle >= 0:
-        os.close(handle)
-    return None
+def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, options: Mapping[str, bool]) -> bool:
+    """Make a pool with one adapter under a hidden name and rename it when it is whole; False if there is one, or another was faster."""
+    for _ in range(_ATTEMPTS):  # parents that this addition makes may be taken away by one that fails
+        _remove_abandoned(root)
+        if root.is_dir():
+            return False
+        hidden = root.with_name(f".{root.name}.{secrets.token_hex(4)}.tmp")
+        lock = FileLock(hidden / LOCK_NAME, timeout=0)
+        try:
+            _make_folder(root.parent, made)
+            hidden.mkdir()
+            held = lock.acquire()
+        except (FileNotFoundError, Timeout):
+            continue
+        with held, ExitStack() as undo:
+            undo.callback(shutil.rmtree, hidden, ignore_errors=True)
+            _add(root, hidden, found, name, undo, **options)
+            try:
+                os.replace(hidden, root)
+            except OSError:
+                if root.is_dir():
+                    return False
+                raise
+            undo.pop_all()
+            return True
+    raise PoolError(f"cannot make the folder {root}: it goes away again.")
 
 
-def _add(root: Path, found: AdapterSource, name: str, undo: ExitStack, *, allow_pickle: bool, allow_other_base: bool) -> None:
-    """Everything that happens while the pool is locked; ``undo`` takes back what was written."""
-    pool = load_pool(root) if any(path for path in root.iterdir() if not path.name.startswith(".")) else None
+def _remove_abandoned(root: Path) -> None:
+    """Remove new pools that were never finished: those whose lock nobody holds any more."""
+    for hidden in root.parent.glob(f".{glob.escape(root.name)}.*.tmp"):
+        with suppress(FileNotFoundError, NotADirectoryError, Timeout), FileLock(hidden / LOCK_NAME, timeout=0):
+            shutil.rmtree(hidden)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what an addition that was killed left in the pool, which nobody else changes now."""
+    for path in root.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _add(root: Path, home: Path, found: AdapterSource, name: str, undo: ExitStack, *, allow_pickle: bool, allow_other_base: bool) -> bool:
+    """Everything that happens while the pool is locked; ``undo`` takes back what was written. True if there was nothing to do.
+
+    The adapter's folder comes first and the manifest second; an addition that was killed between the two is completed by the next one
+    of the same files. ``home`` is where the pool lies now, which is not yet ``root`` for a new one.
+    """
+    pool = load_pool(home) if any(path for path in home.iterdir() if not path.name.startswith(".")) else None
     in_place = found.folder.resolve() == (root / name).resolve()
     known = () if pool is None else tuple(listed for listed in pool.names if pool.folders[listed].resolve() != found.folder.resolve())
-    if name in known:
-        raise PoolError(f"pool {root} already has an adapter '{name}'. Pass another --name.")
-    if not in_place and (root / name).exists():
-        raise PoolError(f"{root / name} exists and is not listed in the pool; move it away or pass another --name.")
     pickled = _pickled(found.folder)
     if pickled and not allow_pickle:
         read_header(found.folder, name)  # says why it is refused
-    ready = _converted(found.folder, name, root, undo) if pickled else found.folder
+    ready = _converted(found.folder, name, home, undo) if pickled else found.folder
+    there = not in_place and (root / name).exists()
+    if there or name in known:
+        if not _same_files(ready, pool.folders[name] if pool is not None and name in known else root / name):
+            if name in known:
+                raise PoolError(f"pool {root} already has an adapter '{name}'. Pass another --name.")
+            raise PoolError(f"{root / name} exists and is not listed in the pool; move it away or pass another --name.")
+        if pool is not None and name in pool.rows:
+            _remove_hidden(ready, found.folder)
+            return True
+        known = tuple(listed for listed in known if listed != name)
     other = _check_base(read_header(ready, name), pool, known, allow_other_base)
     extra = {**({"other_base_allowed": True} if other else {}), **({"converted_from": PICKLE_NAME} if pickled else {})}
     row = _checked_row(found, ready, name, extra)
     kept = () if pool is None else [_kept_row(pool, listed) for listed in known]
-    if not in_place:
-        _move(ready if pickled else _copied(found.folder, name, root, undo), root / name, undo)
+    if there:
+        _remove_hidden(ready, found.folder)
+    elif not in_place:
+        _move(ready if pickled else _copied(found.folder, name, home, undo), home / name, undo)
     elif pickled:
         _move_weights(ready, root / name, undo)
-    save_rows(root, [*kept, row], None if pool is None else pool.base_model)
+    save_rows(home, [*kept, row], None if pool is None else pool.base_model)
+    return False
+
+
+def _same_files(ready: Path, there: Path) -> bool:
+    """Whether two adapter folders hold the same configuration and weights."""
+    files = [(ready / file, there / file) for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    return all(mine.is_file() and other.is_file() and file_sha256(mine) == file_sha256(other) for mine, other in files)
+
+
+def _remove_hidden(ready: Path, source: Path) -> None:
+    """Remove the converted copy of an adapter that needs no place."""
+    if ready != source:
+        shutil.rmtree(ready)
 
 
 def _checked_row(found: AdapterSource, ready: Path, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,18 +213,18 @@ def _pickled(folder: Path) -> bool:
     return not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file()
 
 
-def _make_folder(root: Path, undo: ExitStack) -> bool:
-    """Make the folder and its missing parents; False if one of them went away meanwhile."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
-    for path in reversed(missing):
+def _make_folder(folder: Path, undo: ExitStack) -> None:
+    """Make a folder and its missing parents.
+
+    Raises:
+        FileNotFoundError: If one of them went away meanwhile.
+    """
+    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         try:
             path.mkdir()
         except FileExistsError:  # another addition was faster, and it is that one's to remove
             continue
-        except FileNotFoundError:
-            return False
         undo.callback(_remove_if_empty, path)
-    return True
 
 
 def _remove_if_empty(folder: Path) -> None:

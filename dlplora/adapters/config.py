@@ -7,13 +7,15 @@ the mathematics, so the adapter is refused with the key's name: a setting that a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dlplora.config import short
+from dlplora.documents import read_json
 from dlplora.errors import AdapterError
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -44,7 +46,13 @@ UNSUPPORTED = {
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """Initialisations that subtract the first factors from the backbone's weights (or, MiCA, replace the layer's forward)."""
 
-
+MAX_CONFIG_BYTES = 10_000_000
+_LARGEST_SCALE = 3e38
+"""About the largest float32: no product with a larger number is finite."""
+_PLAIN_PATTERN = re.compile(r"[\w.-]+")
+_MAX_PATTERN_CHARS = 10_000
+_MATCH_SECONDS = 0.1
+"""A pattern that takes longer for one module name is refused; ordinary ones take microseconds."""
 _STORAGE = re.compile(r"[-_.](unsloth|bnb|4bit|8bit|gptq|awq|int4|int8|fp8|bf16|fp16|hf)\b")
 """Marks of storage in a model's name: the same backbone in another form."""
 
@@ -79,12 +87,9 @@ def load_config(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"adapter '{name}': {CONFIG_NAME} is missing in {folder}; expected a PEFT LoRA folder.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise AdapterError(f"adapter '{name}': {path} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"adapter '{name}': {path} must hold an object, found {type(config).__name__}.")
-    return config
+        return read_json(path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
+    except AdapterError as error:
+        raise AdapterError(f"adapter '{name}': {error}") from error
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -101,7 +106,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights is {start!r}, which changes the backbone's own weights; save it again as a plain LoRA with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    found += _number_problems(config)
+    found += _type_problems(config) + _number_problems(config)
     unknown = [key for key, value in config.items() if key not in UNDERSTOOD and key not in UNSUPPORTED and value not in _EMPTY]
     found += [
         f"'{key}' is set to {config[key]!r}, a setting that this version does not know and that may change the result. {advice}"
@@ -112,6 +117,24 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 _EMPTY: tuple[Any, ...] = (None, False, {}, [], "", "none")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "use_rslora": (bool,),
+    "base_model_name_or_path": (str,),
+    "target_modules": (list, str),
+    "init_lora_weights": (bool, str),
+    "bias": (str,),
+}
+"""Types of the settings that are used; null stands for a setting that is not made."""
+
+
+def _type_problems(config: Mapping[str, Any]) -> list[str]:
+    return [
+        f"'{key}' must be {' or '.join(one.__name__ for one in kinds)}, got {short(config[key])}"
+        for key, kinds in _TYPES.items()
+        if config.get(key) is not None and not isinstance(config[key], kinds)
+    ]
 
 
 def _number_problems(config: Mapping[str, Any]) -> list[str]:
@@ -127,16 +150,18 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
             continue
         for module, value in pattern.items():
             try:
+                if len(module) > _MAX_PATTERN_CHARS:
+                    raise re.error(f"it is longer than {_MAX_PATTERN_CHARS:,} characters")
                 re.compile(module)
-            except re.error as error:
-                found.append(f"'{key}' holds '{module}', which is no regular expression: {error}")
+            except (re.error, OverflowError, RecursionError) as error:
+                found.append(f"'{key}' holds '{module[:60]}', which is no regular expression: {error}")
             if not fits(value):
                 found.append(f"'{key}' gives '{module}' the value {value!r}; expected a {kind} number")
     return found
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST_SCALE
 
 
 def _whole(value: Any) -> bool:
@@ -156,11 +181,30 @@ def _is_pefts_default(key: str, value: Any) -> bool:
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module path, at a dot, wins."""
+    """PEFT's rule: the first pattern that matches the end of the module path, at a dot, wins.
+
+    Raises:
+        AdapterError: If a pattern takes longer than any honest one; it may have been made to never end.
+    """
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _matches(key, module):
             return value
     return default
+
+
+@lru_cache(maxsize=100_000)
+def _matches(pattern: str, module: str) -> bool:
+    rule = rf"(.*\.)?({pattern})$"
+    if _PLAIN_PATTERN.fullmatch(pattern):  # a module's name or path, which is what nearly all patterns are
+        return re.match(rule, module) is not None
+    import regex
+
+    try:
+        return regex.match(rule, module, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise AdapterError(f"the pattern '{pattern[:60]}' takes too long to compare with module names; write it as plain names") from error
+    except regex.error as error:
+        raise AdapterError(f"the pattern '{pattern[:60]}' is no regular expression: {error}") from error
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

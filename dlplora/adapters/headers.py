@@ -6,7 +6,6 @@ Shapes: R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, config_problems, load_config, rank_of, scaling_of
+from dlplora.documents import parse_json
 from dlplora.errors import AdapterError, UnsafeFileError
 
 DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
@@ -80,13 +80,9 @@ def read_tensor_headers(path: Path) -> dict[str, TensorHeader]:
             raise AdapterError(f"{path} is damaged or truncated: {size} bytes, the header alone needs {length + 8}.")
         text = handle.read(length)
     try:
-        entries = json.loads(text)
-        tensors = {
-            str(key): TensorHeader(str(row["dtype"]), tuple(map(int, row["shape"])), *(8 + length + int(at) for at in row["data_offsets"]))
-            for key, row in entries.items()
-            if key != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        entries = parse_json(text, "header", error=AdapterError)
+        tensors = {key: _tensor_header(row, 8 + length) for key, row in entries.items() if key != "__metadata__"}
+    except (AdapterError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} is damaged or truncated: its header is not that of a safetensors file ({error}).") from error
     for key, tensor in tensors.items():
         expected = math.prod(tensor.shape) * DTYPES[tensor.dtype][1] if tensor.dtype in DTYPES else tensor.end - tensor.start
@@ -96,6 +92,14 @@ def read_tensor_headers(path: Path) -> dict[str, TensorHeader]:
     if last != size:
         raise AdapterError(f"{path} is damaged or truncated: the tensors end at byte {last}, the file has {size}.")
     return tensors
+
+
+def _tensor_header(row: Mapping[str, Any], offset: int) -> TensorHeader:
+    """One entry of the table of contents; its positions count from ``offset``."""
+    shape, (start, end) = row["shape"], row["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+        raise ValueError("sizes and positions must be whole numbers from 0")
+    return TensorHeader(str(row["dtype"]), tuple(shape), offset + start, offset + end)
 
 
 def weights_file(folder: Path, name: str) -> Path:

@@ -43,9 +43,16 @@ def pools_root() -> Path:
 
 
 def find_pool(name: str | Path) -> Path:
-    """An existing folder wins; a bare name (no separator) that is no folder here is a pool below ``pools_root``."""
-    path, text = Path(name).expanduser(), str(name)
-    bare = text not in {"", ".", ".."} and not {"/", os.sep} & set(text) and not text.startswith("~")
+    """An existing folder wins; a bare name (no separator) that is no folder here is a pool below ``pools_root``.
+
+    Raises:
+        PoolError: If the name is empty.
+    """
+    text = str(name)
+    if not text.strip() or "\0" in text:
+        raise PoolError("the name of the pool is empty; pass a folder, or the name of a pool below DLPLORA_POOLS.")
+    path = Path(name).expanduser()
+    bare = text not in {".", ".."} and not {"/", os.sep} & set(text) and not text.startswith("~")
     return pools_root() / text if bare and not path.is_dir() else path
 
 

@@ -18,11 +18,41 @@ from dlplora.adapters.config import load_config
 from dlplora.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, file_sha256, read_adapter
 from dlplora.adapters.hub import find_pool
 from dlplora.atomic import write_json
+from dlplora.config import build, short
+from dlplora.documents import read_json
 from dlplora.errors import PoolError, nearest
 
 MANIFEST_NAME = "pool.json"
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One adapter of a manifest; format 1 lacks what has a default."""
+
+    name: str
+    path: str
+    sha256: str
+    source: str | None = None
+    revision: str | None = None
+    config_sha256: str | None = None
+    base_model_name_or_path: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    use_rslora: bool | None = None
+    target_modules: list[str] | None = None
+    other_base_allowed: bool = False
+    converted_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    """The content of ``pool.json``."""
+
+    format: int
+    base_model: dict[str, Any] | None = None
+    adapters: list[_Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +95,16 @@ def _inside(root: Path, relative: str, name: str) -> Path:
 
 def _from_manifest(root: Path) -> Pool:
     path = root / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("adapters", []), list):
-            raise PoolError(f"{path} must hold an object whose 'adapters' is a list of rows; restore it, or remove it to take all folders.")
-        if manifest["format"] not in READABLE_FORMATS:
-            raise PoolError(f"{path}: format {manifest['format']!r} is not known; this version reads formats 1 and 2.")
-        rows = [(str(row["name"]), str(row["path"]), str(row["sha256"]), row) for row in manifest["adapters"]]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PoolError(f"{path} is not JSON: {error}.") from error
-    except (KeyError, TypeError) as error:
-        raise PoolError(f"{path}: missing or malformed field {error}; write it again with `dlplora pool`.") from error
+    content = read_json(path, error=PoolError)
+    if content.get("format") not in READABLE_FORMATS:
+        raise PoolError(f"{path}: format {short(content.get('format'))} is not known; this version reads formats 1 and 2.")
+    manifest = build(_Manifest, content, str(path), error=PoolError)
+    rows = [(row.name, row.path, row.sha256, content["adapters"][i]) for i, row in enumerate(manifest.adapters)]
     if not rows:
         raise PoolError(f"{path} lists no adapter; add one with `dlplora pool add`, or remove the file.")
     names = [name for name, *_ in rows]
     for name in names:
-        if Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():
+        if not name or Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():
             raise PoolError(f"{path}: {name!r} cannot name an adapter: it must be the name of one folder.")
     if len(set(names)) != len(names):
         raise PoolError(f"{path}: adapter names must be unique, got {', '.join(names)}.")
@@ -89,7 +113,7 @@ def _from_manifest(root: Path) -> Pool:
         for file, wanted in ((WEIGHTS_NAME, expected), (CONFIG_NAME, row.get("config_sha256"))):
             _check_file(path, folders[name] / file, name, wanted)
     sums, by_name = {name: value for name, _, value, _ in rows}, {name: row for name, _, _, row in rows}
-    return Pool(root, tuple(names), folders, sums, manifest.get("base_model"), by_name)
+    return Pool(root, tuple(names), folders, sums, manifest.base_model, by_name)
 
 
 def _check_file(manifest: Path, file: Path, name: str, expected: str | None) -> None:

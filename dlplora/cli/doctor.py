@@ -45,6 +45,7 @@ def hub_state() -> str:
 def asset_states() -> dict[str, str]:
     """Embedded assets: present, and whether their recipe still matches."""
     from dlplora.adapters.files import file_sha256
+    from dlplora.documents import read_json
     from dlplora.inference.loading import nano_asset
     from dlplora.reproduce.artifacts import CONFIGS, RECIPE, recipe_hash
 
@@ -53,7 +54,7 @@ def asset_states() -> dict[str, str]:
     if not weights.is_file() or not recipe.is_file():
         states["backbone"] = "missing"
         return states
-    right = json.loads(recipe.read_text())["sha256"] == file_sha256(weights)
+    right = read_json(recipe).get("sha256") == file_sha256(weights)
     states["backbone"] = "ok" if right else "checksum differs from its recipe"
     for role in CONFIGS:
         path = nano_asset(role) / RECIPE
@@ -61,9 +62,7 @@ def asset_states() -> dict[str, str]:
             states[role] = "missing; `dlplora reproduce nano` trains it"
         else:
             states[role] = (
-                "ok"
-                if json.loads(path.read_text())["recipe_hash"] == recipe_hash(role)
-                else "recipe changed; reproduce will train it again"
+                "ok" if read_json(path).get("recipe_hash") == recipe_hash(role) else "recipe changed; reproduce will train it again"
             )
     return states
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.terminal import split_names
 from dlplora.config import require_writable
+from dlplora.documents import parse_yaml, refuse_resolvers
 from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,15 +26,11 @@ def say(text: str) -> None:
 
 def parse_parameter(text: str) -> tuple[str, Any]:
     """``KEY=VALUE`` with the value read as YAML."""
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--method-param must be KEY=VALUE, got '{text}'.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--method-param {key}: cannot read {value!r} as a YAML value.") from error
+    refuse_resolvers(value, f"--method-param {key}")
+    return key, parse_yaml(value, f"--method-param {key}")
 
 
 def chosen_methods(text: str) -> list[str]:

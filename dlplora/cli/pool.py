@@ -90,12 +90,14 @@ def known_pools() -> dict[str, int | None]:
     """Pools that can be called by name, and how many adapters each lists; None where the manifest cannot be read."""
     from dlplora.adapters.hub import pools_root
     from dlplora.adapters.pool import MANIFEST_NAME
+    from dlplora.documents import read_json
+    from dlplora.errors import PoolError
 
     found: dict[str, int | None] = {}
     for path in sorted(pools_root().glob(f"*/{MANIFEST_NAME}")):
         try:
-            found[path.parent.name] = len(json.loads(path.read_text(encoding="utf-8"))["adapters"])
-        except (OSError, ValueError, KeyError, TypeError):
+            found[path.parent.name] = len(read_json(path, error=PoolError)["adapters"])
+        except (PoolError, KeyError, TypeError):
             found[path.parent.name] = None
     return found
 
@@ -175,10 +177,10 @@ def run_pool_inspect(arguments: argparse.Namespace) -> int:
 
 def run_pool_add(arguments: argparse.Namespace) -> int:
     """Add one adapter to a pool."""
-    from dlplora.adapters.add import add_adapter
+    from dlplora.adapters.add import place_adapter
     from dlplora.adapters.inspect import inspect_adapter
 
-    pool = add_adapter(
+    added = place_adapter(
         arguments.folder,
         arguments.adapter,
         arguments.name,
@@ -187,12 +189,13 @@ def run_pool_add(arguments: argparse.Namespace) -> int:
         offline=arguments.offline,
         allow_other_base=arguments.allow_other_base,
     )
-    row = pool.rows[pool.names[-1]]
-    for hint in inspect_adapter(row["name"], pool.folders[row["name"]]).hints:
+    pool, row = added.pool, added.pool.rows[added.name]
+    for hint in inspect_adapter(added.name, pool.folders[added.name]).hints:
         _note(f"note: {hint}")
-    commit = f" at commit {row['revision'][:12]}" if row["revision"] else ""
+    commit = f" at commit {row['revision'][:12]}" if row.get("revision") else ""
     note = f", converted from {row['converted_from']}" if "converted_from" in row else ""
-    print(f"added {row['name']}: rank {row['rank']}, {', '.join(row['target_modules'])}, from {row['source']}{commit}{note}")
+    done = "already there, with the same files:" if added.was_there else "added"
+    print(f"{done} {added.name}: rank {row['rank']}, {', '.join(row['target_modules'])}, from {row['source']}{commit}{note}")
     print(f"{Path(pool.path)} now has {counted(len(pool.names), 'adapter')}")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from dlplora.adapters.files import file_sha256
 from dlplora.adapters.hub import find_pool
 from dlplora.adapters.pool import load_pool
 from dlplora.config import config_hash
+from dlplora.documents import read_json
 from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_task_facts
@@ -330,7 +330,7 @@ def training_tokens(folders: Mapping[str, Path], roles: Sequence[str]) -> int | 
 def _noted_tokens(path: Path) -> int | None:
     if not path.is_file():
         return None
-    notes = json.loads(path.read_text(encoding="utf-8"))
+    notes = read_json(path)
     return notes.get("training_tokens") or notes.get("metrics", {}).get("training_tokens")  # type: ignore[no-any-return]
 
 

@@ -6,17 +6,30 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dlplora.adapters.pool import write_manifest
+from dlplora.config import build, short
+from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
 
 CONFIG_NAME = "fused_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """The content of ``fused_config.json``."""
+
+    format: int
+    pretrained: str | None
+    method: str
+    backend: str
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +100,18 @@ def read(folder: str | Path | None) -> SavedModel | None:
         return None
     folder = Path(folder)
     path = folder / CONFIG_NAME
-    try:
-        saved = json.loads(path.read_text())
-        if saved["format"] != 1:
-            raise ConfigError(f"{path}: format {saved['format']!r} is not known; expected 1.")
-        return SavedModel(
-            pretrained=saved["pretrained"],
-            pool=folder / "pool",
-            method=saved["method"],
-            method_folder=folder / "method",
-            backend=saved["backend"],
-            artifacts={role.name: role for role in sorted((folder / "artifacts").glob("*")) if role.is_dir()},
-        )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}.") from error
+    content = read_json(path)
+    if content.get("format") != 1:
+        raise ConfigError(f"{path} is damaged: format {short(content.get('format'))} is not known; expected 1.")
+    saved = build(_Description, content, str(path))
+    return SavedModel(
+        pretrained=saved.pretrained,
+        pool=folder / "pool",
+        method=saved.method,
+        method_folder=folder / "method",
+        backend=saved.backend,
+        artifacts={role.name: role for role in sorted((folder / "artifacts").glob("*")) if role.is_dir()},
+    )
 
 
 def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) -> FusionMethod:

@@ -8,15 +8,15 @@ converted. Settings of the method are given as dotted keys, ``method.threshold=0
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlplora.config import build
-from dlplora.errors import ConfigError, nearest
+from dlplora.config import build, check_keys, short
+from dlplora.documents import parse_json
+from dlplora.errors import ConfigError
 from dlplora.lm_eval.harness_options import HARNESS_OPTIONS, parse_harness_options
 from dlplora.tasks.local import ENV_ROOT
 from dlplora.tasks.registry import get_suite
@@ -114,10 +114,8 @@ def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, An
         else:
             model[key] = value
     known = [option.name for option in fields(ModelArgs) if option.name != "artifacts"]
-    for key in model:
-        if key not in known and key != "adapters":
-            options = [*known, *HARNESS_OPTIONS, f"{METHOD_PREFIX}KEY", f"{ARTIFACT_PREFIX}ROLE"]
-            raise ConfigError(f"--model_args: unknown key '{key}'.{nearest(key, options)} Valid keys: {', '.join(options)}.")
+    options = [*known, *HARNESS_OPTIONS, f"{METHOD_PREFIX}KEY", f"{ARTIFACT_PREFIX}ROLE"]
+    check_keys({key: None for key in model if key not in {*known, "adapters"}}, options, "--model_args")
     model["method_params"] = _mapping(model.get("method_params")) | overrides
     model["artifacts"] = artifacts
     chosen = _chosen_names(model)
@@ -134,10 +132,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--model_args: method_params must be a JSON object, got {value!r} ({error.msg}).") from error
+        value = parse_json(value, f"--model_args: method_params must be a JSON object, got {short(value)}")
     if not isinstance(value, Mapping):
         raise ConfigError(f"--model_args: method_params must map settings to values, got {value!r}.")
     return {str(key): setting for key, setting in value.items()}

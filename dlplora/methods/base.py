@@ -137,6 +137,16 @@ class NoConfig:
     """The configuration of a method without settings."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """The content of ``method.json``."""
+
+    method: str
+    params: dict[str, Any]
+    experts: list[str]
+    pool_sha256: str | None = None
+
+
 class FusionMethod(nn.Module):
     """Base class of every method. A method author overrides ``route`` (or ``attach``) and, where needed, the rest.
 
@@ -295,24 +305,25 @@ class FusionMethod(nn.Module):
             MethodError: If the folder is missing, or belongs to another method or to another pool.
         """
         from dlplora.config import build
+        from dlplora.documents import read_json
 
         file = Path(folder) / "method.json"
         if not file.is_file():
             raise MethodError(f"no saved method in {folder}: method.json is missing. Point to a folder written by save().")
-        description = json.loads(file.read_text())
-        if description["method"] != cls.name:
-            raise MethodError(f"{folder} holds method '{description['method']}', expected '{cls.name}'.")
-        if tuple(description["experts"]) != tuple(bank.names):
+        description = build(_Description, read_json(file, error=MethodError), str(file), error=MethodError)
+        if description.method != cls.name:
+            raise MethodError(f"{folder} holds method '{description.method}', expected '{cls.name}'.")
+        if tuple(description.experts) != tuple(bank.names):
             raise MethodError(
-                f"{folder} was made for experts {description['experts']}, the bank has {list(bank.names)}. Retrain it for this pool."
+                f"{folder} was made for experts {description.experts}, the bank has {list(bank.names)}. Retrain it for this pool."
             )
-        made_for = description.get("pool_sha256")
+        made_for = description.pool_sha256
         if made_for is not None and made_for != bank.checksum():
             raise MethodError(
                 f"{folder} was made for a pool with checksum {made_for[:12]}, this pool has {bank.checksum()[:12]}: the same names, other "
                 "adapters. Retrain it for this pool."
             )
-        return build(cls.Config, cls.upgrade_params(description["params"], {}), str(file))
+        return build(cls.Config, cls.upgrade_params(description.params, {}), str(file), error=MethodError)
 
     @classmethod
     def upgrade_params(cls, params: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,20 +15,21 @@ that are not in the training data are then routed worse (``docs/nano_suite.md`` 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from dlplora.atomic import replacing, write_json
-from dlplora.config import build
+from dlplora.config import build, short
+from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
 
 MAX_TRAINED_PARAMETERS = 5_000_000
@@ -72,6 +73,19 @@ class RouterConfig:
             raise ConfigError(f"router: 'dropout' must be in [0, 1), got {self.dropout}.")
         if self.table_rows < 1 or self.table_width < 1:
             raise ConfigError(f"router: the table must have rows and columns, got {self.table_rows} x {self.table_width}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """The content of ``router.json``."""
+
+    format: int
+    names: list[str]
+    config: RouterConfig
+    embedding_shape: tuple[int, int] | None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    num_trained_parameters: int | None = None
+    metrics: dict[str, Any] | None = None
 
 
 def select_tokens(attention_mask: Tensor, max_tokens: int) -> Tensor:
@@ -327,17 +341,16 @@ class MiniMLPRouter(nn.Module):
         for file in ("router.json", "router.safetensors"):
             if not (folder / file).is_file():
                 raise MethodError(f"no router in {folder}: {file} is missing. Point to a folder written by router training.")
-        try:
-            description = json.loads((folder / "router.json").read_text(encoding="utf-8"))
-            found, names, config, shape = (description[key] for key in ("format", "names", "config", "embedding_shape"))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise MethodError(f"cannot read {folder / 'router.json'}: {error}. Train the router again.") from error
-        if found != FILE_FORMAT:
-            raise MethodError(f"{folder / 'router.json'} has format {found!r}, expected {FILE_FORMAT}. Train the router again.")
-        router = cls(names, build(RouterConfig, config, str(folder / "router.json")), embedding=embedding)
-        if shape is not None and tuple(shape) != router.embedding_shape:
+        path = folder / "router.json"
+        content = read_json(path, error=MethodError)
+        if content.get("format") != FILE_FORMAT:
+            raise MethodError(f"{path} has format {short(content.get('format'))}, expected {FILE_FORMAT}. Train the router again.")
+        description = build(_Description, content, str(path), error=MethodError)
+        router = cls(description.names, description.config, embedding=embedding)
+        shape = description.embedding_shape
+        if shape is not None and shape != router.embedding_shape:
             raise MethodError(
-                f"the router in {folder} was trained on backbone embeddings of shape {tuple(shape)}, this backbone has "
+                f"the router in {folder} was trained on backbone embeddings of shape {shape}, this backbone has "
                 f"{router.embedding_shape}. Train a router for this backbone."
             )
         try:
@@ -345,7 +358,11 @@ class MiniMLPRouter(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             first_line = str(error).splitlines()[0]
             raise MethodError(f"cannot read {folder / 'router.safetensors'}: {first_line} Train the router again.") from error
-        router.metrics = dict(description.get("metrics") or {})
+        for key, value in router.state_dict().items():
+            if not torch.isfinite(value).all() or (key == "temperature" and value <= 0):
+                what = f"a temperature of {float(value)}" if key == "temperature" else f"values in '{key}' that are not finite"
+                raise MethodError(f"{folder / 'router.safetensors'} holds {what}. Train the router again.")
+        router.metrics = dict(description.metrics or {})
         return router.eval()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from dlplora.adapters.pool import MANIFEST_NAME
 from dlplora.atomic import write_atomically
 from dlplora.config import config_hash, configs_root, load_yaml
+from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import build_method, hashed_params, load_method_spec
@@ -101,7 +102,7 @@ def write_recipe(role: str, folder: Path, seed: int = 0, setting: Setting = NANO
         raise ConfigError(f"training of {role} ended without an export in {folder}. Run the command again to resume.")
     described = recipe(role, seed, setting)
     if role == "backbone":
-        noted = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        noted = read_json(folder / RECIPE)
         described["pretraining"] = noted.get("pretraining", noted)
         write_atomically(folder / RECIPE, json.dumps({"recipe_hash": recipe_hash(role, seed, setting), **described}, indent=2) + "\n")
         return
@@ -112,8 +113,8 @@ def is_complete(folder: Path) -> bool:
     """Whether a folder holds exported weights: its own, or those of every adapter that a pool's manifest names."""
     manifest = folder / MANIFEST_NAME
     try:
-        parts = [folder / adapter["name"] for adapter in json.loads(manifest.read_text())["adapters"]] if manifest.is_file() else [folder]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        parts = [folder / adapter["name"] for adapter in read_json(manifest)["adapters"]] if manifest.is_file() else [folder]
+    except (ConfigError, KeyError, TypeError):
         return False
     return all(any(part.glob("*.safetensors")) for part in parts)
 
@@ -123,8 +124,8 @@ def _matches(folder: Path, wanted: str) -> bool:
     if not path.is_file() or not is_complete(folder):
         return False
     try:
-        return bool(json.loads(path.read_text())["recipe_hash"] == wanted)
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return bool(read_json(path).get("recipe_hash") == wanted)
+    except ConfigError:
         return False
 
 

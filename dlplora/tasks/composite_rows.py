@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlplora.errors import TaskError
+from dlplora.documents import parse_json
+from dlplora.errors import ConfigError, TaskError
 from dlplora.tasks.composite import Composite, Part
+from dlplora.tasks.local import MAX_DIGITS
 
 FIELDS = ("prompt", "response", "subtasks")
 
@@ -16,9 +17,9 @@ FIELDS = ("prompt", "response", "subtasks")
 def is_composite_file(path: Path) -> bool:
     """Whether the first line of a JSONL file is a composite; a file that cannot be read is not."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            first = json.loads(lines.readline())
-    except (OSError, ValueError):
+        with path.open("rb") as lines:
+            first = parse_json(lines.readline(), str(path))
+    except (OSError, ConfigError):
         return False
     return isinstance(first, dict) and set(FIELDS) <= set(first)
 
@@ -30,14 +31,11 @@ def read_composites(path: Path) -> list[Composite]:
         TaskError: Naming file, line and field of what is missing or wrong.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{where}: not JSON ({error.msg}).") from error
-            found.append(_composite(row, where))
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                found.append(_composite(parse_json(line, where, error=TaskError, max_digits=MAX_DIGITS), where))
     if not found:
         raise TaskError(f"{path}: no rows.")
     return found

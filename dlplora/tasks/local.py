@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dlplora.documents import parse_json, require_mapping
 from dlplora.errors import TaskError, nearest
 from dlplora.tasks.types import Item, Suite, Task
 
 ENV_ROOT = "DLPLORA_DATA"
 VALIDATION_SHARE = 0.1
+MAX_DIGITS = 4000
+"""Of a number in a row: an answer may be a long one."""
 
 
 def data_root(given: str | None) -> Path:
@@ -70,6 +73,8 @@ def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         raise TaskError(f"{where}: 'answer' must be an index from 0 to {len(choices) - 1}, got {json.dumps(gold)[:60]}.")
     options = tuple(str(choice).strip() for choice in choices)
+    if not all(options):
+        raise TaskError(f"{where}: option {options.index('')} of 'choices' is empty; nothing can be scored for it.")
     return Item(task, question, options[gold], options, gold)
 
 
@@ -85,20 +90,7 @@ def read_rows(path: Path, task: str) -> list[Item]:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise TaskError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8.") from error
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
-            except RecursionError as error:
-                raise TaskError(f"{where}: not a row: its brackets are nested too deeply.") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{where}: expected an object, got {type(row).__name__}.")
-            try:  # Python's reader takes both; no tokenizer and no other reader does
-                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-            except ValueError as error:
-                raise TaskError(f"{where}: holds NaN, an infinite number or half of a surrogate pair; write text.") from error
+            row = require_mapping(parse_json(line, where, error=TaskError, max_digits=MAX_DIGITS), where, error=TaskError)
             items.append(parse_row(row, task, where))
     if not items:
         raise TaskError(f"{path}: no rows.")

@@ -12,14 +12,39 @@ import inspect
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from dlplora.config import build, check_keys
+from dlplora.documents import read_yaml, refuse_resolvers
 from dlplora.errors import ConfigError, nearest
 
-TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose")
 PARTS = ("model", "data")
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type:")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The keys of a training configuration; what stands under them is the training command's parser to judge."""
+
+    seed_everything: bool | int | None = None
+    trainer: dict[str, Any] | str | None = None
+    model: dict[str, Any] | str | None = None
+    data: dict[str, Any] | str | None = None
+    ckpt_path: str | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A class and its arguments."""
+
+    class_path: str | None = None
+    init_args: dict[str, Any] | None = None
+    dict_kwargs: dict[str, Any] | None = None
 
 
 def first_reason(text: str) -> str:
@@ -50,11 +75,15 @@ def check_command_line(arguments: Sequence[str]) -> dict[str, Any]:
     Returns:
         The classes of ``model`` and ``data`` that the files name, as far as they are ours.
 
+    A configuration may not read the environment: that reference is taken away from OmegaConf for this process.
+
     Raises:
         ConfigError: If a file is missing or no YAML mapping, or a key of file or override is unknown.
     """
     classes: dict[str, Any] = {}
+    OmegaConf.clear_resolver("oc.env")  # the parser fills references in by itself, also those of files that a file names
     for position, argument in enumerate(arguments):
+        refuse_resolvers(argument, "command line")
         name, _, value = argument.partition("=")
         if name in {"--config", "-c"}:
             path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
@@ -71,42 +100,22 @@ def check_command_line(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _check_config(path: Path) -> dict[str, Any]:
     """Check one file; returns the class of each part."""
-    import yaml
-
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}. The shipped ones are under configs/train.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path} as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping with the keys seed_everything, model, data and trainer.")
-    check_keys(content, TOP_LEVEL, str(path))
-    if isinstance(content.get("trainer"), dict):
-        check_keys(content["trainer"], trainer_keys(), f"{path}: trainer")
+    config = build(_Run, read_yaml(path), str(path))
+    if isinstance(config.trainer, dict):
+        check_keys(config.trainer, trainer_keys(), f"{path}: trainer")
     classes: dict[str, Any] = {}
     for part in PARTS:
-        section = content.get(part)
+        section = getattr(config, part)
         if isinstance(section, dict):
             where = f"{path}: {part}"
-            check_keys(section, ("class_path", "init_args", "dict_kwargs"), where)
-            cls = _find_class(str(section.get("class_path", "")), where)
+            named = build(_Part, section, where)
+            cls = _find_class(named.class_path or "", where)
             if cls is not None:
                 classes[part] = cls
-                _check_arguments(cls, section.get("init_args") or {}, f"{where}: {cls.__name__}")
+                _check_arguments(cls, named.init_args or {}, f"{where}: {cls.__name__}")
     return classes
-
-
-def check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a key that is not known, with the nearest that is.
-
-    Raises:
-        ConfigError: At the first unknown key.
-    """
-    for key in content:
-        if key not in known:
-            shown = f" Valid keys: {', '.join(known)}." if len(known) <= 20 else ""
-            raise ConfigError(f"{where}: unknown key '{key}'.{nearest(str(key), known)}{shown}")
 
 
 def trainer_keys() -> tuple[str, ...]:

@@ -6,13 +6,13 @@ weights, clipping and schedule it would have alone, so (without dropout) they di
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from dlplora.documents import read_json
 from dlplora.errors import ConfigError, PoolError
 from dlplora.training.adapter_export import save_adapter
 from dlplora.training.adapter_module import AdapterModule
@@ -197,7 +197,7 @@ class LitExpertPool(AdapterModule):
         manifest = root / "pool.json"
         if self.datamodule.is_whole_suite or not manifest.is_file():
             return trained
-        known = json.loads(manifest.read_text(encoding="utf-8"))
+        known = read_json(manifest, error=PoolError)
         if known["base_model"] != self.fingerprint:
             raise PoolError(f"the pool in {root} was trained on another backbone; export these experts to another folder.")
         names = [adapter["name"] for adapter in known["adapters"]]

@@ -101,10 +101,15 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
         ("a: [", "as YAML"),
         ("modle: 1", "model"),
         ("model: {class_path: dlplora.x.Y}", "dlplora.x"),
+        ("model: {class_path: dlplora.training.expert.LitExpert, init_args: 5}", "model: 'init_args' must be dict"),
+        ("data: {class_path: [5]}", "data: 'class_path' must be str"),
+        ("seed_everything: ${oc.env:DLPLORA_SECRET}", "may refer to its own keys only"),
     ):
         (tmp_path / "it.yaml").write_text(text)
         assert fit(["fit", "--config", str(tmp_path / "it.yaml")]) == 2
-        assert part in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert part in said
+        assert said.count("\n") == 1
     assert fit(["fit", "--help"]) == 0
     assert "--config FILE.yaml" in capsys.readouterr().out
     assert fit([]) == 2

@@ -237,7 +237,7 @@ def test_a_saved_model_says_the_same(tmp_path: Path, tiny_llama_folder: Path, ti
     with pytest.raises(ConfigError, match="format 7"):
         FusedCausalLM.from_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "fused_config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is damaged"):
+    with pytest.raises(ConfigError, match=r"fused_config\.json: not JSON"):
         FusedCausalLM.from_pretrained(tmp_path / "saved")
 
 

@@ -72,10 +72,10 @@ def test_missing_and_damaged_files(folder: Path) -> None:
     with pytest.raises(UnsafeFileError, match="pickled weights only"):
         read_adapter(folder)
     (folder / CONFIG).write_text("[1]")
-    with pytest.raises(AdapterError, match="must hold an object, found list"):
+    with pytest.raises(AdapterError, match="expected an object, got list"):
         read_adapter(folder)
     (folder / CONFIG).write_text("{")
-    with pytest.raises(AdapterError, match="is not JSON"):
+    with pytest.raises(AdapterError, match="not JSON"):
         read_adapter(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(AdapterError, match=f"{CONFIG} is missing"):
@@ -124,11 +124,11 @@ def test_manifests_are_checked(pool: Path, tmp_path: Path) -> None:
     manifest = json.loads((pool / "pool.json").read_text())
     for change, part in (
         ({"format": 9}, "format 9 is not known"),
-        ({"adapters": [{"name": "x"}]}, "malformed field 'path'"),
+        ({"adapters": [{"name": "x"}]}, r"adapters\[0\]: missing required key\(s\): path, sha256"),
         ({"adapters": [{"name": "x", "path": "../../x", "sha256": "0"}]}, "leaves the pool folder"),
         ({"adapters": manifest["adapters"][:1] * 2}, "must be unique"),
         ({"adapters": []}, "lists no adapter"),
-        ({"adapters": {"x": 1}}, "'adapters' is a list of rows"),
+        ({"adapters": {"x": 1}}, r"'adapters' must be list\[_?Row\]"),
         ({"adapters": [{"name": "../x", "path": "alpha", "sha256": "0"}]}, "'../x' cannot name an adapter"),
         ({"adapters": [{"name": "a\nb", "path": "alpha", "sha256": "0"}]}, "cannot name an adapter"),
     ):
@@ -136,7 +136,7 @@ def test_manifests_are_checked(pool: Path, tmp_path: Path) -> None:
         with pytest.raises(PoolError, match=part):
             load_pool(pool)
     (pool / "pool.json").write_text("{")
-    with pytest.raises(PoolError, match="is not JSON"):
+    with pytest.raises(PoolError, match="not JSON"):
         load_pool(pool)
     with pytest.raises(PoolError, match="not found"):
         load_pool(tmp_path / "no")

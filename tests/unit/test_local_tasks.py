@@ -45,9 +45,12 @@ def test_rows_become_items_and_splits_do_not_overlap(tmp_path: Path) -> None:
         ({"question": "x", "choices": ["a", "b"], "answer": "a"}, "index from 0 to 1"),
         ({"question": "x", "choices": ["a"], "answer": 0}, "at least two"),
         ({"question": "x", "answer": {"no": 1}}, "'answer' must be text"),
-        ({"question": "x", "answer": float("nan")}, "holds NaN"),
+        ({"question": "x", "answer": float("nan")}, "field 'answer' is nan"),
         ({"question": "x\ud800", "answer": "x"}, "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"question": "x", "answer": ' + "9" * 5_000 + "}", "5000 digits"),
+        ({"question": "x", "choices": ["", ""], "answer": 0}, "option 0 of 'choices' is empty"),
+        ({"question": "x", "choices": ["a", " "], "answer": 0}, "option 1 of 'choices' is empty"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, row: object, message: str) -> None:
@@ -61,7 +64,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, row: object, messag
 def test_rows_in_another_encoding_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "t", "test", [{"question": "fine", "answer": "x"}])
     path.write_bytes(path.read_bytes().rstrip() + b'\n{"question": "caf\xe9", "answer": "x"}\n')
-    with pytest.raises(TaskError, match=r"test.jsonl:2: not UTF-8 \(byte 18 of the line\)"):
+    with pytest.raises(TaskError, match=r"test.jsonl:2: not UTF-8 \(byte 18\)"):
         get_suite("local:t", str(tmp_path))
 
 

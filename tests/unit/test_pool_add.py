@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dlplora.adapters import add as pool_add
-from dlplora.adapters.add import add_adapter
+from dlplora.adapters.add import LOCK_NAME, add_adapter
 from dlplora.adapters.files import file_sha256, read_adapter
 from dlplora.adapters.hub import find_adapter, find_pool
 from dlplora.adapters.pool import load_pool, pool_hash
@@ -27,8 +27,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its checksum, empty folders too."""
-    return {str(path.relative_to(folder)): file_sha256(path) if path.is_file() else "folder" for path in sorted(folder.rglob("*"))}
+    """Every file below a folder with its checksum, empty folders too; but for the pool's lock, which stays."""
+    found = (path for path in sorted(folder.rglob("*")) if path.name != LOCK_NAME)
+    return {str(path.relative_to(folder)): file_sha256(path) if path.is_file() else "folder" for path in found}
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_what_the_manifest_keeps(pool: Path, folder: Path) -> None:
     }
     assert [row["name"] for row in manifest["adapters"]] == ["alpha", "beta", "third"]
     assert manifest["adapters"][0]["source"].endswith("/alpha")  # what was written first is kept
-    assert sorted(path.name for path in pool.iterdir()) == ["alpha", "beta", "pool.json", "third"]
+    assert sorted(path.name for path in pool.iterdir()) == [LOCK_NAME, "alpha", "beta", "pool.json", "third"]
 
 
 def test_an_edited_configuration_is_noticed_and_changes_the_checksum(pool: Path, tiny_pool: Path) -> None:
