@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import speed_targets
 from dlplora.errors import RecordError
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.figures import draw_latency
@@ -21,6 +20,7 @@ from dlplora.reporting.latency.tables import interleaved, latency_source, markdo
 from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_training
 from dlplora.reporting.store import load_all
 from dlplora.reporting.tables import build, caption, main_table
+from tests.tools import speed_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,6 @@
 """Evidence for the nano suite: base and expert on train, validation and test items, for several seeds of expert training.
 
-    python -m benchmarks.nano_admission --pools runs/nano/pool runs/nano_seed1/pool runs/nano_seed2/pool
+    python -m tests.tools.nano_admission --pools runs/nano/pool runs/nano_seed1/pool runs/nano_seed2/pool
 
 Writes ``results/nano_admission.json`` and the table in ``docs/nano_suite.md``. Scoring is independent of lm-eval: summed
 log-likelihood of each option, exact match of a greedy line.

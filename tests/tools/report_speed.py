@@ -1,4 +1,4 @@
-"""How long tables, figures and the page take for many records: ``python -m benchmarks.report_speed --records 1000``.
+"""How long tables, figures and the page take for many records: ``python -m tests.tools.report_speed --records 1000``.
 
 The records are copies of the committed ones under other method names and seeds; they live in a temporary folder and are no results.
 """

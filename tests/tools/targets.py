@@ -1,4 +1,4 @@
-"""The project's own targets, measured on this machine: ``python -m benchmarks.targets``.
+"""The project's own targets, measured on this machine: ``python -m tests.tools.targets``.
 
 Prints one row a target and writes nothing. Times depend on the machine; they are looked at, never asserted in tests. Rows about speed come
 from records (``--only-speed`` prints these alone); the others are measured or read here.
@@ -15,15 +15,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import speed_targets
 from dlplora.methods.registry import available_presets
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.records import FOLDER
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import load_all
 from dlplora.reporting.tables import REFERENCE_ROWS, value_of
+from tests.tools import speed_targets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = REFERENCE_ROWS
 
 
