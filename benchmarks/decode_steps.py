@@ -21,7 +21,7 @@ import torch
 
 from dlplora.atomic import write_atomically
 from dlplora.bench.model_shapes import share_weights
-from dlplora.bench.op_cases import fused_stand_in, shape_of
+from dlplora.bench.op_cases import find_case, fused_stand_in
 from dlplora.modules.fused_linear import RoutingState
 from dlplora.provenance import provenance
 from dlplora.reporting.store import RESULTS
@@ -77,7 +77,7 @@ def _step(model: Any, rows: int, bind: Callable[[], Any] | None = None) -> Calla
 def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
     """Contender -> median ratio to the bare backbone with quartiles, ``rows`` prompts routed alike or each to its own expert."""
     calls: dict[str, Callable[[], float]] = {}
-    with fused_stand_in("oracle", shape_of("nano")) as fused:
+    with fused_stand_in("oracle", find_case("nano")) as fused:
         names = [fused.bank.names[0 if alike else row % fused.bank.num_experts] for row in range(rows)]
         prompts = PromptBatch.from_ids([[5, 6, 7]] * rows, fused.tokenizer, task_names=names)
         zeros = torch.zeros(fused.bank.num_experts)

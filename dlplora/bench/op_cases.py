@@ -21,6 +21,7 @@ from dlplora.bench.op_counter import Counts, count
 from dlplora.errors import ConfigError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
+from dlplora.inference.shapes import find_shape
 from dlplora.kernels.backends import BACKENDS, PlanFacts, obstacle
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import build_method
@@ -43,43 +44,29 @@ Cells = dict[str, dict[str, dict[str, int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of a backbone with random weights.
+class CountCase:
+    """A backbone with random weights, and the size of its pool; adapters on the query and value projections, as in the paper."""
 
-    Args:
-        config: Changes to the embedded nano backbone's configuration.
-        experts, rank: Of the bank; adapters on the query and value projections, as in the paper.
-    """
-
-    config: dict[str, int]
+    shape: str
+    """Name of the backbone's sizes."""
     experts: int
     rank: int = 8
 
 
-SHAPES = {
-    "nano": Shape(config={}, experts=26),
-    "tiny": Shape(
-        config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 8,
-        },
-        experts=4,
-        rank=4,
-    ),
-}  # fmt: skip
+CASES = {"nano": CountCase(shape="nano", experts=26), "tiny": CountCase(shape="tiny", experts=4, rank=4)}
 
 
-def shape_of(name: str, experts: int | None = None) -> Shape:
-    """A shape by name, with another number of experts if one is given.
+def find_case(name: str, experts: int | None = None) -> CountCase:
+    """A case by name, with another number of experts if one is given.
 
     Raises:
         ConfigError: If the name is unknown, or the number below one.
     """
-    if name not in SHAPES:
-        raise ConfigError(f"unknown shape '{name}'.{nearest(name, SHAPES)} Known: {', '.join(SHAPES)}.")
+    if name not in CASES:
+        raise ConfigError(f"unknown shape '{name}'.{nearest(name, CASES)} Known: {', '.join(CASES)}.")
     if experts is not None and experts < 1:
         raise ConfigError(f"experts must be at least 1, got {experts}.")
-    return SHAPES[name] if experts is None else replace(SHAPES[name], experts=experts)
+    return CASES[name] if experts is None else replace(CASES[name], experts=experts)
 
 
 @contextmanager
@@ -92,14 +79,15 @@ def _seeded() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _backbone(shape: Shape) -> tuple[Any, Any]:
-    """A random causal LM of the nano backbone's kind, float32 on the CPU, and the embedded tokenizer."""
+def _backbone(case: CountCase) -> tuple[Any, Any]:
+    """A random causal LM, float32 on the CPU, and the embedded tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = str(nano_asset("backbone"))
-    config = AutoConfig.from_pretrained(source, **shape.config, attn_implementation="eager")
+    shape = find_shape(case.shape)
+    config = AutoConfig.from_pretrained(source) if shape is None else shape.config()
     with _seeded():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     return model, AutoTokenizer.from_pretrained(source)
 
 
@@ -117,9 +105,9 @@ def _adapter(model: Any, rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor
     }
 
 
-def _bank(model: Any, shape: Shape) -> AdapterBank:
-    adapters = [_adapter(model, shape.rank, seed) for seed in range(shape.experts)]
-    names = [f"expert{index:04d}" for index in range(shape.experts)]
+def _bank(model: Any, case: CountCase) -> AdapterBank:
+    adapters = [_adapter(model, case.rank, seed) for seed in range(case.experts)]
+    names = [f"expert{index:04d}" for index in range(case.experts)]
     return AdapterBank.from_tensors(names, {path: [adapter[path] for adapter in adapters] for path in adapters[0]})
 
 
@@ -141,22 +129,22 @@ def _examples(task: str, num: int) -> list[Item]:
 
 
 @contextmanager
-def fused_stand_in(name: str, shape: Shape, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
-    """A method on a model of a shape, with stand-ins for everything it must have learnt; closed afterwards.
+def fused_stand_in(name: str, case: CountCase, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
+    """A method on the backbone of a case, with stand-ins for everything it must have learnt; closed afterwards.
 
     Raises:
         MethodError: If the method is unknown.
     """
     method: FusionMethod = build_method(name, params)
-    model, tokenizer = _backbone(shape)
-    bank = _bank(model, shape)
+    model, tokenizer = _backbone(case)
+    bank = _bank(model, case)
     with tempfile.TemporaryDirectory() as folder, _seeded():
         context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings(), few_shot=_examples)
         artifacts = dict(type(method).example_artifacts(Path(folder), bank, context))
         for role in method.artifact_roles:
             if role.startswith("multitask"):
                 ratio = int(role.partition("_r")[2] or 8) / 8
-                artifacts[role] = _adapter_folder(Path(folder) / role, model, int(shape.rank * ratio))
+                artifacts[role] = _adapter_folder(Path(folder) / role, model, int(case.rank * ratio))
         fused = FusedCausalLM(model, tokenizer, bank, method, context=replace(context, artifacts=artifacts))
         try:
             yield fused
@@ -169,10 +157,10 @@ def _prompts(fused: FusedCausalLM, names: Sequence[str]) -> PromptBatch:
     return PromptBatch.from_ids([ids], fused.tokenizer, task_names=[names[0]])
 
 
-def count_method(name: str, shape: Shape, params: Mapping[str, Any] | None = None) -> Cells:
+def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = None) -> Cells:
     """Counts of one method on every backend that can serve it, but ``triton``."""
     found: Cells = {}
-    with fused_stand_in(name, shape, params) as fused, torch.no_grad():
+    with fused_stand_in(name, case, params) as fused, torch.no_grad():
         prompts = _prompts(fused, fused.method.expert_names)
         fused.plan(prompts, new_tokens=NEW_TOKENS)  # a method may search or cache when it first meets a task
         weights = fused.planner.route(prompts)

@@ -20,7 +20,7 @@ from transformers import StoppingCriteriaList
 
 from dlplora.adapters.pool import load_pool
 from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes, transient_bytes
-from dlplora.bench.model_shapes import LORA, find_shape, load_shape, needed_bytes, random_bank
+from dlplora.bench.model_shapes import LORA, load_shape, needed_bytes, random_bank
 from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
 from dlplora.bench.systems import (
     BUILTIN,
@@ -35,6 +35,7 @@ from dlplora.bench.timing import time_call, time_generation
 from dlplora.config import build, find_config, load_yaml
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.inference.loading import nano_asset, resolve_dtype
+from dlplora.inference.shapes import find_shape
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import load_method_spec
 from dlplora.modules.lora_bank import AdapterBank

@@ -18,11 +18,11 @@ def run_counters(arguments: argparse.Namespace) -> int:
     if (arguments.check or arguments.accept) and arguments.experts is not None:
         raise ConfigError("the golden file holds the shape's own number of experts; leave --experts out.")
     quiet_loading(None)
-    shape = cases.shape_of(arguments.shape, arguments.experts)
+    case = cases.find_case(arguments.shape, arguments.experts)
     names = split_names(arguments.methods) if arguments.methods else list(available_presets())
     cells: cases.Cells = {}
     for name in names:
-        cells.update(cases.count_method(name, shape))
+        cells.update(cases.count_method(name, case))
     path, whole = golden_path(cases.GOLDEN, Path(arguments.out)), not arguments.methods
     if arguments.accept:
         cases.write_golden(path, arguments.shape, cells, whole=whole)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlplora.errors import ConfigError
+from dlplora.inference.shapes import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHARS_PER_TOKEN = 4.0
@@ -15,7 +16,7 @@ TOKENS_PER_ROW_UNSEEN = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelSize:
     """Sizes of a backbone and of one adapter over it."""
 
     parameters: int
@@ -28,12 +29,12 @@ class Shape:
     """Width of keys (and of values) of one layer."""
 
 
-def shape_of(source: str | None, given: Mapping[str, Any] | None, *, rank: int, targets: Sequence[str]) -> Shape:
+def shape_of(source: str | None, given: ModelShape | None, *, rank: int, targets: Sequence[str]) -> ModelSize:
     """Sizes from ``config.json`` (a folder, or the hub's cache), or from sizes that are given; built on the meta device, no weights.
 
     Args:
         source: Folder or hub id; None if only sizes are known.
-        given: ``model_type`` and the fields of its configuration, used where ``source`` cannot be read.
+        given: Published sizes, used instead of ``source``.
         rank, targets: Of the adapters.
 
     Raises:
@@ -44,9 +45,8 @@ def shape_of(source: str | None, given: Mapping[str, Any] | None, *, rank: int, 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: Any = None
-    if given:
-        fields = dict(given)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if given is not None:
+        config = given.config()
     elif source is not None:
         try:
             config = AutoConfig.from_pretrained(source)
@@ -59,7 +59,7 @@ def shape_of(source: str | None, given: Mapping[str, Any] | None, *, rank: int, 
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in targets]
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(
+    return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         adapter_parameters=sum(rank * (m.in_features + m.out_features) for m in linears),
         vocab_size=config.vocab_size,
@@ -70,7 +70,7 @@ def shape_of(source: str | None, given: Mapping[str, Any] | None, *, rank: int, 
     )
 
 
-def training_memory(shape: Shape, *, batch_size: int, length: int, dtype: str, size: int = 1) -> int:
+def training_memory(shape: ModelSize, *, batch_size: int, length: int, dtype: str, size: int = 1) -> int:
     """Bytes while one adapter trains: weights, the adapter with gradient and two moments in float32, and activations.
 
     ``size`` is the adapter's, in adapters of one expert.
@@ -84,7 +84,7 @@ def training_memory(shape: Shape, *, batch_size: int, length: int, dtype: str, s
     return int(shape.parameters * width + size * shape.adapter_parameters * 16 + per_layer * shape.num_layers * width / 2)
 
 
-def evaluation_memory(shape: Shape, *, num_experts: int, batch_size: int, length: int, dtype: str) -> int:
+def evaluation_memory(shape: ModelSize, *, num_experts: int, batch_size: int, length: int, dtype: str) -> int:
     """Bytes while a full batch is scored or decoded: weights, all experts, keys and values, and the logits of every position."""
     size = BYTES[dtype]
     weights = shape.parameters + num_experts * shape.adapter_parameters
@@ -112,7 +112,7 @@ def amount(number: float, unit: str) -> str:
 
 
 def lines(
-    shape: Shape,
+    shape: ModelSize,
     *,
     num_experts: int,
     training: Mapping[str, Mapping[str, int]],

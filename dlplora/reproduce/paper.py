@@ -7,6 +7,7 @@ that training and evaluation see the same weights.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.evaluation.protocol import Protocol, load_protocol
+from dlplora.inference.shapes import ModelShape, find_shape
 from dlplora.methods.registry import available_presets
 from dlplora.reporting import tables
 from dlplora.reproduce import artifacts, estimate
@@ -51,12 +53,32 @@ class Profile:
     """Whether the backbone is pretrained here, on the training rows."""
     methods: list[str] = field(default_factory=lambda: list(tables.REFERENCE_ROWS))
     """Methods of the comparison unless others are named."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Kind of training (or ``all``) -> further options of ``dlplora fit``."""
+    options: dict[str, dict[str, Any] | list[str]] = field(default_factory=dict)
+    """Kind of training (or ``all``) -> what changes in its configuration, as a mapping; options of ``dlplora fit`` are read as well."""
     processes: int | None = None
     """Processes that the experts are dealt out to."""
-    shape: dict[str, Any] = field(default_factory=dict)
-    """Sizes of the backbone for estimates, from its public configuration."""
+    shape: str | None = None
+    """Name of the backbone's sizes (``inference.shapes``), for estimates without a download."""
+
+    @property
+    def fit_options(self) -> dict[str, list[str]]:
+        """``options`` as options of ``dlplora fit``."""
+        return {kind: _as_options(given) if isinstance(given, dict) else given for kind, given in self.options.items()}
+
+
+def _as_options(settings: Mapping[str, Any], above: str = "--") -> list[str]:
+    """Options with dotted keys for nested settings.
+
+    >>> _as_options({"trainer": {"accelerator": "cpu", "max_epochs": 1}})
+    ['--trainer.accelerator=cpu', '--trainer.max_epochs=1']
+    """
+    found: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found += _as_options(value, f"{above}{key}.")
+        else:
+            found.append(f"{above}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return found
 
 
 def load_profile(name: str) -> tuple[str, Profile]:
@@ -133,13 +155,13 @@ class PaperJob:
             data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
             tasks=None if self.protocol.tasks is None else tuple(self.protocol.tasks),
             configs={**CONFIGS, **dict.fromkeys(RANKS, CONFIGS["multitask"])},
-            options={**self.profile.options, **{role: self._ranked(role) for role in RANKS}},
+            options={**self.profile.fit_options, **{role: self._ranked(role) for role in RANKS}},
             processes=self.profile.processes,
         )
 
     def _ranked(self, role: str) -> list[str]:
         settings = {"lora.rank": RANKS[role], "lora.lora_alpha": 2 * RANKS[role], "adapter_name": role}
-        return [*self.profile.options.get("multitask", ()), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
+        return [*self.profile.fit_options.get("multitask", ()), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
 
     def backbone_artifact(self) -> artifacts.Artifact | None:
         """The backbone that is pretrained here, or None if it comes from elsewhere."""
@@ -205,7 +227,7 @@ def announced(job: PaperJob) -> Iterator[str]:
     training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := _budget(job, setting, kind))["runs"]}
     rows, count = _rows_at_hand(job)
     lora = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]
-    shape = estimate.shape_of(source, job.profile.shape or _own_shape(job), rank=lora["rank"], targets=lora["target_modules"])
+    shape = estimate.shape_of(source, _known_shape(job), rank=lora["rank"], targets=lora["target_modules"])
     wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
     yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
 
@@ -217,22 +239,24 @@ def _roles(job: PaperJob) -> Iterator[str]:
     yield f"evaluate {', '.join(job.methods)} with seed(s) {', '.join(map(str, job.seeds))}; finished cells are reused"
 
 
-def _own_shape(job: PaperJob) -> dict[str, Any]:
-    """Sizes of the backbone that is pretrained here."""
+def _known_shape(job: PaperJob) -> ModelShape | None:
+    """Sizes of the backbone that are known without looking at it: the profile's, or those of the one that is pretrained here."""
+    if job.profile.shape is not None:
+        return find_shape(job.profile.shape)
     if not job.profile.train_backbone:
-        return {}
+        return None
     config = load_yaml(artifacts.config_path("backbone", job.setting))
     model = _overridden(config["model"]["init_args"], job.setting.extra("backbone"), "--model.init_args.")
-    return {
-        "model_type": "llama",
-        "vocab_size": config["data"]["init_args"].get("vocab_size", 4096),
-        "hidden_size": model["hidden_size"],
-        "intermediate_size": model["intermediate_size"],
-        "num_hidden_layers": model["num_layers"],
-        "num_attention_heads": model["num_heads"],
-        "num_key_value_heads": model["num_heads"],
-        "tie_word_embeddings": True,
-    }
+    return ModelShape(
+        model_type="llama",
+        vocab_size=config["data"]["init_args"].get("vocab_size", 4096),
+        hidden_size=model["hidden_size"],
+        intermediate_size=model["intermediate_size"],
+        num_hidden_layers=model["num_layers"],
+        num_attention_heads=model["num_heads"],
+        num_key_value_heads=model["num_heads"],
+        tie_word_embeddings=True,
+    )
 
 
 def _overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from dlplora.bench.model_shapes import SHAPES
 from dlplora.cli.main import main
 from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.evaluation.protocol import load_protocol
@@ -62,7 +60,7 @@ def job(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
         "protocol": str(tmp_path / "tiny_protocol.yaml"),
         "backbone": str(tiny_llama_folder),
         "processes": 1,
-        "options": {"all": cpu, "pool": ["--model.init_args.dtype=float32", *steps, *resume], "router": ["--trainer.max_epochs=1"]},
+        "options": {"all": cpu, "pool": ["--model.init_args.dtype=float32", *steps, *resume], "router": {"trainer": {"max_epochs": 1}}},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(profile))
     rows = write_rows(tmp_path / "rows")
@@ -161,8 +159,7 @@ def test_profile_and_protocol_of_a_backbone_agree(name: str) -> None:
     assert profile.protocol == name
     assert (profile.backbone, profile.revision) == (protocol.backbone, protocol.revision)
     assert protocol.suite == "paper26"
-    known = dataclasses.asdict(SHAPES[name])  # type: ignore[call-overload]
-    assert profile.shape == {"model_type": known.pop("family"), **known}
+    assert profile.shape == name
     arguments = resolve(name, {}, None, None, None).over(profile.backbone or "", "0" * 40)[1].arguments("pool")
     assert "--data.init_args.suite=paper26" in arguments
     assert f"--model.init_args.base_model_name={protocol.backbone}" in arguments
@@ -237,7 +234,7 @@ def test_every_profile_names_a_protocol_and_options_that_exist(name: str, tmp_pa
     protocol = load_protocol(profile.protocol)
     assert protocol.suite.startswith("paper")
     setting = Setting(
-        backbone="BASE", suite=protocol.suite, data_root=str(tmp_path), tasks=("gsm8k",), configs=CONFIGS, options=profile.options
+        backbone="BASE", suite=protocol.suite, data_root=str(tmp_path), tasks=("gsm8k",), configs=CONFIGS, options=profile.fit_options
     )
     for kind in KINDS:
         arguments = ["--config", str(artifacts.config_path(kind, setting)), *setting.arguments(kind)]

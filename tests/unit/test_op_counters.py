@@ -53,7 +53,7 @@ def test_a_lookup_reads_what_it_looks_up() -> None:
 
 
 def counted(name: str, experts: int | None = None, shape: str = "tiny", **params: Any) -> cases.Cells:
-    return cases.count_method(name, cases.shape_of(shape, experts), params or None)
+    return cases.count_method(name, cases.find_case(shape, experts), params or None)
 
 
 def test_folded_decoding_costs_the_same_whatever_the_number_of_experts() -> None:
@@ -166,9 +166,9 @@ def test_differences_are_readable(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"unknown shape 'nanoo'. Did you mean 'nano'"):
-        cases.shape_of("nanoo")
+        cases.find_case("nanoo")
     with pytest.raises(ConfigError, match="at least 1, got 0"):
-        cases.shape_of("tiny", 0)
+        cases.find_case("tiny", 0)
     assert main(["bench", "counters", "--shape", "tiny", "--experts", "3", "--check"]) == 2
     assert "leave --experts out" in capsys.readouterr().err
     assert main(["bench", "counters", "--shape", "tiny", "--methods", "dpl"]) == 2
