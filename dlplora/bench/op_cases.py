@@ -80,12 +80,17 @@ def _seeded() -> Iterator[None]:
 
 
 def _backbone(case: CountCase) -> tuple[Any, Any]:
-    """A random causal LM, float32 on the CPU, and the embedded tokenizer."""
+    """A random causal LM of the nano backbone's kind, float32 on the CPU, and the embedded tokenizer.
+
+    Other sizes are put into nano's configuration: what a method finds in random weights depends on how they are drawn.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = str(nano_asset("backbone"))
     shape = find_shape(case.shape)
-    config = AutoConfig.from_pretrained(source) if shape is None else shape.config()
+    sizes = {} if shape is None else {**asdict(shape), "head_dim": shape.hidden_size // shape.num_attention_heads}
+    sizes = {key: value for key, value in sizes.items() if key not in {"model_type", "tie_word_embeddings"}}
+    config = AutoConfig.from_pretrained(source, **sizes)
     with _seeded():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     return model, AutoTokenizer.from_pretrained(source)
