@@ -131,7 +131,9 @@ def parse_yaml(text: str, where: str, *, error: type[DLPLoRAError] = ConfigError
     try:
         value = yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as problem:
-        raise error(f"cannot read {where} as YAML: {' '.join(str(problem).split())[:300]}") from problem
+        mark = getattr(problem, "problem_mark", None)
+        spot = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise error(f"cannot read {where} as YAML: {getattr(problem, 'problem', None) or str(problem).splitlines()[0]}{spot}.") from problem
     except RecursionError as problem:
         raise error(f"cannot read {where} as YAML: its brackets are nested too deeply; at most {max_depth} levels are read.") from problem
     except (ValueError, OverflowError) as problem:  # a number of thousands of digits

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.terminal import split_names
-from dlplora.config import require_writable
+from dlplora.config import require_writable, short
 from dlplora.documents import parse_yaml, refuse_resolvers
 from dlplora.errors import ConfigError
 
@@ -30,7 +30,7 @@ def parse_parameter(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"--method-param must be KEY=VALUE, got '{text}'.")
     refuse_resolvers(value, f"--method-param {key}")
-    return key, parse_yaml(value, f"--method-param {key}")
+    return key, parse_yaml(value, f"--method-param {key}: {short(value)}")
 
 
 def chosen_methods(text: str) -> list[str]:
