@@ -109,9 +109,9 @@ def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = 
         raise error(f"{where} must be an object (a mapping of keys to values), got {short(values)}.")
     check_keys(values, [field.name for field in dataclasses.fields(cls)], where, error=error)  # type: ignore[arg-type]
     try:
-        text = json.dumps(values)
+        text = json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as problem:
-        raise error(f"{where}: holds a value that is neither text nor number, list or mapping: {problem}.") from problem
+        raise error(f"{where}: holds a value that is no text, finite number, list or mapping: {problem}.") from problem
     try:
         return cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"))
     except ValidationError as problem:

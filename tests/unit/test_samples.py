@@ -42,6 +42,25 @@ def test_outcomes_survive_their_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
+@pytest.mark.parametrize(
+    "text", ["[[[", "[" * 100_000, "5", "[5]", '[["a", {"x": 1}]]', '[[0, {"x": "y"}]]', '[[0, {"x": NaN}]]', '{"a": 1}']
+)
+def test_routing_that_is_none_names_the_file(text: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    write_samples(path, OUTCOMES)
+    table = pq.read_table(path)
+    column = pa.array([text] * table.num_rows)
+    pq.write_table(table.set_column(table.column_names.index("routing"), "routing", column), path)
+    rows = read_samples(path)["b"]
+    with pytest.raises(RecordError) as caught:
+        rows.parsed_routing(str(rows.routing[0]))
+    assert f"{path}: column 'routing'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_record_names_its_outcomes(tmp_path: Path) -> None:
     path = store.save(make_record(), tmp_path, OUTCOMES)
     record = read_record(path)
