@@ -93,11 +93,12 @@ def _options(arguments: Any) -> dict[str, Any]:
     path = given.get("config")
     if path is None or not Path(path).is_file():
         return given
-    import yaml
+    from dlplora.documents import parse_yaml, read_text
+    from dlplora.errors import ConfigError
 
     try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # lm-eval reports it
+        read = parse_yaml(read_text(path), str(path))
+    except ConfigError:  # lm-eval reports it
         return given
     return {**read, **given} if isinstance(read, dict) else given
 

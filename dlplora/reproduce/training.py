@@ -16,6 +16,7 @@ from typing import Any
 
 from dlplora.adapters.pool import MANIFEST_NAME, write_manifest
 from dlplora.atomic import write_atomically
+from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.interruption import INTERRUPTED, TERMINATED, Terminated
 from dlplora.reproduce.artifacts import TRAINED, artifact_dir, config_path, kind_of, write_recipe
@@ -131,7 +132,7 @@ def _train_pool(setting: Setting, folder: Path, resume: Path, seeded: Sequence[s
         for name in shard:
             shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(resume / f"part{i}" / name, folder / name)
-    notes = [json.loads((resume / f"part{i}" / "training.json").read_text()) for i in range(count)]
+    notes = [read_json(resume / f"part{i}" / "training.json") for i in range(count)]
     tokens = {"training_tokens": sum(part["training_tokens"] for part in notes)}
     write_atomically(folder / "training.json", json.dumps(notes[0] | {"metrics": {}} | tokens, indent=2) + "\n")
-    write_manifest(folder, names, json.loads((resume / "part0" / MANIFEST_NAME).read_text())["base_model"])
+    write_manifest(folder, names, read_json(resume / "part0" / MANIFEST_NAME)["base_model"])
