@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from dlplora.documents import read_yaml
+from dlplora.documents import check_plain, read_yaml
 from dlplora.errors import ConfigError, DLPLoRAError, nearest
 
 T = TypeVar("T")
@@ -109,13 +109,16 @@ def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = 
         raise error(f"{where} must be an object (a mapping of keys to values), got {short(values)}.")
     check_keys(values, [field.name for field in dataclasses.fields(cls)], where, error=error)  # type: ignore[arg-type]
     try:
-        text = json.dumps(values, allow_nan=False)
+        text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as problem:
-        raise error(f"{where}: holds a value that is no text, finite number, list or mapping: {problem}.") from problem
+        raise error(f"{where}: holds a value that is no text, number, list or mapping: {problem}.") from problem
     try:
-        return cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"))
+        made = cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"))
     except ValidationError as problem:
         raise error(_reason(cls, values, problem.errors(include_url=False), where)) from problem
+    if "NaN" in text or "Infinity" in text:
+        check_plain(json.loads(text), where, error=error)
+    return made
 
 
 def short(value: Any, most: int = 60) -> str:
