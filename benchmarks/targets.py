@@ -17,11 +17,11 @@ from pathlib import Path
 
 from benchmarks import speed_targets
 from dlplora.methods.registry import available_presets
+from dlplora.reporting.columns import REFERENCE_ROWS, value_of
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.records import FOLDER
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import REFERENCE_ROWS, value_of
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = REFERENCE_ROWS
