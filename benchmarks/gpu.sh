@@ -15,7 +15,7 @@ mkdir -p "$OUT"
 if [ "${DLPLORA_GPU_SMOKE:-0}" = 1 ]; then
   PLANS="gpu-smoke:150"
   TRAINING="--device cpu --num-tasks 2 --num-steps 2 --repeats 1 --modes peft_one_by_one,joint"
-  TESTS="tests/unit/test_latency.py -k median"
+  TESTS="tests/unit/test_bench_timing.py -k median"
 else
   "$PYTHON" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU; DLPLORA_GPU_SMOKE=1 tries this script on a CPU")'
   PLANS="gpu-1.5b:150 gpu-8b:210" # name:seconds; a plan that is cut off keeps the groups it had finished
