@@ -93,6 +93,11 @@ class MoLE(TrainedGates):
         flat = answers.flatten(-2)
         return F.rms_norm(flat, (flat.shape[-1],), eps=1e-6)
 
+    @property
+    def loss_adds_up(self) -> bool:
+        """The balancing loss is a function of the shares in the whole batch."""
+        return self.config.balance == 0.0
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Answers plus the balancing loss."""
         answers, recorded = self.answer_and_records(batch)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.errors import MethodError
+from dlplora.modules.precision import keeping_dtype
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -156,6 +157,10 @@ class FusionMethod(nn.Module):
         self.expert_names: tuple[str, ...] = ()
         self.pool_checksum: str | None = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FusionMethod:
+        """A method computes in float32, whatever the fused model is cast to."""
+        return super()._apply(keeping_dtype(fn), recurse)
+
     @property
     def granularity(self) -> Granularity:
         """Granularity of this instance; a method whose configuration decides overrides it."""
@@ -245,14 +250,23 @@ class FusionMethod(nn.Module):
     def fit(self, context: MethodContext) -> None:
         """Gradient-free search, before evaluation. Default: nothing to do."""
 
+    @property
+    def loss_adds_up(self) -> bool:
+        """Whether the loss is a mean over rows or tokens, so that the gradients of parts of a batch add up to that of the batch.
+
+        ``LitFusion`` accumulates gradients only then.
+        """
+        return True
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Scalar training loss of one batch; the Lightning shell does the rest.
 
         Args:
             batch: ``prompts`` (``PromptBatch`` with the task names of the training rows), ``expert_idx`` (B,) the index of each row's own
                 expert; ``input_ids``, ``attention_mask``, ``labels`` (B, T), -100 where there is no target; ``answer_loss(weights)``, the
-                mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model. A method
-                reads what it needs.
+                mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model;
+                ``row_share`` and ``token_share``, by which a mean over the batch's rows or real tokens is to be multiplied
+                (``answer_loss`` has it in it), absent or 1 where the batch is the whole optimiser step. A method reads what it needs.
 
         Raises:
             MethodError: If the method is not trained by gradients.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from dlplora.atomic import replacing, write_json
 from dlplora.config import build
 from dlplora.errors import ConfigError, MethodError, RoutingError
+from dlplora.modules.precision import keeping_dtype
 
 MAX_TRAINED_PARAMETERS = 5_000_000
 """The paper's size of the router, taken as an upper bound."""
@@ -169,6 +170,10 @@ class MiniMLPRouter(nn.Module):
                 f"router: {self.num_trained_parameters:,} trained parameters, at most {MAX_TRAINED_PARAMETERS:,} are allowed "
                 f"(input width {width}, hidden {list(self.config.hidden or ())}). Choose smaller 'hidden' widths."
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MiniMLPRouter:
+        """A router computes in float32, whatever the model that it belongs to is cast to."""
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _build_mlp(self, width: int, start: int) -> nn.Sequential:
         layers: list[nn.Module] = []

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.atomic import write_json
-from dlplora.errors import MethodError
+from dlplora.errors import ConfigError, MethodError
+from dlplora.modules.precision import float32_by_default
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
 from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.settings import OptimizerSettings, step_rng
@@ -26,6 +27,8 @@ class LitFusion(ResumableModule):
     * ``prompts``: the contexts as a ``PromptBatch`` with the task names of the training rows;
     * ``expert_idx``: index of each row's own expert in the bank, int64 (B,);
     * ``input_ids``, ``attention_mask``, ``labels``: whole sequences (B, T), right-padded, -100 where there is no target;
+    * ``row_share``, ``token_share``: factors for means over the batch's rows or real tokens, so that accumulated batches and processes
+      add up to the mean over the whole optimiser step; 1 without either;
     * ``answer_loss``: ``answer_loss(weights)`` runs the fused model under routing weights (E,), (B, E) or (B, T, E) and returns
       the mean cross-entropy of the answer tokens; ``answer_loss(None)`` when gates inside the layers decide;
     * ``model``: the ``FusedCausalLM``.
@@ -73,7 +76,8 @@ class LitFusion(ResumableModule):
         from dlplora.inference.fused_model import FusedCausalLM
 
         device = self._trainer.strategy.root_device if self._trainer is not None else "cpu"
-        return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
+        with float32_by_default():  # gates are drawn and trained in float32, whatever the trainer's precision makes of the backbone
+            return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
 
     @property
     def tokenizer(self) -> Any:
@@ -119,7 +123,16 @@ class LitFusion(ResumableModule):
         return self.optimizer_settings.build(parameters, planned_steps(self.trainer))
 
     def on_fit_start(self) -> None:
-        """Find out once how the logits are made."""
+        """Find out once how the logits are made.
+
+        Raises:
+            ConfigError: If gradients are to be accumulated, and the method's loss is not a mean over rows or tokens.
+        """
+        if self.trainer.accumulate_grad_batches > 1 and not self.fused.method.loss_adds_up:
+            raise ConfigError(
+                f"method '{self.method_name}' has a loss over the whole batch that parts of the batch do not add up to; set "
+                "trainer.accumulate_grad_batches to 1, or leave that loss out (mole: balance=0)."
+            )
         with self.fused.routing(torch.zeros(self.fused.bank.num_experts, device=self.device)):
             self.plain_head = has_plain_head(self.fused.model)
 
@@ -133,6 +146,8 @@ class LitFusion(ResumableModule):
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "labels": batch["labels"],
+            "row_share": batch.get("row_share", 1.0),
+            "token_share": batch.get("token_share", 1.0),
             "answer_loss": lambda weights: weighted_loss(self.routed_logits(batch, weights), batch),
             "model": self.fused,
         }
@@ -147,7 +162,7 @@ class LitFusion(ResumableModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's own loss."""
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        with step_rng(self.seed, step, self.global_rank, self.device):
+        with step_rng(self.seed, step, self.global_rank, self.device), float32_by_default():
             loss = self.fused.method.loss(self.method_batch(batch))
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
@@ -156,10 +171,13 @@ class LitFusion(ResumableModule):
     def _evaluate(self, batch: dict[str, Any]) -> None:
         """Route by the prompts alone, as in evaluation, and score the answers."""
         assert self.metrics is not None
+        if batch["task"] is None:
+            return
         prompts = self.method_batch(batch)["prompts"]
         if "task_id" not in self.fused.method.metadata.needs:
             prompts = prompts.without_task_names()
-        logits = self.routed_logits(batch, self.fused.method.route(prompts))
+        with float32_by_default():
+            logits = self.routed_logits(batch, self.fused.method.route(prompts))
         self.metrics.update(batch["task"], logits, batch["targets"])
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

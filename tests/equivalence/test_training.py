@@ -44,7 +44,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulate: int = 1) -> dict[str, torch.Tensor]:
-    """The same rows, the same start, PEFT's layers, HF's own loss, torch's AdamW and clipping; ``accumulate`` batches a step."""
+    """The same rows, the same start, PEFT's layers, HF's own loss, torch's AdamW and clipping; ``accumulate`` batches are one."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = AutoModelForCausalLM.from_pretrained(backbone)
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -70,12 +70,11 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulat
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
     updates = steps // accumulate
-    for step in range(steps):
-        update = step // accumulate
+    for update in range(updates):
         fall = min(1.0, (updates - update) / (0.6 * updates))
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (update + 1) / 2) * fall
         ids, labels = [], []
-        for _, index in plan.batch(step):
+        for _, index in [row for part in range(accumulate) for row in plan.batch(update * accumulate + part)]:
             item = plan_source[index]
             prompt = tokenizer(item.prompt)["input_ids"]
             whole = tokenizer(f"{item.prompt} {item.answer}")["input_ids"] + [tokenizer.eos_token_id]
@@ -85,9 +84,7 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulat
         batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
         targets = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-        (model(input_ids=batch, attention_mask=mask, labels=targets).loss / accumulate).backward()
-        if (step + 1) % accumulate:
-            continue
+        model(input_ids=batch, attention_mask=mask, labels=targets).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
