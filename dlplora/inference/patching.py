@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dlplora.errors import IncompatibleAdapterError, RoutingError, nearest
+from dlplora.inference.fit_trial import try_fit
 from dlplora.modules.fused_linear import FusedLinear, RoutingSlot
 from dlplora.modules.lora_bank import AdapterBank
 
@@ -52,8 +53,8 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
         combine: What the layers sum; see ``FusedLinear``.
 
     Raises:
-        IncompatibleAdapterError: If a module does not exist in the model, is not linear, or has other sizes. Nothing is
-            changed then.
+        IncompatibleAdapterError: If a module does not exist in the model, is not linear, has other sizes, or a trial run shows that the
+            model does not use it as a linear layer. Nothing is changed then.
     """
     others = list(slot.layers)
     try:
@@ -64,7 +65,13 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
     for path, layer in layers.items():
         layer.train(layer.base.training)
         _set(model, path, layer)
-    return PatchHandle(model, layers, slot)
+    handle = PatchHandle(model, layers, slot)
+    try:
+        handle.hooks += try_fit(model, layers, slot)
+    except IncompatibleAdapterError:
+        handle.restore()
+        raise
+    return handle
 
 
 def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Literal["delta", "factor"]) -> dict[str, FusedLinear]:
@@ -92,5 +99,6 @@ def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Lite
                 f"the adapters ({adapters}) expect {expected[0]} -> {expected[1]}; "
                 "they were trained on another backbone."
             )
+        layer.path = path
         layers[path] = layer
     return layers

@@ -33,6 +33,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.positions import length_dependence
 from dlplora.lm_eval import CACHE_REFUSAL
 from dlplora.lm_eval.answer_form import AnswerForm, Form, form_of, require_whole
 from dlplora.lm_eval.distributed import accelerator_if_launched, without_messages
@@ -46,6 +47,7 @@ from dlplora.lm_eval.requests import (
     ScoringRequest,
     Side,
     StopTexts,
+    consecutive,
     options_key,
     pad_rows,
     question_of,
@@ -103,7 +105,8 @@ class DLPLoRALM(HFLM):
         self._questions: list[tuple[str, int]] | None = None
         self.statistics = RoutingStatistics(fused.bank.names)
         self._watched = GateWatch(fused.patched.layers, self.statistics).over
-        self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused.model)
+        self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused)
+        self._by_length = length_dependence(fused.model) is not None
         self._totals: dict[str, float] | None = None
 
     @classmethod
@@ -289,9 +292,10 @@ class DLPLoRALM(HFLM):
         pairs: list[Any] = []
         start = 0
         while start < len(units):
-            now = self._size_at(units, start, batch_size, pairs)
-            yield units[start : start + now]
-            start += now
+            these = units[start : start + self._size_at(units, start, batch_size, pairs)]
+            batch = next(consecutive(these, len(these), (lambda unit: unit.num_read) if self._by_length else None))
+            yield batch
+            start += len(batch)
 
     def _size_at(self, units: list[ScoringRequest], start: int, batch_size: int | None, pairs: list[Any]) -> int:
         """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units as the parent wants them, once it was asked."""
@@ -310,8 +314,6 @@ class DLPLoRALM(HFLM):
         with torch.no_grad(), self._autocast(), self.fused.routing(weights):
             return self.fused(input_ids=inps).logits
 
-    # --------------------------------------------------------------- generation
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text generated for each prompt, up to its first stop text; rows are routed, and re-routed, on their own."""
         texts = [""] * len(requests)
@@ -326,8 +328,8 @@ class DLPLoRALM(HFLM):
                 prompts = {index: self._generation_prompt(requests[index], settings) for index in members}
                 self._plan_all(prompts.values())
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
-                for start in range(0, len(order), size):
-                    rows = order[start : start + size]
+                lengths = {index: len(prompts[index].ids) for index in members}
+                for rows in consecutive(order, size, lengths.__getitem__ if self._by_length else None):
                     questions, forms = [question_of(requests[i]) for i in rows], [form_of(requests[i].doc) for i in rows]
                     for index, answer in zip(rows, self._generate([prompts[i] for i in rows], settings, questions, forms), strict=True):
                         texts[index] = answer
