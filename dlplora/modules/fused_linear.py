@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlplora.errors import RoutingError
+from dlplora.errors import AdapterError, RoutingError
 from dlplora.kernels import dense, factor, reference
 from dlplora.kernels.backends import PlanFacts, select_backend
 from dlplora.kernels.cost_model import Work
@@ -21,6 +21,7 @@ from dlplora.kernels.folded import FoldedPlan
 from dlplora.kernels.merged import MergedPlan
 from dlplora.modules.input_layout import InputGrid, Layout
 from dlplora.modules.lora_bank import BankEntry
+from dlplora.modules.precision import dtype_name
 
 Gate = Callable[[Tensor], Tensor]
 """Token-level gate: layer input (B, T, I) -> routing weights (B, T, E)."""
@@ -242,6 +243,19 @@ class FusedLinear(nn.Module):
         self.plan: Any = None
         self._plan_kind: tuple[Any, ...] = ()
         slot.layers.append(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
+        """Another dtype is one for base and factors; the scaling stays float32, as in a bank of that dtype.
+
+        Raises:
+            AdapterError: If a factor has values that the dtype cannot hold.
+        """
+        scaling, dtype = self.scaling, self.lora_a.dtype
+        super()._apply(fn, recurse)
+        self.scaling = scaling.to(self.scaling.device)
+        if self.lora_a.dtype != dtype and not all(bool(torch.isfinite(factor).all()) for factor in (self.lora_a, self.lora_b)):
+            raise AdapterError(f"layer '{self.path}': an adapter has values that {dtype_name(self.lora_a.dtype)} cannot hold. Use float32.")
+        return self
 
     @property
     def weight(self) -> Tensor:

@@ -15,6 +15,11 @@ Change = Callable[[Tensor], Tensor]
 """What ``nn.Module._apply`` does to every parameter and buffer."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it: ``float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def keeping_dtype(change: Change) -> Change:
     """The same change (another device, shared memory) without another floating point type."""
 
