@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +75,16 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
     return handle
 
 
+def _why_absent(path: str, known: Mapping[str, nn.Module]) -> str:
+    """Another backbone, or the right one behind a prefix that a wrapper or a surrounding module has left in the keys."""
+    parts = path.split(".")
+    for start in range(1, len(parts)):
+        if ".".join(parts[start:]) in known:
+            prefix = ".".join(parts[:start])
+            return f"The adapters were saved from a wrapped model: '{prefix}.' would have to go from the keys of their tensors."
+    return "The adapters were trained on another backbone."
+
+
 def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Literal["delta", "factor"]) -> dict[str, FusedLinear]:
     """The fused layers by module path; ``model`` is only looked at."""
     known = dict(model.named_modules())
@@ -84,7 +95,7 @@ def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Lite
         if base is None:
             raise IncompatibleAdapterError(
                 f"the backbone {type(model).__name__} has no module '{path}', which is adapted by: {adapters}.{nearest(path, known)} "
-                "The adapters were trained on another backbone."
+                f"{_why_absent(path, known)}"
             )
         if isinstance(base, FusedLinear):
             raise IncompatibleAdapterError(f"module '{path}' is already fused; restore the model before patching it again.")

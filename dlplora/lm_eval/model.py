@@ -39,7 +39,7 @@ from dlplora.lm_eval.answer_form import AnswerForm, Form, form_of, require_whole
 from dlplora.lm_eval.distributed import accelerator_if_launched, without_messages
 from dlplora.lm_eval.gate_statistics import GateWatch
 from dlplora.lm_eval.harness_options import present_device, require_fit
-from dlplora.lm_eval.model_args import ModelArgs, load_model, parse_model_args
+from dlplora.lm_eval.model_args import ModelArgs, load_model, parse_model_args, split_text
 from dlplora.lm_eval.prefix_sharing import Readings, Scorer, answers, batches_of, decide_sharing, questions_of, read_questions, score_full
 from dlplora.lm_eval.requests import (
     GenerationSettings,
@@ -116,8 +116,8 @@ class DLPLoRALM(HFLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DLPLoRALM:
-        """``create_from_arg_obj`` of the parsed text."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        """``create_from_arg_obj`` of the parsed text; ``split_text`` reads mappings, which lm-eval's parser does not."""
+        return cls.create_from_arg_obj((split_text if "{" in arg_string else simple_parse_args_string)(arg_string), additional_config)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refuse lm-eval's response cache, however it was asked for.
