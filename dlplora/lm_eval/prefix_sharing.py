@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import ConfigError, GenerationError
+from dlplora.inference.finite import NOT_FINITE
 from dlplora.inference.positions import length_dependence
 from dlplora.lm_eval.requests import Prompt, ScoringRequest, pad_rows
 from dlplora.modules.fused_linear import RoutingState
@@ -34,10 +35,6 @@ from dlplora.modules.fused_linear import RoutingState
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM
 
-NOT_FINITE = (
-    "the model's logits are NaN or infinite, so nothing can be scored. Check the adapters (dlplora pool check) and the dtype; float16 ends "
-    "at 65504."
-)
 Unit = ScoringRequest
 Question = list[Unit]
 """Options that differ in what is read behind one context of one prompt; at least one."""

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dlplora.adapters.files import write_tensors
+from dlplora.atomic import filling
 from dlplora.errors import MethodError
 from dlplora.modules.precision import keeping_dtype
 from dlplora.types import PromptBatch
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
+WEIGHTS_NAME = "method.safetensors"
 OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
 """Metadata of a parameter that was added later: omitted from records and hashes at its default, so that old records still match."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
@@ -285,17 +288,22 @@ class FusionMethod(nn.Module):
         return self.state_dict()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``method.json`` and, if anything is trained, ``method.safetensors``."""
-        from safetensors.torch import save_file
+        """Write what ``load`` reads, whole or not at all; see ``write_files``.
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Raises:
+            MethodError: If a trained tensor is NaN or infinite: the training diverged, and nothing is written.
+        """
+        with filling(folder, "method.json") as temporary:
+            self.write_files(temporary)
+            if not (temporary / WEIGHTS_NAME).exists():
+                (Path(folder) / WEIGHTS_NAME).unlink(missing_ok=True)  # of an earlier save; it would be loaded
+
+    def write_files(self, folder: Path) -> None:
+        """Write ``method.json`` and, if anything is trained, ``method.safetensors`` into an empty folder."""
         state = {key: value.detach().contiguous().cpu() for key, value in self.saved_state().items()}
-        weights = folder / "method.safetensors"
+        _require_finite(state, f"method '{self.name}'", "the training diverged. Lower the learning rate.")
         if state:
-            save_file(state, weights)
-        else:
-            weights.unlink(missing_ok=True)  # a stale file of an earlier save would be loaded
+            write_tensors(folder / WEIGHTS_NAME, state)
         description = {
             "method": self.name, "params": asdict(self.config), "experts": list(self.expert_names), "pool_sha256": self.pool_checksum,
         }  # fmt: skip
@@ -354,13 +362,29 @@ class FusionMethod(nn.Module):
         """Rebuild what ``save`` wrote, bound to ``bank``.
 
         Raises:
-            MethodError: As ``saved_config``.
+            MethodError: As ``saved_config``; and if the trained tensors are missing, damaged, of other names or shapes, or not finite.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         method = cls(cls.saved_config(folder, bank))
         method.prepare(bank, context)
-        weights = Path(folder) / "method.safetensors"
-        if weights.is_file():
-            method.load_state_dict(load_file(weights))
+        expected, weights = method.saved_state(), Path(folder) / WEIGHTS_NAME
+        if not weights.is_file():
+            if expected:
+                raise MethodError(f"{folder} has no {WEIGHTS_NAME}, which holds what '{cls.name}' has learned. Restore it or train again.")
+            return method
+        try:
+            tensors = load_file(weights)
+            method.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise MethodError(f"{weights} is damaged or belongs to another method: {first}. Restore it or train again.") from error
+        _require_finite(tensors, str(weights), "Restore the file or train again.")
         return method
+
+
+def _require_finite(tensors: Mapping[str, Tensor], where: str, advice: str) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise MethodError(f"{where}: '{key}' holds NaN or infinite values; {advice}")

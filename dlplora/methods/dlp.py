@@ -222,11 +222,11 @@ class DLP(FusionMethod):
         """Nothing: the router has its own files."""
         return {}
 
-    def save(self, folder: str | Path) -> None:
+    def write_files(self, folder: Path) -> None:
         """Write ``method.json`` and the router under ``router/``."""
         router, _ = self._ready()
-        super().save(folder)
-        router.save(Path(folder) / "router")
+        super().write_files(folder)
+        router.save(folder / "router")
 
     @classmethod
     def load(cls, folder: str | Path, bank: AdapterBank, context: MethodContext) -> FusionMethod:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlplora.adapters.files import write_tensors
 from dlplora.atomic import replacing, write_json
 from dlplora.config import build
 from dlplora.errors import ConfigError, MethodError, RoutingError
@@ -294,8 +295,6 @@ class MiniMLPRouter(nn.Module):
             folder: Made if it does not exist.
             metrics: What was measured on held-out data (JSON values); kept for readers, never read back into behaviour.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if metrics is not None:
@@ -311,7 +310,7 @@ class MiniMLPRouter(nn.Module):
         }
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         with replacing(folder / "router.safetensors") as temporary:
-            save_file(tensors, temporary)
+            write_tensors(temporary, tensors)
         write_json(folder / "router.json", description)
 
     @classmethod
@@ -346,10 +345,13 @@ class MiniMLPRouter(nn.Module):
                 f"{router.embedding_shape}. Train a router for this backbone."
             )
         try:
-            router.load_state_dict(load_file(folder / "router.safetensors"))
+            tensors = load_file(folder / "router.safetensors")
+            router.load_state_dict(tensors)
         except (SafetensorError, RuntimeError) as error:
             first_line = str(error).splitlines()[0]
             raise MethodError(f"cannot read {folder / 'router.safetensors'}: {first_line} Train the router again.") from error
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise MethodError(f"{folder / 'router.safetensors'} holds NaN or infinite values. Train the router again.")
         router.metrics = dict(description.get("metrics") or {})
         return router.eval()
 
