@@ -11,7 +11,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from dlplora.errors import GenerationError
 
-NOT_FINITE = "the model's logits are NaN or infinite, so they say nothing. Check the adapters (dlplora pool check) and the dtype; float16 ends at 65504."
+NOT_FINITE = (
+    "the model's logits are NaN or infinite, so they say nothing. Check the adapters (dlplora pool check) and the dtype; float16 ends at "
+    "65504."
+)
 
 
 class FiniteLogits(LogitsProcessor):
