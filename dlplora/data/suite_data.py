@@ -81,7 +81,11 @@ class SuiteDataModule(L.LightningDataModule):
     @property
     def _num_parts(self) -> int:
         """Parts that a step's loss is averaged over: the trainer divides by the accumulated batches, DDP by the processes."""
-        return self.num_processes * (int(self.trainer.accumulate_grad_batches) if self.trainer is not None else 1)
+        return self.num_processes * self._num_accumulated
+
+    @property
+    def _num_accumulated(self) -> int:
+        return int(getattr(self.trainer, "accumulate_grad_batches", 1))  # there may be no trainer
 
     def _accumulated(self, step: int, num_steps: int) -> range:
         """The batches of the optimiser step that batch ``step`` belongs to; the last one of an epoch may have fewer.
@@ -90,10 +94,10 @@ class SuiteDataModule(L.LightningDataModule):
             step: Counted over all epochs.
             num_steps: Batches an epoch of the loader.
         """
-        if self.trainer is None or self.trainer.accumulate_grad_batches == 1:
+        size = self._num_accumulated
+        if size == 1:
             return range(step, step + 1)
-        size = int(self.trainer.accumulate_grad_batches)
         start, local = step - step % num_steps, step % num_steps
         first = local - local % size
-        last = min(first + size, int(min(num_steps, self.trainer.num_training_batches)))
+        last = min(first + size, int(min(num_steps, self.trainer.num_training_batches)))  # type: ignore[union-attr]
         return range(start + first, start + last)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dlplora.methods.base import MethodContext
 from dlplora.methods.dlp import DLP
 from dlplora.methods.references import Base
 from dlplora.modules.lora_bank import AdapterBank
+from tests.toy_tasks import write_tasks
 
 
 def scaled(source: Path, folder: Path, factor: float, dtype: torch.dtype = torch.float32, side: str = "lora_") -> Path:
@@ -284,22 +284,49 @@ def test_shipped_gates_load_in_sixteen_bits() -> None:
 # ---------------------------------------------------------------------- a full disk
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="ulimit is a shell's")
-@pytest.mark.parametrize("blocks", [1, 24])
-def test_a_full_disk_is_one_line(blocks: int, tmp_path: Path, tiny_llama_folder: Path) -> None:
-    """With one block TensorBoard's thread cannot write, with 24 the resume file does not fit."""
-    from tests.toy_tasks import write_tasks
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As a full disk: a write beyond the limit fails with an error of the operating system."""
+    resource = pytest.importorskip("resource", reason="limits of file sizes are POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    rows = write_tasks(tmp_path / "rows", num_train=40)
-    command = [sys.executable, "-m", "dlplora.cli.main", "fit", "--config", "configs/train/expert.yaml"]
-    command += ["--data.init_args.suite", "local:pets", "--data.init_args.data_root", str(rows), "--data.init_args.tasks", "all"]
-    command += ["--data.init_args.num_steps", "40", "--data.init_args.batch_size", "2", "--trainer.log_every_n_steps", "1"]
-    command += ["--model.init_args.backbone", str(tiny_llama_folder), "--model.init_args.lora.rank", "16"]
-    command += ["--model.init_args.export_folder", str(tmp_path / "out"), "--trainer.default_root_dir", str(tmp_path / "logs")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    limited = ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "bash", *command]
-    done = subprocess.run(limited, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: File too large: ")
+
+@pytest.mark.parametrize(
+    ("num_bytes", "logger", "where"),
+    [(2_000, "lightning.pytorch.loggers.TensorBoardLogger", "a file of the run"), (12_000, "false", "step=00000003.ckpt")],
+)
+def test_a_full_disk_is_one_line(num_bytes: int, logger: str, where: str, tmp_path: Path, tiny_llama_folder: Path, capfd: Any) -> None:
+    """First TensorBoard's thread cannot write, then the resume file does not fit."""
+    command = ["fit", "--config", "configs/train/expert.yaml", "--data.init_args.tasks", "all", "--trainer.logger", logger]
+    command += ["--trainer.logger.save_dir", str(tmp_path / "logs")] if logger != "false" else []
+    command += ["--data.init_args.suite", "local:pets", "--data.init_args.data_root", str(write_tasks(tmp_path / "rows", num_train=40))]
+    command += ["--data.init_args.num_steps", "3", "--data.init_args.batch_size", "2", "--trainer.log_every_n_steps", "1"]
+    command += ["--model.init_args.backbone", str(tiny_llama_folder), "--model.init_args.export_folder", str(tmp_path / "out")]
+    with files_of_at_most(num_bytes):
+        assert main([*command, "--trainer.default_root_dir", str(tmp_path / "logs")]) == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: File too large: ")
+    assert where in errors.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_and_methods_on_a_full_disk(trained: tuple[Path, AdapterBank, MethodContext], tmp_path: Path) -> None:
+    from dlplora.training.adapter_export import save_adapter
+    from dlplora.training.settings import LoRASettings
+
+    folder, bank, context = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    method = MoLE.load(folder, bank, context)
+    with files_of_at_most(500):
+        with pytest.raises(OSError, match="File too large"):
+            method.save(folder)
+        with pytest.raises(OSError, match="File too large"):
+            save_adapter(tmp_path / "adapter", LoRASettings().peft_config(), {"base_model.model.x.lora_A.weight": torch.ones(8, 512)})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "adapter").exists()
