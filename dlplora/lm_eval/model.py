@@ -201,8 +201,6 @@ class DLPLoRALM(HFLM):
             gathered = self.all_gather(self.statistics.as_tensor(self.device)).view(-1, len(COUNTERS)).sum(dim=0)
             self._totals = dict(zip(COUNTERS, gathered.tolist(), strict=True))
 
-    # ------------------------------------------------------------------ scoring
-
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
         self._task_names = [task_of(request, self.fused.bank.names) for request in requests]

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.arrow import Arrow
 from dlplora.adapters.pool import load_pool
+from dlplora.baselines.arrow import Arrow
 from dlplora.errors import IncompatibleAdapterError, RoutingError
 from dlplora.inference.backbone_check import check_pool_fits
 from dlplora.inference.fused_model import FusedCausalLM

@@ -113,6 +113,36 @@ def test_a_pool_is_its_experts_trained_alone(mode: str, tiny_llama_folder: Path,
             torch.testing.assert_close(tensor, truth[key], atol=5e-4, rtol=1e-3)
 
 
+def test_experts_train_together_on_layers_with_flattened_inputs(rows: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """OPT hands (B * T, I) to fc1 and fc2: rows of different experts must not mix, and fewer vectors than tokens are refused."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from dlplora.errors import IncompatibleAdapterError
+    from dlplora.training.grouped_lora import ActiveGroup, GroupedLoRALinear
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = OPTForCausalLM(OPTConfig(vocab_size=len(tiny_tokenizer), **sizes, max_position_embeddings=128, init_std=0.2))
+    model.save_pretrained(tmp_path / "opt")
+    tiny_tokenizer.save_pretrained(tmp_path / "opt")
+    pools = {}
+    for mode in ("sequential", "joint"):
+        options = ["--model.init_args.mode", mode, "--model.init_args.lora.target_modules", "[q_proj,fc1,fc2]"]
+        pools[mode] = train("experts", tmp_path / "opt", rows, tmp_path / mode, ",".join(NAMES), *options)
+    for name in NAMES:
+        alone = exported(pools["sequential"] / name)
+        assert any("fc1" in key for key in alone)
+        for key, tensor in exported(pools["joint"] / name).items():
+            torch.testing.assert_close(tensor, alone[key], atol=5e-4, rtol=1e-3)
+    active = ActiveGroup([(torch.ones(2, 1, 4), torch.ones(2, 3, 1))])
+    active.grid.rows, active.grid.tokens = 2, 5
+    layer = GroupedLoRALinear(torch.nn.Linear(4, 3), 0, active, 1.0, 0.0)
+    assert layer(torch.ones(10, 4)).shape == (10, 3)
+    with pytest.raises(IncompatibleAdapterError, match="mode=sequential"):
+        layer(torch.ones(6, 4))
+
+
 @pytest.mark.parametrize("mode", ["sequential", "joint"])
 def test_accumulated_gradients_and_recomputed_layers_change_nothing(mode: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     options = ["--model.init_args.mode", mode, "--trainer.gradient_clip_val", "1.0", "--trainer.accumulate_grad_batches", "2"]

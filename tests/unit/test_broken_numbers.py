@@ -15,8 +15,8 @@ import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
-from baselines.mole import MoLE
 from dlplora.atomic import filling
+from dlplora.baselines.mole import MoLE
 from dlplora.cli.main import main
 from dlplora.errors import AdapterError, GenerationError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
