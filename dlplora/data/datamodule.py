@@ -9,7 +9,7 @@ optimiser step, so a step over several small batches has the gradient of one lar
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ class ExpertDataModule(SuiteDataModule):
         """The rows of the whole optimiser step that batch ``step`` belongs to."""
         return [item for other in self._accumulated(step, num_steps) for item in self.rows(plan.batch(other))]
 
-    def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, float]:
+    def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, Any]:
         """What else a batch says about its part of the optimiser step; nothing here.
 
         Args:
@@ -221,11 +221,22 @@ class ExpertPoolDataModule(ExpertDataModule):
 class FusionDataModule(ExpertDataModule):
     """Prompts with answers and task labels, for fusion methods with trained parameters. Arguments as for ``ExpertDataModule``."""
 
-    def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, float]:
+    def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, Any]:
         """``row_share`` and ``token_share``: a mean over the batch's rows (tokens) times it, averaged over the parts of the step, is the
-        mean over the step's rows (tokens). Both are 1 if the batch is the step."""
+        mean over the step's rows (tokens). Both are 1 if the batch is the step.
+
+        Beside them ``num_parts``, accumulated batches times processes, and ``step_batches()``, this process's batches of the step.
+        """
         tokens = sum(map(len, mine)) / sum(map(len, whole))
-        return {"row_share": self._num_parts * len(mine) / len(whole), "token_share": self._num_parts * tokens}
+        facts = {"row_share": self._num_parts * len(mine) / len(whole), "token_share": self._num_parts * tokens}
+        size = self.hparams["batch_size"]
+
+        def step_batches() -> Iterator[dict[str, Any]]:
+            for start in range(0, len(whole), size):
+                rows = self._share(whole[start : start + size])
+                yield self.batch(rows) | {"token_share": self._num_parts * sum(map(len, rows)) / sum(map(len, whole))}
+
+        return {**facts, "num_parts": self._num_parts, "step_batches": step_batches}
 
     def batch(self, items: Sequence[EncodedItem], weights: Sequence[float] | None = None) -> dict[str, Any]:
         """Adds the prompts alone: ``prompt_ids`` and ``prompt_mask`` (B, T), ``prompt_texts``, and ``task_names``."""

@@ -253,13 +253,13 @@ class FusionMethod(nn.Module):
     def fit(self, context: MethodContext) -> None:
         """Gradient-free search, before evaluation. Default: nothing to do."""
 
-    @property
-    def loss_adds_up(self) -> bool:
-        """Whether the loss is a mean over rows or tokens, so that the gradients of parts of a batch add up to that of the batch.
+    def step_statistics(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """What a loss that is no mean over rows or tokens must know of the whole optimiser step; None where it is such a mean.
 
-        ``LitFusion`` accumulates gradients only then.
+        Only asked, without gradients, where a step has several parts (accumulated batches, processes). ``loss`` finds the average over the
+        parts under ``step_statistics``.
         """
-        return True
+        return None
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Scalar training loss of one batch; the Lightning shell does the rest.
@@ -269,7 +269,8 @@ class FusionMethod(nn.Module):
                 expert; ``input_ids``, ``attention_mask``, ``labels`` (B, T), -100 where there is no target; ``answer_loss(weights)``, the
                 mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model;
                 ``row_share`` and ``token_share``, by which a mean over the batch's rows or real tokens is to be multiplied
-                (``answer_loss`` has it in it), absent or 1 where the batch is the whole optimiser step. A method reads what it needs.
+                (``answer_loss`` has it in it), absent or 1 where the batch is the whole optimiser step; ``step_statistics`` where it is
+                not, and the method has some. A method reads what it needs.
 
         Raises:
             MethodError: If the method is not trained by gradients.

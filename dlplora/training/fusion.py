@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.atomic import write_json
-from dlplora.errors import ConfigError, MethodError
+from dlplora.errors import MethodError
 from dlplora.modules.precision import float32_by_default
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
 from dlplora.training.checkpoints import ResumableModule, planned_steps
@@ -70,6 +70,7 @@ class LitFusion(ResumableModule):
         self.method: nn.Module | None = None
         self.metrics: AnswerMetrics | None = None
         self.plain_head = True
+        self._step_statistics: Any = None
 
     def build(self) -> Any:
         """The fused model on the trainer's device (the CPU without one), with a backend that passes gradients to the routing weights."""
@@ -123,16 +124,7 @@ class LitFusion(ResumableModule):
         return self.optimizer_settings.build(parameters, planned_steps(self.trainer))
 
     def on_fit_start(self) -> None:
-        """Find out once how the logits are made.
-
-        Raises:
-            ConfigError: If gradients are to be accumulated, and the method's loss is not a mean over rows or tokens.
-        """
-        if self.trainer.accumulate_grad_batches > 1 and not self.fused.method.loss_adds_up:
-            raise ConfigError(
-                f"method '{self.method_name}' has a loss over the whole batch that parts of the batch do not add up to; set "
-                "trainer.accumulate_grad_batches to 1, or leave that loss out (mole: balance=0)."
-            )
+        """Find out once how the logits are made."""
         with self.fused.routing(torch.zeros(self.fused.bank.num_experts, device=self.device)):
             self.plain_head = has_plain_head(self.fused.model)
 
@@ -161,12 +153,30 @@ class LitFusion(ResumableModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's own loss."""
+        own = self.method_batch(batch) | self._of_the_whole_step(batch, batch_idx)
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         with step_rng(self.seed, step, self.global_rank, self.device), float32_by_default():
-            loss = self.fused.method.loss(self.method_batch(batch))
+            loss = self.fused.method.loss(own)
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
+
+    @torch.no_grad()
+    def _of_the_whole_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """``step_statistics`` for a step of several parts, found out at its first batch by running all of them."""
+        if batch["num_parts"] == 1:
+            return {}
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            found = []
+            for rows in batch["step_batches"]():
+                part = self.trainer.strategy.batch_to_device(rows, self.device)
+                statistics = self.fused.method.step_statistics(self.method_batch(part))
+                if statistics is None:
+                    break
+                found.append(statistics)
+            total = torch.stack(found).sum(dim=0) / batch["num_parts"] if found else None
+            self._step_statistics = None if total is None else self.trainer.strategy.reduce(total, reduce_op="sum")
+        return {} if self._step_statistics is None else {"step_statistics": self._step_statistics}
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         """Route by the prompts alone, as in evaluation, and score the answers."""
