@@ -90,4 +90,4 @@ class MeteoRA(TrainedGates):
         mask = batch["attention_mask"]
         target = batch["expert_idx"][:, None].expand_as(mask)
         losses = [over_real_tokens(F.cross_entropy(scores.mT, target, reduction="none"), mask) for scores in recorded.values()]
-        return answers + self.config.gate_loss * torch.stack(losses).mean()
+        return answers + self.config.gate_loss * batch.get("token_share", 1.0) * torch.stack(losses).mean()

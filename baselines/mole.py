@@ -93,10 +93,21 @@ class MoLE(TrainedGates):
         flat = answers.flatten(-2)
         return F.rms_norm(flat, (flat.shape[-1],), eps=1e-6)
 
+    def step_statistics(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The experts' shares (N,): the balancing loss is a function of those of the whole step."""
+        if self.config.balance == 0.0:
+            return None
+        _, recorded = self.answer_and_records(batch)
+        return batch["token_share"] * mean_shares(list(recorded.values()), batch["attention_mask"])  # type: ignore[no-any-return]
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Answers plus the balancing loss."""
         answers, recorded = self.answer_and_records(batch)
-        return answers + self.config.balance * balancing_loss(list(recorded.values()), batch["attention_mask"])
+        shares = mean_shares(list(recorded.values()), batch["attention_mask"])
+        whole = batch.get("step_statistics")
+        if whole is not None:  # its value, and this batch's part of its gradient
+            shares = whole + batch["token_share"] * (shares - shares.detach())
+        return answers + self.config.balance * balance_of(shares)
 
 
 def balancing_loss(weights: list[Tensor], mask: Tensor) -> Tensor:
@@ -106,6 +117,15 @@ def balancing_loss(weights: list[Tensor], mask: Tensor) -> Tensor:
         weights: Routing weights (B, T, N) of every gate.
         mask: Real tokens (B, T).
     """
+    return balance_of(mean_shares(weights, mask))
+
+
+def mean_shares(weights: list[Tensor], mask: Tensor) -> Tensor:
+    """Mean weight (N,) of every expert over gates and real tokens; arguments as for ``balancing_loss``."""
     real = mask[..., None].float()
-    shares = torch.stack([(one * real).sum((0, 1)) / real.sum() for one in weights]).mean(dim=0)
+    return torch.stack([(one * real).sum((0, 1)) / real.sum() for one in weights]).mean(dim=0)
+
+
+def balance_of(shares: Tensor) -> Tensor:
+    """The balancing loss of shares (N,)."""
     return -shares.clamp_min(1e-12).log().sum()

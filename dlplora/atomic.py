@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def filling(folder: str | os.PathLike[str], marker: str) -> Iterator[Path]:
+    """A temporary folder to write in the block, whose files become those of ``folder`` when the block ends; an error changes nothing.
+
+    A new folder appears whole. In one that exists the old ``marker`` goes first and the new one comes last, so that a process killed in
+    between leaves a folder without it, never old and new files that pass for one; other files in it stay.
+
+    Args:
+        folder: Its parent is made if it does not exist.
+        marker: The file without which the folder does not count.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's folders are their owner's alone
+        if not folder.exists():
+            os.replace(temporary, folder)
+            return
+        (folder / marker).unlink(missing_ok=True)
+        files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+        for file in sorted(files, key=lambda file: file == Path(marker)):
+            (folder / file).parent.mkdir(exist_ok=True)
+            os.replace(temporary / file, folder / file)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -18,7 +18,10 @@ from dlplora.adapters.config import CONFIG_NAME, WEIGHTS_NAME, base_name, read_c
 from dlplora.adapters.headers import AdapterHeader, read_header
 from dlplora.errors import AdapterError
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterSpec", "LoraWeights", "file_sha256", "read_adapter", "read_config"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterSpec", "LoraWeights", "file_sha256", "read_adapter", "read_config", "write_tensors"]
+
+LARGEST_DELTA = 1e19
+"""No model computes with larger weights: their outputs overflow float32 when a normalisation layer squares them."""
 
 LoraWeights = tuple[Tensor, Tensor, float]
 """A (R, I), B (O, R), scaling."""
@@ -50,6 +53,32 @@ def file_sha256(path: Path) -> str:
         for block in iter(lambda: handle.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: If the disk is full; safetensors has an error of its own for that.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(0, str(error), str(path)) from error
+
+
+def _require_moderate(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse factors whose product no model can compute with, however finite they are."""
+    for module, entry in header.modules.items():
+        largest = [max(map(abs, torch.stack(torch.aminmax(tensors[key])).tolist())) for key in (entry.key_a, entry.key_b)]
+        if abs(entry.scaling) * largest[0] * largest[1] > LARGEST_DELTA:
+            raise AdapterError(
+                f"adapter '{header.name}': the factors of '{module}' in {header.path / WEIGHTS_NAME} reach {largest[0]:.0e} and "
+                f"{largest[1]:.0e}, and a layer computes with their product. The file is damaged, or the training diverged."
+            )
 
 
 def _read_tensors(header: AdapterHeader) -> dict[str, Tensor]:
@@ -86,6 +115,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> tuple[AdapterSpec
     name = folder.name if name is None else name
     header = read_header(folder, name)
     tensors = _read_tensors(header)
+    _require_moderate(header, tensors)
     spec = AdapterSpec(
         name=name,
         path=folder,

@@ -19,6 +19,10 @@ from dlplora.errors import AdapterError, UnsafeFileError
 
 DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Names that torch.compile, FSDP, activation checkpointing and Fabric put into the keys of what they wrap; no backbone has such modules."""
+AMBIGUOUS_WRAPPER = "module"
+"""What DDP and DataParallel put in front of keys; a backbone may have a module of that name, but not one that holds ``base_model``."""
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 
@@ -55,6 +59,8 @@ class AdapterHeader:
     config: Mapping[str, Any]
     modules: Mapping[str, ModuleHeader]
     tensors: Mapping[str, TensorHeader]
+    wrappers: tuple[str, ...] = ()
+    """Names of wrappers that were left out of the keys, because the adapter was saved from a wrapped model."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -65,6 +71,20 @@ class AdapterHeader:
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (I, O)."""
         return {path: (module.d_in, module.d_out) for path, module in self.modules.items()}
+
+
+def unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
+    """A key without the names of wrappers, and these names.
+
+    >>> unwrapped("module.base_model.model._orig_mod.model.layers.0.q_proj.lora_A.weight")
+    ('base_model.model.model.layers.0.q_proj.lora_A.weight', ('module', '_orig_mod'))
+    """
+    parts = key.split(".")
+    found: list[str] = []
+    while len(parts) > 1 and parts[0] == AMBIGUOUS_WRAPPER and parts[1] in (*WRAPPERS, AMBIGUOUS_WRAPPER, "base_model"):
+        found.append(parts.pop(0))
+    found += [part for part in parts if part in WRAPPERS]
+    return ".".join(part for part in parts if part not in WRAPPERS), tuple(dict.fromkeys(found))
 
 
 def read_tensor_headers(path: Path) -> dict[str, TensorHeader]:
@@ -154,8 +174,11 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
         text = str(error)
         return None, [*problems, error if text.startswith("adapter ") else AdapterError(f"adapter '{name}': {text}")]
     pairs: dict[str, dict[str, str]] = {}
+    wrappers: dict[str, None] = {}
     for key in sorted(tensors, key=lambda key: "lora_" not in key):  # the telling names first
-        match = _KEY.match(key)
+        plain, found = unwrapped(key)
+        wrappers |= dict.fromkeys(found)
+        match = _KEY.match(plain)
         if match is None:
             problems.append(AdapterError(f"adapter '{name}': '{key}' in {path} is {_what_is(key)}; it cannot be fused."))
         elif pairs.setdefault(match["module"], {}).setdefault(match["side"], key) != key:
@@ -169,7 +192,7 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
             modules[module] = _module_header(module, pairs[module], tensors, config, bool(problems))
         except AdapterError as error:
             problems.append(AdapterError(f"adapter '{name}': {error} ({path})."))
-    return AdapterHeader(name, folder, config, modules, tensors), problems
+    return AdapterHeader(name, folder, config, modules, tensors, tuple(wrappers)), problems
 
 
 def _what_is(key: str) -> str:

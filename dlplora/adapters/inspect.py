@@ -125,6 +125,9 @@ def inspect_adapter(name: str, folder: Path) -> Finding:
         finding.zero_b = _all_zero(header)
     if finding.zero_b:
         finding.hints.append("every B factor is zero, so the adapter changes nothing: it was never trained, or saved before its training")
+    if header.wrappers:
+        names = ", ".join(f"'{name}.'" for name in header.wrappers)
+        finding.hints.append(f"saved from a wrapped model: its keys hold {names}, which is left out here; PEFT would load none of them")
     absent = _targets_without_weights(config.get("target_modules"), header)
     if absent and modules and not problems:
         finding.hints.append(f"target_modules names {', '.join(absent)}, but there are no such weights; ignored, as PEFT does")

@@ -2,97 +2,30 @@
 
 Items are drawn and encoded once, in ``setup``. Which rows make up a batch is a pure function of seed and step (``batching``);
 in a run of several processes every process takes its share of the same global batch, so their number changes nothing but the
-order of floating-point sums.
+order of floating-point sums. The same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole
+optimiser step, so a step over several small batches has the gradient of one large batch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlplora.data.batching import BatchPlan, StepLoader
 from dlplora.data.encoding import EncodedItem, EncodedSet, collate, encode_items, encode_texts
-from dlplora.errors import ConfigError
+from dlplora.data.suite_data import SuiteDataModule, select_tasks
 from dlplora.tasks.registry import get_suite
-from dlplora.tasks.types import Split, Suite
+from dlplora.tasks.types import Split
 
 log = logging.getLogger(__name__)
 
 
-def select_tasks(suite: str, tasks: str | Sequence[str], data_root: str | None) -> Suite:
-    """The named tasks of a suite, in the order given; ``all`` keeps the suite's order. Text may list names with commas.
-
-    Raises:
-        TaskError: If the suite or a task is unknown.
-        ConfigError: If no task is named.
-    """
-    whole = get_suite(suite, data_root)
-    if tasks == "all":
-        return whole
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else [str(name) for name in tasks]
-    if not names or not all(names) or len(set(names)) != len(names):
-        raise ConfigError(f"data: 'tasks' must be 'all' or distinct task names, got {tasks!r}.")
-    return whole.select(names)
-
-
-class _SuiteDataModule(L.LightningDataModule):
-    """What all data modules share: the suite, the tokenizer of the module being trained, and this process's share."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.suite: Suite | None = None
-
-    @property
-    def seed(self) -> int:
-        """Seed of items and order."""
-        return 0 if self.hparams["seed"] is None else int(self.hparams["seed"])
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the Lightning module being trained."""
-        return self.trainer.lightning_module.tokenizer  # type: ignore[union-attr]
-
-    @property
-    def pad_id(self) -> int:
-        """Padding id; 0 if the tokenizer has none, since padded positions are never read."""
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
-
-    def _require(self, name: str, minimum: int = 1) -> None:
-        value = self.hparams[name]
-        if value < minimum:
-            raise ConfigError(f"data: '{name}' must be at least {minimum}, got {value}.")
-
-    @property
-    def num_processes(self) -> int:
-        """Processes that share a batch.
-
-        Raises:
-            ConfigError: If a batch has fewer rows than there are processes.
-        """
-        world = int(self.trainer.world_size) if self.trainer is not None else 1
-        if world > self.hparams["batch_size"]:
-            raise ConfigError(
-                f"data: a batch of {self.hparams['batch_size']} rows cannot be shared by {world} processes. Raise batch_size."
-            )
-        return world
-
-    def _share(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """This process's rows of a global batch."""
-        world = self.num_processes
-        return rows if world == 1 else rows[self.trainer.global_rank :: world]  # type: ignore[union-attr]
-
-    def _epoch(self) -> int:
-        return int(self.trainer.current_epoch) if self.trainer is not None else 0
-
-
-class ExpertDataModule(_SuiteDataModule):
+class ExpertDataModule(SuiteDataModule):
     """Prompts with answers, for one adapter trained on one or several tasks.
 
     One Lightning epoch is ``num_steps`` batches; several tasks are sampled equally often, whatever their size.
@@ -197,26 +130,44 @@ class ExpertDataModule(_SuiteDataModule):
         """Tensors of some items; subclasses add what their module reads."""
         return collate(items, self.pad_id, weights)
 
+    def _step_rows(self, plan: BatchPlan, step: int, num_steps: int) -> list[EncodedItem]:
+        """The rows of the whole optimiser step that batch ``step`` belongs to."""
+        return [item for other in self._accumulated(step, num_steps) for item in self.rows(plan.batch(other))]
+
+    def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, Any]:
+        """What else a batch says about its part of the optimiser step; nothing here.
+
+        Args:
+            mine: Rows of the batch.
+            whole: Rows of the optimiser step, over all its batches and all processes.
+        """
+        return {}
+
     def train_dataloader(self) -> StepLoader:
-        """``num_steps`` batches; the loss weights make the sum over processes the mean over the global batch."""
-        plan = self.plan(self.task_names)
+        """``num_steps`` batches; the loss weights make the average over processes and accumulated batches the mean over the step."""
+        plan, steps = self.plan(self.task_names), self.hparams["num_steps"]
 
         def make(step: int) -> dict[str, Any]:
-            rows = self.rows(plan.batch(step))
-            weight = self.num_processes / sum(len(item) - item.num_prompt for item in rows)
-            mine = self._share(rows)
-            return self.batch(mine, [weight] * len(mine))
+            whole = self._step_rows(plan, step, steps)
+            weight = self._num_parts / num_targets(whole)
+            mine = self._share(self.rows(plan.batch(step)))
+            return {**self.batch(mine, [weight] * len(mine)), **self.shares(mine, whole)}
 
-        return StepLoader(make, self.hparams["num_steps"], self._epoch)
+        return StepLoader(make, steps, self._epoch)
 
     def _eval_loader(self, split: Split) -> StepLoader:
-        """Batches of one task each, in order; the task's name is under ``task``."""
+        """Batches of one task each, in order; the task's name is under ``task``.
+
+        Lightning wants every process to have a batch: one for which none is left gets a batch without rows, of the task None.
+        """
         size = self.hparams["eval_batch_size"]
         batches: list[tuple[str, Sequence[EncodedItem]]] = []
         for name, encoded in self._sets[split].items():
             ordered = sorted(encoded.items, key=len)
             batches += [(name, ordered[start : start + size]) for start in range(0, len(ordered), size)]
         mine = self._share(batches)
+        if not mine:
+            return StepLoader(lambda step: {"task": None}, 1)
         return StepLoader(lambda step: {**self.batch(mine[step][1]), "task": mine[step][0]}, len(mine))
 
     def val_dataloader(self) -> StepLoader:
@@ -258,9 +209,8 @@ class ExpertPoolDataModule(ExpertDataModule):
             items: list[EncodedItem] = []
             weights: list[float] = []
             for name in groups[index]:
-                rows = self.rows(plans[name].batch(local))
-                weight = self.num_processes / sum(len(item) - item.num_prompt for item in rows)
-                mine = self._share(rows)
+                weight = self._num_parts / num_targets(self._step_rows(plans[name], local, steps))
+                mine = self._share(self.rows(plans[name].batch(local)))
                 items += mine
                 weights += [weight] * len(mine)
             return {**self.batch(items, weights), "group": index}
@@ -271,11 +221,33 @@ class ExpertPoolDataModule(ExpertDataModule):
 class FusionDataModule(ExpertDataModule):
     """Prompts with answers and task labels, for fusion methods with trained parameters. Arguments as for ``ExpertDataModule``."""
 
+    def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, Any]:
+        """``row_share`` and ``token_share``: a mean over the batch's rows (tokens) times it, averaged over the parts of the step, is the
+        mean over the step's rows (tokens). Both are 1 if the batch is the step.
+
+        Beside them ``num_parts``, accumulated batches times processes, and ``step_batches()``, this process's batches of the step.
+        """
+        tokens = sum(map(len, mine)) / sum(map(len, whole))
+        facts = {"row_share": self._num_parts * len(mine) / len(whole), "token_share": self._num_parts * tokens}
+        size = self.hparams["batch_size"]
+
+        def step_batches() -> Iterator[dict[str, Any]]:
+            for start in range(0, len(whole), size):
+                rows = self._share(whole[start : start + size])
+                yield self.batch(rows) | {"token_share": self._num_parts * sum(map(len, rows)) / sum(map(len, whole))}
+
+        return {**facts, "num_parts": self._num_parts, "step_batches": step_batches}
+
     def batch(self, items: Sequence[EncodedItem], weights: Sequence[float] | None = None) -> dict[str, Any]:
         """Adds the prompts alone: ``prompt_ids`` and ``prompt_mask`` (B, T), ``prompt_texts``, and ``task_names``."""
         prompts = pad_rows([item.ids[: item.num_prompt] for item in items], self.pad_id)
         names = {"prompt_texts": tuple(item.prompt for item in items), "task_names": tuple(item.task for item in items)}
         return {**super().batch(items, weights), "prompt_ids": prompts[0], "prompt_mask": prompts[1], **names}
+
+
+def num_targets(items: Sequence[EncodedItem]) -> int:
+    """Supervised tokens of some items."""
+    return sum(len(item) - item.num_prompt for item in items)
 
 
 def pad_rows(rows: Sequence[Sequence[int] | np.ndarray[Any, Any]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -289,7 +261,7 @@ def pad_rows(rows: Sequence[Sequence[int] | np.ndarray[Any, Any]], pad_id: int) 
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-class RouterDataModule(_SuiteDataModule):
+class RouterDataModule(SuiteDataModule):
     """Prompts and the index of their task, for the router.
 
     Training and validation show the phrasings the experts were trained on (validation with other entities); the test split
@@ -344,7 +316,7 @@ class RouterDataModule(_SuiteDataModule):
 
     def _batch(self, split: Split, rows: Sequence[int]) -> dict[str, Any]:
         ids, mask, labels = self._tensors[split]
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, dtype=torch.long)
         return {"input_ids": ids[index], "attention_mask": mask[index], "labels": labels[index], "rows": index, "split": split}
 
     def _plan(self) -> Callable[[int], list[int]]:
@@ -364,11 +336,17 @@ class RouterDataModule(_SuiteDataModule):
         """One pass over the prompts an epoch, every task equally often; an incomplete last batch is left to the next pass."""
         rows = self._plan()
         steps = max(1, len(self._tensors["train"][2]) // self.hparams["batch_size"])
-        return StepLoader(lambda step: self._batch("train", self._share(rows(step))), steps, self._epoch)
+
+        def make(step: int) -> dict[str, Any]:
+            mine = self._share(rows(step))
+            whole = sum(len(rows(other)) for other in self._accumulated(step, steps))
+            return {**self._batch("train", mine), "row_share": self._num_parts * len(mine) / whole}
+
+        return StepLoader(make, steps, self._epoch)
 
     def _eval_loader(self, split: Split) -> StepLoader:
         rows = list(self._share(range(len(self._tensors[split][2]))))
-        chunks = [rows[first : first + 512] for first in range(0, len(rows), 512)]
+        chunks = [rows[first : first + 512] for first in range(0, max(len(rows), 1), 512)]  # one without rows if there are none
         return StepLoader(lambda step: self._batch(split, chunks[step]), len(chunks))
 
     def val_dataloader(self) -> StepLoader:

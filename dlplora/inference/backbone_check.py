@@ -1,10 +1,11 @@
-"""Whether a pool fits a backbone, told from the backbone's ``config.json`` alone: no weight is read or downloaded."""
+"""Whether a pool fits a backbone, tried on an empty model made from ``config.json``: no weight is read or downloaded."""
 
 from __future__ import annotations
 
 from dlplora.adapters.fingerprint import check_base_names
 from dlplora.adapters.pool import Pool
 from dlplora.errors import IncompatibleAdapterError
+from dlplora.inference.fit_trial import try_shapes
 from dlplora.inference.loading import empty_backbone, resolve_backbone
 from dlplora.inference.patching import patch
 from dlplora.modules.fused_linear import RoutingSlot
@@ -12,7 +13,7 @@ from dlplora.modules.lora_bank import AdapterBank
 
 
 def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: str | None = None) -> str:
-    """Put the bank's layers into an empty model of the backbone's architecture.
+    """Put the bank's layers into an empty model of the backbone's architecture and run two rows through it, shapes only.
 
     Args:
         pool, bank: The adapters.
@@ -23,13 +24,16 @@ def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: st
         The architecture and its name, for people.
 
     Raises:
-        IncompatibleAdapterError: If a module is missing or has other sizes, or an adapter names another base model.
+        IncompatibleAdapterError: If a module is missing, has other sizes or is not used as a linear layer, or an adapter names another base
+            model.
         ConfigError: If the backbone's configuration is not found.
     """
     source = resolve_backbone(pretrained)
     model = empty_backbone(source, revision)
     try:
-        patch(model, bank.to("meta"), RoutingSlot()).restore()
+        slot = RoutingSlot()
+        handle = patch(model, bank.to("meta"), slot)
+        try_shapes(model, handle.layers, slot)
     except IncompatibleAdapterError as error:
         raise IncompatibleAdapterError(f"{source}: {error}") from error
     check_base_names(pool, source)

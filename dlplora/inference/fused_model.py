@@ -17,6 +17,7 @@ from dlplora.adapters.fingerprint import base_fingerprint, check_backbone
 from dlplora.adapters.pool import load_pool
 from dlplora.errors import ConfigError, GenerationError, RoutingError
 from dlplora.inference import saving
+from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.loading import load_backbone, nano_asset, resolve_backbone
 from dlplora.inference.patching import patch
@@ -315,12 +316,13 @@ class FusedCausalLM(nn.Module):
             Token ids (B * num_return_sequences, prompt + new), the prompt left-padded.
 
         Raises:
-            GenerationError: For an empty prompt, no room for new tokens, or beams with sentence-level routing.
+            GenerationError: For an empty prompt, no room for new tokens, beams with sentence-level routing, or logits that are no numbers.
         """
         ids, mask, prompts = prompt_tensors(self.tokenizer, self.device, texts, input_ids, attention_mask, prompts)
         new_tokens = self._new_tokens(kwargs, ids.shape[1])
         ids, mask = self._fit(ids, mask, new_tokens)
         kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        kwargs["logits_processor"] = with_finite_check(kwargs.get("logits_processor"))
         if self._compile_config is not None and "past_key_values" not in kwargs:
             kwargs = {"cache_implementation": "static", "compile_config": self._compile_config, **kwargs}
         if self.slot.state is not None:

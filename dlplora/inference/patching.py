@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
 from dlplora.errors import IncompatibleAdapterError, RoutingError, nearest
+from dlplora.inference.fit_trial import try_fit
 from dlplora.modules.fused_linear import FusedLinear, RoutingSlot
 from dlplora.modules.lora_bank import AdapterBank
 
@@ -52,8 +54,8 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
         combine: What the layers sum; see ``FusedLinear``.
 
     Raises:
-        IncompatibleAdapterError: If a module does not exist in the model, is not linear, or has other sizes. Nothing is
-            changed then.
+        IncompatibleAdapterError: If a module does not exist in the model, is not linear, has other sizes, or a trial run shows that the
+            model does not use it as a linear layer. Nothing is changed then.
     """
     others = list(slot.layers)
     try:
@@ -64,7 +66,23 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
     for path, layer in layers.items():
         layer.train(layer.base.training)
         _set(model, path, layer)
-    return PatchHandle(model, layers, slot)
+    handle = PatchHandle(model, layers, slot)
+    try:
+        handle.hooks += try_fit(model, layers, slot)
+    except IncompatibleAdapterError:
+        handle.restore()
+        raise
+    return handle
+
+
+def _why_absent(path: str, known: Mapping[str, nn.Module]) -> str:
+    """Another backbone, or the right one behind a prefix that a wrapper or a surrounding module has left in the keys."""
+    parts = path.split(".")
+    for start in range(1, len(parts)):
+        if ".".join(parts[start:]) in known:
+            prefix = ".".join(parts[:start])
+            return f"The adapters were saved from a wrapped model: '{prefix}.' would have to go from the keys of their tensors."
+    return "The adapters were trained on another backbone."
 
 
 def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Literal["delta", "factor"]) -> dict[str, FusedLinear]:
@@ -77,7 +95,7 @@ def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Lite
         if base is None:
             raise IncompatibleAdapterError(
                 f"the backbone {type(model).__name__} has no module '{path}', which is adapted by: {adapters}.{nearest(path, known)} "
-                "The adapters were trained on another backbone."
+                f"{_why_absent(path, known)}"
             )
         if isinstance(base, FusedLinear):
             raise IncompatibleAdapterError(f"module '{path}' is already fused; restore the model before patching it again.")
@@ -92,5 +110,6 @@ def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Lite
                 f"the adapters ({adapters}) expect {expected[0]} -> {expected[1]}; "
                 "they were trained on another backbone."
             )
+        layer.path = path
         layers[path] = layer
     return layers

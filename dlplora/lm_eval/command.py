@@ -87,6 +87,24 @@ def guarded(arguments: Any, execute: Callable[[], None]) -> None:
         raise Refused(_unknown_task(str(error))) from error
 
 
+def readable(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a command with our model as lm-eval's parser takes them: mappings in ``--model_args`` become JSON.
+
+    Raises:
+        Refused: If a mapping is no JSON.
+    """
+    named = [value for option, value in zip(arguments, [*arguments[1:], ""], strict=True) if option in {"--model", "-M"}]
+    named += [option.removeprefix("--model=") for option in arguments if option.startswith("--model=")]
+    if named[-1:] != [MODEL_NAME]:
+        return list(arguments)
+    from dlplora.lm_eval.model_args import with_mappings_as_json
+
+    try:
+        return with_mappings_as_json(arguments)
+    except DLPLoRAError as error:
+        raise Refused(str(error)) from error
+
+
 def _options(arguments: Any) -> dict[str, Any]:
     """Options of the command line; what is not given there is read from the file of ``--config``, as lm-eval does."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}

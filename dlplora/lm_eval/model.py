@@ -33,12 +33,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.positions import length_dependence
 from dlplora.lm_eval import CACHE_REFUSAL
 from dlplora.lm_eval.answer_form import AnswerForm, Form, form_of, require_whole
 from dlplora.lm_eval.distributed import accelerator_if_launched, without_messages
 from dlplora.lm_eval.gate_statistics import GateWatch
 from dlplora.lm_eval.harness_options import present_device, require_fit
-from dlplora.lm_eval.model_args import ModelArgs, load_model, parse_model_args
+from dlplora.lm_eval.model_args import ModelArgs, load_model, parse_model_args, split_text
 from dlplora.lm_eval.prefix_sharing import Readings, Scorer, answers, batches_of, decide_sharing, questions_of, read_questions, score_full
 from dlplora.lm_eval.requests import (
     GenerationSettings,
@@ -46,6 +47,7 @@ from dlplora.lm_eval.requests import (
     ScoringRequest,
     Side,
     StopTexts,
+    consecutive,
     options_key,
     pad_rows,
     question_of,
@@ -103,7 +105,8 @@ class DLPLoRALM(HFLM):
         self._questions: list[tuple[str, int]] | None = None
         self.statistics = RoutingStatistics(fused.bank.names)
         self._watched = GateWatch(fused.patched.layers, self.statistics).over
-        self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused.model)
+        self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused)
+        self._by_length = length_dependence(fused.model) is not None
         self._totals: dict[str, float] | None = None
 
     @classmethod
@@ -113,8 +116,8 @@ class DLPLoRALM(HFLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DLPLoRALM:
-        """``create_from_arg_obj`` of the parsed text."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        """``create_from_arg_obj`` of the parsed text; ``split_text`` reads mappings, which lm-eval's parser does not."""
+        return cls.create_from_arg_obj((split_text if "{" in arg_string else simple_parse_args_string)(arg_string), additional_config)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refuse lm-eval's response cache, however it was asked for.
@@ -197,8 +200,6 @@ class DLPLoRALM(HFLM):
         if self.world_size > 1:
             gathered = self.all_gather(self.statistics.as_tensor(self.device)).view(-1, len(COUNTERS)).sum(dim=0)
             self._totals = dict(zip(COUNTERS, gathered.tolist(), strict=True))
-
-    # ------------------------------------------------------------------ scoring
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
@@ -289,9 +290,10 @@ class DLPLoRALM(HFLM):
         pairs: list[Any] = []
         start = 0
         while start < len(units):
-            now = self._size_at(units, start, batch_size, pairs)
-            yield units[start : start + now]
-            start += now
+            these = units[start : start + self._size_at(units, start, batch_size, pairs)]
+            batch = next(consecutive(these, len(these), (lambda unit: unit.num_read) if self._by_length else None))
+            yield batch
+            start += len(batch)
 
     def _size_at(self, units: list[ScoringRequest], start: int, batch_size: int | None, pairs: list[Any]) -> int:
         """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units as the parent wants them, once it was asked."""
@@ -310,8 +312,6 @@ class DLPLoRALM(HFLM):
         with torch.no_grad(), self._autocast(), self.fused.routing(weights):
             return self.fused(input_ids=inps).logits
 
-    # --------------------------------------------------------------- generation
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text generated for each prompt, up to its first stop text; rows are routed, and re-routed, on their own."""
         texts = [""] * len(requests)
@@ -326,8 +326,8 @@ class DLPLoRALM(HFLM):
                 prompts = {index: self._generation_prompt(requests[index], settings) for index in members}
                 self._plan_all(prompts.values())
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
-                for start in range(0, len(order), size):
-                    rows = order[start : start + size]
+                lengths = {index: len(prompts[index].ids) for index in members}
+                for rows in consecutive(order, size, lengths.__getitem__ if self._by_length else None):
                     questions, forms = [question_of(requests[i]) for i in rows], [form_of(requests[i].doc) for i in rows]
                     for index, answer in zip(rows, self._generate([prompts[i] for i in rows], settings, questions, forms), strict=True):
                         texts[index] = answer

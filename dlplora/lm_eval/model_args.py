@@ -3,7 +3,7 @@
 lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already
 converted. Settings of the method are given as dotted keys, ``method.threshold=0.3``, or as one mapping,
 ``method_params={"threshold":0.3}``; folders of trained gates and the like as ``artifact.ROLE=FOLDER``; a list of experts as
-``names=[a,b]`` or ``names=a+b``.
+``names=[a,b]`` or ``names=a+b``. lm-eval's own parsers know no mappings, so a text with braces is split here.
 """
 
 from __future__ import annotations
@@ -86,6 +86,76 @@ class ModelArgs:
         """What the backbone's loader is asked for besides its name and dtype."""
         keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
+
+
+def split_text(text: str) -> dict[str, Any]:
+    """``key=value`` pairs at the commas that stand outside of brackets, braces and quotes.
+
+    Mappings are read as JSON, everything else as lm-eval reads it. The whole text may also be one JSON object.
+
+    Raises:
+        ConfigError: If a pair has no ``=``, or a mapping is no JSON.
+    """
+    from lm_eval.utils import handle_arg_string
+
+    if text.strip().startswith("{"):
+        return _json_object(text.strip(), "a text in braces")
+    pieces, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[({":
+            depth += 1
+        elif character in "])}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            pieces.append("")
+            continue
+        pieces[-1] += character
+    found: dict[str, Any] = {}
+    for piece in filter(None, map(str.strip, pieces)):
+        key, sign, value = piece.partition("=")
+        if not sign:
+            raise ConfigError(f"--model_args: expected key=value, got {piece!r}.")
+        found[key] = _json_object(value, f"'{key}'") if value.startswith("{") else handle_arg_string(value)
+    return found
+
+
+def _json_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"--model_args: {what} must be a JSON object with double quotes, got {text!r} ({error}).") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--model_args: {what} must be a JSON object, got {text!r}.")
+    return value
+
+
+def with_mappings_as_json(arguments: Sequence[str]) -> list[str]:
+    """A command line whose ``--model_args`` hold braces, with all of them as one JSON object, which lm-eval's parser takes.
+
+    Raises:
+        ConfigError: As ``split_text``.
+    """
+    result: list[str] = []
+    position = 0
+    while position < len(arguments):
+        name, sign, value = arguments[position].partition("=")
+        position += 1
+        if name not in {"--model_args", "-a"}:
+            result.append(arguments[position - 1])
+            continue
+        values = [value] if sign else []
+        while not sign and position < len(arguments) and not arguments[position].startswith("-"):
+            values.append(arguments[position])
+            position += 1
+        if any("{" in one for one in values):
+            merged = {key: item for one in values for key, item in split_text(one).items()}
+            values = [json.dumps(merged)]
+        result += [name, *values]
+    return result
 
 
 def parse_model_args(values: Mapping[str, Any]) -> tuple[ModelArgs, dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,10 +113,17 @@ def _our_folders(paths: list[Any], manager: Any) -> list[str]:
 
 
 def _guard_command(command: Any) -> None:
-    """Have lm-eval's command run through ``dlplora.lm_eval.command.guarded``."""
-    original = getattr(command, "execute", None)
-    if original is None or _extended(original):
+    """Have lm-eval's command run through ``dlplora.lm_eval.command.guarded``, and its arguments through ``readable`` before."""
+    original, parse = getattr(command, "execute", None), getattr(command, "parse_args", None)
+    if original is None or parse is None or _extended(original):
         return
+
+    @functools.wraps(parse)
+    def parse_args(self: Any) -> Any:
+        from dlplora.lm_eval.command import readable
+
+        sys.argv[1:] = readable(sys.argv[1:])
+        return parse(self)
 
     @functools.wraps(original)
     def execute(self: Any, args: Any) -> None:
@@ -124,4 +132,4 @@ def _guard_command(command: Any) -> None:
         guarded(args, lambda: original(self, args))
 
     execute._extended_by_dlplora = True  # type: ignore[attr-defined]
-    command.execute = execute
+    command.execute, command.parse_args = execute, parse_args

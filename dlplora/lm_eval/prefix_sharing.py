@@ -17,16 +17,23 @@ Both give the same numbers up to rounding (about 1e-6 in float32), for plans and
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError
+from dlplora.errors import ConfigError, GenerationError
+from dlplora.inference.finite import NOT_FINITE
+from dlplora.inference.positions import length_dependence
 from dlplora.lm_eval.requests import Prompt, ScoringRequest, pad_rows
+from dlplora.modules.fused_linear import RoutingState
+
+if TYPE_CHECKING:
+    from dlplora.inference.fused_model import FusedCausalLM
 
 Unit = ScoringRequest
 Question = list[Unit]
@@ -59,25 +66,53 @@ def why_not(model: Any) -> str | None:
         return f"{type(model).__name__} takes no {', '.join(missing)}"
     if getattr(model, "_is_stateful", False):
         return f"{type(model).__name__} keeps a state that cannot be copied row by row"
+    dependence = length_dependence(model)
+    if dependence is not None:
+        return dependence
     others = sorted({type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer})
     return f"{type(model).__name__} caches in {', '.join(others)}, which cannot be shared" if others else None
 
 
-def decide_sharing(wanted: str, model: Any) -> tuple[bool, str]:
+def decide_sharing(wanted: str, fused: FusedCausalLM) -> tuple[bool, str]:
     """Whether the options of a question share the reading of their context, and the same in the words of the record.
 
     Args:
         wanted: ``auto``, ``always`` or ``never``.
-        model: The backbone.
+        fused: The model.
 
     Raises:
         ConfigError: If it must share and cannot.
     """
-    obstacle = why_not(model)
+    obstacle = why_not(fused.model)
+    if obstacle is None and wanted != "never":
+        obstacle = why_not_in_a_trial(fused)
     if wanted == "always" and obstacle:
         raise ConfigError(f"share_prefix=always: {obstacle}. Leave it out, or use share_prefix=never.")
     shares = wanted != "never" and obstacle is None
     return shares, "shared" if shares else f"read for every option: {obstacle or 'share_prefix=never'}"
+
+
+TRIAL = (((1, 2, 3), (4, 5, 6)), ((1, 2, 3), (5, 4, 7)), ((3, 5, 1, 7, 6), (2, 1, 4)))
+"""Contexts of different lengths and options of several tokens."""
+TRIAL_TOLERANCE = 0.05
+"""Of the spread of the logits: rounding in 16 bits stays below it, wrong positions and unseen keys do not."""
+
+
+@torch.no_grad()
+def why_not_in_a_trial(fused: FusedCausalLM) -> str | None:
+    """Read a few tokens both ways; the reason not to share if the numbers differ."""
+    size = int(fused.model.config.get_text_config().vocab_size)
+    pairs = [tuple(tuple(token % size for token in part) for part in pair) for pair in TRIAL]
+    units = [ScoringRequest(context, continuation, Prompt(context, None)) for context, continuation in pairs]
+    state = RoutingState(torch.zeros(fused.bank.num_experts), "dense")
+    scorer = Scorer(fused.model, lambda _: fused.slot.bind(state), lambda *_: nullcontext(), 0, fused.device, fused.max_length)
+    shared, full = read_questions(scorer, questions_of(units)), score_full(scorer, units)
+    here = {id(unit): shared.logits[places].float() for unit, places in zip(shared.units, shared.places, strict=True)}
+    there = {id(unit): full.logits[places].float() for unit, places in zip(full.units, full.places, strict=True)}
+    spread = max(float(rows.max() - rows.min()) for rows in there.values())
+    if all(float((here[key] - rows).abs().max()) <= TRIAL_TOLERANCE * spread for key, rows in there.items()):
+        return None
+    return f"{type(fused.model).__name__} gives other numbers behind a shared context"
 
 
 def questions_of(units: Iterable[Unit]) -> list[Question]:
@@ -185,6 +220,9 @@ def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Se
         logprobs: (N, V).
         places: Of every continuation, the row that scores each token.
         continuations: Tokens.
+
+    Raises:
+        GenerationError: If a log-probability is not a number: the model's logits are NaN or infinite.
     """
     rows = torch.tensor([row for one in places for row in one], dtype=torch.long, device=logprobs.device)
     tokens = torch.tensor([token for one in continuations for token in one], dtype=torch.long, device=logprobs.device)
@@ -193,6 +231,8 @@ def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Se
     found, start = [], 0
     for continuation in continuations:
         here = slice(start, start + len(continuation))
+        if any(map(math.isnan, values[here])):
+            raise GenerationError(NOT_FINITE)
         found.append((sum(values[here]), all(greedy[here])))
         start += len(continuation)
     return found

@@ -5,11 +5,12 @@ Shapes: B rows, T tokens of the padded batch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from lm_eval.models.huggingface import handle_stop_sequences, normalize_gen_kwargs
@@ -20,6 +21,9 @@ from dlplora.errors import GenerationError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,17 @@ class ScoringRequest:
             logits     c c c|x y z        the last three score x, y and z
         """
         return (self.context + self.continuation)[-(max_length + 1) : -1]
+
+
+def consecutive(items: Sequence[Item], size: int, length: Callable[[Item], int] | None = None) -> Iterator[list[Item]]:
+    """Consecutive batches of at most ``size``; with ``length``, of one length each: some models read a padded row otherwise than alone."""
+    start = 0
+    while start < len(items):
+        batch = list(items[start : start + size])
+        if length is not None:
+            batch = list(next(itertools.groupby(batch, key=length))[1])
+        yield batch
+        start += len(batch)
 
 
 SUITE_PREFIX = re.compile(r"^dlplora_[a-z0-9]+_")

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dlplora.adapters.files import write_tensors
+from dlplora.atomic import filling
 from dlplora.errors import MethodError
+from dlplora.modules.precision import keeping_dtype
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
+WEIGHTS_NAME = "method.safetensors"
 OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
 """Metadata of a parameter that was added later: omitted from records and hashes at its default, so that old records still match."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
@@ -166,6 +170,10 @@ class FusionMethod(nn.Module):
         self.expert_names: tuple[str, ...] = ()
         self.pool_checksum: str | None = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FusionMethod:
+        """A method computes in float32, whatever the fused model is cast to."""
+        return super()._apply(keeping_dtype(fn), recurse)
+
     @property
     def granularity(self) -> Granularity:
         """Granularity of this instance; a method whose configuration decides overrides it."""
@@ -260,14 +268,24 @@ class FusionMethod(nn.Module):
     def fit(self, context: MethodContext) -> None:
         """Gradient-free search, before evaluation. Default: nothing to do."""
 
+    def step_statistics(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """What a loss that is no mean over rows or tokens must know of the whole optimiser step; None where it is such a mean.
+
+        Only asked, without gradients, where a step has several parts (accumulated batches, processes). ``loss`` finds the average over the
+        parts under ``step_statistics``.
+        """
+        return None
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Scalar training loss of one batch; the Lightning shell does the rest.
 
         Args:
             batch: ``prompts`` (``PromptBatch`` with the task names of the training rows), ``expert_idx`` (B,) the index of each row's own
                 expert; ``input_ids``, ``attention_mask``, ``labels`` (B, T), -100 where there is no target; ``answer_loss(weights)``, the
-                mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model. A method
-                reads what it needs.
+                mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model;
+                ``row_share`` and ``token_share``, by which a mean over the batch's rows or real tokens is to be multiplied
+                (``answer_loss`` has it in it), absent or 1 where the batch is the whole optimiser step; ``step_statistics`` where it is
+                not, and the method has some. A method reads what it needs.
 
         Raises:
             MethodError: If the method is not trained by gradients.
@@ -286,17 +304,22 @@ class FusionMethod(nn.Module):
         return self.state_dict()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``method.json`` and, if anything is trained, ``method.safetensors``."""
-        from safetensors.torch import save_file
+        """Write what ``load`` reads, whole or not at all; see ``write_files``.
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Raises:
+            MethodError: If a trained tensor is NaN or infinite: the training diverged, and nothing is written.
+        """
+        with filling(folder, "method.json") as temporary:
+            self.write_files(temporary)
+            if not (temporary / WEIGHTS_NAME).exists():
+                (Path(folder) / WEIGHTS_NAME).unlink(missing_ok=True)  # of an earlier save; it would be loaded
+
+    def write_files(self, folder: Path) -> None:
+        """Write ``method.json`` and, if anything is trained, ``method.safetensors`` into an empty folder."""
         state = {key: value.detach().contiguous().cpu() for key, value in self.saved_state().items()}
-        weights = folder / "method.safetensors"
+        _require_finite(state, f"method '{self.name}'", "the training diverged. Lower the learning rate.")
         if state:
-            save_file(state, weights)
-        else:
-            weights.unlink(missing_ok=True)  # a stale file of an earlier save would be loaded
+            write_tensors(folder / WEIGHTS_NAME, state)
         description = {
             "method": self.name, "params": asdict(self.config), "experts": list(self.expert_names), "pool_sha256": self.pool_checksum,
         }  # fmt: skip
@@ -356,13 +379,29 @@ class FusionMethod(nn.Module):
         """Rebuild what ``save`` wrote, bound to ``bank``.
 
         Raises:
-            MethodError: As ``saved_config``.
+            MethodError: As ``saved_config``; and if the trained tensors are missing, damaged, of other names or shapes, or not finite.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         method = cls(cls.saved_config(folder, bank))
         method.prepare(bank, context)
-        weights = Path(folder) / "method.safetensors"
-        if weights.is_file():
-            method.load_state_dict(load_file(weights))
+        expected, weights = method.saved_state(), Path(folder) / WEIGHTS_NAME
+        if not weights.is_file():
+            if expected:
+                raise MethodError(f"{folder} has no {WEIGHTS_NAME}, which holds what '{cls.name}' has learned. Restore it or train again.")
+            return method
+        try:
+            tensors = load_file(weights)
+            method.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise MethodError(f"{weights} is damaged or belongs to another method: {first}. Restore it or train again.") from error
+        _require_finite(tensors, str(weights), "Restore the file or train again.")
         return method
+
+
+def _require_finite(tensors: Mapping[str, Tensor], where: str, advice: str) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise MethodError(f"{where}: '{key}' holds NaN or infinite values; {advice}")

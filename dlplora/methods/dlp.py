@@ -215,17 +215,18 @@ class DLP(FusionMethod):
         router, columns = self._ready()
         prompts = batch["prompts"]
         labels = columns[batch["expert_idx"].to(columns.device)]
-        return router.loss({"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, "labels": labels})
+        loss = router.loss({"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, "labels": labels})
+        return loss * batch.get("row_share", 1.0)  # type: ignore[no-any-return]
 
     def saved_state(self) -> Mapping[str, Tensor]:
         """Nothing: the router has its own files."""
         return {}
 
-    def save(self, folder: str | Path) -> None:
+    def write_files(self, folder: Path) -> None:
         """Write ``method.json`` and the router under ``router/``."""
         router, _ = self._ready()
-        super().save(folder)
-        router.save(Path(folder) / "router")
+        super().write_files(folder)
+        router.save(folder / "router")
 
     @classmethod
     def load(cls, folder: str | Path, bank: AdapterBank, context: MethodContext) -> FusionMethod:

@@ -13,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlplora.errors import RoutingError
+from dlplora.errors import AdapterError, RoutingError
 from dlplora.kernels import dense, factor, reference
 from dlplora.kernels.backends import PlanFacts, select_backend
 from dlplora.kernels.cost_model import Work
 from dlplora.kernels.folded import FoldedPlan
 from dlplora.kernels.merged import MergedPlan
+from dlplora.modules.input_layout import InputGrid, Layout
 from dlplora.modules.lora_bank import BankEntry
+from dlplora.modules.precision import dtype_name
 
 Gate = Callable[[Tensor], Tensor]
 """Token-level gate: layer input (B, T, I) -> routing weights (B, T, E)."""
@@ -203,6 +205,9 @@ def _sizes(base: Any) -> tuple[int, int]:
 class FusedLinear(nn.Module):
     """A wrapped linear module. Calls ``base`` and never reads its weight, so quantised layers work as they are.
 
+    It is linear-like: ``weight`` and ``bias`` are the base's, and inputs of any shape (..., I) are taken where it is known which row of the
+    batch each vector belongs to, or where it does not matter.
+
     Args:
         base: Any module with ``in_features`` and ``out_features`` (or a transformers ``Conv1D``).
         entry: The bank's experts for this module.
@@ -211,6 +216,9 @@ class FusedLinear(nn.Module):
 
     Attributes:
         gate: A token-level gate; if set, it decides and the slot is not read.
+        path: Module path in the backbone, for errors.
+        layout: How the backbone hands rows and tokens to this layer.
+        grid: Rows and tokens of the running forward pass; kept up to date for layers whose layout is ``flat``.
         plan: Buffers of the bound plan, a module, for backends that have them.
     """
 
@@ -227,10 +235,38 @@ class FusedLinear(nn.Module):
         self.lora_b: Tensor
         self.scaling: Tensor
         self.slot = slot
+        self.path = ""
+        self.layout: Layout = "unknown"
+        self.grid = InputGrid()
+        self.weight_was_read = False
         self.gate: Gate | None = None
         self.plan: Any = None
         self._plan_kind: tuple[Any, ...] = ()
         slot.layers.append(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
+        """Another dtype is one for base and factors; the scaling stays float32, as in a bank of that dtype.
+
+        Raises:
+            AdapterError: If a factor has values that the dtype cannot hold.
+        """
+        scaling, dtype = self.scaling, self.lora_a.dtype
+        super()._apply(fn, recurse)
+        self.scaling = scaling.to(self.scaling.device)
+        if self.lora_a.dtype != dtype and not all(bool(torch.isfinite(factor).all()) for factor in (self.lora_a, self.lora_b)):
+            raise AdapterError(f"layer '{self.path}': an adapter has values that {dtype_name(self.lora_a.dtype)} cannot hold. Use float32.")
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, without the experts, as a PEFT layer has it."""
+        self.weight_was_read = True
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A gate is the method's: it is held, not registered, so that it is no part of the backbone's state."""
@@ -277,22 +313,71 @@ class FusedLinear(nn.Module):
         return f"routing weights are for {state.num_experts} experts, the bank has {self.lora_a.shape[0]}."
 
     def forward(self, x: Tensor) -> Tensor:
-        """Base output plus fused delta, (B, T, O).
+        """Base output plus fused delta, (B, T, O) for ``x`` (B, T, I).
+
+        Args:
+            x: (B, T, I), or any other shape (..., I). Rows that are routed apart must then be recognisable: (B, ..., I), or (B * T, I) in a
+                layer whose layout is ``flat``.
 
         Raises:
-            RoutingError: If no routing weights are bound and no gate is installed, or their rows do not fit the batch.
+            RoutingError: If no routing weights are bound and no gate is installed, their rows do not fit the batch, or rows are routed
+                apart and it is not known which vectors of ``x`` are whose.
         """
         if self.gate is not None:
-            return self.base(x) + self._token_delta(x, self.gate(x), self.slot.gate_backend)
+            if x.ndim == 3:
+                return self.base(x) + self._token_delta(x, self.gate(x), self.slot.gate_backend)
+            return self._gated(x, self.gate)
         state = self.slot.state
         if state is None:
             raise RoutingError("no routing weights are bound: call the model inside `with model.routing(weights):`, or use generate().")
         if state.is_zero:
             return self.base(x)
+        if x.ndim != 3 or self.layout == "other":
+            return self._forward_any_shape(x, state)
         self._check(x, state)
         if state.backend == "merged":
             return self.plan.output(x)
         return self.base(x) + self._delta(x, state)
+
+    def _forward_any_shape(self, x: Tensor, state: RoutingState) -> Tensor:
+        """As ``forward``, for inputs that are not (B, T, I)."""
+        if state.backend == "merged":  # all rows are routed alike
+            return self.plan.output(x)
+        y = self.base(x)
+        rows = self._rows(x, state.num_rows)
+        if rows is not None:
+            self._check(rows, state)
+            return y + self._delta(rows, state).reshape(y.shape)
+        weights = state.per_row()
+        if not bool((weights == weights[:1]).all()):
+            raise RoutingError(
+                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, which does not tell the rows of the batch apart "
+                f"({state.num_rows} rows, routed apart). Use batches of one row, or adapters without this layer."
+            )
+        return y + self._token_delta(x.reshape(1, -1, x.shape[-1]), weights[0], "dense").reshape(y.shape)
+
+    def _rows(self, x: Tensor, num_rows: int) -> Tensor | None:
+        """``x`` (..., I) as (B, T, I), or None if it is not known which vectors are whose; one row (B = 1) has them all."""
+        if num_rows == 1:
+            return x.reshape(1, -1, x.shape[-1])
+        if x.ndim > 3 and self.layout != "other":
+            return x.flatten(1, -2)
+        if self.layout == "flat" and self.grid.rows == num_rows and self.grid.fits(x):
+            return x.reshape(num_rows, -1, x.shape[-1])
+        return None
+
+    def _gated(self, x: Tensor, gate: Gate) -> Tensor:
+        """As ``forward`` under a gate, for inputs that are not (B, T, I)."""
+        rows = self._rows(x, self.grid.rows if self.grid.fits(x) else 1 if x.ndim < 3 else x.shape[0])
+        assert rows is not None
+        weights = gate(rows)
+        if weights.shape[:2] != rows.shape[:2]:
+            raise RoutingError(
+                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, its gate answers for {tuple(weights.shape[:2])} rows and "
+                "tokens. Use adapters without this layer, or a method that routes whole prompts."
+            )
+        y = self.base(x)
+        return y + self._token_delta(rows, weights, self.slot.gate_backend).reshape(y.shape)
 
     def _token_delta(self, x: Tensor, weights: Tensor, backend: str) -> Tensor:
         if self.combine == "factor":

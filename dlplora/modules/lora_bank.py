@@ -18,6 +18,7 @@ from dlplora.adapters.files import AdapterSpec, LoraWeights, read_adapter
 from dlplora.adapters.pool import load_pool, read_pool
 from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
 from dlplora.kernels.allocation import zeros
+from dlplora.modules.precision import dtype_name
 
 SHRINK_BANK = "Load fewer experts (names=...), adapters of a smaller rank, or a smaller dtype (dtype=bfloat16)."
 
@@ -56,9 +57,17 @@ class AdapterBank:
         names: Expert index -> name.
         modules: Module path in the backbone -> stacked experts.
         specs: Facts about each adapter's folder, where it came from one.
+        narrowed: Whether a cast has taken bits from the factors, so that their checksum is read from the folders.
     """
 
-    def __init__(self, names: Sequence[str], modules: Mapping[str, BankEntry], specs: Mapping[str, AdapterSpec] | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        modules: Mapping[str, BankEntry],
+        specs: Mapping[str, AdapterSpec] | None = None,
+        *,
+        narrowed: bool = False,
+    ) -> None:
         if not names:
             raise AdapterError("a bank needs at least one adapter.")
         if len(set(names)) != len(names):
@@ -66,6 +75,7 @@ class AdapterBank:
         self.names = tuple(names)
         self.modules = dict(modules)
         self.specs = dict(specs or {})
+        self.narrowed = narrowed
 
     @classmethod
     def from_tensors(
@@ -87,7 +97,8 @@ class AdapterBank:
             if len(experts) != len(names):
                 raise AdapterError(f"module '{module}': {len(experts)} adapters for {len(names)} names.")
             modules[module] = _stack(module, names, experts, dtype, device, specs or {})
-        return cls(names, modules, specs)
+        stored = {factor.dtype for experts in weights.values() for expert in experts if expert is not None for factor in expert[:2]}
+        return cls(names, modules, specs, narrowed=any(_loses_bits(one, dtype) for one in stored))
 
     @classmethod
     def from_peft(
@@ -146,7 +157,8 @@ class AdapterBank:
         """The bank with only these experts, in this order."""
         indices = [self.index(name) for name in names]
         modules = {module: entry.index(indices) for module, entry in self.modules.items()}
-        return AdapterBank(tuple(names), modules, {name: self.specs[name] for name in names if name in self.specs})
+        specs = {name: self.specs[name] for name in names if name in self.specs}
+        return AdapterBank(tuple(names), modules, specs, narrowed=self.narrowed)
 
     def permute(self, order: Sequence[int]) -> AdapterBank:
         """The bank with experts in another order; ``order[i]`` is the old index of the new expert i."""
@@ -173,16 +185,25 @@ class AdapterBank:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
         """The bank on another device or in another dtype."""
-        return AdapterBank(self.names, {module: entry.to(device, dtype) for module, entry in self.modules.items()}, self.specs)
+        narrowed = dtype is not None and any(_loses_bits(entry.lora_a.dtype, dtype) for entry in self.modules.values())
+        modules = {module: entry.to(device, dtype) for module, entry in self.modules.items()}
+        return AdapterBank(self.names, modules, self.specs, narrowed=self.narrowed or narrowed)
 
     def checksum(self) -> str:
-        """SHA-256 over names, module paths, factors and scalings, in order."""
+        """SHA-256 over names, module paths, factors and scalings, in order; the same in whatever dtype the adapters were loaded."""
+        if self.narrowed and set(self.names) <= set(self.specs):
+            return AdapterBank.from_peft({name: self.specs[name].path for name in self.names}).checksum()
         digest = hashlib.sha256("\n".join(self.names).encode())
         for module, entry in sorted(self.modules.items()):
             digest.update(module.encode())
             for tensor in (entry.lora_a, entry.lora_b, entry.scaling):
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _loses_bits(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a cast loses bits that a checksum covers, which is made in float32."""
+    return torch.promote_types(old, new) != new and new != torch.float32
 
 
 def _stack(
@@ -216,5 +237,10 @@ def _stack(
             lora_a, lora_b, scale = expert
             stacked_a[i, : ranks[i]] = lora_a.to(dtype)
             stacked_b[i, :, : ranks[i]] = lora_b.to(dtype)
+            if not all(bool(torch.isfinite(factor[i]).all()) for factor in (stacked_a, stacked_b)):
+                raise AdapterError(
+                    f"adapter '{names[i]}': the factors of '{module}' have values that {dtype_name(dtype)} cannot hold. Use dtype=float32; "
+                    "if they do not fit that either, the file is damaged or the training diverged."
+                )
             scaling[i] = scale
     return BankEntry(stacked_a, stacked_b, scaling, ranks)

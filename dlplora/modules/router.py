@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dlplora.adapters.files import write_tensors
 from dlplora.atomic import replacing, write_json
 from dlplora.config import build, short
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
+from dlplora.modules.precision import keeping_dtype
 
 MAX_TRAINED_PARAMETERS = 5_000_000
 """The paper's size of the router, taken as an upper bound."""
@@ -184,6 +186,10 @@ class MiniMLPRouter(nn.Module):
                 f"(input width {width}, hidden {list(self.config.hidden or ())}). Choose smaller 'hidden' widths."
             )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MiniMLPRouter:
+        """A router computes in float32, whatever the model that it belongs to is cast to."""
+        return super()._apply(keeping_dtype(fn), recurse)
+
     def _build_mlp(self, width: int, start: int) -> nn.Sequential:
         layers: list[nn.Module] = []
         for hidden in (self.config.hidden or ())[start:]:
@@ -303,8 +309,6 @@ class MiniMLPRouter(nn.Module):
             folder: Made if it does not exist.
             metrics: What was measured on held-out data (JSON values); kept for readers, never read back into behaviour.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if metrics is not None:
@@ -320,7 +324,7 @@ class MiniMLPRouter(nn.Module):
         }
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         with replacing(folder / "router.safetensors") as temporary:
-            save_file(tensors, temporary)
+            write_tensors(temporary, tensors)
         write_json(folder / "router.json", description)
 
     @classmethod
@@ -354,7 +358,8 @@ class MiniMLPRouter(nn.Module):
                 f"{router.embedding_shape}. Train a router for this backbone."
             )
         try:
-            router.load_state_dict(load_file(folder / "router.safetensors"))
+            tensors = load_file(folder / "router.safetensors")
+            router.load_state_dict(tensors)
         except (SafetensorError, RuntimeError) as error:
             first_line = str(error).splitlines()[0]
             raise MethodError(f"cannot read {folder / 'router.safetensors'}: {first_line} Train the router again.") from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlplora.adapters.files import WEIGHTS_NAME, write_tensors
 from dlplora.errors import AdapterError
 
 EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,8 +29,6 @@ def save_adapter(folder: str | os.PathLike[str], config: Any, tensors: Mapping[s
     Raises:
         AdapterError: If a tensor is not finite: the training diverged, and nothing is written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -41,7 +40,7 @@ def save_adapter(folder: str | os.PathLike[str], config: Any, tensors: Mapping[s
     temporary.mkdir(parents=True)
     config.inference_mode = True
     config.save_pretrained(str(temporary))
-    save_file(ready, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(temporary / WEIGHTS_NAME, ready, {"format": "pt"})
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)

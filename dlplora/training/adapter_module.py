@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlplora.atomic import write_json
 from dlplora.errors import ConfigError
+from dlplora.modules.precision import keeping_trained_precision
 from dlplora.training.adapter_export import EXPORT_DTYPES
 from dlplora.training.answer_loss import AnswerMetrics, weighted_loss
 from dlplora.training.checkpoints import ResumableModule
@@ -56,6 +57,10 @@ class AdapterModule(ResumableModule):
         self.plain_head = True
         self._started = 0.0
         self._first_step = 0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterModule:
+        """The trainer's precision is the backbone's; adapters are trained in float32 at least."""
+        return super()._apply(keeping_trained_precision(fn), recurse)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -104,6 +109,8 @@ class AdapterModule(ResumableModule):
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self.metrics is not None
+        if batch["task"] is None:
+            return
         self.metrics.update(batch["task"], self.evaluation_logits(batch), batch["targets"])
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

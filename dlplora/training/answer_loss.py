@@ -50,8 +50,13 @@ def answer_logits(model: Any, batch: Mapping[str, Any], plain_head: bool) -> Ten
 
 
 def weighted_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Sum over supervised tokens of ``weights`` times cross-entropy, in float32."""
-    return F.cross_entropy(logits.float(), batch["targets"], reduction="none") @ batch["weights"]
+    """Sum over supervised tokens of ``weights`` times cross-entropy; in float32, or in float64 if the logits are.
+
+    Autocast and the trainer's 16-bit precisions would take the product in 16 bits.
+    """
+    losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["targets"], reduction="none")
+    with torch.autocast(losses.device.type, enabled=False):
+        return losses @ batch["weights"].to(losses.dtype)
 
 
 class AnswerMetrics(nn.Module):

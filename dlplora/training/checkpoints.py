@@ -134,8 +134,14 @@ class ResumeCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save after every ``every_n_steps``-th optimizer step."""
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 and self._between_steps(trainer):
             self._save(trainer)
+
+    @staticmethod
+    def _between_steps(trainer: L.Trainer) -> bool:
+        """Whether no gradient waits for the rest of its optimizer step; a resume file does not hold gradients."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return batches % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the finished run, so that it can be validated and tested later."""
@@ -149,7 +155,7 @@ class ResumeCheckpoint(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save when asked to stop: Lightning raises this one between two batches, where the state is whole."""
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException) and self._between_steps(trainer):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:

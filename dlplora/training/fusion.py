@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlplora.atomic import write_json
 from dlplora.errors import MethodError
+from dlplora.modules.precision import float32_by_default
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
 from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.settings import OptimizerSettings, step_rng
@@ -26,6 +27,8 @@ class LitFusion(ResumableModule):
     * ``prompts``: the contexts as a ``PromptBatch`` with the task names of the training rows;
     * ``expert_idx``: index of each row's own expert in the bank, int64 (B,);
     * ``input_ids``, ``attention_mask``, ``labels``: whole sequences (B, T), right-padded, -100 where there is no target;
+    * ``row_share``, ``token_share``: factors for means over the batch's rows or real tokens, so that accumulated batches and processes
+      add up to the mean over the whole optimiser step; 1 without either;
     * ``answer_loss``: ``answer_loss(weights)`` runs the fused model under routing weights (E,), (B, E) or (B, T, E) and returns
       the mean cross-entropy of the answer tokens; ``answer_loss(None)`` when gates inside the layers decide;
     * ``model``: the ``FusedCausalLM``.
@@ -67,13 +70,15 @@ class LitFusion(ResumableModule):
         self.method: nn.Module | None = None
         self.metrics: AnswerMetrics | None = None
         self.plain_head = True
+        self._step_statistics: Any = None
 
     def build(self) -> Any:
         """The fused model on the trainer's device (the CPU without one), with a backend that passes gradients to the routing weights."""
         from dlplora.inference.fused_model import FusedCausalLM
 
         device = self._trainer.strategy.root_device if self._trainer is not None else "cpu"
-        return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
+        with float32_by_default():  # gates are drawn and trained in float32, whatever the trainer's precision makes of the backbone
+            return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
 
     @property
     def tokenizer(self) -> Any:
@@ -133,6 +138,8 @@ class LitFusion(ResumableModule):
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "labels": batch["labels"],
+            "row_share": batch.get("row_share", 1.0),
+            "token_share": batch.get("token_share", 1.0),
             "answer_loss": lambda weights: weighted_loss(self.routed_logits(batch, weights), batch),
             "model": self.fused,
         }
@@ -146,20 +153,41 @@ class LitFusion(ResumableModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's own loss."""
+        own = self.method_batch(batch) | self._of_the_whole_step(batch, batch_idx)
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        with step_rng(self.seed, step, self.global_rank, self.device):
-            loss = self.fused.method.loss(self.method_batch(batch))
+        with step_rng(self.seed, step, self.global_rank, self.device), float32_by_default():
+            loss = self.fused.method.loss(own)
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
+    @torch.no_grad()
+    def _of_the_whole_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """``step_statistics`` for a step of several parts, found out at its first batch by running all of them."""
+        if batch["num_parts"] == 1:
+            return {}
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            found = []
+            for rows in batch["step_batches"]():
+                part = self.trainer.strategy.batch_to_device(rows, self.device)
+                statistics = self.fused.method.step_statistics(self.method_batch(part))
+                if statistics is None:
+                    break
+                found.append(statistics)
+            total = torch.stack(found).sum(dim=0) / batch["num_parts"] if found else None
+            self._step_statistics = None if total is None else self.trainer.strategy.reduce(total, reduce_op="sum")
+        return {} if self._step_statistics is None else {"step_statistics": self._step_statistics}
+
     def _evaluate(self, batch: dict[str, Any]) -> None:
         """Route by the prompts alone, as in evaluation, and score the answers."""
         assert self.metrics is not None
+        if batch["task"] is None:
+            return
         prompts = self.method_batch(batch)["prompts"]
         if "task_id" not in self.fused.method.metadata.needs:
             prompts = prompts.without_task_names()
-        logits = self.routed_logits(batch, self.fused.method.route(prompts))
+        with float32_by_default():
+            logits = self.routed_logits(batch, self.fused.method.route(prompts))
         self.metrics.update(batch["task"], logits, batch["targets"])
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

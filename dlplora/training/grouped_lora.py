@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlplora.errors import IncompatibleAdapterError
+from dlplora.modules.input_layout import InputGrid
 from dlplora.training.settings import LoRASettings, expert_generator, initial_lora_a
 
 
@@ -24,6 +25,8 @@ class ActiveGroup:
     """The factors used by the next forward, one pair per adapted module: A (G, R, I) and B (G, O, R)."""
 
     factors: Sequence[tuple[Tensor, Tensor]] = field(default_factory=tuple)
+    grid: InputGrid = field(default_factory=InputGrid)
+    """Rows and tokens of the running forward pass."""
 
 
 class GroupedLoRALinear(nn.Module):
@@ -40,13 +43,28 @@ class GroupedLoRALinear(nn.Module):
     def __init__(self, base: nn.Module, index: int, active: ActiveGroup, scaling: float, dropout: float) -> None:
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         self.index = index
         self.active = active
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, as a PEFT layer has it."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (G * rows, T, I) -> (G * rows, T, O), in the dtype of the base's output."""
+        """x (G * rows, T, I) or (G * rows * T, I) -> the same with O, in the dtype of the base's output.
+
+        Raises:
+            IncompatibleAdapterError: If several adapters train together and ``x`` does not hold one vector for every token.
+        """
         y = self.base(x)
         if not self.active.factors:
             return y
@@ -55,6 +73,11 @@ class GroupedLoRALinear(nn.Module):
         if lora_a.shape[0] == 1:
             delta = F.linear(F.linear(z, lora_a[0]), lora_b[0])
         else:
+            if x.ndim == 2 and not self.active.grid.fits(x):
+                raise IncompatibleAdapterError(
+                    f"a layer got an input of shape {tuple(x.shape)}, which does not tell the rows of {lora_a.shape[0]} adapters apart. "
+                    "Train them one after another: model.init_args.mode=sequential."
+                )
             rows = z.reshape(lora_a.shape[0], -1, z.shape[-1])
             delta = torch.bmm(torch.bmm(rows, lora_a.mT), lora_b.mT).view(y.shape)
         return y + (self.scaling * delta).to(y.dtype)
@@ -122,6 +145,8 @@ class GroupedLoRA:
             setattr(model.get_submodule(parent_name), leaf, wrapped)
             self.module_names.append(name)
             self.shapes.append((int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
+        if hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_pre_hook(self.active.grid.note)  # type: ignore[operator]
         found = {name.rpartition(".")[2] for name in self.module_names}
         missing = [target for target in lora.target_modules if target not in found]
         if missing:

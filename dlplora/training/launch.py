@@ -21,9 +21,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dlplora.config import require_writable
-from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.errors import ConfigError
 from dlplora.training.checkpoints import AtomicCheckpointIO, ResumeCheckpoint, find_latest
 from dlplora.training.config_check import check_command_line, first_reason
+from dlplora.training.failures import configuration_error, writers_without_tracebacks
 from dlplora.training.progress_callback import TrainingProgress
 
 COMMANDS = ("fit", "validate", "test")
@@ -132,21 +133,22 @@ def run(arguments: Sequence[str]) -> int:
     quieten()
     options: dict[str, Any] = {"parser_mode": "omegaconf", "exit_on_error": False, "prog": "dlplora"}
     try:
-        cli = TrainingCLI(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            trainer_defaults={"max_epochs": 1},
-            parser_kwargs={**options, **{command: {**options, "prog": f"dlplora {command}"} for command in COMMANDS}},
-            save_config_kwargs={"overwrite": True},
-            load_from_checkpoint_support=False,
-            auto_configure_optimizers=False,
-            args=list(arguments),
-        )
+        with writers_without_tracebacks():
+            cli = TrainingCLI(
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                trainer_defaults={"max_epochs": 1},
+                parser_kwargs={**options, **{command: {**options, "prog": f"dlplora {command}"} for command in COMMANDS}},
+                save_config_kwargs={"overwrite": True},
+                load_from_checkpoint_support=False,
+                auto_configure_optimizers=False,
+                args=list(arguments),
+            )
     except ArgumentError as error:
         raise ConfigError(first_reason(str(error))) from error
-    except ValueError as error:
-        own = _our_error(error)
+    except (ValueError, ModuleNotFoundError) as error:
+        own = configuration_error(error)
         if own is None:
             raise
         raise ConfigError(str(own)) from error
@@ -155,13 +157,6 @@ def run(arguments: Sequence[str]) -> int:
     if cli.trainer.is_global_zero:
         print(json.dumps(summary(cli)))
     return 0
-
-
-def _our_error(error: BaseException | None) -> DLPLoRAError | None:
-    """The error of ours behind one of the parser, which wraps what a constructor raises in an error of its own."""
-    while error is not None and not isinstance(error, DLPLoRAError):
-        error = error.__cause__
-    return error
 
 
 def summary(cli: TrainingCLI) -> dict[str, Any]:

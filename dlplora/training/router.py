@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from dlplora.errors import ConfigError
+from dlplora.modules.precision import float32_by_default
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.frozen import load_frozen, load_tokenizer
@@ -79,7 +80,7 @@ class LitRouter(ResumableModule):
         embedding = None
         if self.router_config.variant == "backbone":
             embedding = load_frozen(self.backbone, self.backbone_dtype).get_input_embeddings()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), float32_by_default():
             torch.manual_seed(derive_seed("router", self.seed))
             self.router = MiniMLPRouter(self.datamodule.task_names, self.router_config, embedding=embedding)
 
@@ -99,22 +100,25 @@ class LitRouter(ResumableModule):
         """The batch with tokens left out and replaced; the first token of a prompt always stays."""
         ids, mask = batch["input_ids"], batch["attention_mask"] != 0
         movable = mask & (mask.long().cumsum(dim=1) > 1)
-        rate = torch.rand(2, len(ids), 1, device=ids.device)
-        dropped = movable & (torch.rand(ids.shape, device=ids.device) < rate[0] * self.token_drop)
-        replaced = movable & (torch.rand(ids.shape, device=ids.device) < rate[1] * self.token_noise)
+        with float32_by_default():
+            rate = torch.rand(2, len(ids), 1, device=ids.device)
+            dropped = movable & (torch.rand(ids.shape, device=ids.device) < rate[0] * self.token_drop)
+            replaced = movable & (torch.rand(ids.shape, device=ids.device) < rate[1] * self.token_noise)
         random_ids = torch.randint(len(self.tokenizer), ids.shape, device=ids.device)
         return {"input_ids": torch.where(replaced, random_ids, ids), "attention_mask": mask & ~dropped, "labels": batch["labels"]}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of one batch."""
+        """Mean cross-entropy of one batch, by its share of the optimiser step."""
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         with step_rng(self.seed, step, self.global_rank, self.device):
-            loss = F.cross_entropy(self.logits(self.disturbed(batch)), batch["labels"])
+            loss = F.cross_entropy(self.logits(self.disturbed(batch)), batch["labels"]) * batch["row_share"]
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
+        if not len(batch["labels"]):
+            return
         logits = self.logits(batch)
         self.loss_metric.update(F.cross_entropy(logits, batch["labels"], reduction="none"))
         self.accuracy_metric.update((logits.argmax(dim=-1) == batch["labels"]).float())

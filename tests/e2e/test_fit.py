@@ -71,6 +71,8 @@ def test_print_config_can_be_run_again(tiny_llama_folder: Path, rows: Path, tmp_
         (["--model.init_args.optimizer.lrr", "1"], "lr"),
         (["--model.init_args.optimizer.lr", "fast"], "lr"),
         (["--trainer.max_stepz", "1"], "max_steps"),
+        (["--trainer.logger", "lightning.pytorch.loggers.WandbLogger"], "a package that is not installed: Requirement 'wandb"),
+        (["--trainer.logger", "lightning.pytorch.loggers.NoSuchLogger"], "NoSuchLogger"),
         (["--data.init_args.num_steps", "0"], "'num_steps' must be at least 1"),
         (["--data.init_args.data_root", "/no/such/rows"], "/no/such/rows"),
         (["--data.init_args.suite", "local:petz"], "pets"),

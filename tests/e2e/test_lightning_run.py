@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from dlplora.cli import lightning_run
 from dlplora.cli.fit import with_config_files
 from dlplora.config import configs_root
+from dlplora.data.datamodule import ExpertDataModule, RouterDataModule
 from dlplora.errors import ConfigError
 from tests.toy_tasks import NAMES, write_tasks
 
@@ -148,3 +150,33 @@ def test_a_configuration_is_named_as_everywhere(tmp_path: Path, monkeypatch: pyt
     assert with_config_files(["test", "-c", "router", "--config", file]) == ["test", "-c", file, "--config", file]
     with pytest.raises(ConfigError, match=r"unknown training configuration 'rooter'\. Did you mean 'router'"):
         with_config_files(["fit", "rooter"])
+
+
+@pytest.mark.slow
+def test_two_processes_and_fewer_validation_rows_than_batches(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Two validation rows, one batch: the second process has nothing to validate, and the figures are those of one process."""
+    rows = write_tasks(tmp_path / "rows", num_train=40)
+    small = ["--data.init_args.batch_size", "4", "--data.init_args.num_train", "12", "--data.init_args.num_validation", "2"]
+    small += ["--data.init_args.num_steps", "2", "--data.init_args.tasks", "pets", "--model.init_args.lora.lora_dropout", "0"]
+    small += ["--model.init_args.backbone", str(tiny_llama_folder)]
+    losses = []
+    for name, options in (("one", []), ("two", ["--devices=2", "--accelerator=cpu"])):
+        result = run(*options, "configs/train/expert.yaml", *overrides(rows, tmp_path / name, *small))
+        assert result.returncode == 0, result.stderr
+        losses.append(json.loads(result.stdout.splitlines()[-1])["metrics"]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [ExpertDataModule, RouterDataModule])
+def test_every_process_has_a_validation_batch(kind: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    data = kind(suite="local:pets", data_root=str(write_tasks(tmp_path / "rows")), num_train=8, num_validation=1, batch_size=4)
+    sizes = []
+    for rank in range(3):
+        shell = SimpleNamespace(tokenizer=tiny_tokenizer)
+        data.trainer = SimpleNamespace(lightning_module=shell, world_size=3, global_rank=rank, current_epoch=0)
+        data.setup("fit")
+        loader = data.val_dataloader()
+        assert len(loader) == 1
+        (batch,) = loader
+        sizes.append(len(batch["labels"]) if batch.get("task", "pets") is not None else 0)
+    assert sizes == [1, 0, 0]

@@ -74,11 +74,27 @@ def test_a_group_and_the_user_s_own_task(model_args: str, tmp_path: Path, capsys
     assert "my_task" in capsys.readouterr().out
 
 
+def test_settings_of_the_method_as_a_mapping(model_args: str, tmp_path: Path) -> None:
+    """Both spellings give the same answers, which are not those of the default."""
+    found = {}
+    for name, setting in (
+        ("dotted", "method.selector=argmax"),
+        ("mapping", 'method_params={"selector":"argmax","renormalize":"sum"}'),
+        ("default", "seed=0"),
+    ):
+        arguments = ["--model", "dlplora", "--model_args", f"{model_args},{setting}", "--tasks", TASK, "--limit", "3", "--batch_size", "4"]
+        assert command.main([*arguments, "--device", "cpu", "--output_path", str(tmp_path / name)]) == 0
+        found[name] = results_in(tmp_path / name)["config"]["dlplora_routing"]
+    assert found["mapping"] == found["dotted"] != found["default"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (("method=dlp", "method=dpl"), "unknown method 'dpl'. Did you mean 'dlp'"),
         (("method=dlp", "method=dlp,method.pp=0.3"), "unknown key 'pp'"),
+        (("method=dlp", 'method=dlp,method_params={"pp":0.3}'), "unknown key 'pp'"),
+        (("method=dlp", "method=dlp,method_params={'top_p':0.3}"), "must be a JSON object with double quotes"),
         (("pool=", "pools="), "unknown key 'pools'. Did you mean 'pool'"),
         (("pool=", "pool=/nowhere"), "/nowhere"),
         (("method=dlp", "method=dlp,batch_size=-1"), "'batch_size' must be a whole number of at least 1, auto or auto:N, got -1."),

@@ -44,7 +44,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulate: int = 1) -> dict[str, torch.Tensor]:
-    """The same rows, the same start, PEFT's layers, HF's own loss, torch's AdamW and clipping; ``accumulate`` batches a step."""
+    """The same rows, the same start, PEFT's layers, HF's own loss, torch's AdamW and clipping; ``accumulate`` batches are one."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = AutoModelForCausalLM.from_pretrained(backbone)
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -70,12 +70,11 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulat
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
     updates = steps // accumulate
-    for step in range(steps):
-        update = step // accumulate
+    for update in range(updates):
         fall = min(1.0, (updates - update) / (0.6 * updates))
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (update + 1) / 2) * fall
         ids, labels = [], []
-        for _, index in plan.batch(step):
+        for _, index in [row for part in range(accumulate) for row in plan.batch(update * accumulate + part)]:
             item = plan_source[index]
             prompt = tokenizer(item.prompt)["input_ids"]
             whole = tokenizer(f"{item.prompt} {item.answer}")["input_ids"] + [tokenizer.eos_token_id]
@@ -85,9 +84,7 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulat
         batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
         targets = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-        (model(input_ids=batch, attention_mask=mask, labels=targets).loss / accumulate).backward()
-        if (step + 1) % accumulate:
-            continue
+        model(input_ids=batch, attention_mask=mask, labels=targets).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -114,6 +111,36 @@ def test_a_pool_is_its_experts_trained_alone(mode: str, tiny_llama_folder: Path,
         truth = by_hand(tiny_llama_folder, rows, name)
         for key, tensor in exported(pool / name).items():
             torch.testing.assert_close(tensor, truth[key], atol=5e-4, rtol=1e-3)
+
+
+def test_experts_train_together_on_layers_with_flattened_inputs(rows: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """OPT hands (B * T, I) to fc1 and fc2: rows of different experts must not mix, and fewer vectors than tokens are refused."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from dlplora.errors import IncompatibleAdapterError
+    from dlplora.training.grouped_lora import ActiveGroup, GroupedLoRALinear
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = OPTForCausalLM(OPTConfig(vocab_size=len(tiny_tokenizer), **sizes, max_position_embeddings=128, init_std=0.2))
+    model.save_pretrained(tmp_path / "opt")
+    tiny_tokenizer.save_pretrained(tmp_path / "opt")
+    pools = {}
+    for mode in ("sequential", "joint"):
+        options = ["--model.init_args.mode", mode, "--model.init_args.lora.target_modules", "[q_proj,fc1,fc2]"]
+        pools[mode] = train("experts", tmp_path / "opt", rows, tmp_path / mode, ",".join(NAMES), *options)
+    for name in NAMES:
+        alone = exported(pools["sequential"] / name)
+        assert any("fc1" in key for key in alone)
+        for key, tensor in exported(pools["joint"] / name).items():
+            torch.testing.assert_close(tensor, alone[key], atol=5e-4, rtol=1e-3)
+    active = ActiveGroup([(torch.ones(2, 1, 4), torch.ones(2, 3, 1))])
+    active.grid.rows, active.grid.tokens = 2, 5
+    layer = GroupedLoRALinear(torch.nn.Linear(4, 3), 0, active, 1.0, 0.0)
+    assert layer(torch.ones(10, 4)).shape == (10, 3)
+    with pytest.raises(IncompatibleAdapterError, match="mode=sequential"):
+        layer(torch.ones(6, 4))
 
 
 @pytest.mark.parametrize("mode", ["sequential", "joint"])

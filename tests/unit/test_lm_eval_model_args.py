@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dlplora.errors import ConfigError
 from dlplora.lm_eval.distributed import usable_device
 from dlplora.lm_eval.harness_options import parse_harness_options, present_device, require_fit
-from dlplora.lm_eval.model_args import ModelArgs, parse_model_args
+from dlplora.lm_eval.model_args import ModelArgs, parse_model_args, split_text, with_mappings_as_json
 
 
 def test_nothing_means_the_embedded_model_with_dlp() -> None:
@@ -29,6 +31,36 @@ def test_the_mapping_may_be_json_text() -> None:
         parse_model_args({"method_params": "p:0.5"})
     with pytest.raises(ConfigError, match="must map settings"):
         parse_model_args({"method_params": "[1]"})
+
+
+def test_texts_with_mappings() -> None:
+    assert split_text('method=dlp,method_params={"top_p":0.6,"selector":"nucleus"},names=[a,b],device=cpu') == {
+        "method": "dlp",
+        "method_params": {"top_p": 0.6, "selector": "nucleus"},
+        "names": "[a,b]",
+        "device": "cpu",
+    }
+    assert split_text('{"method":"dlp","method_params":{"a":{"b":1}}}') == {"method": "dlp", "method_params": {"a": {"b": 1}}}
+    assert split_text("dtype=float32,seed=3,trust_remote_code=true") == {"dtype": "float32", "seed": 3, "trust_remote_code": True}
+    for text, part in (("method_params={'p':1}", "double quotes"), ("method_params={", "JSON object"), ('{"a":1', "JSON object")):
+        with pytest.raises(ConfigError, match=part):
+            split_text(text)
+    with pytest.raises(ConfigError, match="expected key=value, got 'dlp'"):
+        split_text('dlp,method_params={"p":1}')
+
+
+@pytest.mark.parametrize("spelling", [["--model_args", "{}"], ["--model_args={}"], ["-a", "{}"]])
+def test_a_command_line_with_a_mapping_becomes_json(spelling: list[str]) -> None:
+    text = 'method=dlp,method_params={"top_p":0.6}'
+    given = [part.replace("{}", text) for part in spelling]
+    found = with_mappings_as_json(["run", *given, "--tasks", "x"])
+    assert found[0] == "run"
+    assert found[-2:] == ["--tasks", "x"]
+    assert json.loads(found[2]) == {"method": "dlp", "method_params": {"top_p": 0.6}}
+    several = with_mappings_as_json(["--model_args", "method=dlp", 'method_params={"top_p":0.6}', "--tasks", "x"])
+    assert json.loads(several[1]) == {"method": "dlp", "method_params": {"top_p": 0.6}}
+    plain = ["--model_args", "method=dlp,names=[a,b]", "seed=1", "--limit", "2"]
+    assert with_mappings_as_json(plain) == plain
 
 
 @pytest.mark.parametrize("given", ["a+b", "[a,b]", ["a", "b"], ("a", "b"), "['a', 'b']"])

@@ -1,0 +1,44 @@
+"""Answers are made of numbers: a check of the first logits of every generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from dlplora.errors import GenerationError
+
+NOT_FINITE = (
+    "the model's logits are NaN or infinite, so they say nothing. Check the adapters (dlplora pool check) and the dtype; float16 ends at "
+    "65504."
+)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Stops a generation whose first logits are NaN or infinite; later ones are not looked at, since looking waits for the device.
+
+    Minus infinity is a token that may not be said, and is fine.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores (B, V), as they are.
+
+        Raises:
+            GenerationError: If they are no numbers.
+        """
+        if not self._seen:
+            self._seen = True
+            if not bool((scores < torch.inf).all()):  # false for NaN too
+                raise GenerationError(NOT_FINITE)
+        return scores
+
+
+def with_finite_check(processors: Iterable[Any] | None) -> LogitsProcessorList:
+    """A caller's logits processors, behind the check."""
+    return LogitsProcessorList([FiniteLogits(), *(processors or ())])
