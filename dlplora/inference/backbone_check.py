@@ -7,7 +7,7 @@ from dlplora.adapters.pool import Pool
 from dlplora.errors import IncompatibleAdapterError
 from dlplora.inference.loading import empty_backbone, resolve_backbone
 from dlplora.inference.patching import patch
-from dlplora.modules.fused_linear import RoutingSlot
+from dlplora.modules.routing_slot import RoutingSlot
 from dlplora.modules.lora_bank import AdapterBank
 
 

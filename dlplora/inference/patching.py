@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from dlplora.errors import IncompatibleAdapterError, RoutingError, nearest
-from dlplora.modules.fused_linear import FusedLinear, RoutingSlot
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_slot import RoutingSlot
 
 
 @dataclass

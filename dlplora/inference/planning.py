@@ -15,8 +15,9 @@ from dlplora.kernels.backends import require_gates_served, require_known
 from dlplora.kernels.cost_model import LayerShape, Work
 from dlplora.kernels.merged import unreadable
 from dlplora.methods.base import FusionMethod
-from dlplora.modules.fused_linear import FusedLinear, RoutingState
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 _MANY = 1000
