@@ -207,9 +207,11 @@ class Bound:
                 del slot._owned[owner]
             return
         innermost = BOUND.get()
+        still_open = next((one for one in _chain(innermost) if one.state is not None), None)
+        out_of_order = binding in _chain(still_open)
         BOUND.set(_without_closed(innermost))
         slot.running.binding = slot._innermost()
-        if kind is None and innermost is not binding and binding in _chain(innermost):
+        if out_of_order and kind is None:
             raise RoutingError(OUT_OF_ORDER)
 
 
