@@ -170,7 +170,11 @@ def _generation(commands: Any) -> None:
     parser.add_argument("--method", default="dlp")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--trace", action="store_true", help="sentence by sentence: experts and weights")
-    parser.add_argument("--raw", action="store_true", help="take the prompt exactly as typed; otherwise \\n is a line break, and nano prompts get 'Answer:' at the end")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="take the prompt exactly as typed; nano prompts otherwise get 'Answer:' at the end",
+    )
     parser.add_argument("--task", help="task name, for methods that need it (oracle)")
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("generate", "run_generate"))

@@ -25,7 +25,7 @@ from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
 from dlplora.inference.prompt_routing import initial_router_input
 from dlplora.inference.prompting import fit_to_context, prompt_tensors
-from dlplora.inference.request import CompiledTurns, Request
+from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec
@@ -81,7 +81,7 @@ class FusedCausalLM(nn.Module):
         self.vocabulary: VocabularyTable | None = None
         self._source: dict[str, Any] = {}
         self._compile_config: CompileConfig | None = None
-        self._turns = CompiledTurns()
+        self._turns, self._decoding = CompiledTurns(), DecodeSetting()
         method.require_packages()
         self.bank = method.prepare(bank, context)
         self.model = model
@@ -276,7 +276,7 @@ class FusedCausalLM(nn.Module):
         Raises:
             RoutingError: At the end of the block, if blocks are closed in another order than that in which they were opened.
         """
-        state = self._state_of(weights)
+        state = self.planner.given(weights, self.device)
         try:
             with self.slot.bind(state):
                 yield state
@@ -301,17 +301,12 @@ class FusedCausalLM(nn.Module):
             return self.model(*args, **kwargs)
         if routing is None:
             return self.slot.run(self.slot.state, self.model, args, kwargs)
-        state = self._state_of(routing)
+        state = self.planner.given(routing, self.device, for_call=True)
         try:
             return self.slot.run(state, self.model, args, kwargs)
         finally:
             if state is not routing:
                 state.release()
-
-    def _state_of(self, routing: Tensor | RoutingState) -> RoutingState:
-        state = routing if isinstance(routing, RoutingState) else self.planner.state(routing.to(self.device))
-        self.planner.used.add(state.backend)
-        return state
 
     # ------------------------------------------------------------------ generation
 
@@ -348,7 +343,7 @@ class FusedCausalLM(nn.Module):
         Raises:
             GenerationError: For an empty prompt, no room for new tokens, or an option that cannot be followed.
         """
-        given = self.slot.state if routing is None else self._state_of(routing)
+        given = self.slot.state if routing is None else self.planner.given(routing, self.device, for_call=True)
         options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
         texts = kwargs.pop("inputs", None) if texts is None else texts
         kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))
@@ -360,7 +355,7 @@ class FusedCausalLM(nn.Module):
         ids, mask, num_cut = fit_to_context(ids, mask, new_tokens, self.max_length)
         with _COUNTING:
             self.num_truncated_prompts += num_cut
-        with Request(self.slot, self._turns) as request:
+        with Request(self.slot, self._turns, self._decoding) as request:
             if self._compile_config is not None and "past_key_values" not in kwargs:
                 kwargs.setdefault("cache_implementation", "static")
                 kwargs.setdefault("compile_config", self._compile_config)

@@ -95,9 +95,7 @@ class GenerateOptions:
             GenerationError: Names the option.
         """
         if self.value("cache_implementation") == "paged":
-            raise GenerationError(
-                "cache_implementation='paged' is continuous batching, which cannot be routed; leave it out."
-            )
+            raise GenerationError("cache_implementation='paged' is continuous batching, which cannot be routed; leave it out.")
         if self.value("assistant_early_exit") is not None:
             raise GenerationError("assistant_early_exit shortens the model itself while it runs, for other requests too; leave it out.")
         if not self.is_sentence_level:
@@ -136,9 +134,7 @@ class GenerateOptions:
         assert self._method is not None
         policy = self._method.kv_policy
         if self._method.prompt_routing != "whole" and self.value("prefill_chunk_size") is not None:
-            raise GenerationError(
-                "prefill_chunk_size cuts the prompt, whose pieces this method routes in one forward pass; leave it out."
-            )
+            raise GenerationError("prefill_chunk_size cuts the prompt, whose pieces this method routes in one forward pass; leave it out.")
         if self.value("use_cache", True) is not False:
             return
         given = self.kwargs.get("use_cache") is False or getattr(self._configs[0], "use_cache", None) is False

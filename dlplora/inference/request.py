@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from dlplora.errors import GenerationError
@@ -51,20 +51,58 @@ class CompiledTurns:
                 self._holder = None
 
 
+class DecodeSetting:
+    """What transformers changes on the model itself while it decodes (the kernels of mixture experts, on GPUs).
+
+    The first of the requests that decode at the same time sets it, the last one restores it.
+    """
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._num_requests = 0
+        self._restore = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model starts without requests."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start()
+
+    @contextmanager
+    def kept(self, change: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Hold the setting for one request; ``change`` is the model's own way to set and restore it."""
+        with self._lock:
+            if not self._num_requests:
+                self._restore.enter_context(change())
+            self._num_requests += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_requests -= 1
+                if not self._num_requests:
+                    self._restore.close()
+
+
 class Request:
     """One running call of ``generate``.
 
     Args:
         slot: Of the model's fused layers.
-        turns: Serialise requests with compiled decode steps.
+        turns: Of the model; serialise requests with compiled decode steps.
+        decoding: Of the model.
 
     Attributes:
         state: The state that the next forward pass runs under; None where gates decide.
         before_forward: Called before every forward pass of the decoding loop, and may change ``state``.
     """
 
-    def __init__(self, slot: RoutingSlot, turns: CompiledTurns) -> None:
-        self._slot, self._turns = slot, turns
+    def __init__(self, slot: RoutingSlot, turns: CompiledTurns, decoding: DecodeSetting) -> None:
+        self._slot, self._turns, self._decoding = slot, turns, decoding
         self._ends = ExitStack()
         self._has_turn = False
         self.state: RoutingState | None = None
@@ -129,4 +167,6 @@ class Request:
             return lambda *args, **kwargs: self.run(compiled, args, kwargs)
 
         view.forward, view.get_compiled_call = routed, routed_compiled_call
+        if hasattr(model, "_optimize_model_for_decode"):
+            view._optimize_model_for_decode = lambda: self._decoding.kept(model._optimize_model_for_decode)
         return view

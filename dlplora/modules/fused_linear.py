@@ -151,6 +151,8 @@ class FusedLinear(nn.Module):
             raise RoutingError(f"routing weights were made for {state.num_rows} rows, the batch has {x.shape[0]}.")
         if state.num_experts != self.lora_a.shape[0]:
             raise RoutingError(self._wrong_experts(state.num_experts))
+        if state.weights.ndim == 3 and x.ndim == 3 and state.weights.shape[1] not in (1, x.shape[1]):
+            raise RoutingError(f"routing weights were made for {state.weights.shape[1]} tokens, the batch has {x.shape[1]}.")
 
     def _delta(self, x: Tensor, state: RoutingState) -> Tensor:
         if state.backend == "folded" and self.combine == "delta":

@@ -15,7 +15,7 @@ from torch import Tensor
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.generate_options import GenerateOptions
-from dlplora.inference.request import CompiledTurns, Request
+from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.modules.lora_bank import AdapterBank
@@ -157,7 +157,7 @@ def test_no_value_reaches_the_host_between_sentence_ends(talkative: Any, tiny_to
 def test_a_loop_that_cannot_be_followed_is_refused(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     fused = FusedCausalLM(talkative, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength())
     ids, options = torch.ones((2, 1), dtype=torch.long), {}
-    with Request(fused.slot, CompiledTurns()) as request:
+    with Request(fused.slot, CompiledTurns(), DecodeSetting()) as request:
         asked = GenerateOptions(fused.model, options, fused.method)
         RoutedGeneration(fused, request, PromptBatch.from_texts(TEXTS, tiny_tokenizer), ids, torch.ones_like(ids), asked, None).start(8)
         assert request.state is not None

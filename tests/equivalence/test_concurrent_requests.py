@@ -416,3 +416,44 @@ def test_buffers_of_many_requests_do_not_add_up(fuse: Any) -> None:
     for number in range(200):
         ask(fused, BATCHES[number % 4], steps=1)
     assert (fused.slot.buffers.num_leased, fused.slot.buffers.num_made) == (0, 1)
+
+
+def test_what_transformers_sets_while_decoding_is_restored_by_the_last_request(fuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = fuse("static")
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def switched(model: Any) -> Iterator[None]:
+        events.append("set")
+        yield
+        events.append("restored")
+
+    monkeypatch.setattr(type(fused.model), "_optimize_model_for_decode", switched)
+    for seed in range(4):
+        take_turns(fused, BATCHES[:3], random.Random(seed))
+        assert events == ["set", "restored"] * (len(events) // 2)
+    assert len(events) < 4 * 3 * 2  # requests did overlap
+
+
+def test_weights_for_a_call_that_gates_decide_are_refused(fuse: Any) -> None:
+    fused = fuse("meteora")
+    with pytest.raises(RoutingError, match="method 'meteora' decides by gates"):
+        fused.generate("the cat", routing=ROUTES[0])
+    with pytest.raises(RoutingError, match="method 'meteora' decides by gates"):
+        fused(input_ids=torch.tensor([[1, 5]]), routing=ROUTES[0])
+
+
+def test_weights_of_a_call_are_those_of_a_block(fuse: Any) -> None:
+    fused = fuse("sentence")
+    for weights in (ROUTES[0], torch.stack([ROUTES[0], ROUTES[2]])):
+        with fused.routing(weights):
+            expected = ask(fused, BATCHES[2])
+        assert same(ask(fused, BATCHES[2], routing=weights), expected)
+        assert same(ask(fused, BATCHES[2], routing=fused.planner.state(weights)), expected)
+        # copies of a prompt are routed as the prompt is
+        beams = [ask(fused, BATCHES[2], routing=weights, num_beams=2)[0]]
+        with fused.routing(weights):
+            beams.append(ask(fused, BATCHES[2], num_beams=2)[0])
+        assert beams[0] == beams[1]
+    with pytest.raises(RoutingError, match="made for 3 tokens, the batch has 2"):
+        fuse("sentence_recompute")(input_ids=torch.tensor([[1, 5]]), routing=torch.ones(1, 3, 3))

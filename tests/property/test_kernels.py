@@ -19,9 +19,9 @@ from dlplora.errors import RoutingError
 from dlplora.kernels import dense, factor, folded, merged, reference
 from dlplora.kernels.backends import triton_obstacle
 from dlplora.modules.fused_linear import FusedLinear
+from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.routing_slot import RoutingSlot
 from dlplora.modules.routing_state import RoutingState
-from dlplora.modules.lora_bank import AdapterBank
 
 SHAPES = st.tuples(*(st.integers(1, top) for top in (4, 5, 6, 3, 9, 7)))  # B, T, E, R, I, O
 
