@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -179,7 +180,17 @@ def test_an_error_in_one_request_leaves_the_others_intact(name: str, fuse: Any) 
     assert fused.slot.buffers.num_leased == 0
 
 
-@pytest.mark.parametrize("name", ["sentence", "prompt", "static", "xlora", "lora_flow"])
+@pytest.fixture
+def _hectic() -> Iterator[None]:
+    """Threads that are switched in the middle of forward passes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_hectic")
+@pytest.mark.parametrize("name", ["sentence", "prompt", "static", "xlora", "lora_flow", "mole"])
 def test_threads_answer_as_alone(name: str, fuse: Any) -> None:
     """Without batons: as the scheduler has it."""
     fused = fuse(name)
@@ -187,7 +198,7 @@ def test_threads_answer_as_alone(name: str, fuse: Any) -> None:
     wrong: list[Any] = []
 
     def work(texts: tuple[str, ...]) -> None:
-        for _ in range(6):
+        for _ in range(4):
             found = ask(fused, texts)
             if not same(found, alone[texts]):
                 wrong.append(texts)
