@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from baselines.lora_flow import LoRAFlow
-from baselines.meteora import MeteoRA
-from baselines.mole import MoLE
-from baselines.xlora import XLoRA
+from dlplora.baselines.lora_flow import LoRAFlow
+from dlplora.baselines.meteora import MeteoRA
+from dlplora.baselines.mole import MoLE
+from dlplora.baselines.xlora import XLoRA
 from dlplora.errors import GenerationError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext

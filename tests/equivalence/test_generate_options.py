@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 
-from baselines.meteora import MeteoRA
+from dlplora.baselines.meteora import MeteoRA
 from dlplora.cli.generate import _prompt_text
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
