@@ -2,8 +2,8 @@
 
 Nothing about a request is kept on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the
 state of its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that
-opened it; opened in the body of a generator or coroutine, it holds for what that generator or coroutine calls, and not for the code
-that runs while it is suspended. Blocks of two generators that take turns therefore never mix.
+opened it; opened in the body of a generator, it holds for what the generator calls, and not for the code that runs while it is
+suspended. Blocks of two generators that take turns therefore never mix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from dlplora.modules.layer_buffers import BufferKind, BufferPool, LayerBuffers, 
 from dlplora.modules.per_thread import PerThread, nothing
 from dlplora.modules.routing_state import RoutingState
 
-SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+COROUTINE = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
 OUT_OF_ORDER = (
     "blocks of routing() were not closed in the reverse order in which they were opened, so calls in between may have run under the "
     "other block's weights. Pass routing=WEIGHTS to each call instead."
@@ -52,11 +53,11 @@ class _Binding:
         self.direct = direct
         """Whether it holds for one forward pass only, which nothing can interrupt."""
         self.inside = inside
-        """The suspendable frame with blocks of its own that was running when this block was opened."""
+        """The generator with blocks of its own that was running when this block was opened."""
 
 
 BOUND: ContextVar[_Binding | None] = ContextVar("dlplora_routing", default=None)
-"""The innermost binding of this thread or task, of any model; blocks of generators and coroutines are not here."""
+"""The innermost binding of this thread or task, of any model; blocks of generators are not here."""
 
 
 class RoutingSlot:
@@ -77,7 +78,7 @@ class RoutingSlot:
 
     def _start(self) -> None:
         self.buffers = BufferPool()
-        self.running = PerThread(binding=nothing)
+        self.running = PerThread(binding=nothing, num_in_coroutines=int)
         self._owned: dict[FrameType, list[_Binding]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class RoutingSlot:
         return binding
 
     def _owning_frame(self) -> FrameType | None:
-        """The innermost running frame of a generator or coroutine that has opened a block."""
+        """The innermost running generator that has opened a block."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame not in self._owned:
             frame = frame.f_back
@@ -180,19 +181,24 @@ class Bound:
         self._slot, self._state = slot, state
         self._binding: _Binding | None = None
         self._owner: FrameType | None = None
+        self._in_coroutine = False
 
     def __enter__(self) -> RoutingState:
         slot = self._slot
         slot.prepare(self._state)
-        self._owner = _suspendable_frame(sys._getframe(1))
+        frame = _opening_frame(sys._getframe(1))
+        flags = 0 if frame is None else frame.f_code.co_flags
         inside = slot._owning_frame() if slot._owned else None
         self._binding = binding = _Binding(slot, self._state, BOUND.get(), inside=inside)
-        if self._owner is None:
-            BOUND.set(binding)
-            slot.running.binding = binding
-        else:
-            # Compiled code cannot look for frames. It finds nothing then, and refuses.
-            slot._owned.setdefault(self._owner, []).append(binding)
+        if frame is not None and flags & GENERATOR:
+            self._owner = frame
+            slot._owned.setdefault(frame, []).append(binding)
+            return self._state
+        BOUND.set(binding)
+        # Compiled code cannot read the task's context. Where tasks may take turns it finds nothing, and refuses.
+        self._in_coroutine = bool(flags & COROUTINE)
+        slot.running.num_in_coroutines += self._in_coroutine
+        slot.running.binding = None if self._in_coroutine else binding
         return self._state
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -210,7 +216,8 @@ class Bound:
         still_open = next((one for one in _chain(innermost) if one.state is not None), None)
         out_of_order = binding in _chain(still_open)
         BOUND.set(_without_closed(innermost))
-        slot.running.binding = slot._innermost()
+        slot.running.num_in_coroutines -= self._in_coroutine
+        slot.running.binding = None if slot.running.num_in_coroutines > 0 else slot._innermost()
         if out_of_order and kind is None:
             raise RoutingError(OUT_OF_ORDER)
 
@@ -232,8 +239,8 @@ def _without_closed(binding: _Binding | None) -> _Binding | None:
     return is_open[0] if is_open else None
 
 
-def _suspendable_frame(frame: FrameType | None) -> FrameType | None:
-    """The generator or coroutine whose body opens a block, or None.
+def _opening_frame(frame: FrameType | None) -> FrameType | None:
+    """The function whose body opens a block.
 
     Functions under ``contextlib.contextmanager`` are passed over: their block holds where the context manager is used.
     """
@@ -241,11 +248,11 @@ def _suspendable_frame(frame: FrameType | None) -> FrameType | None:
     while frame is not None:
         caller = frame.f_back
         inner = frame.f_code.co_filename
-        if inner == library or (frame.f_code.co_flags & SUSPENDABLE and caller is not None and caller.f_code.co_filename == library):
+        if inner == library or (frame.f_code.co_flags & GENERATOR and caller is not None and caller.f_code.co_filename == library):
             frame = caller
         else:
             break
-    return frame if frame is not None and frame.f_code.co_flags & SUSPENDABLE else None
+    return frame
 
 
 def current_state(slot: RoutingSlot) -> RoutingState | None:

@@ -288,6 +288,26 @@ def test_decoding_loops_of_one_thread_take_turns(hows: tuple[str, ...], fuse: An
     assert not fused.slot._owned
 
 
+@torch.no_grad()
+def without_gradients(fused: FusedCausalLM, ids: Tensor) -> Tensor:
+    return fused(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+def test_generators_keep_their_blocks_in_other_threads(fuse: Any) -> None:
+    """As a web framework resumes them: every step in another thread, with another context."""
+    fused = fuse("prompt")
+    prompts = ([1, 5, 9, 30], [1, 7])
+    alone = [list(loop(fused, ids, "block", weights)) for ids, weights in zip(prompts, ROUTES, strict=False)]
+    running = [loop(fused, ids, "block", weights) for ids, weights in zip(prompts, ROUTES, strict=False)]
+    for step in range(STEPS):
+        for place, one in enumerate(running):
+            found: list[Tensor] = []
+            thread = threading.Thread(target=lambda one=one, found=found: found.append(next(one)))
+            thread.start()
+            thread.join()
+            assert torch.equal(found[0], alone[place][step])
+
+
 def test_tasks_of_an_event_loop_keep_their_blocks(fuse: Any) -> None:
     fused = fuse("prompt")
     ids = torch.tensor([[1, 5, 9, 30]])
@@ -302,6 +322,7 @@ def test_tasks_of_an_event_loop_keep_their_blocks(fuse: Any) -> None:
                 with torch.no_grad():
                     found.append(fused(input_ids=ids).logits)
                     found.append(fused.model(input_ids=ids).logits)  # the plain model's forward follows the block too
+                    found.append(await asyncio.to_thread(without_gradients, fused, ids))
         return found
 
     async def serve() -> list[list[Tensor]]:
