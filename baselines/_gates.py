@@ -13,6 +13,7 @@ from torch import Tensor
 from dlplora.errors import MethodError
 from dlplora.methods.base import FusedModel, FusionMethod, MethodContext, Need
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.per_thread import PerThread, nothing
 from dlplora.modules.seeds import derive_seed
 
 
@@ -122,7 +123,7 @@ class TrainedGates(TokenGated):
         if not list(self.parameters()):
             self.build(bank, context.seed)
             self.to(context.device)
-        self._recorded: dict[str, Tensor] | None = None
+        self._recording = PerThread(values=nothing)
         return super().prepare(bank, context)
 
     def build(self, bank: AdapterBank, seed: int) -> None:
@@ -135,14 +136,15 @@ class TrainedGates(TokenGated):
 
     def record(self, name: str, value: Tensor) -> None:
         """Keep a tensor for the loss of the running step; outside of training nothing is kept."""
-        if self._recorded is not None:
-            self._recorded[name] = value
+        values = self._recording.values
+        if values is not None:
+            values[name] = value
 
     def answer_and_records(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The answers' cross-entropy under the gates, and what the gates recorded on the way."""
         recorded: dict[str, Tensor] = {}
-        self._recorded = recorded
+        self._recording.values = recorded
         try:
             return batch["answer_loss"](None), recorded
         finally:
-            self._recorded = None
+            self._recording.values = None

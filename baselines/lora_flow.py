@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusedModel, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.per_thread import PerThread
 
 from ._gates import TRAINED_NEEDS, TrainedGates, hidden_size, key_of, layer_of
 
@@ -55,7 +56,7 @@ class LoRAFlow(TrainedGates):
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Note the width of the residual stream."""
         self._width = hidden_size(context)
-        self._weights: dict[str, Tensor] = {}
+        self._pass = PerThread(weights=dict)
         return super().prepare(bank, context)
 
     def build(self, bank: AdapterBank, seed: int) -> None:
@@ -76,7 +77,7 @@ class LoRAFlow(TrainedGates):
 
     def _enter(self, layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._weights[layer] = self.weigh(layer, hidden)
+        self._pass.weights[layer] = self.weigh(layer, hidden)
 
     def weigh(self, layer: str, hidden: Tensor) -> Tensor:
         """Weights (B, T, E) from the residual stream (B, T, D)."""
@@ -85,4 +86,4 @@ class LoRAFlow(TrainedGates):
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """The weights of the module's decoder layer in the running forward pass."""
-        return self._weights[layer_of(module)]
+        return self._pass.weights[layer_of(module)]  # type: ignore[no-any-return]

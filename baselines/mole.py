@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dlplora.errors import ConfigError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.per_thread import PerThread
 from dlplora.modules.seeds import derive_seed
 
 from ._gates import TRAINED_NEEDS, TrainedGates, first_modules, key_of, layer_of
@@ -71,7 +72,7 @@ class MoLE(TrainedGates):
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Keep the experts that the gates look at."""
         self._entries = {module: bank.modules[module] for module in first_modules(bank, self.name).values()}
-        self._weights: dict[str, Tensor] = {}
+        self._pass = PerThread(weights=dict)
         return super().prepare(bank, context)
 
     def gate(self, module: str, x: Tensor) -> Tensor:
@@ -79,9 +80,10 @@ class MoLE(TrainedGates):
         layer = layer_of(module)
         if module in self._entries:
             features = self.features(layer, module, x)
-            self._weights[layer] = (features @ self.gates[key_of(layer)] / self.log_tau[key_of(layer)].exp()).softmax(dim=-1)
-            self.record(layer, self._weights[layer])
-        return self._weights[layer]
+            weights = (features @ self.gates[key_of(layer)] / self.log_tau[key_of(layer)].exp()).softmax(dim=-1)
+            self.record(layer, weights)
+            self._pass.weights[layer] = weights
+        return self._pass.weights[layer]  # type: ignore[no-any-return]
 
     def features(self, layer: str, module: str, x: Tensor) -> Tensor:
         """What the gate reads: the normalised outputs of all experts, one after another, (B, T, N O) or (B, T, N p)."""

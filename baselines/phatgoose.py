@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.per_thread import PerThread, nothing
 
 from ._gates import TRAINED_NEEDS, TrainedGates, drawn, key_of, require_at_most, top_k_softmax
 
@@ -49,7 +50,7 @@ class Phatgoose(TrainedGates):
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """No row is trained yet."""
         require_at_most(self.config.top_k, bank.num_experts, self.name)
-        self._own: Tensor | None = None
+        self._pass = PerThread(own=nothing)
         return super().prepare(bank, context)
 
     def build(self, bank: AdapterBank, seed: int) -> None:
@@ -61,17 +62,18 @@ class Phatgoose(TrainedGates):
     def gate(self, module: str, x: Tensor) -> Tensor:
         """While training, the row's own expert through its sigmoid; else the best two."""
         vectors = self.gates[key_of(module)]
-        if self._own is not None:
-            strength = torch.einsum("bti,bi->bt", x.float(), vectors[self._own]).sigmoid()
-            return F.one_hot(self._own, vectors.shape[0])[:, None, :] * strength[..., None]
+        own = self._pass.own
+        if own is not None:
+            strength = torch.einsum("bti,bi->bt", x.float(), vectors[own]).sigmoid()
+            return F.one_hot(own, vectors.shape[0])[:, None, :] * strength[..., None]
         width = x.shape[-1]
         scores = F.layer_norm(x.float(), (width,)) @ F.layer_norm(vectors, (width,)).T / width**0.5
         return top_k_softmax(scores, self.config.top_k)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The answers of every row under its own expert's gate."""
-        self._own = batch["expert_idx"]
+        self._pass.own = batch["expert_idx"]
         try:
             return batch["answer_loss"](None)  # type: ignore[no-any-return]
         finally:
-            self._own = None
+            self._pass.own = None

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.methods.base import FusedModel, Metadata, MethodContext
-from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.per_thread import PerThread, nothing
+from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 from ._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
@@ -66,8 +67,7 @@ class XLoRA(TrainedGates):
         """Note sizes; forget other requests."""
         self._width = hidden_size(context)
         self._modules_in_order = tuple(bank.modules)
-        self._reading = False
-        self._weights: Tensor | None = None
+        self._pass = PerThread(reading=bool, weights=nothing)
         self._caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         return super().prepare(bank, context)
 
@@ -90,7 +90,7 @@ class XLoRA(TrainedGates):
         model.patched.hooks.append(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
 
     def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self._reading:
+        if self._pass.reading:
             return None
         config: Any = decoder.config
         wanted = kwargs.get("use_cache")
@@ -99,13 +99,13 @@ class XLoRA(TrainedGates):
 
             kwargs = {**kwargs, "past_key_values": DynamicCache(config=config)}
         own = self._own_cache(kwargs.get("past_key_values"), config)
-        self._reading = True
+        self._pass.reading = True
         try:
             with torch.no_grad():
                 hidden = decoder(*args, **{**kwargs, "past_key_values": own, "use_cache": own is not None}).last_hidden_state
         finally:
-            self._reading = False
-        self._weights = self.weigh(hidden)
+            self._pass.reading = False
+        self._pass.weights = self.weigh(hidden)
         return args, kwargs
 
     def _own_cache(self, cache: Any, config: Any) -> Any:
@@ -132,9 +132,10 @@ class XLoRA(TrainedGates):
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """Zeros in the first pass, the head's weights in the second."""
-        if self._reading or self._weights is None:
+        weights = self._pass.weights
+        if self._pass.reading or weights is None:
             return x.new_zeros((1, 1, self.bias.shape[-1]), dtype=torch.float32)
-        return self._weights[self._modules_in_order.index(module) if self.config.layerwise else 0]
+        return weights[self._modules_in_order.index(module) if self.config.layerwise else 0]  # type: ignore[no-any-return]
 
 
 def _both(first: Any, second: Any) -> Any:

@@ -22,7 +22,7 @@ import torch
 from dlplora.atomic import write_atomically
 from dlplora.bench.model_shapes import share_weights
 from dlplora.bench.op_cases import find_case, fused_stand_in
-from dlplora.modules.fused_linear import RoutingState
+from dlplora.modules.routing_state import RoutingState
 from dlplora.provenance import provenance
 from dlplora.reporting.store import RESULTS
 from dlplora.training.adapter_export import save_adapter

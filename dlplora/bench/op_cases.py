@@ -25,8 +25,8 @@ from dlplora.inference.shapes import find_shape
 from dlplora.kernels.backends import BACKENDS, PlanFacts, obstacle
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import build_method
-from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_state import RoutingState
 from dlplora.modules.seeds import derive_seed
 from dlplora.reporting.goldens import FORMAT, read_accepted
 from dlplora.tasks.types import Item

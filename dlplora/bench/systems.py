@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 from dlplora.bench.model_shapes import share_weights
 from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
@@ -23,7 +22,7 @@ from dlplora.bench.upstream_loop import ReleasedLoop
 from dlplora.config import list_configs
 from dlplora.errors import ConfigError, MethodError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.inference.generation import view_text
+from dlplora.inference.generation import RoutedCriterion, view_text
 from dlplora.inference.sentences import last_question
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.reporting.latency.records import BASE, SINGLE
@@ -35,7 +34,7 @@ LOOP_PRESET = "dlp_code"
 """How the released code routes."""
 
 
-class ForcedRerouter(StoppingCriteria):
+class ForcedRerouter(RoutedCriterion):
     """Re-routes every row after every so many tokens, through the router and the routing state of the running request; never stops.
 
     Args:
@@ -58,8 +57,8 @@ class ForcedRerouter(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _reroute(self, generated: Tensor) -> None:
-        tokenizer, state = self.model.tokenizer, self.model.slot.state
-        assert state is not None, "generate binds the routing state"
+        tokenizer, state = self.model.tokenizer, self.state
+        assert state is not None, "generate gives its routing state"
         # Random weights emit ids that the small tokenizer does not have; the text only has to be of the right length.
         since = tokenizer.batch_decode((generated % len(tokenizer)).tolist(), skip_special_tokens=True)
         view, prompts = self.model.method.view, self.workload.prompts.texts

@@ -9,8 +9,13 @@ from dlplora.errors import GenerationError
 
 
 def _prompt_text(arguments: argparse.Namespace) -> str:
-    """Nano prompts end with ``Answer:``; the embedded experts were trained on that form."""
-    text = str(arguments.prompt).replace("\\n", "\n")
+    """The prompt as typed with ``--raw``. Otherwise a typed ``\\n`` is a line break, and nano prompts end with ``Answer:``.
+
+    The embedded experts were trained on that form.
+    """
+    text = str(arguments.prompt)
+    if not arguments.raw:
+        text = text.replace("\\n", "\n")
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes that its locale cannot read
         raise GenerationError("the prompt is not text in the terminal's encoding; pass UTF-8 and set PYTHONUTF8=1 or LC_ALL=C.UTF-8.")
     if arguments.raw or arguments.pretrained or not text.strip() or text.rstrip().endswith("Answer:"):

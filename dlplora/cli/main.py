@@ -168,11 +168,15 @@ def _information(commands: Any) -> None:
 
 def _generation(commands: Any) -> None:
     parser = commands.add_parser("generate", help="generate text and show which experts spoke")
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", help="a typed \\n is a line break unless --raw is given")
     parser.add_argument("--method", default="dlp")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--trace", action="store_true", help="sentence by sentence: experts and weights")
-    parser.add_argument("--raw", action="store_true", help="take the prompt as it is; nano prompts otherwise end with 'Answer:'")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="take the prompt exactly as typed; nano prompts otherwise get 'Answer:' at the end",
+    )
     parser.add_argument("--task", help="task name, for methods that need it (oracle)")
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("generate", "run_generate"))

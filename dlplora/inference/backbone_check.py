@@ -8,8 +8,8 @@ from dlplora.errors import IncompatibleAdapterError
 from dlplora.inference.fit_trial import try_shapes
 from dlplora.inference.loading import empty_backbone, resolve_backbone
 from dlplora.inference.patching import patch
-from dlplora.modules.fused_linear import RoutingSlot
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_slot import RoutingSlot
 
 
 def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: str | None = None) -> str:

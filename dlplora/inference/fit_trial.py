@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.errors import IncompatibleAdapterError
-from dlplora.modules.fused_linear import FusedLinear, RoutingSlot, RoutingState
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.input_layout import Layout
+from dlplora.modules.routing_slot import RoutingSlot
+from dlplora.modules.routing_state import RoutingState
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,26 +16,31 @@ from torch import Tensor, nn
 
 from dlplora.adapters.fingerprint import base_fingerprint, check_backbone
 from dlplora.adapters.pool import load_pool
-from dlplora.errors import ConfigError, GenerationError, RoutingError
+from dlplora.errors import ConfigError, RoutingError
 from dlplora.inference import saving
 from dlplora.inference.finite import with_finite_check
+from dlplora.inference.generate_options import GenerateOptions
 from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.loading import load_backbone, nano_asset, resolve_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
 from dlplora.inference.prompt_routing import initial_router_input
-from dlplora.inference.prompting import prompt_tensors
+from dlplora.inference.prompting import fit_to_context, prompt_tensors
+from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec
-from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_slot import RoutingSlot
+from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
     from transformers import CompileConfig
 
     from dlplora.tasks.types import Item
+
+_COUNTING = threading.Lock()
 
 
 class FusedCausalLM(nn.Module):
@@ -76,6 +82,7 @@ class FusedCausalLM(nn.Module):
         self.vocabulary: VocabularyTable | None = None
         self._source: dict[str, Any] = {}
         self._compile_config: CompileConfig | None = None
+        self._turns, self._decoding = CompiledTurns(), DecodeSetting()
         method.require_packages()
         self.bank = method.prepare(bank, context)
         self.model = model
@@ -226,7 +233,8 @@ class FusedCausalLM(nn.Module):
         """Run the decode steps of ``generate`` compiled from now on, under a static cache, as transformers does it.
 
         Plans then have room for as many experts as the method may keep, so that neither a sentence end nor another number of
-        kept experts compiles or captures anything again; nor does another request of as many rows that fits the cache.
+        kept experts compiles or captures anything again; nor does another request of as many rows that fits the cache. Requests of
+        several threads take turns.
 
         Args:
             options: Of ``transformers.CompileConfig``: ``backend``, ``mode``, ``fullgraph``, ``dynamic``.
@@ -261,101 +269,109 @@ class FusedCausalLM(nn.Module):
 
     @contextmanager
     def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
-        """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block."""
-        state = weights if isinstance(weights, RoutingState) else self.planner.state(weights.to(self.device))
-        self.planner.used.add(state.backend)
-        with self.slot.bind(state):
-            yield state
+        """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's forward under the bound routing weights.
+        The block holds for the thread and the asyncio task that opened it. In the body of a generator it holds for what the generator
+        calls, and not for the code that runs while the generator is suspended.
 
         Raises:
-            RoutingError: If nothing is bound and no gate is installed.
+            RoutingError: At the end of the block, if blocks are closed in another order than that in which they were opened.
         """
-        return self.model(*args, **kwargs)
+        state = self.planner.given(weights, self.device)
+        try:
+            with self.slot.bind(state):
+                yield state
+        finally:
+            if state is not weights:
+                state.release()
+
+    def forward(self, *args: Any, routing: Tensor | RoutingState | None = None, **kwargs: Any) -> Any:
+        """The backbone's forward under routing weights.
+
+        Args:
+            args, kwargs: Of the backbone's forward.
+            routing: Weights as for ``routing``, for this call alone; None takes the bound ones. A loop that decodes token by token
+                passes a ``RoutingState`` (from ``plan``), which keeps its buffers from call to call.
+
+        Raises:
+            RoutingError: If nothing is given or bound and no gate is installed.
+        """
+        if torch.compiler.is_compiling():
+            if routing is not None:
+                raise RoutingError("a forward pass compiled by hand takes its weights from `with model.routing(weights):`.")
+            return self.model(*args, **kwargs)
+        if routing is None:
+            return self.slot.run(self.slot.state, self.model, args, kwargs)
+        state = self.planner.given(routing, self.device, for_call=True)
+        try:
+            return self.slot.run(state, self.model, args, kwargs)
+        finally:
+            if state is not routing:
+                state.release()
 
     # ------------------------------------------------------------------ generation
-
-    def _fit(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keep the last tokens of prompts that leave no room for ``new_tokens``, and count them."""
-        room = self.max_length - new_tokens
-        if room < 1:
-            raise GenerationError(
-                f"{new_tokens} new tokens leave no room for a prompt in a context of {self.max_length}; lower max_new_tokens."
-            )
-        if ids.shape[1] <= room:
-            return ids, mask
-        self.num_truncated_prompts += int((mask.sum(dim=1) > room).sum())
-        return ids[:, -room:], mask[:, -room:]
 
     @torch.no_grad()
     def generate(
         self,
-        texts: str | Sequence[str] | None = None,
+        texts: str | Sequence[str] | Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompts: PromptBatch | None = None,
+        routing: Tensor | RoutingState | None = None,
         trace: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Hugging Face ``generate`` under the method's routing; rows of a batch are routed independently.
 
-        Weights bound with ``with model.routing(w)`` replace the method's plan. A prompt longer than the context minus
-        ``max_new_tokens`` keeps its last tokens and is counted in ``num_truncated_prompts``.
+        Weights given as ``routing``, or bound with ``with model.routing(w)``, replace the method's. A prompt longer than the context minus
+        ``max_new_tokens`` keeps its last tokens and is counted in ``num_truncated_prompts``. Calls in several threads, and calls made
+        while another one is running, do not affect each other; only compiled decode steps (``compile``) take turns.
 
         Args:
-            texts: One or several prompts as text, or give
-            input_ids, attention_mask: tokens (B, T), padded on either side.
+            texts: One or several prompts as text, or token ids as a tensor (B, T), as transformers takes them; or give
+            input_ids, attention_mask: tokens (B, T), padded on either side. A missing mask is inferred from the padding by the rule of
+                transformers: padding is masked unless its token also ends texts.
             prompts: What the router reads, if it differs from ``input_ids`` (longer, or with task names).
+            routing: Routing weights (E,) or (B, E), or a state from ``plan``.
             trace: A list that receives one dict per routed sentence.
-            kwargs: Anything ``generate`` takes.
+            kwargs: Anything ``generate`` takes; what a sentence-level method cannot follow is refused (``generate_options``).
 
         Returns:
             Token ids (B * num_return_sequences, prompt + new), the prompt left-padded.
 
         Raises:
-            GenerationError: For an empty prompt, no room for new tokens, beams with sentence-level routing, or logits that are no numbers.
+            GenerationError: For an empty prompt, no room for new tokens, an option that cannot be followed, or logits that are not finite.
         """
-        ids, mask, prompts = prompt_tensors(self.tokenizer, self.device, texts, input_ids, attention_mask, prompts)
-        new_tokens = self._new_tokens(kwargs, ids.shape[1])
-        ids, mask = self._fit(ids, mask, new_tokens)
-        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        given = self.slot.state if routing is None else self.planner.given(routing, self.device, for_call=True)
+        options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
+        texts = kwargs.pop("inputs", None) if texts is None else texts
+        kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))
+        ids, mask, prompts = prompt_tensors(
+            self.tokenizer, self.device, texts, input_ids, attention_mask, prompts, infer_mask=options.mask_from_padding
+        )
+        options.require_served()
         kwargs["logits_processor"] = with_finite_check(kwargs.get("logits_processor"))
-        if self._compile_config is not None and "past_key_values" not in kwargs:
-            kwargs = {"cache_implementation": "static", "compile_config": self._compile_config, **kwargs}
-        if self.slot.state is not None:
-            return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-        routed = RoutedGeneration(self, prompts, ids, mask, self._copies(kwargs), trace)
-        state = routed.start(kwargs, new_tokens)
-        if state is None:
-            return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-        with self.slot.bind(state), routed.following():
-            return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
-
-    def _new_tokens(self, kwargs: dict[str, Any], width: int) -> int:
-        """New tokens asked for; without a limit, the backbone's default (20)."""
-        config = kwargs.get("generation_config") or self.generation_config
-        count = kwargs.get("max_new_tokens", config.max_new_tokens)
-        if count is None:
-            limit = kwargs.get("max_length", config.max_length)
-            count = 20 if limit is None else limit - width
-        if count < 1:
-            raise GenerationError(f"max_new_tokens must be at least 1, got {count}.")
-        return int(count)
-
-    def _copies(self, kwargs: Mapping[str, Any]) -> int:
-        config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams", config.num_beams) or 1
-        if beams > 1:
-            if self.method.granularity == "sentence":
-                raise GenerationError(
-                    "beam search re-orders rows between re-routes, so sentence-level routing cannot follow them exactly; "
-                    "use num_beams=1, or route once per prompt (dlp: reroute=prompt)."
-                )
-            return int(beams)
-        return int(kwargs.get("num_return_sequences", config.num_return_sequences) or 1)
+        new_tokens = options.new_tokens(ids.shape[1])
+        ids, mask, num_cut = fit_to_context(ids, mask, new_tokens, self.max_length)
+        with _COUNTING:
+            self.num_truncated_prompts += num_cut
+        with Request(self.slot, self._turns, self._decoding) as request:
+            if self._compile_config is not None and "past_key_values" not in kwargs:
+                kwargs.setdefault("cache_implementation", "static")
+                kwargs.setdefault("compile_config", self._compile_config)
+                request.take_turn()
+            routed = None
+            if given is not None:
+                request.use(given, ids.shape[0], options.copies(), owned=isinstance(routing, Tensor))
+            else:
+                routed = RoutedGeneration(self, request, prompts, ids, mask, options, trace)
+                routed.start(new_tokens)
+            found = request.generate(self.model, input_ids=ids, attention_mask=mask, **kwargs)
+            if routed is not None:
+                routed.finish()
+            return found  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------ files
 

@@ -8,14 +8,13 @@ What becomes of keys and values already cached is ``kv_policy``'s business.
 The host must know that a sentence has ended before the next forward starts, and must not wait for the device to learn that none has.
 So the rows that may have ended one are found on the device, from a table over the vocabulary, and copied to the host without
 waiting; ``generate`` then waits for the device itself, to see whether all rows are finished; and the copy is read right after
-that, when the inputs of the next forward are prepared. Only where the table says "perhaps" are tokens fetched and looked at.
+that, before the next forward. Only where the table says "perhaps" are tokens fetched and looked at.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from dlplora.errors import GenerationError
 from dlplora.inference.prompt_routing import answer_index, answers_by_line, asked_questions, segment_task, segment_text
 from dlplora.inference.sentences import STOP_CHARACTERS, last_question, sentence_end_positions
-from dlplora.modules.fused_linear import RoutingState
+from dlplora.modules.routing_state import RoutingState
 
 VIEWS = ("tail", "window", "whole", "segment")
 WINDOW_TOKENS = 64
@@ -133,11 +132,17 @@ class _Look:
         return [row for row, flag in enumerate(self._flags.tolist()) if flag]
 
 
+class RoutedCriterion(StoppingCriteria):
+    """A stopping criterion that ``FusedCausalLM.generate`` tells the routing state of its request."""
+
+    state: RoutingState | None = None
+
+
 class SentenceRerouter(StoppingCriteria):
     """Re-routes each row on its own when its generated text has ended a sentence. Greedy decoding and sampling only.
 
     Args:
-        state: The routing state bound for this generation; updated in place.
+        state: The routing state of this generation; updated in place.
         route: Texts -> routing weights (N, E); with ``task_names`` it is called with a task name for each text as well.
         prompts: Prompt text of each row.
         tokenizer: Decodes generated tokens.
@@ -172,7 +177,7 @@ class SentenceRerouter(StoppingCriteria):
         self.task_names, self.refresh = task_names, refresh
         self.num_reroutes = 0
         self.deferred = False
-        """Whether the caller promises to call ``settle`` before the next forward; see ``settling``."""
+        """Whether the caller promises to call ``reroute_before_forward`` before the next forward."""
         self._look: _Look | None = None
         self._go_on: Tensor | None = None
 
@@ -180,11 +185,11 @@ class SentenceRerouter(StoppingCriteria):
         """Look at the newest token of each row; always returns False (B,).
 
         Raises:
-            GenerationError: If the decoding loop went on without the promised call of ``settle``.
+            GenerationError: If the decoding loop went on without the promised call of ``reroute_before_forward``.
         """
         if self._look is not None:
             raise GenerationError(
-                "this decoding loop does not prepare inputs between two tokens, so sentence-level routing cannot follow it; "
+                "this decoding loop runs no forward pass between two tokens, so sentence-level routing cannot follow it; "
                 "use greedy decoding or sampling, or route once per prompt (dlp: reroute=prompt)."
             )
         if self._go_on is None:
@@ -193,10 +198,15 @@ class SentenceRerouter(StoppingCriteria):
         if generated.shape[1]:
             self._look = _Look(input_ids, self.width, self.table.candidates(generated[:, -1], generated[:, -1 - _LOOK_BACK : -1]))
             if not self.deferred:
-                self.settle()
+                self.reroute_before_forward()
         return self._go_on
 
-    def settle(self) -> None:
+    def finish(self) -> None:
+        """Complete the trace. What the last token ended is not acted upon otherwise, for nothing follows it."""
+        if self.trace is not None:
+            self.reroute_before_forward()
+
+    def reroute_before_forward(self) -> None:
         """Re-route the rows whose newest token ended a sentence, if that is still to be done."""
         look, self._look = self._look, None
         candidates = [] if look is None else look.rows()
@@ -261,30 +271,3 @@ def kept_experts(weights: Tensor, names: Sequence[str]) -> dict[str, float]:
 def with_watchers(watchers: Sequence[StoppingCriteria], given: Any) -> StoppingCriteriaList:
     """The caller's stopping criteria after ours, which never stop anything."""
     return StoppingCriteriaList([*watchers, *(given or [])])
-
-
-@contextmanager
-def settling(model: Any, watcher: SentenceRerouter) -> Iterator[None]:
-    """Let ``watcher`` re-route right before ``model`` prepares the inputs of a forward, for the time of the block.
-
-    What the last token ended is not acted upon, for nothing follows it, unless there is a trace to complete.
-    """
-    own = vars(model).get("prepare_inputs_for_generation")
-    original = model.prepare_inputs_for_generation
-
-    @functools.wraps(original)
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        watcher.settle()
-        return original(*args, **kwargs)
-
-    watcher.deferred = True
-    model.prepare_inputs_for_generation = prepare
-    try:
-        yield
-        if watcher.trace is not None:
-            watcher.settle()
-    finally:
-        watcher.deferred = False
-        del model.prepare_inputs_for_generation
-        if own is not None:
-            model.prepare_inputs_for_generation = own

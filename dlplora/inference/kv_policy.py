@@ -13,6 +13,9 @@ touched, positions and padding are those of ``generate``, and a row whose weight
 
 Cost of one re-route in tokens: 0, prefix, and generated text. Nothing here outlives one call of ``generate``.
 
+Without a cache (``use_cache=False``) every step reads the whole text under the weights of its time. That is ``recompute``, and is
+served as such; the other policies refuse it. A checkpoint whose configuration turns the cache off gets one all the same.
+
 Shapes: B rows, T tokens, P tokens of the padded prompt, E experts.
 """
 
@@ -29,6 +32,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dlplora.errors import GenerationError
+from dlplora.inference.generate_options import GenerateOptions
 
 KV_POLICIES = ("stale", "recompute", "prompt_frozen")
 
@@ -125,18 +129,22 @@ def _layers(cache: DynamicCache, policy: str) -> list[Any]:
     return list(cache.layers)
 
 
-def own_cache(model: Any, policy: str, kwargs: dict[str, Any]) -> DynamicCache | None:
-    """The cache to hand to ``generate`` so that it can be rewritten; None where nothing is (``stale``). Written into ``kwargs``.
+def own_cache(model: Any, policy: str, options: GenerateOptions) -> DynamicCache | None:
+    """The cache to hand to ``generate`` so that it can be rewritten, written into its arguments.
+
+    None where nothing is rewritten: under ``stale``, and without any cache, where every step reads the whole text under the weights of
+    its time, as ``recompute`` would have it.
 
     Raises:
-        GenerationError: If the caller chose a kind of cache, or none.
+        GenerationError: If the caller chose another kind of cache.
     """
-    if policy == "stale":
+    if policy == "stale" or options.value("use_cache", True) is False:
         return None
-    given = [key for key in ("past_key_values", "cache_implementation") if kwargs.get(key) is not None]
-    config = kwargs.get("generation_config") or model.generation_config
-    if given or kwargs.get("use_cache", config.use_cache) is False or getattr(config, "cache_implementation", None):
-        what = f"{given[0]}={kwargs[given[0]]!r}" if given else "another kind of cache, or none"
-        raise GenerationError(f"kv_policy '{policy}' rewrites a dynamic cache of its own, but {what} was asked for; use kv_policy=stale.")
-    kwargs["past_key_values"] = cache = DynamicCache(config=model.config)
+    for name in ("past_key_values", "cache_implementation"):
+        if options.value(name) is not None:
+            raise GenerationError(
+                f"kv_policy '{policy}' rewrites a dynamic cache of its own, but {name}={options.value(name)!r} was asked for; "
+                "use kv_policy=stale."
+            )
+    options.kwargs["past_key_values"] = cache = DynamicCache(config=model.config)
     return cache

@@ -10,8 +10,9 @@ from torch import nn
 
 from dlplora.errors import IncompatibleAdapterError, RoutingError, nearest
 from dlplora.inference.fit_trial import try_fit
-from dlplora.modules.fused_linear import FusedLinear, RoutingSlot
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_slot import RoutingSlot
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dlplora.errors import RoutingError
@@ -15,8 +16,9 @@ from dlplora.kernels.backends import require_gates_served, require_known
 from dlplora.kernels.cost_model import LayerShape, Work
 from dlplora.kernels.merged import unreadable
 from dlplora.methods.base import FusionMethod
-from dlplora.modules.fused_linear import FusedLinear, RoutingState
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 _MANY = 1000
@@ -53,7 +55,9 @@ class Planner:
         require_known(backend)
         if self._combines_factors and backend not in {"auto", "dense"}:
             raise RoutingError(f"backend '{backend}' sums deltas, method '{method.name}' sums factors; use dense or auto.")
-        if any(layer.gate is not None for layer in layers.values()):
+        self.is_gated = any(layer.gate is not None for layer in layers.values())
+        """Whether gates inside the layers decide, so that nobody else can give routing weights."""
+        if self.is_gated:
             require_gates_served(backend, method.name)
             self.used.add(self.gate_backend)
         if backend == "merged":
@@ -117,6 +121,23 @@ class Planner:
             reroutes=reroutes,
             work=work,
         )
+
+    def given(self, routing: Tensor | RoutingState, device: torch.device, *, for_call: bool = False) -> RoutingState:
+        """The state of routing weights that a caller gives.
+
+        Args:
+            routing: Weights as for ``state``, or a state, which is taken as it is.
+            device: Of the model.
+            for_call: Whether they are an argument of a call that must follow them.
+
+        Raises:
+            RoutingError: If gates decide in every layer, so that the call could not follow; and what ``state`` raises.
+        """
+        if for_call and self.is_gated:
+            raise RoutingError(f"method '{self.method.name}' decides by gates inside the layers and takes no routing weights.")
+        state = routing if isinstance(routing, RoutingState) else self.state(routing.to(device))
+        self.used.add(state.backend)
+        return state
 
     def _width(self) -> int:
         """K for plans that must not grow."""

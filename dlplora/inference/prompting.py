@@ -1,8 +1,12 @@
-"""What ``generate`` is given, as tensors: texts, token ids or prompts become left-padded ids and what a router reads."""
+"""What ``generate`` is given, as tensors: texts, token ids or prompts become left-padded ids and what a router reads.
+
+Token ids are taken as transformers takes them: a tensor (B, T) as the first argument or as ``input_ids``. Mappings and lists of ids are
+refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,25 +16,66 @@ from dlplora.errors import GenerationError
 from dlplora.types import PromptBatch
 
 
+def texts_or_ids(given: Any) -> tuple[list[str] | None, Tensor | None]:
+    """The first argument of ``generate`` as texts or as token ids (B, T).
+
+    Raises:
+        GenerationError: If it is neither.
+    """
+    if isinstance(given, Tensor):
+        return None, given
+    if isinstance(given, str):
+        return [given], None
+    if isinstance(given, Mapping) or hasattr(given, "input_ids"):  # BatchEncoding is a UserDict
+        raise GenerationError(f"{type(given).__name__} is a mapping; pass its entries by name: generate(**inputs).")
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise GenerationError(f"generate() takes texts, or token ids as a tensor (B, T); got {type(given).__name__}.")
+    texts = list(given)
+    if not texts:
+        raise GenerationError("generate() needs at least one prompt, got an empty list.")
+    wrong = sorted({type(text).__name__ for text in texts if not isinstance(text, str)})
+    if wrong:
+        hint = (
+            "render messages with tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+            if any(isinstance(text, Mapping) for text in texts)
+            else "pass token ids as a tensor (B, T)"
+        )
+        raise GenerationError(f"generate() takes texts, got a list of {', '.join(wrong)}; {hint}.")
+    return texts, None
+
+
 def prompt_tensors(
-    tokenizer: Any, device: torch.device, texts: Any, input_ids: Tensor | None, mask: Tensor | None, prompts: PromptBatch | None
+    tokenizer: Any,
+    device: torch.device,
+    given: Any,
+    input_ids: Tensor | None,
+    mask: Tensor | None,
+    prompts: PromptBatch | None,
+    infer_mask: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> tuple[Tensor, Tensor, PromptBatch]:
     """Left-padded ids (B, T) and mask, and the prompts a router reads; the arguments are those of ``FusedCausalLM.generate``.
 
+    Args:
+        infer_mask: The mask of ``input_ids`` that come without one.
+
     Raises:
-        GenerationError: If nothing or several things are given, or a prompt is empty.
+        GenerationError: If nothing or several things are given, they do not fit together, or a prompt is empty.
     """
-    if texts is not None:
+    if given is not None:
         if prompts is not None or input_ids is not None:
             raise GenerationError("give texts, or input_ids, or prompts; not several of them.")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        prompts = PromptBatch.from_texts(texts, tokenizer, device=device)
+        texts, input_ids = texts_or_ids(given)
+        if texts is not None:
+            prompts = PromptBatch.from_texts(texts, tokenizer, device=device)
     if input_ids is None:
         if prompts is None:
             raise GenerationError("generate() needs a prompt: texts, input_ids or prompts.")
+        if mask is not None:
+            raise GenerationError("attention_mask belongs to input_ids; texts and prompts bring their own.")
         input_ids, mask = prompts.input_ids, prompts.attention_mask
-    input_ids = input_ids.to(device)
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(device)
+    input_ids, mask = _checked(input_ids, mask, device, infer_mask)
+    if prompts is not None and len(prompts) != input_ids.shape[0]:
+        raise GenerationError(f"input_ids have {input_ids.shape[0]} rows, prompts {len(prompts)}.")
     rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     special = set(tokenizer.all_special_ids)
     for i, row in enumerate(rows):
@@ -40,6 +85,44 @@ def prompt_tensors(
         prompts = PromptBatch.from_ids(rows, tokenizer, device=device)
     ids, mask = _left_padded(rows, int(tokenizer.pad_token_id or 0))
     return ids.to(device), mask.to(device), prompts
+
+
+def fit_to_context(ids: Tensor, mask: Tensor, new_tokens: int, max_length: int) -> tuple[Tensor, Tensor, int]:
+    """Keep the last tokens of prompts that leave no room for the answer.
+
+    Args:
+        ids, mask: Left-padded (B, T).
+        new_tokens: Tokens of the answer.
+        max_length: Tokens of the context.
+
+    Returns:
+        ids and mask of at most ``max_length - new_tokens`` tokens, and how many prompts were cut.
+
+    Raises:
+        GenerationError: If there is no room for any prompt.
+    """
+    room = max_length - new_tokens
+    if room < 1:
+        raise GenerationError(f"{new_tokens} new tokens leave no room for a prompt in a context of {max_length}; lower max_new_tokens.")
+    if ids.shape[1] <= room:
+        return ids, mask, 0
+    return ids[:, -room:], mask[:, -room:], int((mask.sum(dim=1) > room).sum())
+
+
+def _checked(ids: Any, mask: Any, device: torch.device, infer_mask: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, both (B, T) on the device."""
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype is torch.bool:
+        what = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise GenerationError(f"token ids must be an integer tensor (B, T), got {what}.")
+    if not ids.shape[0]:
+        raise GenerationError("generate() needs at least one prompt, got none.")
+    ids = ids.to(device, torch.long)
+    if mask is None:
+        return ids, infer_mask(ids)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise GenerationError(f"attention_mask must be a tensor of the shape of input_ids {tuple(ids.shape)}, got {what}.")
+    return ids, mask.to(device)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

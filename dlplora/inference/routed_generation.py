@@ -6,18 +6,19 @@ Shapes: B rows, T tokens of the left-padded prompt, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from dlplora.inference.generation import SentenceRerouter, VocabularyTable, kept_experts, settling, trace_entry, with_watchers
+from dlplora.inference.generate_options import GenerateOptions
+from dlplora.inference.generation import RoutedCriterion, SentenceRerouter, VocabularyTable, kept_experts, trace_entry, with_watchers
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
 from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, segment_task
+from dlplora.inference.request import Request
 from dlplora.methods.base import FusedModel, FusionMethod
-from dlplora.modules.fused_linear import RoutingSlot, RoutingState
+from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ class RoutedModel(FusedModel, Protocol):
 
     method: FusionMethod
     planner: Planner
-    slot: RoutingSlot
     vocabulary: VocabularyTable | None
 
     def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
@@ -42,61 +42,78 @@ class RoutedModel(FusedModel, Protocol):
         ...
 
 
-class PlanSwitch(StoppingCriteria):
-    """Ends the prefill: from the first generated token on, the layers find the per-row plan in the slot. Never stops anything."""
+class PrefillEnd(StoppingCriteria):
+    """Ends the prefill: from the first generated token on, the request runs under the per-row weights. Never stops anything."""
 
-    def __init__(self, slot: RoutingSlot, state: RoutingState) -> None:
-        self.slot, self.state = slot, state
+    def __init__(self, request: Request, state: RoutingState) -> None:
+        self.request, self.state = request, state
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
-        """Put the per-row plan into the slot; always returns False (B,)."""
-        self.slot.switch(self.state)
+        """Give the per-row state to the request; always returns False (B,)."""
+        self.request.state = self.state
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class RoutedGeneration:
-    """One call of ``generate`` under a method that routes.
+    """The routing of one call of ``generate`` under the model's method.
 
     Args:
         fused: The model.
+        request: The call; it receives the routing state, and what acts before its forward passes.
         prompts: What the router reads, one a row.
         ids, mask: Left-padded prompts (B, T) as they are processed.
-        copies: Sequences a prompt (``num_return_sequences``, or beams).
+        options: Of the call; its arguments receive the watchers.
         trace: A list that receives one dict per routed sentence.
     """
 
     def __init__(
-        self, fused: RoutedModel, prompts: PromptBatch, ids: Tensor, mask: Tensor, copies: int, trace: list[dict[str, Any]] | None
+        self,
+        fused: RoutedModel,
+        request: Request,
+        prompts: PromptBatch,
+        ids: Tensor,
+        mask: Tensor,
+        options: GenerateOptions,
+        trace: list[dict[str, Any]] | None,
     ) -> None:
-        self.fused, self.prompts, self.ids, self.mask, self.copies, self.trace = fused, prompts, ids, mask, copies, trace
+        self.fused, self.request, self.prompts, self.ids, self.mask, self.trace = fused, request, prompts, ids, mask, trace
+        self.options, self.copies = options, options.copies()
         self._watcher: SentenceRerouter | None = None
-        self.sentences = fused.method.granularity == "sentence"
 
-    def start(self, kwargs: dict[str, Any], new_tokens: int) -> RoutingState | None:
-        """The state that the prompt is processed under, None if gates decide; ``kwargs`` of ``generate`` receive the watchers."""
+    def start(self, new_tokens: int) -> None:
+        """Route the prompts and set up what follows the generation; nothing to do if gates decide."""
+        method, names = self.fused.method, self.fused.bank.names
         state = self.fused.plan(self.prompts, new_tokens=new_tokens)
         if state is None:
-            return None
+            return
+        sentences = self.options.is_sentence_level
         if self.trace is not None:
-            read = initial_router_input(self.fused.method.view, self.prompts, self.fused.tokenizer) if self.sentences else self.prompts
+            read = initial_router_input(method.view, self.prompts, self.fused.tokenizer) if sentences else self.prompts
             for row, text in enumerate(read.texts):
-                self.trace.append(trace_entry(row, 0, text, state.per_row()[row], self.fused.bank.names))
-        piecewise = self.sentences and self.fused.method.prompt_routing != "whole"
-        prefill = self._prefill_state(state).expand(self.copies) if piecewise else None
-        state = state.expand(self.copies)
+                self.trace.append(trace_entry(row, 0, text, state.per_row()[row], names))
+        piecewise = sentences and method.prompt_routing != "whole"
+        prefill = self.request.owns(self._prefill_state(state).expand(self.copies)) if piecewise else None
+        state = self.request.owns(state.expand(self.copies))
         self.fused.planner.used.add(state.backend)
-        if not self.sentences:
-            return state
-        self._watcher = self._rerouter(state, piecewise, kwargs)
+        self.request.state = state if prefill is None else prefill
+        kwargs = self.options.kwargs
+        for criterion in kwargs.get("stopping_criteria") or ():
+            if isinstance(criterion, RoutedCriterion):
+                criterion.state = state
+        if not sentences:
+            return
+        self._watcher = self._rerouter(state, piecewise)
+        self._watcher.deferred = True
+        self.request.before_forward = self._watcher.reroute_before_forward
         watchers: list[StoppingCriteria] = [self._watcher]
         if prefill is not None:
-            watchers.insert(0, PlanSwitch(self.fused.slot, state))
+            watchers.insert(0, PrefillEnd(self.request, state))
         kwargs["stopping_criteria"] = with_watchers(watchers, kwargs.get("stopping_criteria"))
-        return state if prefill is None else prefill
 
-    def following(self) -> AbstractContextManager[None]:
-        """Re-routing right before each forward, for the time of the block; nothing to do where nobody watches."""
-        return nullcontext() if self._watcher is None else settling(self.fused.model, self._watcher)
+    def finish(self) -> None:
+        """Complete the trace when the last token is generated."""
+        if self._watcher is not None:
+            self._watcher.finish()
 
     def _prefill_state(self, state: RoutingState) -> RoutingState:
         names = self.prompts.task_names
@@ -120,11 +137,11 @@ class RoutedGeneration:
         assert weights is not None
         return weights
 
-    def _rerouter(self, state: RoutingState, piecewise: bool, kwargs: dict[str, Any]) -> SentenceRerouter:
+    def _rerouter(self, state: RoutingState, piecewise: bool) -> SentenceRerouter:
         fused = self.fused
         # Which question an answer belongs to is only worked out for methods that are told its task.
         names = self.prompts.task_names if "task_id" in fused.method.metadata.needs else None
-        cache = own_cache(fused.model, fused.method.kv_policy, kwargs)
+        cache = own_cache(fused.model, fused.method.kv_policy, self.options)
         refresher = None
         if cache is not None:
             mask = self.mask.repeat_interleave(self.copies, dim=0)

@@ -1,6 +1,6 @@
 """What gates inside the layers decided while a prompt was read; one observer for all methods, and none while nobody watches.
 
-For the time of a block the gate of every fused layer is wrapped, so that its answer is also added up. Only tokens of prompts
+For the time of a block the fused layers report what their gates answer in this thread, and it is added up. Only tokens of prompts
 count: not padding, not the continuation, not what is generated later. Shapes: B rows, T tokens, E experts.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlplora.lm_eval.requests import Prompt
 from dlplora.lm_eval.routing_statistics import RoutingStatistics
-from dlplora.modules.fused_linear import FusedLinear, Gate
+from dlplora.modules.fused_linear import GATE_OBSERVER, FusedLinear
 
 
 @dataclass
@@ -63,7 +63,7 @@ class GateSums:
 
 @contextmanager
 def observed(layers: Iterable[FusedLinear], mask: Tensor) -> Iterator[GateSums]:
-    """Add up what the gates of the layers answer at the marked tokens, while open; the gates come back as they were.
+    """Add up what the gates of the layers answer at the marked tokens in this thread, while open.
 
     Of each layer the first answer for all B x T tokens counts, so decode steps behind a prompt do not. A gate that answers for another
     number of tokens, or with zeros for a single one, is switched off in a pass of the method's own (X-LoRA's first) and not counted.
@@ -73,30 +73,21 @@ def observed(layers: Iterable[FusedLinear], mask: Tensor) -> Iterator[GateSums]:
         mask: 1 for tokens that count (B, T), in the layout of the forward pass to come.
     """
     layers = list(layers)
-    gates = [layer.gate for layer in layers]
     sums = GateSums.zeros(mask, layers[0].lora_a.shape[0])
+    to_come = {id(layer) for layer in layers}
+
+    def note(layer: FusedLinear, weights: Tensor) -> None:
+        if id(layer) not in to_come or weights.shape[:2] != sums.mask.shape:
+            return
+        if sums.mask.numel() > 1 or bool(weights.any()):
+            sums.add(weights)
+            to_come.remove(id(layer))
+
+    token = GATE_OBSERVER.set(note)
     try:
-        for layer, gate in zip(layers, gates, strict=True):
-            assert gate is not None
-            layer.gate = _noting(gate, sums)
         yield sums
     finally:
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.gate = gate
-
-
-def _noting(gate: Gate, sums: GateSums) -> Gate:
-    counted = False
-
-    def noted(x: Tensor) -> Tensor:
-        nonlocal counted
-        weights = gate(x)
-        if not counted and weights.shape[:2] == sums.mask.shape and (sums.mask.numel() > 1 or bool(weights.any())):
-            sums.add(weights)
-            counted = True
-        return weights
-
-    return noted
+        GATE_OBSERVER.reset(token)
 
 
 class GateWatch:

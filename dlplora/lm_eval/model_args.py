@@ -8,6 +8,7 @@ converted. Settings of the method are given as dotted keys, ``method.threshold=0
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -125,8 +126,8 @@ def split_text(text: str) -> dict[str, Any]:
 
 def _json_object(text: str, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(text, f"--model_args: {what}")
+    except ConfigError as error:
         raise ConfigError(f"--model_args: {what} must be a JSON object with double quotes, got {text!r} ({error}).") from error
     if not isinstance(value, dict):
         raise ConfigError(f"--model_args: {what} must be a JSON object, got {text!r}.")

@@ -30,7 +30,7 @@ from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.finite import NOT_FINITE
 from dlplora.inference.positions import length_dependence
 from dlplora.lm_eval.requests import Prompt, ScoringRequest, pad_rows
-from dlplora.modules.fused_linear import RoutingState
+from dlplora.modules.routing_state import RoutingState
 
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from dlplora.modules.per_thread import PerThread
 
 Layout = Literal["unknown", "rows", "flat", "other"]
 """What a layer receives: ``rows`` (B, ..., I); ``flat`` (B * T, I), row after row; ``other``: anything else, tokens picked by a router for
 instance; ``unknown`` until somebody has looked (``inference.fit_trial``)."""
 
 
-@dataclass
 class InputGrid:
-    """Rows and tokens of the model's running forward pass, for layers that receive them flattened."""
+    """Rows and tokens of the running forward pass of this thread, for layers that receive them flattened."""
 
-    rows: int = 0
-    tokens: int = 0
+    def __init__(self) -> None:
+        self._size = PerThread(rows=int, tokens=int)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, B."""
+        return int(self._size.rows)
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of the input embedding: its argument is the token ids (B, T)."""
         if args and args[0].ndim == 2:
-            self.rows, self.tokens = args[0].shape
+            self._size.rows, self._size.tokens = args[0].shape
 
     def fits(self, x: Tensor) -> bool:
         """Whether ``x`` (N, I) holds one vector for every token."""
-        return x.ndim == 2 and x.shape[0] == self.rows * self.tokens
+        return x.ndim == 2 and x.shape[0] == self._size.rows * self._size.tokens

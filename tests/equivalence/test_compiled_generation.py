@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.generate_options import GenerateOptions
+from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.modules.lora_bank import AdapterBank
@@ -73,11 +75,7 @@ def test_one_graph_serves_all_sentences_and_requests(
         before = method.rows
         assert torch.equal(fused.generate(list(texts), **OPTIONS), tokens)
         assert method.rows - before >= len(texts) + 3  # sentences did end
-        addresses.add(
-            tuple(buffer.data_ptr() for layer in fused.patched.layers.values() for buffer in layer.plan.buffers())
-            if layer_plans(fused)
-            else ()
-        )
+        addresses.add(addresses_of_free_buffers(fused))
     assert method.kept == {1, 2, 3}
     assert len(addresses) == 1
     assert len(given) == 1
@@ -86,8 +84,12 @@ def test_one_graph_serves_all_sentences_and_requests(
     assert len(given) == 2
 
 
-def layer_plans(fused: FusedCausalLM) -> bool:
-    return all(layer.plan is not None for layer in fused.patched.layers.values())
+def addresses_of_free_buffers(fused: FusedCausalLM) -> tuple[int, ...]:
+    """Where the buffers lie that the last request gave back."""
+    pool = fused.slot.buffers
+    assert pool.num_leased == 0
+    assert len(pool._free) <= 1
+    return tuple(buffer.data_ptr() for buffers in pool._free for plan in buffers.plans.values() for buffer in plan.buffers())
 
 
 def test_a_prompt_level_method_keeps_its_graph_too(
@@ -155,14 +157,14 @@ def test_no_value_reaches_the_host_between_sentence_ends(talkative: Any, tiny_to
 def test_a_loop_that_cannot_be_followed_is_refused(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     fused = FusedCausalLM(talkative, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength())
     ids, options = torch.ones((2, 1), dtype=torch.long), {}
-    routed = RoutedGeneration(fused, PromptBatch.from_texts(TEXTS, tiny_tokenizer), ids, torch.ones_like(ids), 1, None)
-    assert routed.start(options, new_tokens=8) is not None
-    (watcher,) = options["stopping_criteria"]
-    with routed.following():
+    with Request(fused.slot, CompiledTurns(), DecodeSetting()) as request:
+        asked = GenerateOptions(fused.model, options, fused.method)
+        RoutedGeneration(fused, request, PromptBatch.from_texts(TEXTS, tiny_tokenizer), ids, torch.ones_like(ids), asked, None).start(8)
+        assert request.state is not None
+        (watcher,) = options["stopping_criteria"]
         watcher(torch.tensor([[1, 5], [1, 6]]), None)
-        with pytest.raises(GenerationError, match="does not prepare inputs between two tokens"):
+        with pytest.raises(GenerationError, match="runs no forward pass between two tokens"):
             watcher(torch.tensor([[1, 5, 7], [1, 6, 8]]), None)
-    assert "prepare_inputs_for_generation" not in vars(fused.model)
 
 
 def test_compile_is_an_option_of_from_pretrained(tiny_llama_folder: Path, tiny_pool: Path) -> None:

@@ -21,8 +21,9 @@ from dlplora.inference.backbone_check import check_pool_fits
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.patching import patch
 from dlplora.methods.references import Base
-from dlplora.modules.fused_linear import FusedLinear, RoutingSlot
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_slot import RoutingSlot
 
 IDS = torch.tensor([[1, 5, 9, 40, 33, 7], [1, 80, 12, 3, 61, 90], [1, 17, 17, 4, 8, 22]])
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -175,7 +176,7 @@ def test_a_fused_layer_is_linear_like(tiny_llama: Any, tiny_pool: Path) -> None:
 
 
 def _state(weights: Tensor) -> Any:
-    from dlplora.modules.fused_linear import RoutingState
+    from dlplora.modules.routing_state import RoutingState
 
     return RoutingState(weights)
 

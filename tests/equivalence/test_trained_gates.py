@@ -204,7 +204,7 @@ def test_phatgoose_trains_each_gate_on_its_own_rows(tiny_llama: Any, tiny_tokeni
         moved = gate.grad.abs().sum(-1) > 0
         assert not bool(moved[1])
     assert any(bool(gate.grad.abs().sum(-1)[2] > 0) for gate in method.parameters())  # type: ignore[union-attr]
-    method._own = torch.tensor([2, 0])
+    method._pass.own = torch.tensor([2, 0])
     parts = [deltas(tiny_pool / name) for name in NAMES]
     for path, (x, delta) in inputs_of(fused).items():
         for b, t in np.ndindex(*IDS.shape):
@@ -250,9 +250,9 @@ def test_a_closed_model_watches_nothing(tiny_llama: Any, tiny_tokenizer: Any, ti
     fused = FusedCausalLM(model, tiny_tokenizer, AdapterBank.from_pool(tiny_pool, NAMES), method)
     logits(fused)
     fused.close()
-    method._weights.clear()
+    method._pass.weights.clear()
     assert torch.equal(logits(model), logits(tiny_llama))
-    assert method._weights == {}
+    assert method._pass.weights == {}
 
 
 def test_which_module_of_a_layer_comes_first(tiny_pool: Path) -> None:

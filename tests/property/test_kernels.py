@@ -18,8 +18,10 @@ from torch import Tensor
 from dlplora.errors import RoutingError
 from dlplora.kernels import dense, factor, folded, merged, reference
 from dlplora.kernels.backends import triton_obstacle
-from dlplora.modules.fused_linear import FusedLinear, RoutingSlot, RoutingState
+from dlplora.modules.fused_linear import FusedLinear
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_slot import RoutingSlot
+from dlplora.modules.routing_state import RoutingState
 
 SHAPES = st.tuples(*(st.integers(1, top) for top in (4, 5, 6, 3, 9, 7)))  # B, T, E, R, I, O
 
@@ -204,7 +206,7 @@ def test_a_layer_gives_the_same_on_every_backend(shape: tuple[int, ...], seed: i
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, seed=st.integers(0, 10_000), backend=st.sampled_from(["dense", "folded", "merged"]))
 def test_states_that_take_turns_do_not_disturb_each_other(shape: tuple[int, ...], seed: int, backend: str) -> None:
-    """Layers keep one set of buffers, so whoever is bound must find his own plan in them, re-routed or not."""
+    """Each state has buffers of its own, and finds its own plan in them, re-routed or not."""
     x, lora_a, lora_b, weights = draw((1, *shape[1:]), seed, "row")
     other, third = draw((1, *shape[1:]), seed + 1, "row")[3], draw((1, *shape[1:]), seed + 2, "row")[3]
     layer, slot = fused_layer(lora_a, lora_b)
@@ -247,9 +249,9 @@ def test_buffers_stay_where_they_are_between_requests_of_one_size() -> None:
         few = weights * (torch.arange(6) < keep)
         state = RoutingState(few, "folded", width=4, reroutes=True)
         with slot.bind(state):
-            seen.add((layer.plan.a_sel.data_ptr(), layer.plan.b_sel.data_ptr()))
+            seen.add(tuple(buffer.data_ptr() for buffer in state.plans[layer.key].buffers()))
             state.update_rows(torch.tensor([1]), weights[:1] * (torch.arange(6) < 3))
-            seen.add((layer.plan.a_sel.data_ptr(), layer.plan.b_sel.data_ptr()))
+            seen.add(tuple(buffer.data_ptr() for buffer in state.plans[layer.key].buffers()))
             layer(x)
     assert len(seen) == 1
     with pytest.raises(RoutingError, match=r"keeps 5 experts, the plan has room for 4.*max_kept"):
@@ -283,12 +285,12 @@ def test_merging_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
     base: Tensor = layer.base.weight.clone()  # type: ignore[union-attr, operator]
     scaling = (0.5 + torch.arange(4)).double()
     for chosen in (weights, weights.flip(1), torch.zeros(1, 4).index_fill(1, torch.tensor([2]), 1.0)):
-        with slot.bind(RoutingState(chosen, "merged")):
+        with slot.bind(RoutingState(chosen, "merged")) as state:
             exact = base.double() + torch.einsum(
                 "e,eor,eri->oi", chosen[0].double() * scaling, layer.lora_b.double(), layer.lora_a.double()
             )
             bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
-            assert bool(((layer.plan.weight.double() - exact).abs() <= bound).all())
+            assert bool(((state.plans[layer.key].weight.double() - exact).abs() <= bound).all())
     assert torch.equal(layer.base.weight, base)  # type: ignore[arg-type]
 
 

@@ -22,8 +22,8 @@ from dlplora.kernels.merged import MergedPlan
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.methods.dlp import DLP
 from dlplora.methods.references import Oracle
-from dlplora.modules.fused_linear import RoutingState
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 ROWS = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])

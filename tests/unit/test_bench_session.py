@@ -137,8 +137,8 @@ def test_forced_reroutes_happen_where_the_arithmetic_expects_them(setup: BenchSe
         texts = [str(setup.tokenizer.decode(row % 3072, skip_special_tokens=True)) for row in generated]
         views = [last_question(prompt) + text for prompt, text in zip(workload.prompts.texts, texts, strict=True)]
         expected = self.model.method.route(PromptBatch.from_texts(views, setup.tokenizer))
-        assert self.model.slot.state is not None
-        assert torch.equal(self.model.slot.state.weights, expected)
+        assert self.state is not None
+        assert torch.equal(self.state.weights, expected)
 
     monkeypatch.setattr(ForcedRerouter, "_reroute", noted)
     assert contender.generate(workload).shape == (2, 19)

@@ -10,7 +10,7 @@ import torch
 from dlplora.errors import GenerationError
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, view_text
 from dlplora.inference.sentences import last_question, questions, sentence_end_positions, split_sentences
-from dlplora.modules.fused_linear import RoutingState
+from dlplora.modules.routing_state import RoutingState
 
 TEXTS = {
     "plain": ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),

@@ -1,0 +1,148 @@
+"""The options of a call of ``generate``, as transformers resolves them, and which of them a routed model can follow.
+
+Sentence-level routing follows greedy decoding and sampling, one token a step, with a cache. Everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dlplora.errors import GenerationError
+from dlplora.methods.base import FusionMethod
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+OTHER_LOOPS = {
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa",
+    "constraints": "constrained beam search",
+    "force_words_ids": "constrained beam search",
+    "custom_generate": "a custom decoding loop",
+}
+ROUTE_ONCE = "route once per prompt (dlp: reroute=prompt)"
+
+
+class GenerateOptions:
+    """What a call asks for.
+
+    Args:
+        model: The Hugging Face model.
+        kwargs: Of ``generate``; changed where the routing needs it.
+        method: The method that routes; None if the caller gave the routing weights.
+    """
+
+    def __init__(self, model: Any, kwargs: dict[str, Any], method: FusionMethod | None) -> None:
+        self.kwargs = kwargs
+        self._configs = (kwargs.get("generation_config"), model.generation_config)
+        self._method = method
+        self.is_sentence_level = method is not None and method.granularity == "sentence"
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """An option: the argument, else that of ``generation_config``, else the model's, else ``default``."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        for config in self._configs:
+            found = getattr(config, name, None)
+            if found is not None:
+                return found
+        return default
+
+    # ------------------------------------------------------------------ sizes
+
+    def new_tokens(self, width: int) -> int:
+        """New tokens asked for behind a prompt of ``width`` tokens; without a limit, transformers' default (20).
+
+        Raises:
+            GenerationError: If there are none.
+        """
+        count = self.value("max_new_tokens")
+        if count is None:
+            limit = self.value("max_length")
+            count = 20 if limit is None else limit - width
+        if count < 1:
+            raise GenerationError(f"max_new_tokens must be at least 1, got {count}.")
+        return int(count)
+
+    def copies(self) -> int:
+        """Rows a prompt becomes: beams, or returned sequences."""
+        beams = int(self.value("num_beams") or 1)
+        return beams if beams > 1 else int(self.value("num_return_sequences") or 1)
+
+    def pad_token(self, tokenizer: Any) -> int | None:
+        """The padding token: the option, else the tokenizer's."""
+        found = self.value("pad_token_id")
+        if found is None:
+            found = tokenizer.pad_token_id
+        return None if found is None else int(found)
+
+    def mask_from_padding(self, ids: Tensor) -> Tensor:
+        """The mask of prompts that came without one, by the rule of transformers: padding is masked unless it also ends texts."""
+        pad, ends = self.value("pad_token_id"), self.value("eos_token_id")
+        if isinstance(ends, Tensor):
+            ends = ends.tolist()
+        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        if pad is None or pad in ends:
+            return ids.new_ones(ids.shape)
+        return ids.ne(pad).to(ids.dtype)
+
+    # ------------------------------------------------------------------ what can be followed
+
+    def require_served(self) -> None:
+        """Check that the decoding loop asked for can be followed.
+
+        Raises:
+            GenerationError: Names the option.
+        """
+        if self.value("cache_implementation") == "paged":
+            raise GenerationError("cache_implementation='paged' is continuous batching, which cannot be routed; leave it out.")
+        if self.value("assistant_early_exit") is not None:
+            raise GenerationError("assistant_early_exit shortens the model itself while it runs, for other requests too; leave it out.")
+        if not self.is_sentence_level:
+            return
+        if (self.value("num_beams") or 1) > 1:
+            raise GenerationError(
+                "beam search re-orders rows between re-routes, so sentence-level routing cannot follow them exactly; "
+                f"use num_beams=1, or {ROUTE_ONCE}."
+            )
+        for name in ASSISTED:
+            if self.value(name):
+                raise GenerationError(
+                    f"{name} adds several tokens a step, and sentence-level routing must act between them; leave it out, or {ROUTE_ONCE}."
+                )
+        for name, loop in OTHER_LOOPS.items():
+            if self._asks_for(name):
+                raise GenerationError(
+                    f"{name} asks for {loop}, which sentence-level routing cannot follow; use greedy decoding or sampling, or {ROUTE_ONCE}."
+                )
+        if self.value("token_healing"):
+            raise GenerationError(f"token_healing replaces prompt tokens after they were routed; leave it out, or {ROUTE_ONCE}.")
+        self._settle_cache()
+
+    def _asks_for(self, name: str) -> bool:
+        value = self.value(name)
+        if name == "penalty_alpha":  # contrastive search needs both, and no sampling
+            return bool(value) and (self.value("top_k") or 0) > 1 and not self.value("do_sample")
+        return value is not None
+
+    def _settle_cache(self) -> None:
+        """Whether sentence-level routing has the cache that its ``kv_policy`` is about; see ``kv_policy``.
+
+        Raises:
+            GenerationError: If the caller wants no cache and the policy is not defined without one.
+        """
+        assert self._method is not None
+        policy = self._method.kv_policy
+        if self._method.prompt_routing != "whole" and self.value("prefill_chunk_size") is not None:
+            raise GenerationError("prefill_chunk_size cuts the prompt, whose pieces this method routes in one forward pass; leave it out.")
+        if self.value("use_cache", True) is not False:
+            return
+        given = self.kwargs.get("use_cache") is False or getattr(self._configs[0], "use_cache", None) is False
+        if not given:
+            # A checkpoint's default, left over from training; the cache is part of what the policy means.
+            self.kwargs["use_cache"] = True
+        elif policy != "recompute" or self._method.prompt_routing != "whole":
+            raise GenerationError(
+                f"use_cache=False reads all text anew at every token, and kv_policy '{policy}' keeps what earlier weights made of it; "
+                "leave use_cache out, or use kv_policy=recompute with prompt_routing=whole."
+            )

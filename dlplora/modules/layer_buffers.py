@@ -1,0 +1,126 @@
+"""Buffers that the fused layers read instead of routing weights, and the pool that lends them to requests.
+
+A request has its buffers to itself, from its first forward pass until its routing state is released or dropped. Requests of the same
+size that follow one another get the same buffers, so the addresses that compiled graphs know stay valid. The pool never keeps more
+sets of buffers than were in use at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BufferKind:
+    """What buffers must have in common to serve the same requests.
+
+    Args:
+        backend: ``folded``, ``merged`` or ``triton``.
+        rows: Rows of the plan.
+        width: Experts a row can keep.
+        placement: Dtype and device of every layer's factors.
+    """
+
+    backend: str
+    rows: int
+    width: int
+    placement: frozenset[tuple[torch.dtype, torch.device]]
+
+
+class PlannedLayer(Protocol):
+    """What buffers need of a fused layer."""
+
+    key: str
+
+    def new_plan(self, kind: BufferKind) -> Any:
+        """Empty buffers of one layer; None for a layer that reads none."""
+        ...
+
+    def write_plan(self, plan: Any, weights: Tensor, rows: Tensor | None, kept: int) -> None:
+        """Write routing weights (N, E) of some rows, or of all."""
+        ...
+
+
+class LayerBuffers:
+    """The plans of all layers of a model, by the layers' keys.
+
+    Raises:
+        AllocationError: If they do not fit into memory.
+    """
+
+    def __init__(self, kind: BufferKind, layers: Iterable[PlannedLayer]) -> None:
+        self.kind = kind
+        self._layers = list(layers)
+        self.plans = {layer.key: layer.new_plan(kind) for layer in self._layers}
+
+    def write(self, weights: Tensor, rows: Tensor | None, kept: int) -> None:
+        """Write a plan in place.
+
+        Args:
+            weights: Routing weights (N, E) without scaling.
+            rows: Row indices (N,); None for all rows.
+            kept: Experts that the fullest row keeps.
+        """
+        for layer in self._layers:
+            layer.write_plan(self.plans[layer.key], weights, rows, kept)
+
+
+class Lease:
+    """The right of one request to its buffers; they go back to the pool when the lease is dropped."""
+
+    def __init__(self, buffers: LayerBuffers, returned: deque[LayerBuffers]) -> None:
+        self.buffers, self._returned = buffers, returned
+
+    def __del__(self) -> None:
+        # Appending is atomic and takes no lock: the garbage collector may call this while the pool's lock is held.
+        self._returned.append(self.buffers)
+
+
+class BufferPool:
+    """Buffers that no request uses, oldest first."""
+
+    def __init__(self) -> None:
+        self._free: deque[LayerBuffers] = deque()
+        self._lock = threading.Lock()
+        self._num_made = 0
+        self._most_leased = 0
+
+    @property
+    def num_leased(self) -> int:
+        """Sets of buffers in use."""
+        return self._num_made - len(self._free)
+
+    @property
+    def num_made(self) -> int:
+        """Sets of buffers in memory."""
+        return self._num_made
+
+    def lease(self, kind: BufferKind, make: Callable[[], LayerBuffers]) -> Lease:
+        """Buffers of a kind: the ones returned last, or new ones.
+
+        Raises:
+            AllocationError: If new ones do not fit into memory.
+        """
+        with self._lock:
+            self._most_leased = max(self._most_leased, self.num_leased + 1)
+            for buffers in reversed(list(self._free)):
+                if buffers.kind == kind:
+                    self._free.remove(buffers)
+                    return Lease(buffers, self._free)
+            while self._free and self._num_made >= self._most_leased:
+                self._free.popleft()
+                self._num_made -= 1
+            self._num_made += 1
+        try:
+            return Lease(make(), self._free)
+        except BaseException:
+            with self._lock:
+                self._num_made -= 1
+            raise

@@ -1,0 +1,266 @@
+"""Where the fused layers of a model find the routing weights of the request that is running.
+
+Nothing about a request is kept on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the
+state of its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that
+opened it; opened in the body of a generator, it holds for what the generator calls, and not for the code that runs while it is
+suspended. Blocks of two generators that take turns therefore never mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import RoutingError
+from dlplora.modules.layer_buffers import BufferKind, BufferPool, LayerBuffers, PlannedLayer
+from dlplora.modules.per_thread import PerThread, nothing
+from dlplora.modules.routing_state import RoutingState
+
+GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+COROUTINE = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
+OUT_OF_ORDER = (
+    "blocks of routing() were not closed in the reverse order in which they were opened, so calls in between may have run under the "
+    "other block's weights. Pass routing=WEIGHTS to each call instead."
+)
+
+
+class SlottedLayer(PlannedLayer, Protocol):
+    """What the slot needs of a fused layer."""
+
+    lora_a: Tensor
+
+
+class _Binding:
+    """A state that holds for the calls of one context."""
+
+    __slots__ = ("direct", "inside", "parent", "slot", "state")
+
+    def __init__(
+        self, slot: RoutingSlot, state: RoutingState, parent: _Binding | None, *, direct: bool = False, inside: FrameType | None = None
+    ) -> None:
+        self.slot, self.parent = slot, parent
+        self.state: RoutingState | None = state
+        """None once the block is closed."""
+        self.direct = direct
+        """Whether it holds for one forward pass only, which nothing can interrupt."""
+        self.inside = inside
+        """The generator with blocks of its own that was running when this block was opened."""
+
+
+BOUND: ContextVar[_Binding | None] = ContextVar("dlplora_routing", default=None)
+"""The innermost binding of this thread or task, of any model; blocks of generators are not here."""
+
+
+class RoutingSlot:
+    """Gives the layers of one model the routing state of the running call, and lends buffers to states.
+
+    Attributes:
+        layers: The fused layers of the model.
+        buffers: The pool of their buffers.
+        gate_backend: Backend of layers whose gate decides.
+        running: ``running.binding`` is what compiled code reads in this thread.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[SlottedLayer] = []
+        self.gate_backend = "dense"
+        self._num_keys = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.buffers = BufferPool()
+        self.running = PerThread(binding=nothing, num_in_coroutines=int)
+        self._owned: dict[FrameType, list[_Binding]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model starts without requests."""
+        return {key: value for key, value in self.__dict__.items() if key not in {"buffers", "running", "_owned"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    # ------------------------------------------------------------------ layers and their buffers
+
+    def add(self, layer: SlottedLayer) -> str:
+        """Make a layer known; returns its key."""
+        self.layers.append(layer)
+        self._num_keys += 1
+        return f"layer_{self._num_keys}"
+
+    def release(self, layers: Iterable[SlottedLayer]) -> None:
+        """Forget layers that are no longer in the model."""
+        gone = {id(layer) for layer in layers}
+        self.layers = [layer for layer in self.layers if id(layer) not in gone]
+        self.buffers = BufferPool()
+
+    def prepare(self, state: RoutingState) -> None:
+        """Lend a state its buffers and write its plan, unless it has them."""
+        if state.is_ready_for(self):
+            return
+        state.release()
+        lease = None
+        if state.is_planned:
+            kind = BufferKind(
+                state.backend, state.plan_rows, state.width, frozenset((layer.lora_a.dtype, layer.lora_a.device) for layer in self.layers)
+            )
+            lease = self.buffers.lease(kind, partial(LayerBuffers, kind, self.layers))
+            lease.buffers.write(state.per_row()[: state.plan_rows], None, state.kept)
+        state.hold(self, lease)
+
+    def rewrite(self, state: RoutingState, rows: Tensor, weights: Tensor) -> None:
+        """Write new weights (N, E) of some rows into a state's buffers."""
+        if state.is_ready_for(self):
+            state.write(rows, weights)
+        else:
+            self.prepare(state)
+
+    # ------------------------------------------------------------------ bindings
+
+    def bind(self, state: RoutingState) -> Bound:
+        """A ``with`` block for whose calls ``state`` holds."""
+        return Bound(self, state)
+
+    def run(self, state: RoutingState | None, call: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a function that runs the model, under a state; None where gates decide."""
+        if state is None:
+            return call(*args, **kwargs)
+        if not state.is_ready_for(self):
+            self.prepare(state)
+        running = self.running
+        previous = running.binding
+        running.binding = binding = _Binding(self, state, BOUND.get(), direct=True)
+        token = BOUND.set(binding)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            running.binding = previous
+            BOUND.reset(token)
+
+    @property
+    def state(self) -> RoutingState | None:
+        """The state that holds for the caller, or None."""
+        binding = self._innermost()
+        if self._owned and not (binding is not None and binding.direct):
+            frame = self._owning_frame()
+            if frame is not None and not (binding is not None and binding.inside is frame):
+                return self._owned[frame][-1].state
+        return None if binding is None else binding.state
+
+    def _innermost(self) -> _Binding | None:
+        binding = BOUND.get()
+        while binding is not None and (binding.state is None or binding.slot is not self):
+            binding = binding.parent
+        return binding
+
+    def _owning_frame(self) -> FrameType | None:
+        """The innermost running generator that has opened a block."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame not in self._owned:
+            frame = frame.f_back
+        return frame
+
+
+class Bound:
+    """A block opened by ``RoutingSlot.bind``.
+
+    Raises:
+        RoutingError: At the end of the block, if a block opened later is still open in the same context.
+    """
+
+    def __init__(self, slot: RoutingSlot, state: RoutingState) -> None:
+        self._slot, self._state = slot, state
+        self._binding: _Binding | None = None
+        self._owner: FrameType | None = None
+        self._in_coroutine = False
+
+    def __enter__(self) -> RoutingState:
+        slot = self._slot
+        slot.prepare(self._state)
+        frame = _opening_frame(sys._getframe(1))
+        flags = 0 if frame is None else frame.f_code.co_flags
+        inside = slot._owning_frame() if slot._owned else None
+        self._binding = binding = _Binding(slot, self._state, BOUND.get(), inside=inside)
+        if frame is not None and flags & GENERATOR:
+            self._owner = frame
+            slot._owned.setdefault(frame, []).append(binding)
+            return self._state
+        BOUND.set(binding)
+        # Compiled code cannot read the task's context. Where tasks may take turns it finds nothing, and refuses.
+        self._in_coroutine = bool(flags & COROUTINE)
+        slot.running.num_in_coroutines += self._in_coroutine
+        slot.running.binding = None if self._in_coroutine else binding
+        return self._state
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        slot, binding, owner = self._slot, self._binding, self._owner
+        assert binding is not None
+        binding.state = None
+        self._binding = self._owner = None
+        if owner is not None:
+            blocks = slot._owned[owner]
+            blocks.remove(binding)
+            if not blocks:
+                del slot._owned[owner]
+            return
+        innermost = BOUND.get()
+        still_open = next((one for one in _chain(innermost) if one.state is not None), None)
+        out_of_order = binding in _chain(still_open)
+        BOUND.set(_without_closed(innermost))
+        slot.running.num_in_coroutines -= self._in_coroutine
+        slot.running.binding = None if slot.running.num_in_coroutines > 0 else slot._innermost()
+        if out_of_order and kind is None:
+            raise RoutingError(OUT_OF_ORDER)
+
+
+def _chain(binding: _Binding | None) -> list[_Binding]:
+    """A binding and those outside of it."""
+    found = []
+    while binding is not None:
+        found.append(binding)
+        binding = binding.parent
+    return found
+
+
+def _without_closed(binding: _Binding | None) -> _Binding | None:
+    """The innermost open binding; closed ones further out are cut out of the chain."""
+    is_open = [one for one in _chain(binding) if one.state is not None]
+    for inner, outer in zip(is_open, [*is_open[1:], None], strict=False):
+        inner.parent = outer
+    return is_open[0] if is_open else None
+
+
+def _opening_frame(frame: FrameType | None) -> FrameType | None:
+    """The function whose body opens a block.
+
+    Functions under ``contextlib.contextmanager`` are passed over: their block holds where the context manager is used.
+    """
+    library = contextlib.__file__
+    while frame is not None:
+        caller = frame.f_back
+        inner = frame.f_code.co_filename
+        if inner == library or (frame.f_code.co_flags & GENERATOR and caller is not None and caller.f_code.co_filename == library):
+            frame = caller
+        else:
+            break
+    return frame
+
+
+def current_state(slot: RoutingSlot) -> RoutingState | None:
+    """The state that a layer is run under; the one place that every layer asks, so the common case comes first."""
+    if torch.compiler.is_compiling():
+        binding = slot.running.binding  # a context variable cannot be traced
+        return None if binding is None else binding.state
+    binding = BOUND.get()
+    if binding is not None and binding.direct and binding.slot is slot:
+        return binding.state
+    return slot.state

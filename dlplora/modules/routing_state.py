@@ -1,0 +1,166 @@
+"""Routing weights of one request, the backend that serves them, and the buffers made from them.
+
+Shapes: B rows, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dlplora.errors import RoutingError
+from dlplora.kernels.backends import PlanFacts, select_backend
+from dlplora.kernels.cost_model import Work
+from dlplora.modules.layer_buffers import Lease
+
+PLANNED = ("folded", "merged", "triton")
+"""Backends whose layers read buffers made from a plan."""
+NOT_FINITE = "routing weights hold NaN or infinite values; check the router and its temperature."
+
+
+class StateKeeper(Protocol):
+    """What a state needs of the slot that uses it."""
+
+    def rewrite(self, state: RoutingState, rows: Tensor, weights: Tensor) -> None:
+        """Bring the state's buffers in line with new weights (N, E) of some rows."""
+        ...
+
+
+class RoutingState:
+    """Routing weights of one request, and which backend serves them.
+
+    A state serves one request at a time. It holds the layers' buffers from its first use until ``release``, or until it is dropped.
+
+    Args:
+        weights: (E,) static, (B, E) per row, or (B, T, E) per token; float32.
+        backend: ``auto`` or a backend's name; ``state.backend`` is the one in use.
+        width: Experts a row may keep; None takes what ``weights`` keep now. Give the largest number that re-routing may keep, so
+            that the layers' buffers never have to grow.
+        reroutes: Whether rows may be routed again, each for itself.
+        work: What the plan will be used for, for the choice of ``auto``.
+
+    Attributes:
+        plans: Buffers by the layers' keys; empty while the state holds none.
+
+    Raises:
+        RoutingError: If the weights are not finite, keep more than ``width``, or the backend cannot serve them.
+    """
+
+    def __init__(
+        self, weights: Tensor, backend: str = "auto", *, width: int | None = None, reroutes: bool = False, work: Work | None = None
+    ) -> None:
+        if weights.ndim not in (1, 2, 3):
+            raise RoutingError(f"routing weights must be (E,), (B, E) or (B, T, E), got shape {tuple(weights.shape)}.")
+        facts = PlanFacts.of(weights, width=width, reroutes=reroutes)
+        if not facts.finite:
+            raise RoutingError(NOT_FINITE)
+        if width is not None and facts.kind != "token" and facts.width > max(width, 1):
+            raise RoutingError(_too_many(facts.width, width))
+        self.backend = select_backend(backend, facts, work)
+        self.weights = weights.float()
+        if reroutes and facts.kind == "row":
+            self.weights = self.weights.clone()  # re-routing writes into it
+        self.num_rows = facts.rows
+        """Rows the weights were made for; 1 for static weights."""
+        self.num_experts = facts.experts
+        self.width = facts.width
+        self.kept = facts.kept
+        """Experts that the fullest row keeps or, before a re-route, kept."""
+        self.plan_rows = 1 if self.backend == "merged" else facts.plan_rows
+        # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
+        self.is_zero = facts.zero and not reroutes
+        self.plans: dict[str, Any] = {}
+        self._options: dict[str, Any] = {"backend": backend, "width": width, "reroutes": reroutes, "work": work}
+        self._slot: StateKeeper | None = None
+        self._lease: Lease | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is another request's state: it gets buffers of its own."""
+        return {**self.__dict__, "plans": {}, "_slot": None, "_lease": None}
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether layers read buffers made from these weights."""
+        return self.backend in PLANNED and not self.is_zero
+
+    def per_row(self) -> Tensor:
+        """Static or per-row weights as (B, E) with B = 1 for static ones."""
+        return self.weights.reshape(-1, self.weights.shape[-1])
+
+    def is_ready_for(self, slot: StateKeeper) -> bool:
+        """Whether the layers of a model can be run under this state as it is."""
+        return self._slot is slot and (self._lease is not None or not self.is_planned)
+
+    def hold(self, slot: StateKeeper, lease: Lease | None) -> None:
+        """Keep the buffers that the layers of a model read; called by the slot."""
+        self._slot, self._lease = slot, lease
+        self.plans = {} if lease is None else lease.buffers.plans
+
+    def release(self) -> None:
+        """Give the buffers back; the next use gets others and writes them anew."""
+        self.plans, self._lease = {}, None
+
+    def write(self, rows: Tensor | None, weights: Tensor) -> None:
+        """Write weights (N, E) of some rows, or of all, into the buffers that the state holds."""
+        if self._lease is not None:
+            self._lease.buffers.write(weights, rows, self.kept)
+
+    def update_rows(self, rows: Tensor, weights: Tensor) -> None:
+        """Replace the weights of some rows in place; the layers' buffers keep their addresses. Rows that stay as they are cost nothing.
+
+        Args:
+            rows: Row indices (N,), int64.
+            weights: New routing weights (N, E).
+
+        Raises:
+            RoutingError: If the state is not per row, or the weights are not finite or keep more experts than the plan has room for.
+        """
+        if self.weights.ndim != 2:
+            raise RoutingError(f"only per-row weights (B, E) can be updated, this state has shape {tuple(self.weights.shape)}.")
+        if self.backend == "merged" and self.num_rows > 1:
+            raise RoutingError(
+                f"backend 'merged' cannot serve {self.num_rows} rows that are routed apart. "
+                "Backends that can: reference, dense, folded, triton."
+            )
+        weights = weights.to(self.weights)
+        # One transfer for both checks and for the rows that change: whoever keeps one expert, with weight one, often keeps the same.
+        changed = (self.weights[rows] != weights).any(dim=-1).long()
+        finite, kept, *differs = torch.cat(
+            [torch.isfinite(weights).all().long()[None], (weights != 0).sum(-1).max()[None], changed]
+        ).tolist()
+        if not finite:
+            raise RoutingError(NOT_FINITE)
+        fixed = self._options["width"]
+        if fixed is not None and kept > self.width:
+            raise RoutingError(_too_many(kept, fixed))
+        if not any(differs):
+            return
+        if not all(differs) and not self.is_zero:  # of zero weights no plan was written
+            some = torch.tensor([place for place, differ in enumerate(differs) if differ], device=rows.device)
+            rows, weights = rows[some], weights[some.to(weights.device)]
+        self.is_zero = False
+        self.kept = max(self.kept, kept)
+        self.weights[rows] = weights
+        if self.backend not in PLANNED:
+            return
+        if kept > self.width or self.plan_rows != self.num_rows:
+            # Nobody said how wide plans may get, or that rows would part: the next plan needs other buffers.
+            self.width, self.plan_rows = max(kept, self.width), self.num_rows
+            self.release()
+        if self._slot is not None:
+            self._slot.rewrite(self, rows, weights)
+
+    def expand(self, times: int) -> RoutingState:
+        """The state for ``times`` copies of each row (beams, ``num_return_sequences``)."""
+        if self.weights.ndim == 1 or times == 1:
+            return self
+        return RoutingState(self.weights.repeat_interleave(times, dim=0), **self._options)
+
+
+def _too_many(kept: int, width: int) -> str:
+    return (
+        f"a row keeps {kept} experts, the plan has room for {width}: the method keeps more than its `max_kept` says. "
+        "Correct it, or use backend=dense."
+    )
