@@ -81,7 +81,9 @@ def _evaluation(commands: Any) -> None:
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument("suite", choices=["nano", "paper"])
     parser.add_argument(
-        "--backbone", metavar="NAME", help="paper: a profile of configs/reproduce, a model folder or a hub id (default: local-small)"
+        "--backbone",
+        metavar="NAME",
+        help="paper: a profile of configs/reproduce, or a base model as for --pretrained (default: local-small)",
     )
     parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
