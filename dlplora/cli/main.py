@@ -83,7 +83,7 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help="paper: a profile of configs/reproduce, or a base model as for --pretrained (default: local-small)",
+        help="paper: a profile of configs/reproduce, or a base model as in --pretrained (default: local-small)",
     )
     parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")

@@ -145,7 +145,7 @@ def _write_model(file: Path, folder: Path) -> None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
             )
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, ImportError, EOFError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, EOFError) as error:  # RuntimeError: sizes do not match
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(f"cannot read {file} as a GGUF model: {reason}") from error
     model, report = loaded
