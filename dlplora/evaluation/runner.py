@@ -20,7 +20,7 @@ from dlplora.evaluation.identity import backbone_identity, chosen_dtype, folder_
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_task_facts
 from dlplora.evaluation.protocol import Protocol
-from dlplora.inference.backbones import nano_asset, resolve_backbone
+from dlplora.inference.backbones import nano_asset
 from dlplora.inference.loading import method_asset
 from dlplora.inference.saving import read as saved_model
 from dlplora.methods.base import FusionMethod

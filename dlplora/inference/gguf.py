@@ -12,22 +12,18 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import logging
 import os
 import shutil
 import struct
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dlplora.adapters.files import file_sha256
 from dlplora.atomic import write_json
 from dlplora.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from dlplora.progress import Progress
 
 ENV_CACHE = "DLPLORA_CACHE"
 SOURCE_NAME = "source.json"
@@ -36,6 +32,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 FORMAT = 1
 """Of the converted folder; another one is another folder."""
 _SPARE = 50_000_000
+_STEPS = 3
 _TYPE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _HEADER_LIMIT = 1 << 16
@@ -107,10 +104,10 @@ def _convert(file: Path, checksum: str, target: Path) -> None:
     for left in target.parent.glob(f".{target.name}.*.tmp"):  # of a process that was killed; the lock is ours
         shutil.rmtree(left, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    started = time.perf_counter()
-    logger.warning("converting %s (%.0f MB) into %s, once; this takes about a minute ...", file.name, file.stat().st_size / 1e6, target)
+    what = f"converting {file.name} for {target.parent}, once"
     try:
-        _write_model(file, temporary)
+        with Progress(what, _STEPS) as progress:
+            _write_model(file, temporary, progress.update)
         source = {
             "file": file.name,
             "sha256": checksum,
@@ -126,11 +123,10 @@ def _convert(file: Path, checksum: str, target: Path) -> None:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    logger.warning("converted %s in %.0f s", file.name, time.perf_counter() - started)
 
 
-def _write_model(file: Path, folder: Path) -> None:
-    """Dequantise a GGUF file and save it as model and tokenizer.
+def _write_model(file: Path, folder: Path, advance: Callable[[], object]) -> None:
+    """Dequantise a GGUF file and save it as model and tokenizer; ``advance`` is called ``_STEPS`` times.
 
     Raises:
         ConfigError: If transformers cannot read it, or the disk is too full.
@@ -144,17 +140,20 @@ def _write_model(file: Path, folder: Path) -> None:
         with torch.device("meta"):
             fresh = AutoModelForCausalLM.from_config(config)
     _require_disk(sum(one.numel() for one in fresh.parameters()) * 4, folder.parent)
-    with _read_errors(file), _no_bar_in_log_files():
+    with _read_errors(file), redirect_stderr(io.StringIO()):  # transformers has a bar of its own
         tokenizer = AutoTokenizer.from_pretrained(**source)
+        advance()
         loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     if report["missing_keys"]:
         raise ConfigError(f"{file}: {len(report['missing_keys'])} weights are missing, the first is {min(report['missing_keys'])}.")
+    advance()
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _name_bfloat16(folder / "config.json")
+    advance()
 
 
 @contextmanager
@@ -165,11 +164,6 @@ def _read_errors(file: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, EOFError) as error:  # sizes: RuntimeError
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(f"cannot read {file} as a GGUF model: {reason}") from error
-
-
-def _no_bar_in_log_files() -> AbstractContextManager[Any]:
-    """Keep transformers' progress bar off a standard error that is no terminal."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 def _name_bfloat16(path: Path) -> None:

@@ -101,8 +101,13 @@ def file(master: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(master, tmp_path / "tiny.gguf"))
 
 
-def test_the_converted_model_is_the_model(file: Path, cache: Path, tiny_llama: Any, tiny_tokenizer: Any) -> None:
+def test_the_converted_model_is_the_model(
+    file: Path, cache: Path, tiny_llama: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, tokenizer = load_backbone(file, dtype="float32")
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("converting tiny.gguf for ")
+    assert "3" in last
     text = "the cat sees a plum . Mia"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -143,9 +148,9 @@ def test_conversion_happens_once(file: Path, cache: Path, monkeypatch: pytest.Mo
     written: list[Path] = []
     real = gguf._write_model
 
-    def counted(source: Path, folder: Path) -> None:
+    def counted(source: Path, folder: Path, advance: Any) -> None:
         written.append(folder)
-        real(source, folder)
+        real(source, folder, advance)
 
     monkeypatch.setattr(gguf, "_write_model", counted)
     found: list[Path] = []
@@ -165,8 +170,8 @@ def test_conversion_happens_once(file: Path, cache: Path, monkeypatch: pytest.Mo
 def test_an_interrupted_conversion_leaves_nothing_that_is_used(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gguf._write_model
 
-    def killed(source: Path, folder: Path) -> None:
-        real(source, folder)
+    def killed(source: Path, folder: Path, advance: Any) -> None:
+        real(source, folder, advance)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gguf, "_write_model", killed)
