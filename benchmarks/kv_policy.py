@@ -82,7 +82,8 @@ def measure(setting: str, repeats: int) -> dict[str, Any]:
     view, new_tokens = VIEWS[setting], NEW_TOKENS[setting]
     docs = documents(setting)
     models = {
-        policy: FusedCausalLM.from_pretrained(method="dlp", method_params={"view": view, "kv_policy": policy}) for policy in KV_POLICIES
+        policy: FusedCausalLM.from_pretrained(method="dlp", method_params={"view": view, "kv_policy": policy}, device="cpu")
+        for policy in KV_POLICIES
     }
     batches = [docs[i : i + BATCH] for i in range(0, len(docs), BATCH)]
     scores: dict[str, list[float]] = {policy: [] for policy in KV_POLICIES}

@@ -169,6 +169,7 @@ def run_case(case: Case, limit: int, embedding: torch.nn.Module) -> Point:
             method_params=dict(case.params),
             artifacts={role: path for role, path in folders.items() if role != "pool"},
             names=case.experts or None,
+            device="cpu",
         )
     method: Any = fused.method
     if case.flip_rate and isinstance(method, DLP) and method.router is not None:
@@ -200,7 +201,7 @@ def main() -> None:
     path = sweep_path("nano", "selection", root)
     points = list(read_sweep(path).points) if path.is_file() else []
     known = {(one.sweep, one.series, one.x, one.settings["order"]) for one in points}
-    embedding = FusedCausalLM.from_pretrained(None, method="base").model.get_input_embeddings()
+    embedding = FusedCausalLM.from_pretrained(None, method="base", device="cpu").model.get_input_embeddings()
     for case in cases():
         if case.key in known:
             continue

@@ -45,7 +45,7 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
     """The protocol of ``dlplora eval`` with what the command line changes."""
     from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
 
-    overrides: dict[str, Any] = {key: getattr(arguments, key) for key in ("suite", "data_root") if getattr(arguments, key)}
+    overrides: dict[str, Any] = {key: getattr(arguments, key) for key in ("suite", "data_root", "dtype") if getattr(arguments, key)}
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
     if arguments.pretrained:
@@ -71,11 +71,8 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
         folders["others"] = {"trained": Path(arguments.trained)}
     params = dict(parse_parameter(text) for text in arguments.method_param)
     protocol, artifacts = _protocol(arguments), Artifacts(**folders)
-    name = Path(arguments.protocol).stem
-    return [
-        prepare(protocol, name, method, arguments.seed, artifacts=artifacts, method_params=params, limit=arguments.limit)
-        for method in methods
-    ]
+    common: dict[str, Any] = {"method_params": params, "limit": arguments.limit, "device": arguments.device, "artifacts": artifacts}
+    return [prepare(protocol, Path(arguments.protocol).stem, method, arguments.seed, **common) for method in methods]
 
 
 def run_eval(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``dlplora generate``: text, and who spoke."""
+"""``dlplora generate``: text, and with ``--trace`` the routing weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def _prompt_text(arguments: argparse.Namespace) -> str:
         text = text.replace("\\n", "\n")
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes that its locale cannot read
         raise GenerationError("the prompt is not text in the terminal's encoding; pass UTF-8 and set PYTHONUTF8=1 or LC_ALL=C.UTF-8.")
-    if arguments.raw or arguments.pretrained or not text.strip() or text.rstrip().endswith("Answer:"):
+    if arguments.chat or arguments.raw or arguments.pretrained or not text.strip() or text.rstrip().endswith("Answer:"):
         return text
     return f"{text.rstrip()}\nAnswer:"
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """Generate greedily and print the text; with ``--trace`` also each routed sentence."""
+    """Generate greedily and print the text; with ``--trace`` also the routing weights of each routed sentence."""
     from dlplora.cli.terminal import quiet_loading
     from dlplora.inference.fused_model import FusedCausalLM
-    from dlplora.types import PromptBatch
 
+    text = _prompt_text(arguments)
     quiet_loading(arguments.pretrained)
     model = FusedCausalLM.from_pretrained(
         arguments.pretrained,
@@ -37,12 +37,13 @@ def run_generate(arguments: argparse.Namespace) -> int:
         multitask=arguments.multitask,
         method=arguments.method,
         artifacts={"trained": arguments.trained} if arguments.trained else None,
+        device=arguments.device,
+        dtype=arguments.dtype or "auto",
     )
-    prompts = PromptBatch.from_texts([_prompt_text(arguments)], model.tokenizer, task_names=[arguments.task])
     trace: list[dict[str, Any]] = []
-    ids = model.generate(prompts=prompts, max_new_tokens=arguments.max_new_tokens, do_sample=False, trace=trace)
-    width = prompts.input_ids.shape[1]
-    print(model.tokenizer.decode(ids[0, -(ids.shape[1] - min(width, ids.shape[1])) :], skip_special_tokens=True).strip())
+    prompt = [{"role": "user", "content": text}] if arguments.chat else text
+    added = model.generate_text(prompt, max_new_tokens=arguments.max_new_tokens, task_names=arguments.task, do_sample=False, trace=trace)
+    print(added.strip())
     if arguments.trace:
         for entry in trace:
             weights = ", ".join(f"{name} {weight:.2f}" for name, weight in sorted(entry["weights"].items(), key=lambda pair: -pair[1]))

@@ -14,6 +14,7 @@ from typing import Any
 
 from dlplora import __version__
 from dlplora.cli.new_method import add_new_method
+from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.cli.serve import add_serve
 from dlplora.errors import ConfigError, DLPLoRAError
@@ -48,7 +49,9 @@ def _lazy(module: str, function: str) -> Command:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pretrained", metavar="MODEL", help="backbone: folder or hub id (default: the embedded nano backbone)")
+    parser.add_argument(
+        "--pretrained", metavar="MODEL", help="base model: folder, FILE.gguf, smollm2-135m or hub id (default: the embedded nano model)"
+    )
     parser.add_argument("--pool", metavar="DIR", help="folder of PEFT LoRA folders")
     parser.add_argument("--router", metavar="DIR", help="folder of a trained router")
     parser.add_argument("--multitask", metavar="DIR", help="folder of the adapter trained on all tasks")
@@ -72,12 +75,15 @@ def _evaluation(commands: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     _add_model_options(parser)
+    add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
 
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument("suite", choices=["nano", "paper"])
     parser.add_argument(
-        "--backbone", metavar="NAME", help="paper: a profile of configs/reproduce, a model folder or a hub id (default: local-small)"
+        "--backbone",
+        metavar="NAME",
+        help="paper: a profile of configs/reproduce, or a base model as in --pretrained (default: local-small)",
     )
     parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
@@ -167,10 +173,11 @@ def _information(commands: Any) -> None:
 
 
 def _generation(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="generate text and show which experts spoke")
+    parser = commands.add_parser("generate", help="generate text; --trace prints the routing weights")
     parser.add_argument("prompt", help="a typed \\n is a line break unless --raw is given")
     parser.add_argument("--method", default="dlp")
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message, through the tokenizer's chat template")
     parser.add_argument("--trace", action="store_true", help="sentence by sentence: experts and weights")
     parser.add_argument(
         "--raw",
@@ -179,6 +186,7 @@ def _generation(commands: Any) -> None:
     )
     parser.add_argument("--task", help="task name, for methods that need it (oracle)")
     _add_model_options(parser)
+    add_device_options(parser)
     parser.set_defaults(run=_lazy("generate", "run_generate"))
     parser = add_serve(commands)
     _add_model_options(parser)

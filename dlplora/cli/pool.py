@@ -8,9 +8,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.information import markdown
+
+if TYPE_CHECKING:
+    from dlplora.modules.lora_bank import AdapterBank
 
 
 def _show(rows: Sequence[Mapping[str, Any]], style: str) -> None:
@@ -125,7 +128,7 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
     for name in pool.names:
         for hint in inspect_adapter(name, pool.folders[name]).hints:
             _note(f"note: {name}: {hint}")
-    bank = AdapterBank.from_pool(arguments.folder)
+    bank, where = _checked_bank(arguments)
     fits = ""
     if arguments.pretrained:
         from dlplora.inference.backbone_check import check_pool_fits
@@ -133,9 +136,22 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
         fits = f"; they fit {check_pool_fits(pool, bank, arguments.pretrained, arguments.revision)}"
     print(
         f"{counted(bank.num_experts, 'adapter')} fit together: {len(bank.modules)} modules, largest rank {bank.rank}, "
-        f"{size(bank.nbytes)} in float32{fits}"
+        f"{size(bank.nbytes)} in {where}{fits}"
     )
     return 0
+
+
+def _checked_bank(arguments: argparse.Namespace) -> tuple[AdapterBank, str]:
+    """The bank as it would be loaded, and its dtype and device in words; float32 on the CPU unless others are asked for."""
+    from dlplora.inference.backbones import resolve_backbone
+    from dlplora.inference.devices import choose_device, dtype_name, resolve_dtype
+    from dlplora.modules.lora_bank import AdapterBank
+
+    device = choose_device(arguments.device or "cpu")
+    source = resolve_backbone(arguments.pretrained) if arguments.pretrained else None
+    dtype = resolve_dtype(arguments.dtype or "float32", device, source)
+    bank = AdapterBank.from_pool(arguments.folder, dtype=dtype, device=device)
+    return bank, dtype_name(dtype) + ("" if device.type == "cpu" else f" on {device}")
 
 
 def run_pool_inspect(arguments: argparse.Namespace) -> int:
@@ -200,6 +216,14 @@ def run_pool_add(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_device_options(parser: Any, device: str = "the best of this machine", dtype: str = "auto") -> None:
+    """``--device`` and ``--dtype``, with what their defaults are in words."""
+    parser.add_argument("--device", metavar="NAME", help=f"auto, cpu, cuda, cuda:N or mps (default: {device})")
+    parser.add_argument(
+        "--dtype", metavar="NAME", help=f"float32, float16, bfloat16, or auto: the checkpoint's if it is fast here (default: {dtype})"
+    )
+
+
 def add_parser(commands: Any, lazy: Any) -> None:
     """Declare ``dlplora pool``; ``lazy(module, function)`` makes the command that imports when it runs."""
     pool = commands.add_parser("pool", help="look at a folder of adapters, or add one to it")
@@ -214,8 +238,9 @@ def add_parser(commands: Any, lazy: Any) -> None:
 
     parser = inner.add_parser("check", help="read every adapter and say what does not fit")
     parser.add_argument("folder", metavar="POOL", help=where)
-    parser.add_argument("--pretrained", metavar="MODEL", help="also compare with this backbone, by its config.json")
-    parser.add_argument("--revision", help="of the backbone on the hub")
+    parser.add_argument("--pretrained", metavar="MODEL", help="also compare with this base model, by its config.json")
+    parser.add_argument("--revision", help="of the base model on the hub")
+    add_device_options(parser, "cpu", "float32")
     parser.set_defaults(run=lazy("pool", "run_pool_check"))
 
     parser = inner.add_parser("inspect", help="a table of all adapters below a folder, from their headers, with a hint for each problem")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlplora.cli.pool import add_device_options
 from dlplora.errors import ConfigError, DLPLoRAError
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override a parameter of the method")
     parser.add_argument("--suite", metavar="NAME", help="suite with training rows, for methods that need examples: nano, local:TASK,TASK")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: float32)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:0, mps")
+    add_device_options(parser)
     parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once (default: 16)")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; one more gets 429 (default: 64)")
     parser.add_argument("--max-model-len", type=int, help="tokens of a request, prompt included (default: the model's, at most 4096)")

@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlplora.adapters.files import file_sha256
 from dlplora.adapters.hub import find_pool
 from dlplora.adapters.pool import load_pool
 from dlplora.config import config_hash
 from dlplora.documents import read_json
 from dlplora.errors import DLPLoRAError, TaskError
+from dlplora.evaluation.identity import backbone_identity, chosen_dtype, folder_hash, run_device
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_task_facts
 from dlplora.evaluation.protocol import Protocol
-from dlplora.inference.loading import method_asset, nano_asset, resolve_backbone
+from dlplora.inference.backbones import nano_asset
+from dlplora.inference.loading import method_asset
 from dlplora.inference.saving import read as saved_model
 from dlplora.methods.base import FusionMethod
 from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec, resolved_params
@@ -44,8 +45,6 @@ RESULTS_VERSION = "0.1.0"
 TEST_ITEMS = 100
 """Questions that a generated task has; a local one has the rows of its file."""
 DISAGREEMENT = 0.1
-NOTES = ("recipe.json", "training.json")
-"""Files of an artifact that say how it was made, with times that differ between equal runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +72,6 @@ class Artifacts:
         return found
 
 
-def folder_hash(folder: Path) -> str:
-    """Hash over the weights and JSON files of an artifact folder, names included; notes on how it was trained do not count."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name not in NOTES)
-    return config_hash([[str(path.relative_to(folder)), file_sha256(path)] for path in files])
-
-
-def backbone_identity(name: str | None, revision: str | None) -> dict[str, Any]:
-    """Name and checksum of a local backbone, or hub id and revision; nothing is loaded."""
-    source = resolve_backbone(name)
-    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    label = "nano" if name is None else Path(source).name if weights else source
-    return {"name": label, "revision": revision, "sha256": config_hash([file_sha256(path) for path in weights]) if weights else None}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything a run depends on, resolved before anything is loaded."""
@@ -100,6 +85,8 @@ class Run:
     suite: Suite
     folders: Mapping[str, Path]
     limit: int | None = None
+    device: str | None = None
+    """Where to run; None is the CPU for the embedded model, and the best device of the machine for any other."""
 
     @property
     def prefix(self) -> str:
@@ -124,6 +111,7 @@ class Run:
             "artifacts": self.artifact_hashes(),
             "tasks": {task.name: self.task_version(task) for task in self.suite.tasks},
             "limit": self.limit,
+            **({"device": self.device} if self.device is not None else {}),
             "package": RESULTS_VERSION,
             "schema": SCHEMA_VERSION,
         }
@@ -154,8 +142,9 @@ def prepare(
     artifacts: Artifacts | None = None,
     method_params: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    device: str | None = None,
 ) -> Run:
-    """Resolve a run; every name and folder is checked here.
+    """Resolve a run; every name and folder is checked here. The dtype ``auto`` becomes the one it stands for, which records then name.
 
     Raises:
         DLPLoRAError: For an unknown suite, task or method, a package that the method needs and lacks, or a folder that does not exist.
@@ -176,8 +165,17 @@ def prepare(
     if experts is not None and saved_model(protocol.backbone) is None:  # a saved model brings its own pool and artifacts
         require_artifacts(built, spec.name, folders)
     require_task_facts(built, suite, protocol.tasks or suite.names, experts)
+    protocol = dataclasses.replace(protocol, dtype=chosen_dtype(protocol, device))
     return Run(
-        protocol=protocol, protocol_name=protocol_name, spec=spec, method=built, seed=seed, suite=suite, folders=folders, limit=limit
+        protocol=protocol,
+        protocol_name=protocol_name,
+        spec=spec,
+        method=built,
+        seed=seed,
+        suite=suite,
+        folders=folders,
+        limit=limit,
+        device=device,
     )
 
 
@@ -244,7 +242,6 @@ def open_model(run: Run, cache: EvalCache | None = None) -> Iterator[DLPLoRALM]:
 
 def _load(run: Run) -> DLPLoRALM:
     from dlplora.inference.fused_model import FusedCausalLM
-    from dlplora.lm_eval.distributed import usable_device
     from dlplora.lm_eval.model import DLPLoRALM
 
     protocol = run.protocol
@@ -254,7 +251,7 @@ def _load(run: Run) -> DLPLoRALM:
         method=run.spec,
         artifacts={role: path for role, path in run.folders.items() if role != "pool"},
         dtype=protocol.dtype,
-        device=None if protocol.backbone is None else usable_device(None),
+        device=run_device(protocol.backbone, run.device),
         **protocol.loading(),
         seed=run.seed,
         few_shot=lambda task, num: (run.suite.source or run.suite).task(task).items("train", num),

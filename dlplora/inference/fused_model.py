@@ -16,18 +16,21 @@ from torch import Tensor, nn
 
 from dlplora.adapters.fingerprint import base_fingerprint, check_backbone
 from dlplora.adapters.pool import load_pool
-from dlplora.errors import ConfigError, RoutingError
+from dlplora.errors import RoutingError
 from dlplora.inference import saving
+from dlplora.inference.backbones import nano_asset, resolve_backbone
+from dlplora.inference.devices import choose_device
 from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
 from dlplora.inference.generation import VocabularyTable
-from dlplora.inference.loading import load_backbone, nano_asset, resolve_backbone
+from dlplora.inference.loading import load_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
 from dlplora.inference.prompt_routing import initial_router_input
 from dlplora.inference.prompting import fit_to_context, prompt_tensors
 from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
+from dlplora.inference.text import TextGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec
 from dlplora.modules.lora_bank import AdapterBank
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 _COUNTING = threading.Lock()
 
 
-class FusedCausalLM(nn.Module):
+class FusedCausalLM(TextGeneration, nn.Module):
     """Backbone, bank and method behind one ``forward`` and one ``generate``.
 
     Args:
@@ -108,7 +111,7 @@ class FusedCausalLM(nn.Module):
         multitask: str | Path | None = None,
         method_params: Mapping[str, Any] | None = None,
         artifacts: Mapping[str, str | Path] | None = None,
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype = "auto",
         device: torch.device | str | None = None,
         backend: str = "auto",
         names: Sequence[str] | None = None,
@@ -121,16 +124,17 @@ class FusedCausalLM(nn.Module):
         """Load a backbone, a pool and a method.
 
         Args:
-            pretrained: Model folder, hub id, or a folder written by ``save_pretrained``; None is the embedded nano backbone,
-                and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
-            pool: Folder of PEFT LoRA folders.
+            pretrained: Model folder, GGUF file, short name (``smollm2-135m``), hub id, or a folder written by ``save_pretrained``; None is
+                the embedded nano backbone, and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
+            pool: Folder of PEFT LoRA folders; methods that use no adapter (``base``) need none.
             method: Name of a method configuration, path of a method YAML, what ``load_method_spec`` returns, or a method that is built
                 and belongs to no other model; None is the saved model's, else ``dlp``.
             router, multitask: Artifact folders.
             method_params: Overrides of the method's parameters.
             artifacts: Further artifacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.
-            dtype: ``float32``, ``float16`` or ``bfloat16``; the bank follows it.
-            device: None means CPU.
+            dtype: ``auto`` (the checkpoint's; on a CPU float32, or bfloat16 where that is measured to be faster), ``float32``, ``float16``
+                or ``bfloat16``; the bank follows it.
+            device: None means CUDA, then MPS, then the CPU, whichever is there first.
             backend: See the class.
             names: Experts to use, in this order; None takes the whole pool.
             seed: Seed of methods that draw random numbers.
@@ -142,7 +146,7 @@ class FusedCausalLM(nn.Module):
         Raises:
             DLPLoRAError: Its subclasses name the file, key or size that does not fit.
         """
-        device = torch.device(device or "cpu")
+        device = choose_device(device)
         saved = saving.read(pretrained)
         roles: dict[str, str | Path | None] = {"router": router, "multitask": multitask, **(artifacts or {})}
         if saved is not None:
@@ -153,12 +157,14 @@ class FusedCausalLM(nn.Module):
         if pretrained is None:
             pool = pool or nano_asset("pool")
             roles = {role: path or nano_asset(role) for role, path in roles.items()}
-        if pool is None:
-            raise ConfigError("a pool of adapters is needed for this backbone: pass pool=FOLDER.")
-        opened = load_pool(pool)
+        opened = None if pool is None else load_pool(pool)
+        if opened is None:
+            saving.require_no_adapters(method)
         model, tokenizer = load_backbone(pretrained, dtype=dtype, device=device, **loading)
-        check_backbone(opened, model, resolve_backbone(pretrained))
-        bank = AdapterBank.from_pool(pool, names, dtype=model.dtype, device=device)
+        bank = AdapterBank.empty()
+        if opened is not None:
+            check_backbone(opened, model, resolve_backbone(pretrained))
+            bank = AdapterBank.from_pool(opened.path, names, dtype=model.dtype, device=device)
         context = MethodContext(
             tokenizer=tokenizer,
             embedding=model.get_input_embeddings(),

@@ -1,8 +1,7 @@
-"""Finding and loading backbones: a folder, a hub id, or the embedded one; as they are or quantised."""
+"""Loading base models: a folder, a hub id, or the embedded one; as they are or quantised."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 
 from dlplora.adapters.hub import hub_failure
-from dlplora.config import ASSETS_ROOT
 from dlplora.errors import ConfigError
+from dlplora.inference.backbones import nano_asset, near_name, resolve_backbone
+from dlplora.inference.devices import resolve_dtype
 from dlplora.inference.quantization import bitsandbytes_config, check_widths, is_quantized
 
-NANO_ASSETS = ASSETS_ROOT / "nano"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _KEPT: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("kept backbones", default=None)
 
 
@@ -34,55 +32,9 @@ def backbones_kept() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def nano_asset(role: str) -> Path:
-    """Folder of one embedded asset: ``backbone``, ``pool``, ``router`` or ``multitask``."""
-    return NANO_ASSETS / role
-
-
 def method_asset(role: str, preset: str) -> Path:
     """Folder of the embedded asset that a preset reads in a role; trained gates are its own."""
     return nano_asset(f"trained/{preset}" if role == "trained" else role)
-
-
-def resolve_dtype(name: str | torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The dtype of that name, refused where it would be emulated.
-
-    Raises:
-        ConfigError: If the name is unknown, or bfloat16 is asked for on a CPU without instructions for it.
-    """
-    dtype = name if isinstance(name, torch.dtype) else _DTYPES.get(str(name))
-    if dtype is None:
-        raise ConfigError(f"unknown dtype '{name}'. Known: {', '.join(_DTYPES)}.")
-    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not _cpu_has_bfloat16():
-        raise ConfigError("this CPU has no bfloat16 instructions, which makes bfloat16 about a hundred times slower; use dtype=float32.")
-    return dtype
-
-
-def _cpu_has_bfloat16() -> bool:
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported()) or torch.backends.cpu.get_cpu_capability() in {"SVE256"}
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
-
-
-def resolve_backbone(name: str | Path | None) -> str:
-    """A local folder wins over a hub id; None is the embedded nano backbone.
-
-    Raises:
-        ConfigError: If the name can only be a path and does not exist, or the folder has no ``config.json``.
-    """
-    if name is None:
-        return str(nano_asset("backbone"))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} is not a model folder: config.json is missing.")
-        return str(folder)
-    if isinstance(name, Path) or _looks_like_path(str(name)):
-        raise ConfigError(f"model folder not found: {name}.")
-    return str(name)
 
 
 def load_backbone(
@@ -91,15 +43,16 @@ def load_backbone(
     """A causal LM in eval mode and its tokenizer, from a folder or the hub, or kept from before (``backbones_kept``).
 
     Args:
-        name: Model folder or hub id; None is the embedded nano backbone.
-        dtype: Of weights and products; of what is not quantised in a quantised model.
+        name: What ``resolve_backbone`` takes: model folder, GGUF file, short name or hub id; None is the embedded nano backbone.
+        dtype: Of weights and products; of what is not quantised in a quantised model. ``auto``: see ``resolve_dtype``.
         device: Where the model goes.
         options: Of ``read_backbone``: revision, quantisation, attention, ``trust_remote_code``.
 
     Raises:
         ConfigError: If it is not found or cannot be loaded; one line with what was looked for, where, and how to supply it.
     """
-    source, torch_dtype, kept = resolve_backbone(name), resolve_dtype(dtype, device), _KEPT.get()
+    source, kept = resolve_backbone(name), _KEPT.get()
+    torch_dtype = resolve_dtype(dtype, device, None if name is None else source, options.get("revision"))
     key = (source, torch_dtype, str(torch.device(device)), repr(sorted(options.items(), key=lambda pair: pair[0])))
     if kept is not None and key in kept:
         return kept[key]
@@ -193,7 +146,7 @@ def _why_not(source: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, OSError):
         looked = hub_failure(source, revision, constants.HF_HUB_OFFLINE, reason)
         return (
-            f"cannot load backbone '{source}': there is no such folder, and {looked} "
+            f"cannot load backbone '{source}': there is no such folder, and {looked}{near_name(source)} "
             f"Pass a local model folder, or fetch it once with a connection: hf download {source}."
         )
     return f"cannot load backbone '{source}': {reason}"

@@ -75,11 +75,15 @@ class Planner:
         return "reference" if self.backend == "reference" else "dense"
 
     def route(self, prompts: PromptBatch) -> Tensor | None:
-        """Routing weights (B, E) of the method, or None if gates decide. Task names reach only methods that declare ``task_id``.
+        """Routing weights (B, E) of the method, or None if gates decide, or without any expert.
+
+        Task names reach only methods that declare ``task_id``.
 
         Raises:
             RoutingError: If they have another shape.
         """
+        if self.bank.num_experts == 0:
+            return None
         if "task_id" not in self.method.metadata.needs:
             prompts = prompts.without_task_names()
         weights = self.method.route(prompts)

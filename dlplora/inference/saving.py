@@ -71,7 +71,7 @@ def save(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty; give a new folder.")
     specs = {name: bank.specs[name] for name in bank.names if name in bank.specs}
-    if len(specs) != bank.num_experts:
+    if not specs or len(specs) != bank.num_experts:
         raise ConfigError("only a bank that was loaded from adapter folders can be saved; this one was made from tensors.")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -133,6 +133,18 @@ def untrained_method(name: str) -> MethodError:
         f"method '{name}' has to be trained first: dlplora fit --config configs/train/fusion.yaml "
         f"--model.init_args.method={name}. Then pass trained=FOLDER."
     )
+
+
+def require_no_adapters(method: str | MethodSpec | FusionMethod) -> None:
+    """Check that a method can do without a pool.
+
+    Raises:
+        ConfigError: If it uses adapters.
+    """
+    spec = load_method_spec(method) if isinstance(method, str) else method
+    name, used = (spec.name, spec) if isinstance(spec, FusionMethod) else (spec.name, method_class(spec.method))
+    if used.metadata.granularity != "none":
+        raise ConfigError(f"method '{name}' needs a pool of adapters: pass pool=FOLDER, or method=base for the base model alone.")
 
 
 def choose_method(

@@ -14,6 +14,7 @@ import torch
 
 from dlplora.config import build
 from dlplora.errors import ConfigError
+from dlplora.inference.devices import require_device
 from dlplora.lm_eval.distributed import usable_device
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -90,16 +91,7 @@ def present_device(name: str | None) -> torch.device:
     Raises:
         ConfigError: If the name is no device, or none that a model can run on here.
     """
-    device = usable_device(name)
-    if device.type == "cpu":
-        return device
-    here = torch.accelerator.current_accelerator()
-    count = torch.accelerator.device_count() if here is not None and here.type == device.type else 0
-    if (device.index or 0) >= count:
-        raise ConfigError(
-            f"device '{device}' is not here: this machine has {count} of that kind. Use cpu, or one that `dlplora doctor` lists."
-        )
-    return device
+    return require_device(usable_device(name))
 
 
 def require_fit(options: Mapping[str, Any], config: Any, num_tokens: int) -> None:

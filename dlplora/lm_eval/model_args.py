@@ -43,7 +43,7 @@ class ModelArgs:
     method_params: dict[str, Any] = field(default_factory=dict)
     """Settings that override the method file's."""
     pretrained: str | None = None
-    """Folder or hub id of the backbone."""
+    """Folder, GGUF file, short name (``smollm2-135m``) or hub id of the backbone."""
     pool: str | None = None
     """Folder of the adapters."""
     router: str | None = None
@@ -58,8 +58,8 @@ class ModelArgs:
     """Experts to keep, in this order; None keeps the pool's."""
     backend: str = "auto"
     """Kernel backend."""
-    dtype: str = "float32"
-    """Type of base and adapter weights."""
+    dtype: str = "auto"
+    """Type of base and adapter weights; ``auto`` takes the checkpoint's, or float32 on a CPU where that is slow."""
     device: str | None = None
     """Torch device. ``cuda`` becomes ``cpu`` where there is no CUDA device: lm-eval itself always passes ``cuda:0``."""
     revision: str | None = None

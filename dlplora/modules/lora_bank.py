@@ -68,8 +68,8 @@ class AdapterBank:
         *,
         narrowed: bool = False,
     ) -> None:
-        if not names:
-            raise AdapterError("a bank needs at least one adapter.")
+        if modules and not names:
+            raise AdapterError("a bank with adapted modules needs at least one adapter.")
         if len(set(names)) != len(names):
             raise AdapterError(f"adapter names must be unique, got {', '.join(names)}.")
         self.names = tuple(names)
@@ -104,7 +104,13 @@ class AdapterBank:
     def from_peft(
         cls, folders: Mapping[str, str | Path], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> AdapterBank:
-        """Load PEFT folders under the names given, in that order."""
+        """Load PEFT folders under the names given, in that order.
+
+        Raises:
+            AdapterError: If none is given, or one cannot be read.
+        """
+        if not folders:
+            raise AdapterError("a bank needs at least one adapter.")
         return cls._from_read({name: read_adapter(path, name) for name, path in folders.items()}, dtype, device)
 
     @classmethod
@@ -127,6 +133,11 @@ class AdapterBank:
         paths = sorted({module for _, weights in read.values() for module in weights})
         weights = {module: [read[name][1].get(module) for name in names] for module in paths}
         return cls.from_tensors(names, weights, dtype=dtype, device=device, specs={name: read[name][0] for name in names})
+
+    @classmethod
+    def empty(cls) -> AdapterBank:
+        """No experts and no modules: the base model as it is, for methods that use no adapter."""
+        return cls((), {})
 
     @property
     def num_experts(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.evaluation.protocol import Protocol, load_protocol
+from dlplora.inference.backbones import is_local_name, resolve_backbone
 from dlplora.inference.shapes import ModelShape, find_shape
 from dlplora.methods.registry import available_presets
 from dlplora.reporting import tables
@@ -93,15 +94,16 @@ def load_profile(name: str) -> tuple[str, Profile]:
     path = configs_root() / "reproduce" / f"{name}.yaml"
     if name in known and name != "any":
         return name, build(Profile, load_yaml(path), str(path))
-    looks_right = Path(name).expanduser().is_dir() or name.count("/") == 1
-    if not looks_right or name == "any":
+    local = is_local_name(name)
+    if name == "any" or not (local or name.count("/") == 1):
         profiles = [one for one in known if one != "any"]
         raise ConfigError(
             f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
-            "or give a model folder, a hub id, or a profile's file."
+            "or give a model folder, a GGUF file, smollm2-135m, a hub id, or a profile's file."
         )
     path = configs_root() / "reproduce" / "any.yaml"
-    return Path(name).name, dataclasses.replace(build(Profile, load_yaml(path), str(path)), backbone=name)
+    backbone = resolve_backbone(name) if local else name
+    return Path(name).name, dataclasses.replace(build(Profile, load_yaml(path), str(path)), backbone=backbone)
 
 
 def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | None]:

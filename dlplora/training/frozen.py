@@ -9,12 +9,13 @@ import torch
 
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import ConfigError
+from dlplora.inference.backbones import resolve_backbone
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def backbone_source(backbone: str | None) -> str:
-    """Folder or hub name of a backbone; None is the embedded nano backbone.
+    """Folder or hub id of a base model, as ``resolve_backbone`` finds it; None is the embedded nano model.
 
     Raises:
         ConfigError: If a local folder is meant and missing, or the package holds no nano backbone.
@@ -26,10 +27,9 @@ def backbone_source(backbone: str | None) -> str:
                 f"the embedded nano backbone is not installed ({folder}). Set model.init_args.backbone to a folder or a hub name."
             )
         return str(folder)
-    looks_local = backbone.startswith((".", "/", "~", "runs/")) or backbone.count("/") > 1
-    if looks_local and not Path(backbone).expanduser().is_dir():
+    if backbone.startswith("runs/") and not Path(backbone).is_dir():  # has one slash, as hub ids have
         raise ConfigError(f"backbone folder not found: {backbone}. Set model.init_args.backbone to a folder or a hub name.")
-    return str(Path(backbone).expanduser()) if looks_local else backbone
+    return resolve_backbone(backbone)
 
 
 def load_tokenizer(backbone: str | None) -> Any:

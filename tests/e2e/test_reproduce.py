@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlplora.cli.main import main
-from dlplora.inference.loading import NANO_ASSETS
+from dlplora.inference.backbones import NANO_ASSETS
 from dlplora.reporting.store import file_checksum, samples_path
 from dlplora.reproduce import artifacts, comparison
 

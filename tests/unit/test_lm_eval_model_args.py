@@ -15,7 +15,7 @@ from dlplora.lm_eval.model_args import ModelArgs, parse_model_args, split_text, 
 def test_nothing_means_the_embedded_model_with_dlp() -> None:
     model, harness = parse_model_args({"batch_size": 4, "device": None})
     assert model == ModelArgs()
-    assert (model.method, model.pretrained, model.pool, model.dtype) == ("dlp", None, None, "float32")
+    assert (model.method, model.pretrained, model.pool, model.dtype) == ("dlp", None, None, "auto")
     assert harness == {"batch_size": 4}
 
 

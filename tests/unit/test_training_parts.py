@@ -14,7 +14,7 @@ import torch
 from dlplora.data.batching import BatchPlan, StepLoader, TaskStream
 from dlplora.data.encoding import collate, encode_items, encode_pairs
 from dlplora.errors import ConfigError, TaskError
-from dlplora.inference.loading import NANO_ASSETS
+from dlplora.inference.backbones import NANO_ASSETS
 from dlplora.modules.router import MiniMLPRouter
 from dlplora.tasks.types import Item
 from dlplora.training.checkpoints import AtomicCheckpointIO

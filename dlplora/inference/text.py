@@ -1,0 +1,169 @@
+"""Text in, text out: ``generate_text``, and what ``transformers.pipeline("text-generation")`` asks of a model.
+
+A conversation is a list of mappings with ``role`` and ``content``; the tokenizer's chat template turns it into a prompt. Everything else
+is a plain prompt, which is tokenised as it stands. Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, overload
+
+from dlplora.errors import GenerationError
+from dlplora.types import PromptBatch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Message: TypeAlias = Mapping[str, str]
+Conversation: TypeAlias = Sequence[Message]
+DEFAULT_NEW_TOKENS = 256
+
+
+class TextGeneration:
+    """Mixed into ``FusedCausalLM``; everything goes through its ``generate``."""
+
+    if TYPE_CHECKING:
+        tokenizer: Any
+
+        @property
+        def device(self) -> torch.device: ...
+        @property
+        def generation_config(self) -> Any: ...
+        @property
+        def max_length(self) -> int: ...
+        def generate(self, texts: str | Sequence[str] | None = None, *, prompts: PromptBatch | None = None, **kwargs: Any) -> Tensor: ...
+
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    output_modalities = ("text",)
+
+    def can_generate(self) -> bool:
+        """True; transformers' pipelines ask."""
+        return True
+
+    @overload
+    def generate_text(
+        self,
+        prompts: str | Conversation,
+        *,
+        max_new_tokens: int | None = None,
+        task_names: str | Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> str: ...
+
+    @overload
+    def generate_text(
+        self,
+        prompts: Sequence[str] | Sequence[Conversation],
+        *,
+        max_new_tokens: int | None = None,
+        task_names: str | Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> list[str]: ...
+
+    def generate_text(
+        self,
+        prompts: str | Conversation | Sequence[str] | Sequence[Conversation],
+        *,
+        max_new_tokens: int | None = None,
+        task_names: str | Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
+        """The text that the model adds to each prompt, special tokens left out.
+
+        Args:
+            prompts: One prompt or a list of prompts; a prompt is a string, or a conversation (a list of mappings with ``role`` and
+                ``content``), which the tokenizer's chat template renders. An empty list gives an empty list.
+            max_new_tokens: Most tokens to add; None takes the generation configuration's, else 256.
+            task_names: The task of each prompt (one name serves all), for methods that need it (``oracle``).
+            kwargs: What else ``generate`` takes, ``do_sample``, ``num_return_sequences`` or ``trace`` for instance.
+
+        Returns:
+            One string for one prompt, a list for a list. With ``num_return_sequences`` of N, always a list, N strings a prompt.
+
+        Raises:
+            GenerationError: If prompts are neither text nor conversations, the tokenizer has no chat template, or ``generate`` refuses.
+        """
+        single = isinstance(prompts, str) or is_conversation(prompts)
+        listed: list[Any] = [prompts] if single else _listed(prompts)
+        if not listed:
+            return []
+        names = [task_names] * len(listed) if task_names is None or isinstance(task_names, str) else list(task_names)
+        if len(names) != len(listed):
+            raise GenerationError(f"{len(names)} task names for {len(listed)} prompts; give one for each, or one for all.")
+        batch = prompt_batch(listed, self.tokenizer, device=self.device, task_names=names)
+        new_tokens = self._text_tokens(max_new_tokens, kwargs)
+        if "prompts" in kwargs or "input_ids" in kwargs:
+            raise GenerationError("generate_text takes its prompts as text; use generate for prompts and input_ids.")
+        ids = self.generate(prompts=batch, max_new_tokens=new_tokens, **kwargs)
+        if not hasattr(ids, "shape"):
+            raise GenerationError("generate_text returns text; use generate for return_dict_in_generate=True.")
+        width = min(batch.input_ids.shape[1], max(1, self.max_length - new_tokens))  # generate cuts longer prompts on the left
+        added = [str(text) for text in self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)]
+        return added[0] if single and len(added) == 1 else added
+
+    def _text_tokens(self, asked: int | None, kwargs: Mapping[str, Any]) -> int:
+        """``max_new_tokens`` of a call."""
+        if asked is not None:
+            return asked
+        given = getattr(kwargs.get("generation_config"), "max_new_tokens", None) or self.generation_config.max_new_tokens
+        return int(given or DEFAULT_NEW_TOKENS)
+
+
+def is_conversation(prompts: Any) -> TypeGuard[Conversation]:
+    """Whether this is one conversation: a list of mappings, as opposed to a list of prompts."""
+    return isinstance(prompts, Sequence) and not isinstance(prompts, str) and bool(prompts) and all(isinstance(m, Mapping) for m in prompts)
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """Several prompts as a list.
+
+    Raises:
+        GenerationError: If one is neither text nor a conversation.
+    """
+    if not isinstance(prompts, Sequence):
+        raise GenerationError(f"prompts must be text, a conversation or a list of either, got {type(prompts).__name__}.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) and not is_conversation(prompt):
+            raise GenerationError(
+                f"prompt {index} must be text or a conversation (a list of mappings with role and content), got {type(prompt).__name__}."
+            )
+    return list(prompts)
+
+
+def prompt_batch(
+    prompts: Sequence[str | Conversation],
+    tokenizer: Any,
+    *,
+    device: torch.device | str = "cpu",
+    task_names: Sequence[str | None] | None = None,
+) -> PromptBatch:
+    """Prompts as tokens; a rendered conversation already holds its special tokens, a text gets the tokenizer's own.
+
+    Raises:
+        GenerationError: If a conversation is malformed, or the tokenizer has no chat template.
+    """
+    texts = [prompt if isinstance(prompt, str) else render(prompt, tokenizer) for prompt in prompts]
+    rows = [tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"] for text, prompt in zip(texts, prompts, strict=True)]
+    return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts)
+
+
+def render(conversation: Conversation, tokenizer: Any) -> str:
+    """A conversation as the chat template writes it, up to where the assistant begins.
+
+    Raises:
+        GenerationError: If a message lacks a role or text, the tokenizer has no chat template, or the template refuses.
+    """
+    from jinja2.exceptions import TemplateError
+
+    for index, message in enumerate(conversation):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise GenerationError(f"message {index} of a conversation needs 'role' and 'content', both text; it has {sorted(message)}.")
+    if not getattr(tokenizer, "chat_template", None):
+        raise GenerationError("the tokenizer has no chat template, so a conversation cannot be turned into a prompt; pass text.")
+    try:
+        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError) as error:
+        raise GenerationError(f"the tokenizer's chat template refuses this conversation: {error}") from error
