@@ -7,20 +7,24 @@ Russian. They are ours, written down from general knowledge of these languages.
 from __future__ import annotations
 
 BEFORE_NAMES = frozenset(
-    "mr mrs ms mx dr drs prof st ste mt ft gen col sgt capt lt cmdr cpl maj adm rev hon fr sen rep gov pres supt det insp messrs mme mlle "
-    "mmes sra srta dra srs don dña sig sigg dott ing dipl hr fru frl herr dhr mevr г-н г-жа ул им акад доц проф".split()
+    "mr mrs ms mx dr drs prof st ste mt ft gen col sgt capt lt cmdr cpl maj adm rev hon fr sen rep gov pres supt det insp messrs mme "
+    "mlle mmes sra srta dra srs don dña sig sigg dott ing dipl hr fru frl herr dhr mevr г-н г-жа ул им акад доц проф".split()
 )
 """Titles: a name follows."""
 
 BEFORE_NUMBERS = frozenset(
-    "no nos nr nrs vol vols fig figs pp pg ch chap sec sect art arts eq eqs ex tab bd kap abb núm num pág págs стр рис гл табл § tel".split()
+    "no nos nr nrs vol vols fig figs pp pg ch chap sec sect art arts eq eqs ex tab bd kap abb núm num pág págs стр рис гл табл § "
+    "tel".split()
 )
 """The stop belongs to the word if a number follows."""
 
-MONTHS_SHORT = frozenset("jan feb mar apr jun jul aug sep sept oct okt nov dec dez déc févr janv avr juil янв февр апр авг сент окт нояб дек".split())
+MONTHS_SHORT = frozenset(
+    "jan feb mar apr jun jul aug sep sept oct okt nov dec dez déc févr janv avr juil янв февр апр авг сент окт нояб дек".split()
+)
 
 NEVER_LAST = frozenset(
-    "e.g i.e vs cf viz z.b d.h bzw bspw evtl ggf vgl sog inkl incl insb approx ca resp p.ex f.eks bl.a dvs t.ex o.a d.w.z bijv т.е напр".split()
+    "e.g i.e vs cf viz z.b d.h bzw bspw evtl ggf vgl sog inkl incl insb approx ca resp p.ex f.eks bl.a dvs t.ex o.a d.w.z bijv т.е "
+    "напр".split()
 )
 """Abbreviations that need something behind them."""
 
@@ -33,14 +37,17 @@ OFTEN_LAST = frozenset(
 SPACED = frozenset(("zb", "dh", "ua", "uä", "oä", "so", "su", "va", "eg", "ie", "те", "тд", "тп"))
 """Two letters of an abbreviation that is written with a space, as in ``z. B.``."""
 
-MONTHS_AND_DAYS = frozenset(
-    "january february march april may june july august september october november december "
-    "januar jänner februar märz mai juni juli oktober dezember janvier février mars avril juin juillet août septembre octobre novembre "
-    "décembre enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre gennaio febbraio aprile maggio "
-    "giugno luglio settembre ottobre dicembre januari februari maart mei augustus maj juni oktober desember joulukuuta "
-    "janeiro fevereiro março maio junho julho setembro outubro dezembro monday tuesday wednesday thursday friday saturday sunday "
-    "montag dienstag mittwoch donnerstag freitag samstag sonntag".split()
-) | MONTHS_SHORT
+MONTHS_AND_DAYS = (
+    frozenset(
+        "january february march april may june july august september october november december "
+        "januar jänner februar märz mai juni juli oktober dezember janvier février mars avril juin juillet août septembre octobre novembre "
+        "décembre enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre gennaio febbraio aprile maggio "
+        "giugno luglio settembre ottobre dicembre januari februari maart mei augustus maj juni oktober desember joulukuuta "
+        "janeiro fevereiro março maio junho julho setembro outubro dezembro monday tuesday wednesday thursday friday saturday sunday "
+        "montag dienstag mittwoch donnerstag freitag samstag sonntag".split()
+    )
+    | MONTHS_SHORT
+)
 
 ORDINAL_LEADS = frozenset("am im der des dem den die zum zur vom beim seit ab bis vor nach jeder jedes jede jeden 's den det d de".split())
 """Words before an ordinal written as number and stop, as in ``der 2. Weltkrieg``."""

@@ -29,22 +29,21 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import GenerationError
 from dlplora.inference.prompt_routing import answer_index, answers_by_line, asked_questions, segment_task, segment_text
-from dlplora.inference.sentences import decides_sentence, known_sentence_ends, last_question, may_end_sentence
+from dlplora.inference.question import routed_tail
+from dlplora.inference.sentences import decides_sentence, known_sentence_ends, may_end_sentence
 from dlplora.modules.fused_linear import RoutingState
 
 VIEWS = ("tail", "window", "whole", "segment")
 WINDOW_TOKENS = 64
 
 
-def view_text(
-    view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any, tail: Callable[[str], str] = last_question
-) -> str:
+def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any, tail: Callable[[str], str] = routed_tail) -> str:
     """What the router reads at a sentence end.
 
     Args:
         view: ``tail``: the prompt's last question and everything generated since; ``window``: the last 64 tokens of prompt and
             text; ``whole``: all of it; ``segment``: the i-th question of the prompt for the i-th answer (``prompt_routing``).
-        prompt: The prompt of the row.
+        prompt: What is routed of the row's prompt (``question_text``).
         generated: Text generated so far.
         num_sentences: Sentences finished so far.
         tokenizer: Counts the tokens of ``window``.
@@ -118,7 +117,7 @@ class SentenceRerouter(StoppingCriteria):
     Args:
         state: The routing state bound for this generation; updated in place.
         route: Texts -> routing weights (N, E); with ``task_names`` it is called with a task name for each text as well.
-        prompts: Prompt text of each row.
+        prompts: What is routed of each row's prompt (``question_text``).
         tokenizer: Decodes generated tokens.
         table: Vocabulary table of the tokenizer.
         prompt_width: Tokens of the padded prompt.
@@ -147,7 +146,7 @@ class SentenceRerouter(StoppingCriteria):
         self.state, self.route, self.prompts, self.tokenizer, self.table = state, route, list(prompts), tokenizer, table
         self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
         self._finished = [0] * len(self.prompts)
-        self._tail = functools.cache(last_question)
+        self._tail = functools.cache(routed_tail)
         self.task_names, self.refresh = task_names, refresh
         self.num_reroutes = 0
         self.deferred = False

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from dlplora.inference.chat_formats import TurnMarkers
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, kept_experts, settling, trace_entry, with_watchers
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
-from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, segment_task
+from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, routed_questions, segment_task
 from dlplora.methods.base import FusedModel, FusionMethod
 from dlplora.modules.fused_linear import RoutingSlot, RoutingState
 from dlplora.types import PromptBatch
@@ -41,6 +42,11 @@ class RoutedModel(FusedModel, Protocol):
         """The base model's configuration."""
         ...
 
+    @property
+    def chat_markers(self) -> TurnMarkers | None:
+        """What the tokenizer's chat template writes around the words of a user."""
+        ...
+
 
 class PlanSwitch(StoppingCriteria):
     """Ends the prefill: from the first generated token on, the layers find the per-row plan in the slot. Never stops anything."""
@@ -59,7 +65,7 @@ class RoutedGeneration:
 
     Args:
         fused: The model.
-        prompts: What the router reads, one a row.
+        prompts: The prompts, one a row; the router reads their questions.
         ids, mask: Left-padded prompts (B, T) as they are processed.
         copies: Sequences a prompt (``num_return_sequences``, or beams).
         trace: A list that receives one dict per routed sentence.
@@ -69,6 +75,7 @@ class RoutedGeneration:
         self, fused: RoutedModel, prompts: PromptBatch, ids: Tensor, mask: Tensor, copies: int, trace: list[dict[str, Any]] | None
     ) -> None:
         self.fused, self.prompts, self.ids, self.mask, self.copies, self.trace = fused, prompts, ids, mask, copies, trace
+        self.questions = routed_questions(prompts, fused.tokenizer, fused.chat_markers)
         self._watcher: SentenceRerouter | None = None
         self.sentences = fused.method.granularity == "sentence"
 
@@ -78,7 +85,7 @@ class RoutedGeneration:
         if state is None:
             return None
         if self.trace is not None:
-            read = initial_router_input(self.fused.method.view, self.prompts, self.fused.tokenizer) if self.sentences else self.prompts
+            read = initial_router_input(self.fused.method.view, self.questions, self.fused.tokenizer) if self.sentences else self.questions
             for row, text in enumerate(read.texts):
                 self.trace.append(trace_entry(row, 0, text, state.per_row()[row], self.fused.bank.names))
         piecewise = self.sentences and self.fused.method.prompt_routing != "whole"
@@ -134,7 +141,7 @@ class RoutedGeneration:
         return SentenceRerouter(
             state,
             self._route,
-            [text for text in self.prompts.texts for _ in range(self.copies)],
+            [text for text in self.questions.texts for _ in range(self.copies)],
             fused.tokenizer,
             self._vocabulary(),
             self.ids.shape[1],

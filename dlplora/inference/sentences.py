@@ -3,8 +3,9 @@
 A sentence ends
 
 * at a line break, if the line holds anything;
-* at a character that Unicode lists as ``Sentence_Terminal`` (``.``, ``!``, ``?``, ``。``, ``؟``, ``।`` and those of the other scripts) or an
-  ellipsis, closing quotes, brackets and emphasis included. ASCII stops and the ellipsis need white space behind them, the others do not.
+* at a character that Unicode lists as ``Sentence_Terminal`` (``.``, ``!``, ``?``, ``。``, ``؟``, ``।`` and those of the other scripts)
+  or at an ellipsis, closing quotes, brackets and emphasis included. ASCII stops and the ellipsis need white space behind them, the
+  others do not.
 
 What belongs together is one end: ``yes.`` and the line break behind it, ``?!``, ``。。。``. What follows decides:
 
