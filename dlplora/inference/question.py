@@ -32,6 +32,7 @@ _LLAMA2_SYSTEM = regex.compile(r"<<SYS>>.*?<</SYS>>\s*", regex.DOTALL)
 _CUE = regex.compile(r"#{0,3} ?(?:\*\*)?[^\s:：][^\n:：]{0,40}[:：](?:\*\*)?")
 _GAP = regex.compile(r"\n[^\S\n]*\n\s*")
 _INST = regex.compile(r"\[INST\]")
+_LIST_NUMBER = regex.compile(r"\d+\.\s")
 _NUMBERED = regex.compile(r"(?m)^1\.\s")
 _GLUED = regex.compile(r"(?<=\p{Ll}[.!?][\"'”’)]*)(?=\p{Lu}\p{Ll})|(?<=[。！？])(?=\S)")
 _SYSTEM_OPENING = regex.compile(
@@ -104,7 +105,9 @@ def document_texts(document: Any) -> tuple[str, ...]:
 
 def routed_tail(question: str) -> str:
     """The last question of a routed text with whatever follows it; what a re-route reads before the generated text (view ``tail``)."""
-    spans = [(start, end) for start, end in question_spans(question)]
+    spans = list(question_spans(question))
+    if sum(_LIST_NUMBER.match(question, start) is not None for start, _ in spans) > 1:
+        return question[slice(*spans[-1])]  # one cue for a whole list; `segment` is the view that knows whose turn it is
     while len(spans) > 1 and is_cue(question[slice(*spans[-1])]):
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return question[slice(*spans[-1])] if spans else question.strip()

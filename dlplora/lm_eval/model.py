@@ -181,8 +181,8 @@ class DLPLoRALM(HFLM):
         return rendered
 
     def _note_cut(self, prompt: Prompt) -> None:
-        if prompt.key not in self._cut:
-            self._cut.add(prompt.key)
+        if (key := prompt.key[:2]) not in self._cut:
+            self._cut.add(key)
             self.statistics.count("truncated")
 
     def _bound(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
