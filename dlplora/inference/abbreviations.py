@@ -7,7 +7,7 @@ Russian. They are ours, written down from general knowledge of these languages.
 from __future__ import annotations
 
 BEFORE_NAMES = frozenset(
-    "mr mrs ms mx dr drs prof st ste mt ft gen col sgt capt lt cmdr cpl maj adm rev hon fr sen rep gov pres supt det insp messrs mme "
+    "mr mrs ms mx sr dr drs prof st ste mt ft gen col sgt capt lt cmdr cpl maj adm rev hon fr sen rep gov pres supt det insp messrs mme "
     "mlle mmes sra srta dra srs don dña sig sigg dott ing dipl hr fru frl herr dhr mevr г-н г-жа ул им акад доц проф".split()
 )
 """Titles: a name follows."""
@@ -23,19 +23,22 @@ MONTHS_SHORT = frozenset(
 )
 
 NEVER_LAST = frozenset(
-    "e.g i.e vs cf viz z.b d.h bzw bspw evtl ggf vgl sog inkl incl insb approx ca resp p.ex f.eks bl.a dvs t.ex o.a d.w.z bijv т.е "
+    "e.g i.e vs cf viz z.b d.h bzw bspw evtl ggf vgl sog inkl incl insb approx ca resp p.ex f.eks bl.a dvs t.ex o.a d.w.z bijv см т.е "
     "напр".split()
 )
 """Abbreviations that need something behind them."""
 
 OFTEN_LAST = frozenset(
-    "etc inc ltd co corp jr sr bros dept univ assn ave blvd rd gmbh usw ed eds est al a.m p.m op.cit ecc etcétera osv m.fl o.dgl u.s.w "
+    "etc inc ltd co corp jr bros dept univ assn ave blvd rd gmbh usw ed eds est al a.m p.m op.cit ecc etcétera osv m.fl o.dgl u.s.w "
     "т.д т.п др гг вв".split()
 )
 """Abbreviations that may end a sentence: a capital letter behind them says so."""
 
-SPACED = frozenset(("zb", "dh", "ua", "uä", "oä", "so", "su", "va", "eg", "ie", "те", "тд", "тп"))
-"""Two letters of an abbreviation that is written with a space, as in ``z. B.``."""
+SPACED = frozenset("zb dh ua uä oä so su va eg ie те pex".split())
+"""Two parts of an abbreviation that is written with a space, as in ``z. B.``; something follows."""
+
+SPACED_LAST = frozenset("тд тп".split())
+"""The same of abbreviations that may end a sentence, as ``и т. д.``."""
 
 MONTHS_AND_DAYS = (
     frozenset(
@@ -64,6 +67,7 @@ ANSWER_LEADS = frozenset(
 SENTENCE_STARTS = frozenset(
     "the this that these those an he she it we they you his her its our their my your there here then next but and so if in on at for "
     "when while after before however also what who where why how is are was were do does did can could will would should yes no not now "
+    "by from to of under over about between during until through may might must such more other another both first second finally ask see "
     "today later let all some many most each every since because although as with once one please "
     "der die das dies diese dieser ein eine er sie es wir ich ihr dann danach aber und denn wenn als im am heute hier dort ja nein "
     "le la les un une il elle ils elles nous vous je on puis ensuite mais et dans ce cette ces oui non "

@@ -70,8 +70,8 @@ class _Next:
     """The next word; one character if it is no word."""
     complete: bool
     """Whether the word can grow no further."""
-    initial: bool
-    """Whether it is one letter with a full stop behind it."""
+    stopped: bool
+    """Whether it is at most two letters with a full stop behind it."""
 
     def is_in(self, listed: frozenset[str]) -> bool | None:
         """Whether the word is listed; None while it may still become one of them."""
@@ -93,7 +93,7 @@ def _next_word(text: str, start: int, final: bool) -> _Next | None:
     if match is None:
         return _Next(text[start], True, False)
     complete = match.end() < len(text) or final
-    return _Next(match.group(), complete, len(match.group()) == 1 and text[match.end() : match.end() + 1] == ".")
+    return _Next(match.group(), complete, len(match.group()) < 3 and text[match.end() : match.end() + 1] == ".")
 
 
 def _is_list_mark(text: str, line: int, word: str) -> bool:
@@ -123,11 +123,12 @@ def _letter_ends(letter: str, lead: str, at_line_start: bool, following: _Next) 
     """Whether the stop behind a single letter ends a sentence and is not that of an initial."""
     if letter == "I" and lead:
         return True
-    if len(following.text) == 1 and (following.text.isupper() or (letter + following.text).lower() in words.SPACED):
-        if following.initial:
-            return False
-        if not following.complete:
-            return None  # "B. C" may become "B. C." or "B. Carl"
+    pair = (letter + following.text).lower()
+    initial = len(following.text) == 1 and following.text.isupper()
+    if following.stopped and (initial or pair in words.SPACED or pair in words.SPACED_LAST):
+        return False
+    if not following.complete and (initial or any(one.startswith(pair) for one in words.SPACED | words.SPACED_LAST)):
+        return None  # "B. C" may become "B. C." or "B. Carl"
     if following.text.isdigit():
         return letter not in "pPsSvc§"
     if lead in words.ANSWER_LEADS or letter.islower() or not letter.isupper():
@@ -179,8 +180,11 @@ def _full_stop_ends(text: str, dot: int, after: int, final: bool) -> bool | None
     if following is None:
         return True if final else None
     at_line_start = _LIST_MARK.fullmatch(text, line, start) is not None
-    if at_line_start and (number or (letter and not following.initial)) and _is_list_mark(text, line, word):
+    if at_line_start and (number or (letter and not following.stopped)) and _is_list_mark(text, line, word):
         return False if number or not following.text[:1].isupper() else following.starts_sentence()
+    pair = lead.removesuffix(".") + name
+    if lead.endswith(".") and pair in words.SPACED | words.SPACED_LAST:
+        return pair in words.SPACED_LAST and following.text[:1].isupper()
     if number:
         return _number_ends(lead, following)
     return _letter_ends(word, lead, at_line_start, following) if letter else _abbreviation_ends(word, following)
