@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dlplora.data.wrappers import wrapped
 from dlplora.inference.chat_formats import learn_markers
 from dlplora.inference.prompt_routing import routed_questions
 from dlplora.inference.prompting import chat_prompts, prompt_tensors
@@ -177,3 +178,14 @@ def test_nano_prompts_and_composites_are_routed_as_they_are() -> None:
     for reading in ("concat", "serial"):
         for composite in composites(suite, reading, 3, 10):
             assert question_text(composite.prompt) == composite.prompt
+
+
+def test_training_noise_is_what_the_rule_takes_off() -> None:
+    prompts = [ASKED, TOLD] * 50
+    assert wrapped(prompts, 0.0, 0) == prompts
+    noisy = wrapped(prompts, 1.0, 0)
+    assert noisy == wrapped(prompts, 1.0, 0) != wrapped(prompts, 1.0, 1)
+    assert all(plain in one and plain != one for plain, one in zip(prompts, noisy, strict=True))
+    assert 30 < sum(one == plain for one, plain in zip(wrapped(prompts, 0.5, 0), prompts, strict=True)) < 70
+    found = [question_text(one) for one in noisy]
+    assert sum(one == plain for one, plain in zip(found, prompts, strict=True)) > 75  # a system text on the line before cannot be told
