@@ -382,8 +382,7 @@ class DLPLoRALM(HFLM):
         self.statistics.count("reroutes", len(later))
         for entry in later:
             self.statistics.routes[questions[entry["row"]]].append((entry["at"], entry["weights"]))
-        marker = self.think_end_token
-        return [answer_text(row[width:], settings.until, marker, self.tok_decode) for row in tokens.tolist()]
+        return [answer_text(row[width:], settings.until, self.think_end_token, self.tok_decode) for row in tokens.tolist()]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores with its results: the parent's facts, and which method, pool, backend and routing it was."""
