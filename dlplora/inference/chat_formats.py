@@ -77,12 +77,16 @@ class TurnMarkers:
     behind: str
 
 
-def learn_markers(tokenizer: Any) -> TurnMarkers | None:
+def learn_markers(tokenizer: Any, chat_template: str | None = None) -> TurnMarkers | None:
     """The markers of a tokenizer's chat template; None if it has no template, or one that marks no turns.
 
     Sentinel messages are rendered in several arrangements; what stands before the user's words in all of them is the marker.
+
+    Args:
+        tokenizer: Renders conversations.
+        chat_template: In place of the tokenizer's own.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not (chat_template or getattr(tokenizer, "chat_template", None)):
         return None
     first, reply, second = "Xfirst1question", "Xthe2reply", "Xsecond3question"
     conversations = [
@@ -91,7 +95,7 @@ def learn_markers(tokenizer: Any) -> TurnMarkers | None:
     ]
     before, behind = [], []
     for messages in conversations:
-        rendered = _rendered(tokenizer, messages)
+        rendered = _rendered(tokenizer, messages, chat_template)
         if rendered is None or second not in rendered:
             continue
         head, _, tail = rendered.partition(second)
@@ -111,11 +115,11 @@ def _common_start(texts: Sequence[str]) -> str:
     return "".join(chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False)))
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str | None:
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None) -> str | None:
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=True))
     except (TemplateError, ValueError, TypeError):  # templates refuse arrangements that they were not written for
         return None
 
