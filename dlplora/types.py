@@ -26,12 +26,15 @@ class PromptBatch:
         texts: The same contexts as text, one a row.
         task_names: The task of each row as the evaluation protocol names it. Only methods that declare
             ``needs = ("task_id", ...)`` ever receive it; for all others the fused model removes it.
+        questions: The part of each context that is routed, where the caller knows it (from messages, or from the evaluated document).
+            None: the fused model finds it in the text (``inference.question``).
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     texts: tuple[str, ...]
     task_names: tuple[str | None, ...] | None = None
+    questions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.attention_mask.shape or self.input_ids.ndim != 2:
@@ -42,13 +45,15 @@ class PromptBatch:
             raise ValueError(f"{len(self.texts)} texts for {self.input_ids.shape[0]} rows")
         if self.task_names is not None and len(self.task_names) != len(self.texts):
             raise ValueError(f"{len(self.task_names)} task names for {len(self.texts)} rows")
+        if self.questions is not None and len(self.questions) != len(self.texts):
+            raise ValueError(f"{len(self.questions)} questions for {len(self.texts)} rows")
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def without_task_names(self) -> PromptBatch:
         """The same prompts with the protocol's task names removed."""
-        return PromptBatch(self.input_ids, self.attention_mask, self.texts)
+        return PromptBatch(self.input_ids, self.attention_mask, self.texts, None, self.questions)
 
     @classmethod
     def from_ids(
@@ -59,6 +64,7 @@ class PromptBatch:
         device: torch.device | str = "cpu",
         task_names: Sequence[str | None] | None = None,
         texts: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
     ) -> PromptBatch:
         """Right-pad rows of token ids; the texts are decoded unless given."""
         width = max(1, max((len(row) for row in rows), default=1))
@@ -71,12 +77,19 @@ class PromptBatch:
         if texts is None:
             texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
         names = None if task_names is None else tuple(task_names)
-        return cls(ids.to(device), mask.to(device), tuple(texts), names)
+        known = None if questions is None else tuple(questions)
+        return cls(ids.to(device), mask.to(device), tuple(texts), names, known)
 
     @classmethod
     def from_texts(
-        cls, texts: Sequence[str], tokenizer: Any, *, device: torch.device | str = "cpu", task_names: Sequence[str | None] | None = None
+        cls,
+        texts: Sequence[str],
+        tokenizer: Any,
+        *,
+        device: torch.device | str = "cpu",
+        task_names: Sequence[str | None] | None = None,
+        questions: Sequence[str] | None = None,
     ) -> PromptBatch:
         """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad."""
         rows = tokenizer(list(texts))["input_ids"] if texts else []  # one call: without padding or truncation, rows stay apart
-        return cls.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts)
+        return cls.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts, questions=questions)

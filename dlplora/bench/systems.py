@@ -23,7 +23,7 @@ from dlplora.config import list_configs
 from dlplora.errors import ConfigError, MethodError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.generation import RoutedCriterion, view_text
-from dlplora.inference.sentences import last_question
+from dlplora.inference.question import routed_tail
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.reporting.latency.records import BASE, SINGLE
 from dlplora.types import PromptBatch
@@ -46,7 +46,7 @@ class ForcedRerouter(RoutedCriterion):
     def __init__(self, model: FusedCausalLM, workload: Workload, every: int) -> None:
         self.model, self.workload, self.every = model, workload, every
         self.num_reroutes = 0
-        self._tail = functools.cache(last_question)  # as long as the one request, like the re-router's own
+        self._tail = functools.cache(routed_tail)  # as long as the one request, like the re-router's own
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Always False (B,)."""

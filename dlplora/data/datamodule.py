@@ -19,6 +19,8 @@ from torch import Tensor
 from dlplora.data.batching import BatchPlan, StepLoader
 from dlplora.data.encoding import EncodedItem, EncodedSet, collate, encode_items, encode_texts
 from dlplora.data.suite_data import SuiteDataModule, select_tasks
+from dlplora.data.wrappers import wrapped
+from dlplora.errors import ConfigError
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Split
 
@@ -271,6 +273,8 @@ class RouterDataModule(SuiteDataModule):
         suite, tasks, data_root: As for ``ExpertDataModule``; the order of the tasks is the order of the router's classes.
         num_train, num_validation, num_test: Prompts of a task.
         batch_size: Prompts a batch over all processes.
+        wrapper_noise: Share of the training prompts that stand in a system text or an instruction format, as noise (``data.wrappers``);
+            0 where the question is taken out of its wrapper at inference and nothing else is expected.
         seed: Seed of the prompts and of their order; None as above.
     """
 
@@ -284,8 +288,11 @@ class RouterDataModule(SuiteDataModule):
         batch_size: int = 64,
         seed: int | None = None,
         data_root: str | None = None,
+        wrapper_noise: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0.0 <= wrapper_noise <= 1.0:
+            raise ConfigError(f"data: 'wrapper_noise' must lie in [0, 1], got {wrapper_noise}.")
         self.save_hyperparameters()
         for name in ("num_train", "num_validation", "num_test", "batch_size"):
             self._require(name)
@@ -307,7 +314,8 @@ class RouterDataModule(SuiteDataModule):
                 items = [
                     (label, item) for label, task in enumerate(self.suite.tasks) for item in task.items(split, h[f"num_{split}"], self.seed)
                 ]
-                ids, mask = pad_rows(encode_texts(self.tokenizer, [item.prompt for _, item in items]), self.pad_id)
+                prompts = wrapped([item.prompt for _, item in items], h["wrapper_noise"] if split == "train" else 0.0, self.seed)
+                ids, mask = pad_rows(encode_texts(self.tokenizer, prompts), self.pad_id)
                 self._tensors[split] = (ids, mask, torch.tensor([label for label, _ in items]))
 
     def tensors(self, split: Split) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dlplora.adapters.pool import load_pool
 from dlplora.errors import RoutingError
 from dlplora.inference import saving
 from dlplora.inference.backbones import nano_asset, resolve_backbone
+from dlplora.inference.chat_formats import TurnMarkers, learn_markers
 from dlplora.inference.devices import choose_device
 from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
@@ -26,7 +28,7 @@ from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.loading import load_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
-from dlplora.inference.prompt_routing import initial_router_input
+from dlplora.inference.prompt_routing import initial_router_input, routed_questions
 from dlplora.inference.prompting import fit_to_context, prompt_tensors
 from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
@@ -227,6 +229,11 @@ class FusedCausalLM(TextGeneration, nn.Module):
         self.method.train(mode)
         return self
 
+    @cached_property
+    def chat_markers(self) -> TurnMarkers | None:
+        """What the tokenizer's chat template writes around the words of a user; None without one."""
+        return learn_markers(self.tokenizer)
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this backbone from another; see ``base_fingerprint``."""
         return base_fingerprint(self.model)
@@ -256,6 +263,8 @@ class FusedCausalLM(TextGeneration, nn.Module):
     def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates inside the layers decide; it is the plan of the (first) answer.
 
+        What is routed is the question of each prompt, without wrapper, system text and worked examples (``inference.question``).
+
         Args:
             prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
             new_tokens: Tokens to be generated under the plan; 0 if the prompts are only read. A sentence-level method's plan then
@@ -265,6 +274,7 @@ class FusedCausalLM(TextGeneration, nn.Module):
             RoutingError: If the method returns weights of another shape, or not finite.
         """
         tokens = prompts.input_ids.shape[1]
+        prompts = routed_questions(prompts, self.tokenizer, self.chat_markers)
         if self.method.granularity == "sentence":
             prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
         weights = self.planner.route(prompts)

@@ -8,14 +8,18 @@ What becomes of keys and values already cached is ``kv_policy``'s business.
 The host must know that a sentence has ended before the next forward starts, and must not wait for the device to learn that none has.
 So the rows that may have ended one are found on the device, from a table over the vocabulary, and copied to the host without
 waiting; ``generate`` then waits for the device itself, to see whether all rows are finished; and the copy is read right after
-that, before the next forward. Only where the table says "perhaps" are tokens fetched and looked at.
+that, before the next forward. Only where the table says "perhaps" are tokens fetched and decoded, and the rule
+of ``sentences`` decides on the text. From a token with a stop on, a row stays a candidate until the rule has decided, so rows are
+re-routed exactly where the rule sees an end in the text so far, whatever the tokenizer.
+
+A line break is known to end a sentence as it is generated, so the first token of the next sentence is already predicted under the new
+weights; behind other stops that token is what decides, and it is the first to be processed under them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,24 +28,21 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import GenerationError
 from dlplora.inference.prompt_routing import answer_index, answers_by_line, asked_questions, segment_task, segment_text
-from dlplora.inference.sentences import STOP_CHARACTERS, last_question, sentence_end_positions
+from dlplora.inference.question import routed_tail
+from dlplora.inference.sentences import decides_sentence, known_sentence_ends, may_end_sentence
 from dlplora.modules.routing_state import RoutingState
 
 VIEWS = ("tail", "window", "whole", "segment")
 WINDOW_TOKENS = 64
-_LOOK_BACK = 3
-"""Tokens between a stop character and the white space that confirms it: closing quotes and brackets."""
 
 
-def view_text(
-    view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any, tail: Callable[[str], str] = last_question
-) -> str:
+def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any, tail: Callable[[str], str] = routed_tail) -> str:
     """What the router reads at a sentence end.
 
     Args:
         view: ``tail``: the prompt's last question and everything generated since; ``window``: the last 64 tokens of prompt and
             text; ``whole``: all of it; ``segment``: the i-th question of the prompt for the i-th answer (``prompt_routing``).
-        prompt: The prompt of the row.
+        prompt: What is routed of the row's prompt (``question_text``).
         generated: Text generated so far.
         num_sentences: Sentences finished so far.
         tokenizer: Counts the tokens of ``window``.
@@ -62,48 +63,25 @@ def view_text(
     raise GenerationError(f"unknown view '{view}'; known: {', '.join(VIEWS)}.")
 
 
-@dataclass
-class _Row:
-    """Progress of one generated row."""
-
-    start: int
-    """Index, in generated tokens, where the running sentence began to be watched."""
-    finished: int = 0
-    """Sentences ended so far."""
-
-
 class VocabularyTable:
-    """Which tokens can end, or confirm the end of, a sentence; computed once per tokenizer."""
+    """Which tokens hold a character that can end a sentence; computed once per tokenizer.
+
+    Attributes:
+        stop: Tokens behind which the text is looked at with every further token until the sentence rule has decided.
+        inner: Tokens that may decide an end themselves: with a line break, with a stop that is not their last character, or with part
+            of a character that is spelt byte by byte (``。`` often is), of which only the text can tell what it is.
+    """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         pieces = [str(tokenizer.decode([index])) for index in range(min(size, len(tokenizer)))]
-        # A piece alone may lose its leading space (SentencePiece marks it with a character of its own).
-        raw = tokenizer.convert_ids_to_tokens(list(range(len(pieces))))
-        # A character spelt byte by byte (。 and … often are) shows up as U+FFFD until its last byte; only the text can tell.
-        torn = ["\ufffd" in piece for piece in pieces]
-        stop = [part or any(character in piece for character in STOP_CHARACTERS) for piece, part in zip(pieces, torn, strict=True)]
-        space = [piece[:1].isspace() or str(token)[:1] in {"Ġ", "▁"} for piece, token in zip(pieces, raw, strict=True)]
-        inner = ["\n" in piece or bool(sentence_end_positions(piece, final=False)) for piece in pieces]
-        inner = [part or whole for part, whole in zip(torn, inner, strict=True)]
         pad = [False] * (size - len(pieces))
-        self.stop = torch.tensor(stop + pad)
-        self.space = torch.tensor(space + pad)
-        self.inner = torch.tensor(inner + pad)
+        self.stop = torch.tensor([may_end_sentence(piece) for piece in pieces] + pad)
+        self.inner = torch.tensor(["\ufffd" in piece or decides_sentence(piece) for piece in pieces] + pad)
 
     def to(self, device: torch.device) -> VocabularyTable:
         """Move the tables to a device in place."""
-        self.stop, self.space, self.inner = self.stop.to(device), self.space.to(device), self.inner.to(device)
+        self.stop, self.inner = self.stop.to(device), self.inner.to(device)
         return self
-
-    def candidates(self, new: Tensor, recent: Tensor) -> Tensor:
-        """Whether the newest token of each row may have ended a sentence, boolean (B,); nothing waits for the device.
-
-        Args:
-            new: Newest token of each row (B,).
-            recent: The tokens before it (B, at most 3).
-        """
-        confirmed = self.space[new] & self.stop[recent].any(dim=1) if recent.shape[1] else torch.zeros_like(self.space[new])
-        return confirmed | self.inner[new]
 
 
 class _Look:
@@ -144,7 +122,7 @@ class SentenceRerouter(StoppingCriteria):
     Args:
         state: The routing state of this generation; updated in place.
         route: Texts -> routing weights (N, E); with ``task_names`` it is called with a task name for each text as well.
-        prompts: Prompt text of each row.
+        prompts: What is routed of each row's prompt (``question_text``).
         tokenizer: Decodes generated tokens.
         table: Vocabulary table of the tokenizer.
         prompt_width: Tokens of the padded prompt.
@@ -172,14 +150,15 @@ class SentenceRerouter(StoppingCriteria):
     ) -> None:
         self.state, self.route, self.prompts, self.tokenizer, self.table = state, route, list(prompts), tokenizer, table
         self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
-        self._rows = [_Row(start=0) for _ in prompts]
-        self._tail = functools.cache(last_question)
+        self._finished = [0] * len(self.prompts)
+        self._tail = functools.cache(routed_tail)
         self.task_names, self.refresh = task_names, refresh
         self.num_reroutes = 0
         self.deferred = False
         """Whether the caller promises to call ``reroute_before_forward`` before the next forward."""
         self._look: _Look | None = None
         self._go_on: Tensor | None = None
+        self._undecided: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         """Look at the newest token of each row; always returns False (B,).
@@ -192,11 +171,13 @@ class SentenceRerouter(StoppingCriteria):
                 "this decoding loop runs no forward pass between two tokens, so sentence-level routing cannot follow it; "
                 "use greedy decoding or sampling, or route once per prompt (dlp: reroute=prompt)."
             )
-        if self._go_on is None:
+        if self._go_on is None or self._undecided is None:
             self._go_on = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        generated = input_ids[:, self.width :]
-        if generated.shape[1]:
-            self._look = _Look(input_ids, self.width, self.table.candidates(generated[:, -1], generated[:, -1 - _LOOK_BACK : -1]))
+            self._undecided = torch.zeros_like(self._go_on)
+        if input_ids.shape[1] > self.width:
+            new = input_ids[:, -1]
+            self._look = _Look(input_ids, self.width, self._undecided | self.table.inner[new])
+            self._undecided = self._undecided | self.table.stop[new]
             if not self.deferred:
                 self.reroute_before_forward()
         return self._go_on
@@ -212,13 +193,17 @@ class SentenceRerouter(StoppingCriteria):
         candidates = [] if look is None else look.rows()
         if look is None or not candidates:
             return
-        rows, views, texts = [], [], []
+        rows, views, texts, undecided = [], [], [], []
         for row, tokens in zip(candidates, look.generated[candidates].tolist(), strict=True):
-            ended = self._ended(row, tokens)
-            if ended is not None:
+            text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            ended, is_open = self._ended(row, text)
+            undecided.append(is_open)
+            if ended:
                 rows.append(row)
-                texts.append(ended)
-                views.append(view_text(self.view, self.prompts[row], ended, self._rows[row].finished, self.tokenizer, self._tail))
+                texts.append(text)
+                views.append(view_text(self.view, self.prompts[row], text, self._finished[row], self.tokenizer, self._tail))
+        assert self._undecided is not None
+        self._undecided[candidates] = torch.tensor(undecided, device=self._undecided.device)
         if rows:
             weights = self._weights(rows, views, texts)
             if self.refresh is not None:
@@ -227,25 +212,21 @@ class SentenceRerouter(StoppingCriteria):
             self.num_reroutes += len(rows)
             self._note(rows, views, texts, weights)
 
-    def _ended(self, row: int, ids: list[int]) -> str | None:
-        """The text generated so far if a sentence has ended since the last look, else None."""
-        progress = self._rows[row]
-        running = str(self.tokenizer.decode(ids[progress.start :], skip_special_tokens=True))
-        ends = sentence_end_positions(running, final=False)
-        if not ends and not progress.finished and "\n" in running and not running.strip() and answers_by_line(self.prompts[row]):
-            ends = [len(running)]  # the first answer was left empty: the line that ends it is an end all the same
-        if not ends:
-            return None
-        progress.finished += len(ends)
-        # Text behind the last end belongs to the new sentence; it is shorter than the newest token, so watching from there is enough.
-        progress.start = len(ids) - 1 if running[ends[-1] :].strip() else len(ids)
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def _ended(self, row: int, text: str) -> tuple[bool, bool]:
+        """Whether a sentence has ended in the row's text since the last look, and whether a stop in it is still undecided."""
+        count, undecided = known_sentence_ends(text)
+        blank = text[: len(text) - len(text.lstrip())]
+        if "\n" in blank and answers_by_line(self.prompts[row]):
+            count += 1  # the first answer was left empty: the line that ends it is an end all the same
+        ended = count > self._finished[row]
+        self._finished[row] = max(count, self._finished[row])
+        return ended, undecided
 
     def _weights(self, rows: list[int], views: list[str], texts: list[str]) -> Tensor:
         if self.task_names is None:
             return self.route(views)
         indices = [
-            answer_index(asked_questions(self.prompts[row]), text, self._rows[row].finished) for row, text in zip(rows, texts, strict=True)
+            answer_index(asked_questions(self.prompts[row]), text, self._finished[row]) for row, text in zip(rows, texts, strict=True)
         ]
         names = [segment_task(self.task_names[row], index) for row, index in zip(rows, indices, strict=True)]
         return self.route(views, names)
@@ -254,7 +235,7 @@ class SentenceRerouter(StoppingCriteria):
         if self.trace is None:
             return
         for row, view, text, chosen in zip(rows, views, texts, weights, strict=True):
-            self.trace.append(trace_entry(row, self._rows[row].finished, view, chosen, self.names, at=len(text)))
+            self.trace.append(trace_entry(row, self._finished[row], view, chosen, self.names, at=len(text)))
 
 
 def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str], *, at: int = 0) -> dict[str, Any]:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import GenerationError
+from dlplora.inference.chat_formats import TurnMarkers
+from dlplora.inference.question import question_text
 from dlplora.inference.sentences import question_spans, sentence_end_positions
 from dlplora.tasks.types import TASK_SEPARATOR
 from dlplora.types import PromptBatch
@@ -147,19 +149,37 @@ def split_prompt(prompt: str, how: str) -> list[tuple[int, int]]:
     raise GenerationError(f"unknown prompt_routing '{how}'; known: {', '.join(PROMPT_ROUTINGS)}.")
 
 
+def routed_questions(prompts: PromptBatch, tokenizer: Any, markers: TurnMarkers | None) -> PromptBatch:
+    """The prompts as a router reads them: each row's question, by what the caller knows, else by the rule of ``inference.question``.
+
+    Args:
+        prompts: Whole prompts; returned as they are where the question is all of the text.
+        tokenizer: Encodes the questions that are only part of their prompt.
+        markers: Of the tokenizer's chat template.
+    """
+    found = prompts.questions or tuple(question_text(text, markers) for text in prompts.texts)
+    if found == prompts.texts:
+        return prompts
+    rows = []
+    for ids, mask, text, question in zip(prompts.input_ids, prompts.attention_mask, prompts.texts, found, strict=True):
+        rows.append(ids[mask.bool()].tolist() if question == text else tokenizer(question)["input_ids"])
+    device = prompts.input_ids.device
+    return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=prompts.task_names, texts=found, questions=found)
+
+
 def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> PromptBatch:
     """What the plan of the first answer is made from: the prompt, or under ``segment`` its first question.
 
     Args:
         view: The method's view.
-        prompts: Whole prompts; returned as they are unless some row asks several questions.
+        prompts: What is routed (``routed_questions``); returned as it is unless some row asks several questions.
         tokenizer: Encodes the texts that differ.
     """
     if view != "segment":
         return prompts
     names = None if prompts.task_names is None else tuple(segment_task(name, 0) for name in prompts.task_names)
     if all(len(asked_questions(text).spans) < 2 for text in prompts.texts):
-        return PromptBatch(prompts.input_ids, prompts.attention_mask, prompts.texts, names)
+        return PromptBatch(prompts.input_ids, prompts.attention_mask, prompts.texts, names, prompts.questions)
     texts = [segment_text(text, "", 0) for text in prompts.texts]
     return PromptBatch.from_texts(texts, tokenizer, device=prompts.input_ids.device, task_names=names)
 

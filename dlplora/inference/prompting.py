@@ -7,12 +7,15 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import GenerationError
+from dlplora.inference.chat_formats import TurnMarkers, learn_markers
+from dlplora.inference.question import question_of_messages, question_text
 from dlplora.types import PromptBatch
 
 
@@ -83,6 +86,9 @@ def prompt_tensors(
             raise GenerationError(f"prompt {i} is empty: it holds no token besides special ones.")
     if prompts is None:
         prompts = PromptBatch.from_ids(rows, tokenizer, device=device)
+        markers = learn_markers(tokenizer)
+        asked = (_question_of_ids(row, text, tokenizer, markers) for row, text in zip(rows, prompts.texts, strict=True))
+        prompts = replace(prompts, questions=tuple(asked))
     ids, mask = _left_padded(rows, int(tokenizer.pad_token_id or 0))
     return ids.to(device), mask.to(device), prompts
 
@@ -123,6 +129,35 @@ def _checked(ids: Any, mask: Any, device: torch.device, infer_mask: Callable[[Te
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise GenerationError(f"attention_mask must be a tensor of the shape of input_ids {tuple(ids.shape)}, got {what}.")
     return ids, mask.to(device)
+
+
+def chat_prompts(
+    conversations: Sequence[Sequence[Mapping[str, Any]]], tokenizer: Any, *, device: torch.device | str = "cpu", **template: Any
+) -> PromptBatch:
+    """Conversations as prompts: rendered by the tokenizer's chat template for the model, their questions for the router.
+
+    Args:
+        conversations: Messages (``role``, ``content``) of each row.
+        template: Further arguments of ``apply_chat_template``, for example ``tools``.
+    """
+    texts = [
+        str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{"add_generation_prompt": True, **template}))
+        for messages in conversations
+    ]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]  # the template has written them
+    asked = [question_of_messages(messages) for messages in conversations]
+    return PromptBatch.from_ids(rows, tokenizer, device=device, texts=texts, questions=asked)
+
+
+def _question_of_ids(ids: Sequence[int], text: str, tokenizer: Any, markers: TurnMarkers | None) -> str:
+    """The question of a row of tokens; chat markers may be special tokens, which ``text`` does not show."""
+    edge = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    inner = list(ids)
+    while inner and inner[0] in edge:
+        inner.pop(0)
+    marked = str(tokenizer.decode(inner, skip_special_tokens=False))
+    asked = question_text(marked, markers)
+    return question_text(text, markers) if asked == marked else asked
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from dlplora.inference.chat_formats import TurnMarkers
 from dlplora.inference.generate_options import GenerateOptions
 from dlplora.inference.generation import RoutedCriterion, SentenceRerouter, VocabularyTable, kept_experts, trace_entry, with_watchers
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
-from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, segment_task
+from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, routed_questions, segment_task
 from dlplora.inference.request import Request
 from dlplora.methods.base import FusedModel, FusionMethod
 from dlplora.modules.routing_state import RoutingState
@@ -41,6 +42,11 @@ class RoutedModel(FusedModel, Protocol):
         """The base model's configuration."""
         ...
 
+    @property
+    def chat_markers(self) -> TurnMarkers | None:
+        """What the tokenizer's chat template writes around the words of a user."""
+        ...
+
 
 class PrefillEnd(StoppingCriteria):
     """Ends the prefill: from the first generated token on, the request runs under the per-row weights. Never stops anything."""
@@ -60,7 +66,7 @@ class RoutedGeneration:
     Args:
         fused: The model.
         request: The call; it receives the routing state, and what acts before its forward passes.
-        prompts: What the router reads, one a row.
+        prompts: The prompts, one per row; the router reads their questions.
         ids, mask: Left-padded prompts (B, T) as they are processed.
         options: Of the call; its arguments receive the watchers.
         trace: A list that receives one dict per routed sentence.
@@ -78,6 +84,7 @@ class RoutedGeneration:
     ) -> None:
         self.fused, self.request, self.prompts, self.ids, self.mask, self.trace = fused, request, prompts, ids, mask, trace
         self.options, self.copies = options, options.copies()
+        self.questions = routed_questions(prompts, fused.tokenizer, fused.chat_markers)
         self._watcher: SentenceRerouter | None = None
 
     def start(self, new_tokens: int) -> None:
@@ -88,7 +95,7 @@ class RoutedGeneration:
             return
         sentences = self.options.is_sentence_level
         if self.trace is not None:
-            read = initial_router_input(method.view, self.prompts, self.fused.tokenizer) if sentences else self.prompts
+            read = initial_router_input(method.view, self.questions, self.fused.tokenizer) if sentences else self.questions
             for row, text in enumerate(read.texts):
                 self.trace.append(trace_entry(row, 0, text, state.per_row()[row], names))
         piecewise = sentences and method.prompt_routing != "whole"
@@ -151,7 +158,7 @@ class RoutedGeneration:
         return SentenceRerouter(
             state,
             self._route,
-            [text for text in self.prompts.texts for _ in range(self.copies)],
+            [text for text in self.questions.texts for _ in range(self.copies)],
             fused.tokenizer,
             self._vocabulary(),
             self.ids.shape[1],

@@ -1,62 +1,254 @@
-"""Where sentences end. Pure text, no tokenizer.
+"""Where sentences end, and the questions of a prompt. Pure text, no tokenizer.
 
-A newline always ends a sentence. So does ``.``, ``!`` or ``?`` (with closing quotes or brackets behind it) before white space or
-the end of the text, and ``。``, ``！``, ``？`` anywhere. A full stop of an abbreviation, an initial, a decimal or a list number does not.
+A sentence ends
+
+* at a line break, if the line holds anything;
+* at a character that Unicode lists as ``Sentence_Terminal`` (``.``, ``!``, ``?``, ``。``, ``؟``, ``।`` and those of the other scripts)
+  or at an ellipsis, closing quotes, brackets and emphasis included. ASCII stops and the ellipsis need white space behind them, the
+  others do not.
+
+What belongs together is one end: ``yes.`` and the line break behind it, ``?!``, ``。。。``. What follows decides:
+
+* a stop before a line break, or at the end of a finished text, always ends its sentence (``no.``, ``B.``, ``42.``, ``5 p.m.``, ``Corp.``);
+* an abbreviation, an initial, an ordinal or a list number does not where the text goes on in a way that shows it (``Dr. Kim``, ``No. 5``,
+  ``J. R. Smith``, ``3. Juli``, ``U.S. Army``, ``1. First``), and does otherwise (``no. Next``, ``B. Then``, ``U.S. The``);
+* an ellipsis, or a stop inside a closing quote, does not before a lower-case letter (``Well... maybe``, ``"Go!" he said``).
+
+In lists and code blocks every line is a sentence. The rule reads no further than the first word behind a stop, so a text that is still
+being written is decided end by end, and no end is ever taken back.
 """
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from itertools import pairwise
 
-_STOP = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s|$))|[。！？]+[”’」』）]*|\n+")
-_OPENING = "([\"'“‘"
-_ABBREVIATIONS = frozenset(
-    (
-        "mr mrs ms dr prof st mt jr sr vs etc e.g i.e cf al fig no vol ed approx dept inc ltd co corp gen col sgt rev hon a.m p.m u.s u.k"
-    ).split()
-)
-STOP_CHARACTERS = ".!?…。！？"
+import regex
+
+from dlplora.inference import abbreviations as words
+
+_CLOSING = r"[\"'“”‘’»›«*_`\p{Pe}\p{Pf}]"
+_END = regex.compile(rf"(?P<run>(?:[\p{{STerm}}…]+{_CLOSING}*)+)|(?P<line>[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
+_LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+_NEEDS_SPACE = frozenset(".!?…")
+_LAST_OPEN = regex.compile(rf"(?r)(?!{_CLOSING})[\s\S]")
+_CONTENT = regex.compile(rf"(?!{_CLOSING})[^\s\p{{STerm}}…]")
+_GAP = regex.compile(r"\s*")
+_OPENING = "([{\"'“‘„«»*_`"
+_WORD = regex.compile(r"[\p{L}\p{M}]+")
+_NUMBER = regex.compile(r"\d{1,4}")
+_ACRONYM = regex.compile(r"(?:\p{L}\p{Ll}?\.)+\p{L}\p{Ll}?")
+_LIST_MARK = regex.compile(r"[ \t>*\-(]*")
+_CONTINUES = frozenset(",;:،؛、，：；")
+_QUOTES = frozenset("\"'“”‘’»›«」』")
+_QUESTION_MARKS = tuple("?？؟⁇⁈⁉⸮፧꘏﹖")
+_MAY_END = regex.compile(r"[\p{STerm}…\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
-def _is_abbreviation(text: str, stop: int) -> bool:
-    """Whether the full stop at index ``stop`` belongs to the word before it, or on the line before it."""
-    # Read backwards: a pattern anchored at the end would be tried from every character of the text.
-    end = start = stop - text.endswith("\n", 0, stop)
+def _without_closing(text: str) -> str:
+    """The text without the closing quotes, brackets and emphasis at its end."""
+    last = _LAST_OPEN.search(text)
+    return text[: last.end()] if last else ""
+
+
+def may_end_sentence(piece: str) -> bool:
+    """Whether a piece of text holds a character that can end a sentence."""
+    return _MAY_END.search(piece) is not None
+
+
+def decides_sentence(piece: str) -> bool:
+    """Whether a piece of text can decide by itself that a sentence has ended: a line break, or a stop with something behind it."""
+    stop = _MAY_END.search(piece)
+    return stop is not None and (stop.group() in _LINE_BREAKS or stop.end() < len(piece))
+
+
+@dataclass(frozen=True, slots=True)
+class _Next:
+    """What stands behind a full stop and its white space, as far as it is written."""
+
+    text: str
+    """The next word; one character if it is no word."""
+    complete: bool
+    """Whether the word can grow no further."""
+    stopped: bool
+    """Whether it is at most two letters with a full stop behind it."""
+
+    def is_in(self, listed: frozenset[str]) -> bool | None:
+        """Whether the word is listed; None while it may still become one of them."""
+        word = self.text.lower()
+        if self.complete:
+            return word in listed
+        return None if any(one.startswith(word) for one in listed) else False
+
+    def starts_sentence(self) -> bool | None:
+        """Whether it is a capitalised word that usually begins a sentence; None while that is open."""
+        return self.is_in(words.SENTENCE_STARTS) if self.text[:1].isupper() else False
+
+
+def _next_word(text: str, start: int, final: bool) -> _Next | None:
+    """The word at ``start``; None if nothing is written there yet."""
+    if start == len(text):
+        return None
+    match = _WORD.match(text, start)
+    if match is None:
+        return _Next(text[start], True, False)
+    complete = match.end() < len(text) or final
+    return _Next(match.group(), complete, len(match.group()) < 3 and text[match.end() : match.end() + 1] == ".")
+
+
+def _is_list_mark(text: str, line: int, word: str) -> bool:
+    """Whether number or letter ``word`` at the beginning of a line opens a list or continues the one above."""
+    if word in ("1", "a", "A", "i", "I"):
+        return True
+    if word.isdigit():
+        before = str(int(word) - 1)
+    elif word.isascii():
+        before = chr(ord(word) - 1)
+    else:
+        return False
+    return regex.search(rf"(?m)^[ \t>*\-(]*{regex.escape(before)}[.)]\s", text[:line]) is not None
+
+
+def _number_ends(lead: str, following: _Next) -> bool | None:
+    """Whether the stop behind a number ends a sentence and is not that of an ordinal."""
+    if lead in words.ORDINAL_LEADS:
+        return False
+    month, goes_on = following.is_in(words.MONTHS_AND_DAYS), following.is_in(words.NUMBER_GOES_ON)
+    if month or goes_on:
+        return False
+    return None if month is None or goes_on is None else True
+
+
+def _letter_ends(letter: str, lead: str, at_line_start: bool, following: _Next) -> bool | None:
+    """Whether the stop behind a single letter ends a sentence and is not that of an initial."""
+    if letter == "I" and lead:
+        return True
+    pair = (letter + following.text).lower()
+    initial = len(following.text) == 1 and following.text.isupper()
+    if following.stopped and (initial or pair in words.SPACED or pair in words.SPACED_LAST):
+        return False
+    if not following.complete and (initial or any(one.startswith(pair) for one in words.SPACED | words.SPACED_LAST)):
+        return None  # "B. C" may become "B. C." or "B. Carl"
+    if following.text.isdigit():
+        return letter not in "pPsSvc§"
+    if lead in words.ANSWER_LEADS or letter.islower() or not letter.isupper():
+        return True
+    if following.text[:1].isupper():
+        return following.starts_sentence()
+    return at_line_start  # "B. east" is an answer, "E. coli" a name
+
+
+def _abbreviation_ends(word: str, following: _Next) -> bool | None:
+    """Whether the stop of an abbreviation ends a sentence too; True for a word that is none."""
+    name, first = word.lower(), following.text[:1]
+    if name in words.NEVER_LAST:
+        return False
+    if name in words.BEFORE_NAMES:
+        return following.starts_sentence()
+    if name in words.MONTHS_SHORT:
+        return not (first.isdigit() or first.islower()) if name != "mar" or first.isdigit() else True
+    if name in words.BEFORE_NUMBERS:
+        return not first.isdigit()
+    if name in words.OFTEN_LAST:
+        if not first.isalpha() or first.islower():
+            return not (first.islower() or first.isdigit() or first in _CONTINUES)
+        named = following.is_in(words.MONTHS_AND_DAYS)
+        return None if named is None else not named
+    if _ACRONYM.fullmatch(word):
+        return following.starts_sentence() if first.isupper() or first.islower() or first.isdigit() else True
+    return True
+
+
+def _full_stop_ends(text: str, dot: int, after: int, final: bool) -> bool | None:
+    """Whether the full stop at ``dot`` ends a sentence, where text begins or will begin at ``after`` on the same line."""
+    start = dot
     while start and not text[start - 1].isspace() and text[start - 1] not in _OPENING:
         start -= 1
-    word = text[start:end]
-    if not word:
-        return False
-    if word.lower().rstrip(".") in _ABBREVIATIONS:
+    word = text[start:dot]
+    number, letter = _NUMBER.fullmatch(word) is not None, len(word) == 1 and word.isalpha()
+    name = word.lower()
+    known = name in words.BEFORE_NAMES or name in words.BEFORE_NUMBERS or name in words.NEVER_LAST or name in words.OFTEN_LAST
+    if not (number or letter or known or name in words.MONTHS_SHORT or _ACRONYM.fullmatch(word)):
         return True
-    if re.fullmatch(r"(?:[A-Z]\.)*[A-Z]", word):  # initials; the pronoun "I" is the one capital that ends sentences
-        return word != "I"
-    line_start = text.rfind("\n", 0, stop) + 1
-    return word.isdigit() and text[line_start:stop].strip() == word  # "1. " opens a list item
+    line = max(text.rfind(char, 0, dot) for char in _LINE_BREAKS) + 1
+    before = text[line:start].split()
+    lead = before[-1].strip(_OPENING + ",").lower() if before else ""
+    lead = "is" if lead.endswith((":", "=")) else lead
+    if number and lead in words.ANSWER_LEADS:
+        return True
+    following = _next_word(text, after, final)
+    if following is None:
+        return True if final else None
+    at_line_start = _LIST_MARK.fullmatch(text, line, start) is not None
+    if at_line_start and (number or (letter and not following.stopped)) and _is_list_mark(text, line, word):
+        return False if number or not following.text[:1].isupper() else following.starts_sentence()
+    pair = lead.removesuffix(".") + name
+    if lead.endswith(".") and pair in words.SPACED | words.SPACED_LAST:
+        return pair in words.SPACED_LAST and following.text[:1].isupper()
+    if number:
+        return _number_ends(lead, following)
+    return _letter_ends(word, lead, at_line_start, following) if letter else _abbreviation_ends(word, following)
+
+
+def _run_ends(text: str, start: int, end: int, final: bool) -> bool | None:
+    """Whether the stops and closing characters in ``text[start:end]`` end a sentence; None if only later text can tell."""
+    if end == len(text):
+        return True if final else None
+    run = text[start:end]
+    stops = _without_closing(run)
+    closing = run[len(stops) :]
+    after = _GAP.match(text, end).end()
+    if any(char in _LINE_BREAKS for char in text[end:after]):
+        return True
+    if after == end:
+        if stops[-1] in _NEEDS_SPACE or text[end] in _CONTINUES:
+            return False
+        return not (closing and text[end] in "とっ")  # a quotation goes on: 「…。」と
+    if stops == "." and not closing:
+        return _full_stop_ends(text, start, after, final)
+    if after == len(text):
+        open_ended = stops[-1] == "…" or stops.endswith("..") or any(char in _QUOTES for char in closing)
+        return None if open_ended and not final else True
+    if stops[-1] == "…" or stops.endswith("..") or any(char in _QUOTES for char in closing):
+        return not text[after].islower()
+    return True
 
 
 def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
-    """Indices just behind each sentence end, ascending.
+    """Indices just behind each sentence end, ascending, one for each sentence.
 
     Args:
         text: Any text.
-        final: Whether nothing more follows. If not, a stop at the very end is still open: the next character decides.
+        final: Whether nothing more follows. If not, only the ends are given that no further text can change.
 
     >>> sentence_end_positions("Dr. Kim paid 3.5 coins. She left!")
     [23, 33]
     """
+    return _scan(text, final)[0]
+
+
+def known_sentence_ends(text: str) -> tuple[int, bool]:
+    """Number of sentences that have ended in a text that is still being written, and whether a stop in it is still undecided."""
+    ends, undecided = _scan(text, False)
+    return len(ends), undecided
+
+
+def _scan(text: str, final: bool) -> tuple[list[int], bool]:
+    if not final:
+        text = text.rstrip("\ufffd")  # a character of which not all bytes are there
     ends: list[int] = []
-    for match in _STOP.finditer(text):
-        stop = match.group()
-        if stop == "." and _is_abbreviation(text, match.start()):
+    begin = 0
+    for match in _END.finditer(text):
+        if match["line"]:
+            if text[begin : match.start()].strip():
+                ends.append(begin := match.end())
             continue
-        open_ended = match.end() == len(text) and "\n" not in stop and stop[0] not in "。！？"
-        if open_ended and not final:
-            continue
-        if text[: match.end()].strip():
-            ends.append(match.end())
-    return ends
+        verdict = _run_ends(text, match.start(), match.end(), final)
+        if verdict is None:
+            return ends, True
+        if verdict and _CONTENT.search(text, begin, match.start()):
+            ends.append(begin := match.end())
+    return ends, False
 
 
 def split_sentences(text: str) -> list[str]:
@@ -70,14 +262,19 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
+def ends_with_question(text: str) -> bool:
+    """Whether the last sentence of a text is a question."""
+    return _without_closing(text.rstrip()).endswith(_QUESTION_MARKS)
+
+
 def question_spans(prompt: str) -> list[tuple[int, int]]:
     """Where the questions of a prompt lie, (start, end) in characters without white space at either end; see ``questions``."""
     found: list[tuple[int, int]] = []
     begin = 0
-    for gap in [*re.finditer(r"\n\s*\n", prompt), None]:
+    for gap in [*regex.finditer(r"\n\s*\n", prompt), None]:
         stop = len(prompt) if gap is None else gap.start()
         block = prompt[begin:stop]
-        ends = [end for end in sentence_end_positions(block) if block[:end].rstrip("\"'”’»)]").endswith(("?", "？"))]
+        ends = [end for end in sentence_end_positions(block) if ends_with_question(block[:end])]
         cuts = [0, *ends[:-1], len(block)]
         found += [(begin + start, begin + end) for start, end in pairwise(cuts)]
         begin = stop if gap is None else gap.end()

@@ -4,8 +4,9 @@ One subclass of lm-eval's own Hugging Face model serves the command line and ``d
 batch size detection and the data-parallel plumbing are inherited; what reads or generates tokens is replaced, because
 routing has rules that the parent class cannot keep:
 
-* A plan is made from the **context** only, one prompt at a time, and kept by (context tokens, task name): the options of
+* A plan is made from the **context** only, one prompt at a time, and kept by (context tokens, task name, question): the options of
   a question share one plan, and neither a continuation, nor padding, nor another row of the batch changes it.
+* What is routed is the question (``routed_texts``), without chat template, system instruction, task description and few-shot examples.
 * ``loglikelihood_rolling`` has no context. The first window of the text (its first ``max_length`` tokens) is treated as the
   prompt and its plan serves all windows of the text, so here, and only here, routing reads what is scored.
 * An empty context is the beginning-of-text token, as in the parent class, and is routed as such.
@@ -25,7 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.models.huggingface import HFLM, postprocess_generated_text
+from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
@@ -47,12 +48,14 @@ from dlplora.lm_eval.requests import (
     ScoringRequest,
     Side,
     StopTexts,
+    answer_text,
     consecutive,
     options_key,
     pad_rows,
     question_of,
     task_of,
 )
+from dlplora.lm_eval.routed_texts import RoutedTexts
 from dlplora.lm_eval.routing_statistics import COUNTERS, RoutingStatistics, summarize
 from dlplora.types import PromptBatch
 
@@ -90,6 +93,7 @@ class DLPLoRALM(HFLM):
         with without_messages(MISLEADING_NOTICES, "lm_eval.models.huggingface"):
             super().__init__(pretrained=fused.model, tokenizer=fused.tokenizer, backend="causal", **harness)
         self.fused = fused
+        self._routed = RoutedTexts(fused.chat_markers)
         self.pretrained = self.model_args.pretrained or str(fused.model.config.name_or_path)
         self.revision = self.model_args.revision or "main"
         self._device = torch.device(fused.device)
@@ -101,8 +105,7 @@ class DLPLoRALM(HFLM):
         self.progress_bar: Any = tqdm  # or what else takes these arguments and has `update`
         self._plans: dict[Any, Tensor | None] = {}
         self._cut: set[Any] = set()
-        self._task_names: list[str | None] | None = None
-        self._questions: list[tuple[str, int]] | None = None
+        self._pending: list[tuple[str | None, str, tuple[str, int]]] = []
         self.statistics = RoutingStatistics(fused.bank.names)
         self._watched = GateWatch(fused.patched.layers, self.statistics).over
         self._shares_prefix, self.prefix_note = decide_sharing(self.model_args.share_prefix, fused)
@@ -163,19 +166,26 @@ class DLPLoRALM(HFLM):
     def _prompt_batch(self, prompts: Sequence[Prompt], side: Side = "right") -> PromptBatch:
         ids, mask = pad_rows([prompt.ids for prompt in prompts], self._pad_id, side, self.device)
         texts = tuple(prompt.text if prompt.text is not None else self.tok_decode(list(prompt.ids)) for prompt in prompts)
-        return PromptBatch(ids, mask, texts, tuple(prompt.task for prompt in prompts))
+        asked = tuple(text if prompt.question is None else prompt.question for prompt, text in zip(prompts, texts, strict=True))
+        return PromptBatch(ids, mask, texts, tuple(prompt.task for prompt in prompts), asked)
 
-    def _prompt(self, ids: Sequence[int], text: str | None, task: str | None, room: int) -> Prompt:
+    def _prompt(self, ids: Sequence[int], text: str | None, task: str | None, room: int, question: str | None) -> Prompt:
         """A prompt of at most ``room`` tokens, cut on the left; cuts are counted once per prompt."""
-        whole = Prompt(tuple(ids), task, text)
+        whole = Prompt(tuple(ids), task, text, question)
         if len(ids) <= room:
             return whole
         self._note_cut(whole)
-        return Prompt(whole.ids[-room:], task)
+        return Prompt(cut := whole.ids[-room:], task, None, question if question and question in self.tok_decode(list(cut)) else None)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As the parent's; which message of the user a rendered prompt ends with is remembered for the router."""
+        rendered = str(super().apply_chat_template(chat_history, add_generation_prompt))
+        self._routed.remember(rendered, chat_history)
+        return rendered
 
     def _note_cut(self, prompt: Prompt) -> None:
-        if prompt.key not in self._cut:
-            self._cut.add(prompt.key)
+        if (key := prompt.key[:2]) not in self._cut:
+            self._cut.add(key)
             self.statistics.count("truncated")
 
     def _bound(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
@@ -203,28 +213,28 @@ class DLPLoRALM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
-        self._task_names = [task_of(request, self.fused.bank.names) for request in requests]
-        self._questions = [question_of(request) for request in requests]
+        names = self.fused.bank.names
+        self._pending = [(task_of(request, names), self._routed.of(request), question_of(request)) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
-            self._task_names = self._questions = None
+            self._pending = []
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Score tokenised pairs; ``loglikelihood`` has left their tasks in ``_task_names``."""
-        tasks = self._task_names if self._task_names is not None else [None] * len(requests)
+        """Score tokenised pairs; ``loglikelihood`` has left task, question and place of each in ``_pending``."""
         units = []
-        for (strings, context, continuation), task in zip(requests, tasks, strict=True):
+        pending: Sequence[Any] = self._pending or [(None, None, None)] * len(requests)
+        for (strings, context, continuation), (task, question, _) in zip(requests, pending, strict=True):
             # the parent moves blanks at the end of a context to the continuation, so the text follows the tokens
-            prompt = self._prompt(context, strings[0].rstrip() if strings else None, task, self.max_length)
+            prompt = self._prompt(context, strings[0].rstrip() if strings else None, task, self.max_length, question and question.rstrip())
             if len(context) + len(continuation) > self.max_length + 1:
                 self._note_cut(Prompt(tuple(context), task))
             units.append(ScoringRequest(tuple(context), tuple(continuation), prompt))
         found = self._score(units, disable_tqdm=disable_tqdm, batch_size=override_bs)
-        for question, unit in zip(self._questions or (), units, strict=False):
-            self.statistics.add_route(question, self._plan(unit.prompt))
+        for (_, _, place), unit in zip(self._pending, units, strict=False):
+            self.statistics.add_route(place, self._plan(unit.prompt))
         self._share_statistics()
         return found
 
@@ -345,7 +355,7 @@ class DLPLoRALM(HFLM):
         context = request.args[0]
         ids = self.tok_encode(context) or [self.prefix_token_id]
         require_whole(request.doc, len(ids), room, settings.max_new_tokens)
-        return self._prompt(ids, context, task_of(request, self.fused.bank.names), room)
+        return self._prompt(ids, context, task_of(request, self.fused.bank.names), room, self._routed.of(request))
 
     def _generate(
         self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]], forms: Sequence[Form]
@@ -372,16 +382,7 @@ class DLPLoRALM(HFLM):
         self.statistics.count("reroutes", len(later))
         for entry in later:
             self.statistics.routes[questions[entry["row"]]].append((entry["at"], entry["weights"]))
-        return [self._clean(row[width:], settings.until) for row in tokens.tolist()]
-
-    def _clean(self, tokens: list[int], until: Sequence[str]) -> str:
-        """The answer in generated tokens: after any thinking, before the first stop text."""
-        marker = self.think_end_token
-        if isinstance(marker, int) and marker in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(marker) :]
-        text = self.tok_decode(tokens)
-        text = text.lstrip() if isinstance(marker, int) else text
-        return postprocess_generated_text(text, list(until), marker if isinstance(marker, str) else None)
+        return [answer_text(row[width:], settings.until, self.think_end_token, self.tok_decode) for row in tokens.tolist()]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores with its results: the parent's facts, and which method, pool, backend and routing it was."""

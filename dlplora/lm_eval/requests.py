@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from lm_eval.models.huggingface import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.huggingface import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -34,16 +34,18 @@ class Prompt:
         ids: Token ids, at least one.
         task: Name of the task.
         text: The same as text; None if only the tokens are known.
+        question: The part of it that is routed; None for all of it.
     """
 
     ids: tuple[int, ...]
     task: str | None
     text: str | None = None
+    question: str | None = None
 
     @property
-    def key(self) -> tuple[tuple[int, ...], str | None]:
+    def key(self) -> tuple[tuple[int, ...], str | None, str | None]:
         """Requests of equal key share one plan."""
-        return self.ids, self.task
+        return self.ids, self.task, self.question
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,22 @@ class GenerationSettings:
 def options_key(gen_kwargs: Mapping[str, Any]) -> str:
     """Requests of equal key are decoded alike and may share a batch."""
     return json.dumps(gen_kwargs, sort_keys=True, default=str)
+
+
+def answer_text(tokens: Sequence[int], until: Sequence[str], marker: int | str | None, decode: Callable[[list[int]], str]) -> str:
+    """The answer in generated tokens: after any thinking, before the first stop text.
+
+    Args:
+        tokens: Generated tokens of one row.
+        until: Stop texts.
+        marker: What ends the thinking, as a token or as text; None where there is none.
+        decode: Tokens to text.
+    """
+    if not isinstance(marker, int):
+        return str(postprocess_generated_text(decode(list(tokens)), list(until), marker))
+    if marker in tokens:
+        tokens = tokens[len(tokens) - list(tokens)[::-1].index(marker) :]
+    return str(postprocess_generated_text(decode(list(tokens)).lstrip(), list(until), None))
 
 
 class StopTexts(StoppingCriteria):

@@ -43,6 +43,7 @@ from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext, WeightSum
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
+from dlplora.modules.router_confidence import ConfidenceMonitor
 from dlplora.modules.routing import nucleus_mask, renormalize, threshold_mask, top_k_mask
 from dlplora.types import PromptBatch
 
@@ -106,6 +107,7 @@ class DLP(FusionMethod):
         super().__init__(config)
         self.router: MiniMLPRouter | None = None
         self._columns: Tensor | None = None
+        self._confidence: ConfidenceMonitor | None = None
 
     @property
     def granularity(self) -> Granularity:
@@ -176,6 +178,7 @@ class DLP(FusionMethod):
             self.router = MiniMLPRouter.load(folder, context.embedding)
         self.router.to(context.device).eval()
         self._columns = self.router.column_order(bank.names).to(context.device)
+        self._confidence = ConfidenceMonitor(self.router.metrics)
         return super().prepare(bank, context)
 
     def use_router(self, router: MiniMLPRouter) -> None:
@@ -205,8 +208,13 @@ class DLP(FusionMethod):
 
     @torch.no_grad()
     def route(self, prompts: PromptBatch) -> Tensor:
-        """Routing weights (B, E), float32, on the device of the prompts."""
+        """Routing weights (B, E), float32, on the device of the prompts.
+
+        Warns once if the router is far less sure of what it reads than it was on validation.
+        """
         probs, logits = self.probabilities(prompts)
+        if self._confidence is not None:
+            self._confidence.add(probs)
         weights = renormalize(probs, self.select(probs), self.config.renormalize, logits=logits)
         return weights.to(prompts.input_ids.device)
 

@@ -307,7 +307,8 @@ class MiniMLPRouter(nn.Module):
 
         Args:
             folder: Made if it does not exist.
-            metrics: What was measured on held-out data (JSON values); kept for readers, never read back into behaviour.
+            metrics: What was measured on held-out data (JSON values); for readers and for the warning of ``router_confidence``, never read
+                back into routing.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ def _add_completions(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/route", dependencies=protected)
     async def route(request: RouteRequest) -> dict[str, Any]:
-        text = request.prompt if request.messages is None else server.prompts.question(request.messages)
+        prompts = server.prompts
+        text = prompts.question(request.messages) if request.messages else prompts.routed_text(request.prompt or "")
         if not text:
             raise BadRequestError("there is nothing to route.", "prompt")
         decisions, _ = await asyncio.to_thread(server.engine.call, lambda: server.engine.decider.decide([Target()], [text]))

@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from dlplora.inference.chat_formats import learn_markers
+from dlplora.inference.question import question_text
 from dlplora.serve.jobs import BadRequestError
 from dlplora.serve.schemas import ChatRequest, CompletionRequest, Message
 
@@ -37,6 +39,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, vocab_size: int, limit: int, chat_template: str | None = None) -> None:
         self.tokenizer, self.vocab_size, self.limit = tokenizer, vocab_size, limit
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        self._markers = learn_markers(tokenizer, chat_template)
 
     def chat(self, request: ChatRequest) -> Prompt:
         """The prompt of a conversation; the router reads the last user message.
@@ -50,10 +53,12 @@ class PromptBuilder:
 
     def question(self, messages: Sequence[Message]) -> str:
         """What the router reads of a conversation: the last user message (for the embedded model in the form it was trained on)."""
-        asked = next((message for message in reversed(messages) if message.role == "user"), messages[-1])
-        if self.chat_template == NANO_TEMPLATE:
-            return self._rendered([asked])
-        return asked.text
+        asked = next((message for message in reversed(messages) if message.role == "user" and message.text.strip()), messages[-1])
+        return self.routed_text(self._rendered([asked]) if self.chat_template == NANO_TEMPLATE else asked.text)
+
+    def routed_text(self, prompt: str) -> str:
+        """What the router reads of a prompt: its question (``inference.question``)."""
+        return question_text(prompt, self._markers)
 
     def _rendered(self, messages: Sequence[Message]) -> str:
         if self.chat_template is None:
@@ -82,14 +87,14 @@ class PromptBuilder:
         return [self._of_text(one) if isinstance(one, str) else self._of_tokens(one) for one in several]
 
     def _of_text(self, text: str) -> Prompt:
-        return self._checked(self.tokenizer(text)["input_ids"], text, text, "prompt")
+        return self._checked(self.tokenizer(text)["input_ids"], text, self.routed_text(text), "prompt")
 
     def _of_tokens(self, ids: Sequence[int]) -> Prompt:
         wrong = next((one for one in ids if not 0 <= one < self.vocab_size), None)
         if wrong is not None:
             raise BadRequestError(f"token {wrong} does not exist; the vocabulary has {self.vocab_size} tokens.", "prompt")
         text = str(self.tokenizer.decode(list(ids)))
-        return self._checked(ids, text, text, "prompt")
+        return self._checked(ids, text, self.routed_text(text), "prompt")
 
     def _checked(self, ids: Sequence[int], text: str, routed: str, param: str) -> Prompt:
         if not ids:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dlplora.inference.generation import view_text
-from dlplora.inference.sentences import last_question, sentence_end_positions
+from dlplora.inference.question import routed_tail
+from dlplora.inference.sentences import decides_sentence, known_sentence_ends, may_end_sentence
 from dlplora.serve.jobs import Finished, FinishReason, Job, Piece
 from dlplora.serve.sampling import Chosen, Sampler
 from dlplora.serve.text import Detokenizer, StopTexts
@@ -46,8 +47,8 @@ class Row:
         self.shown: list[Chosen] = []
         self.started = time.monotonic()
         self.first_token_s: float | None = None
-        self._watched_from = 0
-        self._tail = functools.cache(last_question)
+        self._undecided = False
+        self._tail = functools.cache(routed_tail)
 
     @property
     def num_generated(self) -> int:
@@ -83,13 +84,16 @@ class Row:
     def ended_sentence(self, view: str) -> str | None:
         """What the router reads if the newest token ended a sentence, else None."""
         tokens = self.detokenizer.tokens
-        running = str(self.tokenizer.decode(tokens[self._watched_from :], skip_special_tokens=True))
-        ends = sentence_end_positions(running, final=False)
-        if not ends:
+        piece = str(self.tokenizer.decode(tokens[-1:]))
+        look = self._undecided or "\ufffd" in piece or decides_sentence(piece)
+        self._undecided = self._undecided or may_end_sentence(piece)
+        if not look:
             return None
-        self.num_sentences += len(ends)
-        self._watched_from = len(tokens) - 1 if running[ends[-1] :].strip() else len(tokens)
         generated = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        count, self._undecided = known_sentence_ends(generated)
+        if count <= self.num_sentences:
+            return None
+        self.num_sentences = count
         return view_text(view, self.job.routed_text, generated, self.num_sentences, self.tokenizer, self._tail)
 
     def restart(self) -> None:

@@ -177,6 +177,8 @@ class LitRouter(ResumableModule):
             metrics |= {f"{split}_{key}": value for key, value in self._quality(logits, labels).items()}
         data = self.datamodule.hparams
         metrics["data"] = {key: data[key] for key in ("suite", "num_train", "num_validation", "num_test", "batch_size")}
+        if data.get("wrapper_noise"):
+            metrics["data"]["wrapper_noise"] = data["wrapper_noise"]
         # last, as in the shipped file: an equal router then has an equal checksum, and its finished runs are recognised
         metrics["training_tokens"] = self.datamodule.training_tokens(self.trainer.global_step * self.trainer.accumulate_grad_batches)
         self.router.save(self.export_folder, metrics)

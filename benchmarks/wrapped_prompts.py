@@ -1,0 +1,186 @@
+"""What system texts and instruction formats do to routing on nano: ``python -m benchmarks.wrapped_prompts run`` then ``report``.
+
+The multiple-choice questions of the nano suite are scored as they are and inside wrappers, by ``oracle`` (told the task), by ``dlp``, and
+by ``dlp`` whose router reads the whole prompt. Every prompt is given as one string: neither messages nor documents are known, so the
+wrapper must be recognised in the text. ``oracle`` shows what a wrapper does to the experts themselves, which have never seen one. The
+second part generates from ``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+
+from dlplora.adapters.pool import load_pool
+from dlplora.atomic import write_atomically
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.inference.kv_policy import KV_POLICIES
+from dlplora.inference.loading import nano_asset
+from dlplora.lm_eval.model import DLPLoRALM
+from dlplora.provenance import provenance
+from dlplora.reporting.store import RESULTS
+from dlplora.tasks.registry import get_suite
+from dlplora.types import PromptBatch
+
+BEGIN, END = "<!-- dlplora:wrapped:begin -->", "<!-- dlplora:wrapped:end -->"
+PER_TASK = 20
+NUM_BLANK = 40
+
+SHORT = "You are a helpful assistant."
+LONG = (
+    "You are a helpful and precise assistant. Answer the user's question as well as you can. "
+    "Be polite, and give short answers in English. Do not explain."
+)
+VERY_LONG = (
+    "You are the assistant of a company that sells garden furniture and kitchen tools. Customers write to you about orders, returns and "
+    "repairs. Read each message with care before you answer. If a customer asks about an order, look at the number first and name the day "
+    "on which it will arrive. If something is broken, say that you are sorry and offer a new one or the money back. Never promise a price "
+    "that is not on the list. Do not talk about other companies, about politics or about the weather. Write in plain English, in short "
+    "sentences, and without jokes. Do not repeat the question. When you do not know the answer, say so and give the phone number of the "
+    "shop, which is open from Monday to Friday. Prices are in dollars and include the tax. Orders above fifty dollars are sent without "
+    "cost. A customer may change the color of a chair within two days, and its size never. Keep names, numbers and colors as the customer "
+    "wrote them. Always stay calm and friendly, and close the talk with a wish for a good day when the customer says that all is well."
+)
+GERMAN = (
+    "Du bist ein hilfreicher und genauer Assistent. Beantworte die Frage so gut du kannst. Sei höflich und antworte kurz, ohne deine "
+    "Antwort zu erklären. Wenn du etwas nicht weißt, dann sage es."
+)
+TOOLS = (
+    "You can call these tools:\n"
+    '[{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {"type": "object", '
+    '"properties": {"city": {"type": "string"}, "day": {"type": "string"}}, "required": ["city"]}}}, {"type": "function", "function": '
+    '{"name": "find_order", "description": "Find an order", "parameters": {"type": "object", "properties": {"id": {"type": "integer"}}}}}]'
+    '\nAnswer with {"name": NAME, "arguments": {...}} when you call one.'
+)
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+SETTINGS: dict[str, Callable[[str], str]] = {
+    "none": lambda question: question,
+    "system text, 5 words": lambda question: f"{SHORT}\n\n{question}",
+    "system text, 27 words": lambda question: f"{LONG}\n\n{question}",
+    "system text, 200 words": lambda question: f"{VERY_LONG}\n\n{question}",
+    "system text in German": lambda question: f"{GERMAN}\n\n{question}",
+    "tool schema": lambda question: f"{TOOLS}\n\n{question}",
+    "Alpaca": lambda question: f"{ALPACA}\n\n### Instruction:\n{question}\n\n### Response:\n",
+    "ChatML": lambda question: (
+        f"<|im_start|>system\n{LONG}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    ),
+    "Llama 2": lambda question: f"[INST] <<SYS>>\n{LONG}\n<</SYS>>\n\n{question} [/INST]",
+    "Gemma": lambda question: f"<start_of_turn>user\n{LONG}\n\n{question}<end_of_turn>\n<start_of_turn>model\n",
+}
+
+
+class _ReadsEverything:
+    """In place of ``RoutedTexts``: the whole context is routed, wrapper and all."""
+
+    @staticmethod
+    def of(request: Instance) -> str:
+        return str(request.args[0])
+
+
+def scores(fused: FusedCausalLM, wrap: Callable[[str], str], per_task: int, *, read_everything: bool = False) -> dict[str, float | None]:
+    """Mean accuracy over the multiple-choice tasks, and the share of plans that prefer the task's own expert."""
+    model = DLPLoRALM(fused=fused, batch_size=32)
+    if read_everything:
+        model._routed = _ReadsEverything()  # type: ignore[assignment]
+    right = []
+    for task in get_suite("nano").tasks:
+        if task.kind != "mcq":
+            continue
+        items = task.items("test", per_task)
+        requests = [
+            Instance("loglikelihood", {}, (wrap(item.prompt), f" {choice}"), number, metadata=(f"dlplora_nano_{task.name}", number, 1))
+            for number, item in enumerate(items)
+            for choice in item.choices or ()
+        ]
+        values = iter(model.loglikelihood(requests, disable_tqdm=True))
+        found = [[next(values)[0] for _ in item.choices or ()] for item in items]
+        right.append(
+            sum(max(range(len(row)), key=row.__getitem__) == item.gold for row, item in zip(found, items, strict=True)) / len(items)
+        )
+    return {"acc": sum(right) / len(right), "router_accuracy": model.routing_statistics()["router_accuracy"]}
+
+
+def blank_lines(policy: str) -> dict[str, float]:
+    """Exact match of ``table_to_text`` as it is, and with one blank line more before the cue."""
+    fused = FusedCausalLM.from_pretrained(method="dlp", method_params={"kv_policy": policy})
+    items = get_suite("nano").task("table_to_text").items("test", NUM_BLANK)
+    found = {}
+    for name, cue in (("plain", "\nAnswer:"), ("blank_line", "\n\nAnswer:")):
+        prompts = PromptBatch.from_texts([item.prompt.replace("\nAnswer:", cue) for item in items], fused.tokenizer)
+        ids = fused.generate(prompts=prompts, max_new_tokens=40, do_sample=False)
+        texts = fused.tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
+        found[name] = sum(text.split("\n")[0].strip() == item.answer for text, item in zip(texts, items, strict=True)) / len(items)
+    return found
+
+
+def measure(per_task: int) -> dict[str, Any]:
+    """The whole record."""
+    columns = {"oracle": ("oracle", False), "dlp": ("dlp", False), "dlp_reads_everything": ("dlp", True)}
+    models = {method: FusedCausalLM.from_pretrained(method=method) for method in ("oracle", "dlp")}
+    settings: dict[str, Any] = {}
+    for name, wrap in SETTINGS.items():
+        print(f"{name} …", file=sys.stderr, flush=True)
+        settings[name] = {
+            column: scores(models[method], wrap, per_task, read_everything=everything) for column, (method, everything) in columns.items()
+        }
+    return {
+        "backbone": "nano",
+        "pool": load_pool(nano_asset("pool")).checksum(),
+        "per_task": per_task,
+        "settings": settings,
+        "blank_line": {policy: blank_lines(policy) for policy in KV_POLICIES},
+        "num_blank_line": NUM_BLANK,
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown; percent."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    lines = [
+        "| prompt | `oracle` | `dlp` | `dlp`, router reads all | router accuracy | router accuracy, reads all |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in record["settings"].items():
+        own, everything = row["dlp"], row["dlp_reads_everything"]
+        cells = [row["oracle"]["acc"], own["acc"], everything["acc"], own["router_accuracy"], everything["router_accuracy"]]
+        lines.append(f"| {name} | " + " | ".join(map(percent, cells)) + " |")
+    lines += ["", "| `table_to_text`, exact match | `\\nAnswer:` | `\\n\\nAnswer:` |", "|---|--:|--:|"]
+    lines += [f"| `{policy}` | {percent(row['plain'])} | {percent(row['blank_line'])} |" for policy, row in record["blank_line"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("--per-task", type=int, default=PER_TASK)
+    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
+    parser.add_argument("--page", default="docs/prompts_and_routing.md", metavar="FILE")
+    arguments = parser.parse_args()
+    path = Path(arguments.out) / "bench" / "wrapped_prompts.json"
+    if arguments.action == "run":
+        write_atomically(path, json.dumps(measure(arguments.per_task), indent=2) + "\n")
+        print(path)
+        return
+    page = Path(arguments.page)
+    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    write_atomically(page, f"{head}{BEGIN}\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n{END}{tail}")
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Chat templates and instruction formats as text: which parts of a prompt are whose. No torch, no tokenizer classes.
+
+A prompt is cut at the role markers of one format into turns. The markers of the tokenizer's own chat template are learned by rendering
+sentinel messages; the common formats are written down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import regex
+
+USER, INPUT, OTHER = "user", "input", "other"
+"""Roles that matter: whose words are routed, what belongs to them (Alpaca's ``### Input:``), and all others."""
+
+_USER_NAMES = frozenset("user human instruction question prompt inst user_token".split())
+_INPUT_NAMES = frozenset("input context".split())
+_ROLE = r"(?P<role>system|developer|user|human|assistant|model|bot|gpt|tool|ipython|observation|function|environment)"
+
+_MARKED = tuple(
+    regex.compile(pattern, regex.IGNORECASE)
+    for pattern in (
+        rf"<\|im_start\|>{_ROLE}[^\n<]*(?:<\|im_sep\|>|\n|$)",  # ChatML: Qwen, Phi-4
+        rf"<\|start_header_id\|>{_ROLE}<\|end_header_id\|>",  # Llama 3
+        rf"<\|header_start\|>{_ROLE}<\|header_end\|>",  # Llama 4
+        rf"<start_of_turn>{_ROLE}\b",  # Gemma
+        rf"<\|turn>{_ROLE}\b",
+        rf"<\|start_of_role\|>{_ROLE}[^<\n]*<\|end_of_role\|>",  # Granite
+        rf"<\|start\|>{_ROLE}[^<\n]*(?:<\|channel\|>\w+)?[^<\n]*<\|message\|>",  # gpt-oss
+        rf"<[|｜]{_ROLE}[|｜]>",  # Phi-3, Zephyr, GLM, DeepSeek
+        r"<\|START_OF_TURN_TOKEN\|><\|(?P<role>SYSTEM|USER|CHATBOT)_TOKEN\|>",  # Cohere
+        r"\[(?P<role>/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS))\]",  # Llama 2, Mistral
+    )
+)
+_PLAIN = tuple(
+    regex.compile(pattern)
+    for pattern in (
+        r"(?mi)^#{2,3} ?(?P<role>instruction|input|context|question|prompt|response|answer|output|system|user|human|assistant|gpt)s?"
+        r"(?: prompt| message)?(?::|[ \t]*$)",  # Alpaca
+        r"(?:^|(?<=\s))(?P<role>USER|ASSISTANT|SYSTEM):(?=\s|$)",  # Vicuna
+        r"(?m)^(?P<role>System|User|Human|Assistant|AI|Bot):(?=\s|$)",
+        r"(?m)^(?P<role>system|user|assistant|model)[ \t]*$",  # ChatML and Gemma without their special tokens
+    )
+)
+_ANSWERERS = frozenset("assistant response answer output gpt ai bot model".split())
+_TURN_END = regex.compile(
+    r"(?:\s|<\|im_end\|>|<\|eot_id\|>|<\|eot\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|end_of_turn\|>"
+    r"|<\|END_OF_TURN_TOKEN\|>|<\|return\|>|<｜end▁of▁sentence｜>|</s>|<s>|<eos>|<bos>)+"
+)
+_TOOL_ANSWER = regex.compile(r"\s*<tool_response>")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message in a rendered prompt.
+
+    Args:
+        role: ``user``, ``input`` or ``other``.
+        start, end: Its words, in characters of the prompt.
+        opened: Where its marker begins.
+    """
+
+    role: str
+    start: int
+    end: int
+    opened: int
+
+
+@dataclass(frozen=True, slots=True)
+class TurnMarkers:
+    """What a chat template writes before and behind the words of a user."""
+
+    before: str
+    behind: str
+
+
+def learn_markers(tokenizer: Any, chat_template: str | None = None) -> TurnMarkers | None:
+    """The markers of a tokenizer's chat template; None if it has no template, or one that marks no turns.
+
+    Sentinel messages are rendered in several arrangements; what stands before the user's words in all of them is the marker.
+
+    Args:
+        tokenizer: Renders conversations.
+        chat_template: In place of the tokenizer's own.
+    """
+    if not (chat_template or getattr(tokenizer, "chat_template", None)):
+        return None
+    first, reply, second = "Xfirst1question", "Xthe2reply", "Xsecond3question"
+    conversations = [
+        [{"role": "user", "content": first}, {"role": "assistant", "content": reply}, {"role": "user", "content": second}],
+        [{"role": "user", "content": second}],
+    ]
+    before, behind = [], []
+    for messages in conversations:
+        rendered = _rendered(tokenizer, messages, chat_template)
+        if rendered is None or second not in rendered:
+            continue
+        head, _, tail = rendered.partition(second)
+        before.append(head.rpartition(reply)[2])
+        behind.append(tail)
+        if first in head:
+            before.append(head.partition(first)[0])
+            behind.append(head.partition(first)[2].partition(reply)[0])
+    opening = _common_start([text[::-1] for text in before])[::-1].strip()
+    closing = _common_start(behind).strip()
+    marks = sum(not char.isspace() for char in opening) >= 3 and any(not char.isalnum() and not char.isspace() for char in opening)
+    return TurnMarkers(opening, closing) if marks else None
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """The characters with which all texts begin."""
+    return "".join(chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False)))
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None) -> str | None:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError, TypeError):  # templates refuse arrangements that they were not written for
+        return None
+
+
+def _role(name: str) -> str:
+    name = name.lower()
+    return USER if name in _USER_NAMES else INPUT if name in _INPUT_NAMES else OTHER
+
+
+def _turns(prompt: str, pattern: regex.Pattern[str]) -> list[Turn]:
+    matches = list(pattern.finditer(prompt))
+    turns = []
+    for match, stop in zip(matches, [*(later.start() for later in matches), len(prompt)][1:], strict=True):
+        found = prompt[match.end() : stop]
+        closing = regex.search(rf"(?r){_TURN_END.pattern}$", found)
+        end = match.end() + (closing.start() if closing else len(found))
+        start = match.end() + len(found) - len(found.lstrip())
+        role = _role(match["role"])
+        if role == USER and _TOOL_ANSWER.match(prompt, start):
+            role = OTHER  # Qwen writes what a tool returned as a message of the user
+        turns.append(Turn(role, min(start, end), end, match.start()))
+    return turns
+
+
+def _learned_turns(prompt: str, markers: TurnMarkers) -> list[Turn]:
+    turns = []
+    at = prompt.find(markers.before)
+    while at >= 0:
+        start = at + len(markers.before)
+        following = prompt.find(markers.before, start)
+        stop = len(prompt) if following < 0 else following
+        end = prompt.find(markers.behind, start, stop) if markers.behind else -1
+        end = stop if end < 0 else end
+        closed = min(stop, end + len(markers.behind))
+        turns += [Turn(USER, start, end, at), Turn(OTHER, closed, stop, closed)]
+        at = following
+    return turns
+
+
+def all_turns(prompt: str, markers: TurnMarkers | None) -> Iterator[list[Turn]]:
+    """The turns of a prompt in each format that it may be in, the surest first; formats without a user's turn are left out.
+
+    Formats whose markers are ordinary words count only where the last marker asks for an answer.
+    """
+    if markers is not None and markers.before in prompt:
+        yield _learned_turns(prompt, markers)
+    for pattern in _MARKED:
+        turns = _turns(prompt, pattern)
+        if any(turn.role == USER for turn in turns):
+            yield turns
+    for pattern in _PLAIN:
+        names = [match["role"].lower() for match in pattern.finditer(prompt)]
+        if len(names) > 1 and names[-1] in _ANSWERERS:
+            turns = _turns(prompt, pattern)
+            if any(turn.role == USER for turn in turns):
+                yield turns

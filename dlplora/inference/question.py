@@ -1,0 +1,224 @@
+"""What a router reads of a prompt: the question, not what it is wrapped in. Pure text.
+
+``question_text`` is the one rule for the first plan and for re-routes. In this order it leaves out
+
+1. everything but the last message of the user, where the prompt is a rendered conversation: by the markers of the tokenizer's chat
+   template, else by those of common formats (``chat_formats``); ``<think>`` blocks go too;
+2. what is not the evaluated document's, where the caller knows the document (lm-eval does): system instruction, task description and
+   worked examples;
+3. otherwise, in plain text: worked examples (parts that end with the prompt's last cue *and* an answer), and what stands before the parts
+   that ask. A part lies between blank lines; it asks if it ends with a question mark or a cue (``Answer:``). Parts that announce the
+   next one (with a colon at the end) stay with it. If the last part does not ask, nothing tells instruction from system text, and only
+   parts that open like a system prompt are left out.
+
+Whatever has no content of its own (a cue alone) is joined to the part before it, and a prompt in which nothing is recognised is returned
+unchanged. The rule is idempotent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import regex
+
+from dlplora.inference.chat_formats import INPUT, USER, TurnMarkers, all_turns
+from dlplora.inference.sentences import ends_with_question, question_spans
+
+_THINKING = regex.compile(r"\s*<(think|thinking|reasoning)>(?:.*?</\1>|\s*$)\s*", regex.DOTALL)
+_LLAMA2_SYSTEM = regex.compile(r"<<SYS>>.*?<</SYS>>\s*", regex.DOTALL)
+_CUE = regex.compile(r"#{0,3} ?(?:\*\*)?[^\s:：][^\n:：]{0,40}[:：](?:\*\*)?")
+_GAP = regex.compile(r"\n[^\S\n]*\n\s*")
+_INST = regex.compile(r"\[INST\]")
+_LIST_NUMBER = regex.compile(r"\d+\.\s")
+_NUMBERED = regex.compile(r"(?m)^1\.\s")
+_GLUED = regex.compile(r"(?<=\p{Ll}[.!?][\"'”’)]*)(?=\p{Lu}\p{Ll})|(?<=[。！？])(?=\S)")
+_SYSTEM_OPENING = regex.compile(
+    r"(?:system|instructions?|rules?|context)\s*:"
+    r"|(?:you are|you're|you will|your (?:task|role|job) is|act as|as an ai|always |never |answer the user)"
+    r"|(?:du bist|sie sind|tu es|vous êtes|eres |usted es|sei un|você é|je bent|du är|du er|jesteś|ты |вы )"
+    r"|你是|您是|あなたは|당신은|أنت |आप एक|[\[{]|```|<tools>|<system>",
+    regex.IGNORECASE,
+)
+_MOST_CUE_WORDS, _MOST_ANNOUNCING_WORDS = 5, 25
+_LEAST_KNOWN = 20
+"""Characters that a line of a document must have to be recognised; shorter ones (``yes``) occur anywhere."""
+
+
+def question_text(prompt: str, markers: TurnMarkers | None = None, known: Sequence[str] = ()) -> str:
+    """The text that is routed.
+
+    Args:
+        prompt: What the model reads, as text.
+        markers: Of the tokenizer's chat template.
+        known: Texts that belong to the question, if the caller knows some: the fields of the evaluated document.
+
+    >>> question_text("You are a helpful assistant.\\n\\nWho came?\\nAnswer:")
+    'Who came?\\nAnswer:'
+    """
+    return _question_text(prompt, markers, tuple(known))
+
+
+@functools.lru_cache(maxsize=4096)
+def _question_text(prompt: str, markers: TurnMarkers | None, known: tuple[str, ...]) -> str:
+    text = prompt
+    while True:  # a wrapper may stand in a wrapper; every step that changes anything makes the text shorter
+        inner = _last_message(text, markers)
+        if _THINKING.search(inner) or _LLAMA2_SYSTEM.search(inner):
+            inner = _LLAMA2_SYSTEM.sub("", _THINKING.sub(_thought, inner)).strip()
+        own = _known_part(inner, known) if known else None
+        inner = _asking_part(inner) if own is None else own
+        if inner == text or not inner.strip():
+            return text
+        text = inner
+
+
+def question_of_messages(messages: Sequence[Mapping[str, Any]], markers: TurnMarkers | None = None) -> str:
+    """The text that is routed for a conversation: the last message of the user that says anything, by the same rule.
+
+    Args:
+        messages: ``role`` and ``content`` each; content is text, or parts of which those of type ``text`` are read.
+        markers: Of the tokenizer's chat template.
+    """
+    texts = [(str(message.get("role")), content_text(message.get("content"))) for message in messages]
+    said = [text for role, text in texts if role == "user" and text.strip()] or [text for _, text in texts if text.strip()]
+    return question_text(said[-1], markers) if said else ""
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part["text"]) for part in content if isinstance(part, Mapping) and part.get("type") in {"text", "input_text"})
+
+
+def document_texts(document: Any) -> tuple[str, ...]:
+    """The texts among the fields of an evaluated document, for ``known``."""
+    if not isinstance(document, Mapping):
+        return ()
+    return tuple(value for value in document.values() if isinstance(value, str) and len(value.strip()) >= _LEAST_KNOWN)
+
+
+def routed_tail(question: str) -> str:
+    """The last question of a routed text with whatever follows it; what a re-route reads before the generated text (view ``tail``)."""
+    spans = list(question_spans(question))
+    if sum(_LIST_NUMBER.match(question, start) is not None for start, _ in spans) > 1:
+        return question[slice(*spans[-1])]  # one cue for a whole list; `segment` is the view that knows whose turn it is
+    while len(spans) > 1 and is_cue(question[slice(*spans[-1])]):
+        spans[-2:] = [(spans[-2][0], spans[-1][1])]
+    return question[slice(*spans[-1])] if spans else question.strip()
+
+
+def is_cue(text: str) -> bool:
+    """Whether a text only asks for an answer: a few words with a colon, on one line."""
+    text = text.strip()
+    return _CUE.fullmatch(text) is not None and len(text.split()) <= _MOST_CUE_WORDS
+
+
+def _thought(match: regex.Match[str]) -> str:
+    return "\n" if match.start() else ""
+
+
+def _last_message(text: str, markers: TurnMarkers | None) -> str:
+    """The words of the user who spoke last, in the first format in which there are any; the text itself if it is no conversation."""
+    for turns in all_turns(text, markers):
+        written = [turn for turn in turns if text[turn.start : turn.end].strip()]
+        if not written:
+            continue
+        last = max((i for i, turn in enumerate(written) if turn.role == USER), default=len(written) - 1)
+        first = last
+        while first and written[first - 1].role == written[last].role == USER:
+            first -= 1
+        if first < last and all(_INST.match(text, turn.opened) for turn in written[first : last + 1]):
+            end = text.find("[/INST]", written[last].end)
+            return text[written[first].opened : end + 7 if end >= 0 else None].strip()  # several questions, for `asked_questions`
+        inputs = written[last + 1 : last + 2]
+        words = [*written[first : last + 1], *(turn for turn in inputs if turn.role == INPUT)]
+        return "\n".join(text[turn.start : turn.end].strip() for turn in words)
+    return text
+
+
+def _known_part(text: str, known: Sequence[str]) -> str | None:
+    """The text from where the document begins; None if nothing of the document is found."""
+    bare = text.rstrip()
+    whole = max((one.strip() for one in known if bare.endswith(one.strip())), key=len, default="")
+    if whole:
+        return text if whole == text.strip() else whole
+    lines = {line.strip() for one in known for line in one.splitlines() if len(line.strip()) >= _LEAST_KNOWN}
+    found = [at for line in lines if (at := text.rfind(line)) >= 0]
+    if not found:
+        return None
+    first = min(found)
+    start = max((gap.end() for gap in _GAP.finditer(text, 0, first)), default=0)
+    start = max((cut.start() for cut in _GLUED.finditer(text, start, first + 1)), default=start)
+    return text if not text[:start].strip() else text[start:].strip()
+
+
+def _parts(text: str) -> list[tuple[int, int]]:
+    """What lies between blank lines, (start, end); a part that is a cue alone is joined to the part before it."""
+    cuts = [0, *(gap.end() for gap in _GAP.finditer(text)), len(text)]
+    parts: list[tuple[int, int]] = []
+    for start, end in pairwise(cuts):
+        if parts and is_cue(text[start:end]):
+            parts[-1] = (parts[-1][0], end)
+        elif text[start:end].strip():
+            parts.append((start, end))
+    return parts
+
+
+def _without_cue(part: str) -> str:
+    """A part without the cues at its end."""
+    lines = part.rstrip().split("\n")
+    while len(lines) > 1 and (is_cue(lines[-1]) or not lines[-1].strip()):
+        lines.pop()
+    return "\n".join(lines)
+
+
+def _asks(part: str) -> bool:
+    body = _without_cue(part)
+    return len(body) < len(part.rstrip()) or ends_with_question(body)
+
+
+def _asking_part(text: str) -> str:
+    """A plain text without worked examples and without what stands before the parts that ask."""
+    start = _behind_examples(text)
+    rest = text[start:]
+    parts = _parts(rest)
+    if len(_INST.findall(rest)) > 1 or len(parts) < 2 or _NUMBERED.search(rest):
+        return rest if start else text
+    first = len(parts) - 1
+    if _asks(rest[slice(*parts[first])]):
+        while first and _asks(rest[slice(*parts[first - 1])]):
+            first -= 1
+        while first and _announces(rest[slice(*parts[first - 1])]):
+            first -= 1
+    else:
+        first = 0
+        while first < len(parts) - 1 and _SYSTEM_OPENING.match(rest[slice(*parts[first])].lstrip()):
+            first += 1
+    if first:
+        return rest[parts[first][0] :].strip()
+    return rest if start else text
+
+
+def _announces(part: str) -> bool:
+    return part.rstrip().endswith((":", "：")) and len(part.split()) <= _MOST_ANNOUNCING_WORDS
+
+
+def _behind_examples(text: str) -> int:
+    """Where the worked examples end: behind the last part in which the prompt's own cue has an answer; 0 without examples."""
+    cue = text.rstrip().rpartition("\n")[2].strip()
+    if not is_cue(cue):
+        return 0
+    answered = list(regex.finditer(rf"(?m)^[ \t]*{regex.escape(cue)}[ \t]*\S.*$", text))
+    if not answered:
+        return 0
+    gap = _GAP.search(text, answered[-1].end())
+    rest = text[gap.end() if gap else answered[-1].end() :]
+    if not rest.strip() or is_cue(rest):
+        return 0
+    return len(text) - len(rest.lstrip())

@@ -1,0 +1,58 @@
+"""Is a router as sure of the prompts it meets as it was of its validation prompts? If not, it probably reads something else.
+
+Shapes: B rows, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+WINDOW = 32
+"""Prompts over which the confidence is averaged."""
+FAR_BELOW = 0.8
+"""Share of the validation confidence below which a warning is due. On nano, mixed questions (composites) reach 0.88 of it, prompts of
+other kinds and questions drowned in a system text 0.4 to 0.78."""
+
+
+class ConfidenceMonitor:
+    """Warns once if the mean confidence over ``WINDOW`` routed texts is far below that on validation.
+
+    The confidence is the largest probability. Its mean on validation is at least accuracy minus expected calibration error, which
+    ``router.json`` holds; a router without these numbers is not watched.
+
+    Args:
+        metrics: Of the router, as ``router.json`` holds them.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        accuracy, error = metrics.get("validation_accuracy"), metrics.get("validation_calibration_error")
+        known = isinstance(accuracy, (int, float)) and isinstance(error, (int, float))
+        self.expected = float(accuracy) - float(error) if known else None  # type: ignore[arg-type]
+        self.warned = False
+        self._seen: list[Tensor] = []
+
+    def add(self, probabilities: Tensor) -> None:
+        """Take the probabilities (B, E) of some routed texts; the device is waited for once a window."""
+        if self.expected is None or self.warned:
+            return
+        self._seen.append(probabilities.detach().amax(dim=-1))
+        num = sum(len(part) for part in self._seen)
+        if num < WINDOW:
+            return
+        mean = float(sum(part.sum() for part in self._seen)) / num
+        self._seen = []
+        if mean < FAR_BELOW * self.expected:
+            self.warned = True
+            log.warning(
+                "the router's mean confidence on the last %d texts is %.2f, on validation it was %.2f: these texts differ from those "
+                "it was trained on, and experts may be chosen wrongly. --trace shows what the router reads (docs/prompts_and_routing.md).",
+                num,
+                mean,
+                self.expected,
+            )
