@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from dlplora.adapters.pool import load_pool
 from dlplora.errors import RoutingError
 from dlplora.inference import saving
 from dlplora.inference.backbones import nano_asset, resolve_backbone
-from dlplora.inference.chat_formats import TurnMarkers, learn_markers
+from dlplora.inference.base_facts import BaseModelFacts
 from dlplora.inference.devices import choose_device
 from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 _COUNTING = threading.Lock()
 
 
-class FusedCausalLM(TextGeneration, nn.Module):
+class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
     """Backbone, bank and method behind one ``forward`` and one ``generate``.
 
     Args:
@@ -194,49 +193,11 @@ class FusedCausalLM(TextGeneration, nn.Module):
         self.planner = self.planner.with_backend(name)
         self.slot.gate_backend = self.planner.gate_backend
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the backbone."""
-        return torch.device(self.model.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the backbone."""
-        return self.model.dtype  # type: ignore[no-any-return]
-
-    @property
-    def config(self) -> Any:
-        """The backbone's configuration."""
-        return self.model.config
-
-    @property
-    def generation_config(self) -> Any:
-        """The backbone's generation configuration."""
-        return self.model.generation_config
-
-    @property
-    def max_length(self) -> int:
-        """Positions the backbone supports, in tokens."""
-        config = self.model.config.get_text_config()
-        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-            if getattr(config, key, None):
-                return int(getattr(config, key))
-        return int(min(self.tokenizer.model_max_length, 1 << 20))
-
     def train(self, mode: bool = True) -> FusedCausalLM:
         """Switch the method's own modules; the backbone stays in eval mode, so no dropout is ever active in it."""
         super().train(False)
         self.method.train(mode)
         return self
-
-    @cached_property
-    def chat_markers(self) -> TurnMarkers | None:
-        """What the tokenizer's chat template writes around the words of a user; None without one."""
-        return learn_markers(self.tokenizer)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this backbone from another; see ``base_fingerprint``."""
-        return base_fingerprint(self.model)
 
     def backends_used(self) -> str:
         """Names of the kernel backends that plans and gates have used so far, sorted."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from dlplora.adapters.files import write_tensors
 from dlplora.atomic import filling
 from dlplora.errors import MethodError
+from dlplora.methods.fused_protocol import FusedModel
 from dlplora.modules.precision import keeping_dtype
 from dlplora.types import PromptBatch
 
@@ -35,33 +35,6 @@ WEIGHTS_NAME = "method.safetensors"
 OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
 """Metadata of a parameter that was added later: omitted from records and hashes at its default, so that old records still match."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
-
-
-class FusedModel(Protocol):
-    """What a method sees of the model it is attached to; ``inference.FusedCausalLM`` is one."""
-
-    model: Any
-    """The patched Hugging Face model."""
-    tokenizer: Any
-    bank: AdapterBank
-    slot: Any
-    """Where the layers find the routing weights of a request."""
-    patched: Any
-    """``patched.layers``: fused layers by module path; ``patched.hooks``: hooks that go when the layers go."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the base model."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Positions the base model supports, in tokens."""
-        ...
-
-    def routing(self, weights: Tensor) -> AbstractContextManager[Any]:
-        """Bind routing weights for the calls inside the block."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

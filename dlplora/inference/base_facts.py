@@ -1,0 +1,56 @@
+"""Facts of a fused model that are those of its base model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dlplora.adapters.fingerprint import base_fingerprint
+from dlplora.inference.chat_formats import TurnMarkers, learn_markers
+
+
+class BaseModelFacts:
+    """Mixin of ``FusedCausalLM``: what users of a Hugging Face model expect to find on it."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base model."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the base model."""
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the base model."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """Generation configuration of the base model."""
+        return self.model.generation_config
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the base model supports, in tokens."""
+        config = self.model.config.get_text_config()
+        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if getattr(config, key, None):
+                return int(getattr(config, key))
+        return int(min(self.tokenizer.model_max_length, 1 << 20))
+
+    @cached_property
+    def chat_markers(self) -> TurnMarkers | None:
+        """What the tokenizer's chat template writes around the words of a user; None without one."""
+        return learn_markers(self.tokenizer)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What distinguishes this base model from another; see ``base_fingerprint``."""
+        return base_fingerprint(self.model)
