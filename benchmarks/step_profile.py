@@ -26,6 +26,7 @@ from dlplora.cli.terminal import quiet_loading, split_names
 from dlplora.errors import DLPLoRAError
 from dlplora.provenance import provenance
 from dlplora.reporting.latency.records import BENCH_VERSION, FOLDER, save_bench
+from dlplora.reporting.markdown import table
 
 SHORT, LONG = 2, 18
 TOP = 6
@@ -114,11 +115,12 @@ def _profile(contender: BenchSystem, entry: Entry, options: argparse.Namespace, 
 
 def markdown(record: ProfileRecord) -> str:
     """One row a contender: calls, time, and the operators that take most of it."""
-    lines = ["| contender | operator calls a step | ms in operators | most expensive: share (calls) |", "|---|---:|---:|---|"]
+    rows = []
     for name, one in record.profiles.items():
         shares = [f"`{key}` {100 * row['self_ms'] / one.self_ms:.0f} % ({row['calls']:.0f})" for key, row in one.operators.items()]
-        lines.append(f"| `{name}` | {one.calls:.0f} | {one.self_ms:.2f} | {', '.join(shares)} |")
-    return "\n".join([*(f"Warning: {warning}." for warning in record.warnings), *lines])
+        rows.append([f"`{name}`", f"{one.calls:.0f}", f"{one.self_ms:.2f}", ", ".join(shares)])
+    header = ["contender", "operator calls a step", "ms in operators", "most expensive: share (calls)"]
+    return "\n".join([*(f"Warning: {warning}." for warning in record.warnings), table(header, rows, left=(0, 3))])
 
 
 def main() -> int:

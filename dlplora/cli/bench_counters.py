@@ -42,11 +42,11 @@ def run_counters(arguments: argparse.Namespace) -> int:
 
 
 def _table(cells: dict[str, dict[str, dict[str, int]]]) -> str:
-    lines = [
-        "| method | backend | decode: launches | MFLOP | MB | host reads | prefill: launches | MFLOP | MB "
-        "| plan: launches | MB | host reads |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    from dlplora.reporting.markdown import table
+
+    header = ["method", "backend", "decode: launches", "MFLOP", "MB", "host reads", "prefill: launches", "MFLOP", "MB"]
+    header += ["plan: launches", "MB", "host reads"]
+    rows = []
     for cell, phases in cells.items():
         decode, prefill, plan = phases["decode"], phases["prefill"], phases["plan"]
         numbers = [
@@ -54,8 +54,8 @@ def _table(cells: dict[str, dict[str, dict[str, int]]]) -> str:
             *(str(prefill["launches"]), _millions(prefill["flops"]), _millions(prefill["bytes"])),
             *(str(plan["launches"]), _millions(plan["bytes"]), str(plan["host_reads"])),
         ]
-        lines.append(f"| {cell.replace('/', ' | ')} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+        rows.append([*cell.split("/"), *numbers])
+    return table(header, rows, left=2)
 
 
 def _millions(number: int) -> str:

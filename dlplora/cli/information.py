@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dlplora.reporting.markdown import table
+
 
 def _cell(value: Any) -> str:
     if value is None:
@@ -23,9 +25,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     keys = list(rows[0])
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(_cell(row.get(key)) for key in keys) + " |" for row in rows]
-    return "\n".join(lines)
+    return table(keys, [[_cell(row.get(key)) for key in keys] for row in rows], left=len(keys))
 
 
 def _print(rows: Sequence[Mapping[str, Any]], style: str) -> None:

@@ -94,7 +94,7 @@ def _evaluation(commands: Any) -> None:
 def _reports(commands: Any) -> None:
     report = commands.add_parser("report", help="tables from records")
     inner = report.add_subparsers(
-        dest="action", required=True, metavar="{all,build,list,validate,check,accept,html,figures,protocols,schema}"
+        dest="action", required=True, metavar="{all,build,list,validate,check,accept,html,figures,compare-protocols,schema}"
     )
     for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
         parser = inner.add_parser(name, help=text)
@@ -112,10 +112,12 @@ def _reports(commands: Any) -> None:
         else:
             parser.add_argument("--suite", default="nano")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
-    parser = inner.add_parser("protocols", help="the table of two protocols side by side")
-    parser.add_argument("--out", default="results", metavar="DIR")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is stale")
-    parser.set_defaults(run=_lazy("report", "run_protocols"))
+    # `protocols` is the old name: still understood, not listed
+    for name, listed in (("compare-protocols", {"help": "the table of two protocols side by side"}), ("protocols", {})):
+        parser = inner.add_parser(name, **listed)
+        parser.add_argument("--out", default="results", metavar="DIR")
+        parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is stale")
+        parser.set_defaults(run=_lazy("report", "run_compare_protocols"))
     parser = inner.add_parser("all", help="tables, figures and page of every suite, from records read once")
     parser.add_argument("--out", default="results", metavar="DIR")
     parser.add_argument("--readme", metavar="FILE", help="as for build")

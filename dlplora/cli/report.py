@@ -130,7 +130,7 @@ def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence
 
     written = []
     for number, one in enumerate(groups):
-        drawn = figures(one.records, reader, () if number else sweeps)
+        drawn = figures(one.records, reader, () if number else sweeps, one.latency)
         written += write_figures(drawn, reader.root / "figures", one.slug if len(groups) > 1 else one.suite)
     return written
 
@@ -157,7 +157,7 @@ def _write_page(target: Path, groups: Sequence[Group], reader: store.OutcomeRead
     sweeps = {suite: _sweeps(suite, reader.root, problems) for suite in {one.suite for one in groups}}
     drawn_here = tuple(f"{one.suite}_" for one in groups)
     files = sorted(path for path in (reader.root / "figures").glob("*.svg") if not path.stem.startswith(drawn_here))
-    others = {path.stem.replace("_", " "): path.read_text(encoding="utf-8") for path in files}
+    others = {path.stem: path.read_text(encoding="utf-8") for path in files}
     write_atomically(target, page(groups, reader, _test_items, sweeps, others))
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
@@ -184,7 +184,7 @@ def _test_items(suite: str, task: str) -> Sequence[Any]:
         return ()
 
 
-def run_protocols(arguments: argparse.Namespace) -> int:
+def run_compare_protocols(arguments: argparse.Namespace) -> int:
     """Write the table of both protocols; with ``--check`` exit 1 if it is stale."""
     from dlplora.reporting import protocols
 

@@ -1,7 +1,7 @@
-"""Methods compared in pairs on the questions they all answered.
+"""Methods compared in pairs on the questions they all answered, with the seeds they share.
 
-A question's score is its mean over the seeds of a method (for BLEU: n-gram counts summed over seeds), so questions are the sample.
-Shapes: n questions of a task, m methods.
+A difference has two sources of error: the draw of questions and the seeds (``statistics.crossed_difference``).
+Shapes: n questions of a task, m methods, S seeds, k tasks, R bootstrap samples.
 """
 
 from __future__ import annotations
@@ -14,24 +14,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlplora.reporting import statistics
+from dlplora.reporting.methods import without_clones
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import AGGREGATES, Record
+from dlplora.reporting.statistics import Array, Differences
 
 Loader = Callable[[Record], Mapping[str, TaskOutcomes] | None]
-RESAMPLES = 2000
 MAIN_METRIC = {"mcq": "acc", "gen": "exact_match"}
 """The metric that decides right or wrong, by kind of task."""
+PRIMARY = "mean_score"
+"""The primary metric: mean over all tasks of a task's main metric. Declared once; every other aggregate is descriptive."""
+COMPARED = (PRIMARY, *AGGREGATES)
+"""Aggregates that methods are compared on."""
+
+BOUND = {"bleu": 100.0}
+"""Largest possible difference of a metric; of all others 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One method against the reference, on one aggregate."""
+    """One method against the reference, on one aggregate or one task's metric."""
 
     difference: float
-    """Method minus reference, in the units of the aggregate."""
+    """Method minus reference on the seeds that both have, in the units of the aggregate."""
     low: float
     high: float
-    """95 % bootstrap interval."""
+    """95 % interval."""
     p: float
     p_holm: float
     """Corrected for the number of methods compared."""
@@ -44,31 +52,28 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of several methods, question by question."""
+    """Scores of several methods, seed by seed and question by question."""
 
     methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    ran: NDArray[np.bool_]
+    """Which method has which seed, (m, S)."""
     kinds: Mapping[str, str]
     """Task -> kind, in the suite's order."""
-    values: Mapping[str, Mapping[str, NDArray[np.float64]]]
-    """Task -> metric -> (n, m)."""
+    values: Mapping[str, Mapping[str, Array]]
+    """Task -> metric -> (n, m, S), 0 where a method lacks the seed."""
     bleu: Mapping[str, NDArray[np.int64]]
-    """Task -> n-gram counts (n, m, 10)."""
-    drawn: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
-    """Bootstrap distributions and verdicts already computed; every comparison of an aggregate reads the same draws."""
-
-    def of(self, methods: Sequence[str]) -> Scores:
-        """The scores of some of the methods; those without outcomes are left out."""
-        if set(self.methods) <= set(methods):
-            return self
-        kept = [name for name in methods if name in self.methods]
-        columns = [self.methods.index(name) for name in kept]
-        values = {task: {metric: array[:, columns] for metric, array in metrics.items()} for task, metrics in self.values.items()}
-        bleu = {task: counts[:, columns] for task, counts in self.bleu.items()}
-        return Scores(methods=tuple(kept), kinds=self.kinds, values=values, bleu=bleu)
+    """Task -> n-gram counts (n, m, S, 10), 0 likewise."""
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
+    """Bootstrap distributions and verdicts already computed; every table and the page ask for the same ones."""
 
     def tasks(self, kind: str) -> list[str]:
         """Tasks of one kind."""
         return [task for task, its_kind in self.kinds.items() if its_kind == kind]
+
+    def seed_means(self, values: Array) -> Array:
+        """Mean over the seeds that a method has, (..., m, S) to (..., m)."""
+        return np.asarray((values * self.ran).sum(axis=-1) / self.ran.sum(axis=-1))
 
 
 def task_means(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -95,28 +100,41 @@ def collect(records: Sequence[Record], load: Loader) -> Scores:
         records: Of one suite and protocol.
         load: Gives the outcomes of a record, or None.
     """
-    groups: dict[str, list[Mapping[str, TaskOutcomes]]] = {}
+    groups: dict[str, dict[int, Mapping[str, TaskOutcomes]]] = {}
     without: set[str] = set()
     for record in records:
         outcomes = load(record)
         if outcomes is None or set(outcomes) != set(record.suite_tasks):
             without.add(record.method_name)
         else:
-            groups.setdefault(record.method_name, []).append(outcomes)
+            groups.setdefault(record.method_name, {})[record.seed] = outcomes
     complete = {name: runs for name, runs in groups.items() if name not in without}
     if not complete:
-        return Scores(methods=(), kinds={}, values={}, bleu={})
-    template = next(iter(complete.values()))[0]
-    complete = {name: runs for name, runs in complete.items() if all(_same_questions(run, template) for run in runs)}
-    known = {task: row.kind for record in records for task, row in record.tasks.items()}
-    kinds = {task: known[task] for task in records[0].suite_tasks}
-    values = {task: _means(list(complete.values()), task, template[task].metrics) for task in kinds}
-    bleu = {
-        task: np.stack([sum_counts([run[task].bleu for run in runs]) for runs in complete.values()], axis=1)
-        for task in kinds
-        if all(run[task].bleu is not None for runs in complete.values() for run in runs)
+        return Scores(methods=(), seeds=(), ran=np.zeros((0, 0), dtype=bool), kinds={}, values={}, bleu={})
+    template = next(iter(next(iter(complete.values())).values()))
+    complete = {name: runs for name, runs in complete.items() if all(_same_questions(run, template) for run in runs.values())}
+    seeds = tuple(sorted({seed for runs in complete.values() for seed in runs}))
+    cells = {(m, s): runs[seed] for m, runs in enumerate(complete.values()) for s, seed in enumerate(seeds) if seed in runs}
+    ran = np.zeros((len(complete), len(seeds)), dtype=bool)
+    for cell in cells:
+        ran[cell] = True
+    kinds = {task: row.kind for record in records for task, row in record.tasks.items()}
+
+    def stacked(parts: Mapping[tuple[int, int], Any]) -> Any:
+        first = next(iter(parts.values()))
+        out = np.zeros((len(first), *ran.shape, *first.shape[1:]), dtype=first.dtype)
+        for (method, seed), part in parts.items():
+            out[:, method, seed] = part
+        return out
+
+    tasks = records[0].suite_tasks
+    values = {
+        task: {metric: stacked({cell: run[task].metrics[metric] for cell, run in cells.items()}) for metric in template[task].metrics}
+        for task in tasks
     }
-    return Scores(methods=tuple(complete), kinds=kinds, values=values, bleu=bleu)
+    counts = {task: {cell: run[task].bleu for cell, run in cells.items()} for task in tasks}
+    bleu = {task: stacked(parts) for task, parts in counts.items() if all(part is not None for part in parts.values())}
+    return Scores(methods=tuple(complete), seeds=seeds, ran=ran, kinds={task: kinds[task] for task in tasks}, values=values, bleu=bleu)
 
 
 def _same_questions(run: Mapping[str, TaskOutcomes], template: Mapping[str, TaskOutcomes]) -> bool:
@@ -126,124 +144,160 @@ def _same_questions(run: Mapping[str, TaskOutcomes], template: Mapping[str, Task
     )
 
 
-def _means(groups: Sequence[Sequence[Mapping[str, TaskOutcomes]]], task: str, metrics: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
-    return {
-        metric: np.stack([np.mean([run[task].metrics[metric] for run in runs], axis=0) for runs in groups], axis=1) for metric in metrics
-    }
+def _parts_of(scores: Scores, key: str) -> list[tuple[str, str]] | None:
+    """The (task, metric) pairs whose mean an aggregate is; None if a task lacks its metric, or there is no task."""
+    pairs = [(task, MAIN_METRIC[kind]) for task, kind in scores.kinds.items()]
+    if key != PRIMARY:
+        kind, metric = AGGREGATES[key]
+        pairs = [(task, metric) for task in scores.tasks(kind)]
+    there = all(metric in scores.values[task] or (metric == "bleu" and task in scores.bleu) for task, metric in pairs)
+    return pairs if pairs and there else None
 
 
-def sum_counts(counts: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64]:
-    """Sum of the counts of several seeds, (n, 10)."""
-    return np.asarray(np.sum([one for one in counts if one is not None], axis=0), dtype=np.int64)
+def _bleu(scores: Scores, task: str) -> tuple[Array, Array]:
+    """Corpus BLEU of a task (m, S) and its bootstrap distribution over questions (R, m, S)."""
+    if ("bleu", task) not in scores.known:
+        counts, index = scores.bleu[task], list(scores.kinds).index(task)
+        scores.known["bleu", task] = statistics.corpus_bleu(counts.sum(axis=0)), statistics.bootstrap_bleu([counts], seed=index)[0]
+    return scores.known["bleu", task]  # type: ignore[no-any-return]
 
 
-def distribution(scores: Scores, key: str, resamples: int = RESAMPLES) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Observed metric of every task (k, m) and its bootstrap distribution (k, R, m); None if a task lacks the metric.
-
-    The aggregate is the mean over tasks of either.
-    """
-    if (key, resamples) not in scores.drawn:
-        scores.drawn[key, resamples] = _distribution(scores, key, resamples)
-    return scores.drawn[key, resamples]  # type: ignore[no-any-return]
-
-
-def _distribution(scores: Scores, key: str, resamples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    kind, metric = AGGREGATES[key]
-    tasks = scores.tasks(kind)
+def _differences(scores: Scores, task: str, metric: str, base: int) -> tuple[Array, Array, int]:
+    """Of every method to one of them on one task: by seed (m, S) with NaN for seeds not shared, variance from questions (m,), and n."""
+    asked = ("differences", task, metric, base)
+    if asked in scores.known:
+        return scores.known[asked]  # type: ignore[no-any-return]
+    shared = scores.ran & scores.ran[base]
+    num = np.maximum(shared.sum(axis=1), 1)
     if metric == "bleu":
-        if not tasks or any(task not in scores.bleu for task in tasks):
-            return None
-        counts = [scores.bleu[task] for task in tasks]
-        return np.stack([statistics.corpus_bleu(task.sum(axis=0)) for task in counts]), statistics.bootstrap_bleu(counts, resamples)
-    if not tasks or any(metric not in scores.values[task] for task in tasks):
-        return None
-    values = [scores.values[task][metric] for task in tasks]
-    return np.stack([task.mean(axis=0) for task in values]), statistics.bootstrap_means(values, resamples)
+        observed, drawn = _bleu(scores, task)
+        by_seed, questions = observed - observed[base], len(scores.bleu[task])
+        variance = (((drawn - drawn[:, [base]]) * shared).sum(axis=2) / num).var(axis=0, ddof=1)
+    else:
+        values = scores.values[task][metric]
+        difference, questions = values - values[:, [base]], len(values)
+        by_seed = difference.mean(axis=0)
+        by_question = (difference * shared).sum(axis=2) / num
+        variance = by_question.var(axis=0, ddof=1) / questions if questions > 1 else np.zeros(len(num))
+    scores.known[asked] = np.where(shared, by_seed, np.nan), variance, questions
+    return scores.known[asked]  # type: ignore[no-any-return]
 
 
-def against(scores: Scores, key: str, reference: str | None = None, resamples: int = RESAMPLES) -> dict[str, Verdict]:
-    """Every other method against one of them on an aggregate; empty if it cannot be compared.
-
-    Args:
-        scores: Of all methods.
-        key: One of ``AGGREGATES``.
-        reference: Method to compare with; None is the best one.
-        resamples: Bootstrap samples.
-    """
-    found = distribution(scores, key, resamples) if scores.methods else None
-    if found is None or (reference is not None and reference not in scores.methods):
-        return {}
-    asked = ("against", key, reference, resamples)
-    if asked not in scores.drawn:
-        observed, drawn = (part.mean(axis=0) for part in found)
-        base = int(np.argmax(observed)) if reference is None else scores.methods.index(reference)
-        scores.drawn[asked] = _verdicts(scores.methods, base, observed, drawn)
-    return scores.drawn[asked]  # type: ignore[no-any-return]
+def _combined(scores: Scores, pairs: Sequence[tuple[str, str]], base: int) -> tuple[Differences, int]:
+    """The difference of a mean over tasks, and the number of questions behind it."""
+    found = [_differences(scores, task, metric, base) for task, metric in pairs]
+    by_seed = np.mean([part[0] for part in found], axis=0)
+    variances = np.stack([part[1] for part in found]) / len(found) ** 2
+    return statistics.crossed_difference(by_seed, variances, [part[2] - 1 for part in found]), sum(part[2] for part in found)
 
 
 def _verdicts(
-    methods: Sequence[str], base: int, observed: NDArray[np.float64], drawn: NDArray[np.float64], right: NDArray[np.float64] | None = None
+    methods: Sequence[str],
+    base: int,
+    differences: Differences,
+    questions: int,
+    *,
+    bound: float,
+    exact: Mapping[str, float] | None = None,
 ) -> dict[str, Verdict]:
-    """Every other method against one, from observed values (m,) and draws (R, m); p-values by McNemar's where ``right`` (n, m) is given."""
+    """Every other method that shares a seed with the reference; p-values are corrected by Holm over them.
+
+    Args:
+        methods: Names.
+        base: Index of the reference.
+        differences: To the reference.
+        questions: Behind each difference.
+        bound: Largest possible difference.
+        exact: p-values of an exact test, by method, that replace those of Student's t.
+    """
+    low, high = differences.interval(bound)
     rows = {}
-    for index, name in enumerate(methods):
-        if index != base:
-            difference = float(observed[index] - observed[base])
-            low, high, p = statistics.paired_difference(difference, drawn[:, index] - drawn[:, base])
-            rows[name] = (difference, low, high, p if right is None else statistics.exact_mcnemar(right[:, index], right[:, base]))
+    for index, (name, p) in enumerate(zip(methods, differences.p_values(), strict=True)):
+        mean = float(differences.mean[index])
+        if index == base or np.isnan(mean):
+            continue
+        if np.isnan(p):  # the same difference at every question and seed: the sign test
+            p = 1.0 if mean == 0 else min(1.0, 2 * 0.5**questions)
+        rows[name] = (mean, float(low[index]), float(high[index]), float((exact or {}).get(name, p)))
     corrected = statistics.holm({name: row[3] for name, row in rows.items()})
     return {name: Verdict(difference=row[0], low=row[1], high=row[2], p=row[3], p_holm=corrected[name]) for name, row in rows.items()}
 
 
-def by_task(scores: Scores, reference: str, resamples: int = RESAMPLES) -> dict[tuple[str, str], dict[str, Verdict]]:
-    """(Task, metric) -> every other method against one, corrected by Holm over the methods.
+def against(scores: Scores, key: str, reference: str) -> dict[str, Verdict]:
+    """Every other method against one of them on an aggregate; empty if it cannot be compared.
 
-    Right or wrong (accuracy, exact match) is tested by McNemar's exact test, the sign test where there are several seeds; BLEU and ROUGE by
-    the paired bootstrap. Intervals are the bootstrap's.
+    Args:
+        scores: Of all methods of a table: they are the family of Holm's correction.
+        key: One of ``COMPARED``.
+        reference: Method to compare with.
     """
-    found: dict[tuple[str, str], dict[str, Verdict]] = {}
+    pairs = _parts_of(scores, key) if reference in scores.methods else None
+    if pairs is None:
+        return {}
+    if ("against", key, reference) not in scores.known:
+        base = scores.methods.index(reference)
+        differences, questions = _combined(scores, pairs, base)
+        bound = BOUND.get(pairs[0][1], 1.0)
+        scores.known["against", key, reference] = _verdicts(scores.methods, base, differences, questions, bound=bound)
+    return scores.known["against", key, reference]  # type: ignore[no-any-return]
+
+
+def _task_verdicts(scores: Scores, task: str, metric: str, base: int) -> dict[str, Verdict]:
+    """Every other method against one on a single task. Right or wrong with one shared seed: McNemar's exact test; otherwise Student's t."""
+    exact = {}
+    if metric == MAIN_METRIC[scores.kinds[task]]:
+        values, shared = scores.values[task][metric], scores.ran & scores.ran[base]
+        for index, name in enumerate(scores.methods):
+            if shared[index].sum() == 1:
+                seed = int(np.argmax(shared[index]))
+                exact[name] = statistics.exact_mcnemar(values[:, index, seed], values[:, base, seed])
+    differences, questions = _combined(scores, [(task, metric)], base)
+    return _verdicts(scores.methods, base, differences, questions, bound=BOUND.get(metric, 1.0), exact=exact)
+
+
+def by_task(scores: Scores, reference: str) -> dict[tuple[str, str], dict[str, Verdict]]:
+    """(Task, metric) -> every other method against one, corrected by Holm over the methods."""
     if reference not in scores.methods:
-        return found
+        return {}
     base = scores.methods.index(reference)
-    for key, (kind, metric) in AGGREGATES.items():
-        both = distribution(scores, key, resamples)
-        for number, task in enumerate(scores.tasks(kind)) if both is not None else ():
-            right = scores.values[task][metric] if metric == MAIN_METRIC[kind] else None
-            found[task, metric] = _verdicts(scores.methods, base, both[0][number], both[1][number], right)  # type: ignore[index]
-    return found
+    pairs = [pair for key in AGGREGATES for pair in _parts_of(scores, key) or ()]
+    return {(task, metric): _task_verdicts(scores, task, metric, base) for task, metric in pairs}
 
 
-def ties_with_best(scores: Scores, key: str) -> set[str]:
-    """Methods that are not significantly worse than the best one of an aggregate."""
-    return {name for name, verdict in against(scores, key).items() if not verdict.significant}
+def ties_with(scores: Scores, key: str, best: str) -> set[str]:
+    """Methods that are not significantly worse than the best one of a column."""
+    return {name for name, verdict in against(scores, key, best).items() if not verdict.significant}
 
 
-def main_scores(scores: Scores) -> list[NDArray[np.float64]]:
-    """Right-or-wrong scores of every task, (n, m) each, in the suite's order."""
-    return [scores.values[task][MAIN_METRIC[kind]] for task, kind in scores.kinds.items()]
+def main_scores(scores: Scores) -> list[Array]:
+    """Right-or-wrong scores of every task, mean over seeds, (n, m) each, in the suite's order."""
+    return [scores.seed_means(scores.values[task][MAIN_METRIC[kind]]) for task, kind in scores.kinds.items()]
 
 
 def ranking(scores: Scores) -> tuple[dict[str, float], float | None, float | None]:
-    """Mean rank of every method over the tasks, Nemenyi's critical difference, and Friedman's p-value."""
-    if len(scores.methods) < 2:
+    """Mean rank over the tasks of every method that is no clone of another, Nemenyi's critical difference, and Friedman's p-value."""
+    ranked = without_clones(scores.methods)
+    if len(ranked) < 2:
         return {}, None, None
-    means = np.array([task.mean(axis=0) for task in main_scores(scores)]).T  # (m, tasks)
+    columns = [scores.methods.index(name) for name in ranked]
+    means = np.array([task.mean(axis=0)[columns] for task in main_scores(scores)]).T  # (m, tasks)
     ranks = statistics.average_ranks(means)
-    ordered = dict(sorted(zip(scores.methods, map(float, ranks), strict=True), key=lambda pair: pair[1]))
-    return ordered, statistics.critical_difference(len(scores.methods), means.shape[1]), statistics.friedman_p(means)
+    ordered = dict(sorted(zip(ranked, map(float, ranks), strict=True), key=lambda pair: pair[1]))
+    return ordered, statistics.critical_difference(len(ranked), means.shape[1]), statistics.friedman_p(means)
 
 
 def task_wins(scores: Scores, reference: str) -> dict[str, tuple[int, int, int, int, int]]:
-    """For every other method: tasks won, tied and lost against the reference, and how many of the wins and losses are significant by
-    the exact McNemar test, corrected for the tasks by Holm."""
+    """For every other method: tasks won, tied and lost against the reference, and how many of the wins and losses are significant after
+    Holm's correction over the tasks."""
     base = scores.methods.index(reference)
+    verdicts = {task: _task_verdicts(scores, task, MAIN_METRIC[kind], base) for task, kind in scores.kinds.items()}
     found = {}
-    for index, name in enumerate(scores.methods):
-        if index == base:
+    for name in scores.methods:
+        own = {task: rows[name] for task, rows in verdicts.items() if name in rows}
+        if not own:
             continue
-        pairs = {str(number): (task[:, index], task[:, base]) for number, task in enumerate(main_scores(scores))}
-        corrected = statistics.holm({number: statistics.exact_mcnemar(*pair) for number, pair in pairs.items()})
-        sure = [np.sign(np.mean(pairs[number][0] - pairs[number][1])) for number, p in corrected.items() if p < statistics.ALPHA]
-        ours, theirs = [pair[0] for pair in pairs.values()], [pair[1] for pair in pairs.values()]
-        found[name] = (*statistics.win_tie_loss(ours, theirs), sum(sign > 0 for sign in sure), sum(sign < 0 for sign in sure))
+        corrected = statistics.holm({task: verdict.p for task, verdict in own.items()})
+        sure = [np.sign(own[task].difference) for task, p in corrected.items() if p < statistics.ALPHA]
+        wins, losses = (sum(sign * verdict.difference > 1e-12 for verdict in own.values()) for sign in (1, -1))
+        found[name] = (wins, len(own) - wins - losses, losses, sum(sign > 0 for sign in sure), sum(sign < 0 for sign in sure))
     return found

@@ -11,6 +11,7 @@ from dlplora.documents import read_json
 from dlplora.errors import RecordError
 from dlplora.reporting.drawing import PALETTE, pyplot, write_figures
 from dlplora.reporting.groups import latest
+from dlplora.reporting.markdown import code, table
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import is_publishable, load_all
 
@@ -38,21 +39,16 @@ def _cell(record: Record, task: str, metric: str = "exact_match") -> str:
     return f"{100 * row.metrics[metric]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * words + "---:|" * (len(header) - words)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def main_table(records: Sequence[Record], metric: str) -> str:
     """Every method against reading and n, one metric in percent with its standard error."""
     by_name = {record.method_name: record for record in records}
     tasks = [task for task in (records[0].suite_tasks if records else ()) if any(task in record.tasks for record in records)]
     rows = [
-        [f"`{name}`", ROLES.get(name, ""), *(_cell(by_name[name], task, metric) for task in tasks)]
+        [code(name), ROLES.get(name, ""), *(_cell(by_name[name], task, metric) for task in tasks)]
         for name in [*MAIN_ORDER, *sorted(set(by_name) - set(MAIN_ORDER))]
         if name in by_name
     ]
-    return _table(["method", "routed", *(task.replace("_", " ") for task in tasks)], rows, 2)
+    return table(["method", "routed", *(task.replace("_", " ") for task in tasks)], rows, left=2)
 
 
 def ablation_table(records: Sequence[Record]) -> str:
@@ -66,7 +62,7 @@ def ablation_table(records: Sequence[Record]) -> str:
         settings = [view, f"`{params.get('prompt_routing', 'whole')}`", f"`{params.get('kv_policy', 'stale')}`"]
         rows.append([*settings, *(_cell(record, task) for task in tasks), *(_cell(record, task, "answered") for task in tasks)])
     names = [task.replace("_", " ") for task in tasks]
-    return _table(["view", "prompt routing", "cached keys and values", *names, *(f"answered, {name}" for name in names)], rows, 3)
+    return table(["view", "prompt routing", "cached keys and values", *names, *(f"answered, {name}" for name in names)], rows, left=3)
 
 
 def _ablation_key(record: Record) -> tuple[int, ...]:
@@ -141,13 +137,13 @@ def write(root: Path) -> list[Path]:
     if problems:
         raise RecordError(problems[0])
     chosen = latest([record for record in records if is_publishable(record)])
-    table = root / "tables" / "composite.md"
-    write_atomically(table, page(chosen))
+    target = root / "tables" / "composite.md"
+    write_atomically(target, page(chosen))
     drawn = {"n": curves([record for record in chosen if record.protocol_name == MAIN])}
-    return [table, *write_figures(drawn, root / "figures", "composite")]
+    return [target, *write_figures(drawn, root / "figures", "composite")]
 
 
-def write_kv_policy(record: Path, table: Path) -> Path:
+def write_kv_policy(record: Path, target: Path) -> Path:
     """The table of one ``kv_policy`` benchmark from its JSON file.
 
     Raises:
@@ -170,10 +166,10 @@ def write_kv_policy(record: Path, table: Path) -> Path:
         "# Cached keys and values after a re-route, on `nano`\n\nLogits at the first token after a row's first re-route that changed its "
         "weights, against `stale`. Time: one batch of fixed length, policies interleaved in one process, median; "
         f"{result['provenance']['hardware']['cpu']}, {result['threads']} thread(s). Definitions: "
-        "[docs/kv_policy.md](../../docs/kv_policy.md).\n\n" + _table(header, rows, 3) + "\n"
+        "[docs/kv_policy.md](../../docs/kv_policy.md).\n\n" + table(header, rows, left=3) + "\n"
     )
-    write_atomically(table, text)
-    return table
+    write_atomically(target, text)
+    return target
 
 
 def _policy_cells(values: dict[str, Any]) -> list[str]:

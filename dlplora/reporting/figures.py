@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dlplora.reporting.comparison import Loader, task_means
+from dlplora.reporting.columns import by_method, value_of
+from dlplora.reporting.comparison import PRIMARY, Loader, task_means
 from dlplora.reporting.drawing import INK, PALETTE, label_points, pyplot
+from dlplora.reporting.latency.join import LatencyColumns
+from dlplora.reporting.methods import without_clones
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
 from dlplora.reporting.sweep_figures import SWEEP_FIGURES
 from dlplora.reporting.sweeps import SweepFile
-from dlplora.reporting.tables import value_of
 
 RADAR_METHODS = ("base", "oracle", "multitask", "dlp", "dlp_code", "meteora_gate", "arrow_out", "lorahub_in_pool")
 
 
-def radar(records: Sequence[Record], load: Loader) -> Any:
+def radar(records: Sequence[Record]) -> Any:
     """Every task is a spoke, every method a line, as in the paper's Figures 2 and 3; None for fewer than three tasks."""
     scores = task_means([record for record in records if set(record.tasks) == set(record.suite_tasks)])
     shown = [name for name in RADAR_METHODS if name in scores]
@@ -49,17 +51,16 @@ def radar(records: Sequence[Record], load: Loader) -> Any:
     return figure
 
 
-def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
-    """Mean of the two main aggregates against decoding time, with the Pareto front; None without latencies."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        accuracy, match, tpot = (value_of(record, key) for key in ("mcq_acc", "gen_exact_match", "latency.tpot_ratio"))
-        if None not in (accuracy, match, tpot):
-            points.setdefault(record.method_name, []).append((tpot, 50 * (accuracy + match)))  # type: ignore[operator, arg-type]
-    if len(points) < 2:
+def quality_against_latency(records: Sequence[Record], latency: LatencyColumns | None) -> Any:
+    """The primary metric against decoding time, with the Pareto front; None without latencies."""
+    middle: dict[str, tuple[float, float]] = {}
+    for name, rows in by_method(records).items():
+        scores = [score for score in (value_of(record, PRIMARY) for record in rows) if score is not None]
+        if latency is not None and name in latency.ratios and scores:
+            middle[name] = (latency.ratios[name][1], 100 * sum(scores) / len(scores))
+    if len(middle) < 2:
         return None
     plt = pyplot()
-    middle = {name: (float(np.median([x for x, _ in rows])), float(np.mean([y for _, y in rows]))) for name, rows in points.items()}
     ordered = sorted(middle.items(), key=lambda pair: (pair[1][0], -pair[1][1]))
     front: list[tuple[str, tuple[float, float]]] = []
     for name, point in ordered:
@@ -72,10 +73,10 @@ def quality_against_latency(records: Sequence[Record], load: Loader) -> Any:
         axes.scatter(x, y, s=22, color=PALETTE[0] if name in best else INK, zorder=3)
     axes.set_ylim(min(0, *(y for _, y in middle.values())), 106)
     axes.set_xlabel("time per decoded token ÷ PEFT with one adapter (median)")
-    axes.set_ylabel("mean of MCQ accuracy and exact match, %")
+    axes.set_ylabel("mean score (accuracy or exact match), %")
     axes.grid(alpha=0.25)
     figure.tight_layout()
-    label_points(axes, middle)
+    label_points(axes, {name: middle[name] for name in without_clones(middle)})
     return figure
 
 
@@ -117,7 +118,7 @@ def _strongest(weights: Mapping[str, float]) -> str | None:
     return max(weights, key=lambda name: weights[name]) if weights else None
 
 
-def experts_kept(records: Sequence[Record], load: Loader) -> Any:
+def sentence_experts(records: Sequence[Record], load: Loader) -> Any:
     """How many experts a sentence is answered by, for the variants of DLP-LoRA; None if none was run."""
     names = [name for name in dict.fromkeys(record.method_name for record in records) if name.startswith("dlp")]
     counts: dict[str, Counter[int]] = {}
@@ -144,23 +145,22 @@ def experts_kept(records: Sequence[Record], load: Loader) -> Any:
     return figure
 
 
-FIGURES: dict[str, Callable[[Sequence[Record], Loader], Any]] = {
-    "radar": radar,
-    "quality_against_latency": quality_against_latency,
-    "routing_confusion": routing_confusion,
-    "experts_kept": experts_kept,
-}
-"""Name -> drawing function; one that has nothing to show returns None."""
-
-
-def figures(records: Sequence[Record], load: Loader, sweeps: Sequence[SweepFile] = ()) -> dict[str, Any]:
+def figures(
+    records: Sequence[Record], load: Loader, sweeps: Sequence[SweepFile] = (), latency: LatencyColumns | None = None
+) -> dict[str, Any]:
     """Figures that the records and sweeps have the numbers for, by name.
 
     Args:
         records: Newest of each method and seed, of one protocol and backbone.
         load: Outcomes of a record.
         sweeps: Of the same suite and backbone.
+        latency: Ratios of the suite's bench record.
     """
-    drawn = {name: function(records, load) for name, function in FIGURES.items()} if records else {}
+    drawn: dict[str, Any] = {}
+    if records:
+        drawn["radar"] = radar(records)
+        drawn["quality_against_latency"] = quality_against_latency(records, latency)
+        drawn["routing_confusion"] = routing_confusion(records, load)
+        drawn["experts_kept"] = sentence_experts(records, load)
     drawn |= {name: curves(sweeps) for name, curves in SWEEP_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dlplora.reporting.comparison import Scores, collect
-from dlplora.reporting.latency.tables import interleaved
+from dlplora.reporting.latency.join import LatencyColumns, latency_columns
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader, is_publishable
 
@@ -21,6 +21,8 @@ class Group:
     records: tuple[Record, ...]
     scores: Scores
     """Outcomes of single questions."""
+    latency: LatencyColumns | None = None
+    """Ratios of a bench record; None if there is none for the suite."""
 
     @property
     def title(self) -> str:
@@ -55,12 +57,21 @@ def by_setting(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Rec
 
 
 def group(records: Iterable[Record], reader: OutcomeReader) -> list[Group]:
-    """The newest records in groups, with the latencies of the newest bench record, and their outcomes read once.
+    """The newest records in groups, their outcomes read once, and the latency columns of their suite.
 
     Raises:
-        RecordError: If a record's outcomes are missing or damaged.
+        RecordError: If a record's outcomes or a bench record are damaged.
     """
+    settings = by_setting(latest(records))
+    latency = {suite: latency_columns(reader.root / "bench", suite) for suite in {suite for suite, _, _ in settings}}
     return [
-        Group(suite=suite, protocol=protocol, backbone=backbone, records=tuple(rows), scores=collect(rows, reader.numbers))
-        for (suite, protocol, backbone), rows in by_setting(interleaved(latest(records), reader.root)).items()
+        Group(
+            suite=suite,
+            protocol=protocol,
+            backbone=backbone,
+            records=tuple(rows),
+            scores=collect(rows, reader.numbers),
+            latency=latency[suite],
+        )
+        for (suite, protocol, backbone), rows in settings.items()
     ]

@@ -1,43 +1,55 @@
 """One self-contained page of results: filters, a sortable table, the figures, and every question with its answers and routing.
 
-Nothing is fetched: style, script, numbers and pictures stand in the file. The questions are packed task by task (gzip) and unpacked by the
+Nothing is fetched: style, script, numbers and pictures are in the file. The questions are packed task by task (gzip) and unpacked by the
 browser when they are looked at, so that the page opens at once however many there are.
+
+Text from files (names, prompts, answers, figures) is data, never markup. It is JSON in which no ``<`` occurs, the script puts it into text
+nodes, figures are images, and the Content-Security-Policy of the page runs the page's own scripts only, by their checksums.
 """
 
 from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import io
 import json
+import math
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from dlplora.reporting.columns import ACCURACY, COLUMNS, GATED, PREFILL, row_order, rows_of
 from dlplora.reporting.comparison import MAIN_METRIC, Loader, task_means
 from dlplora.reporting.drawing import close_figures
 from dlplora.reporting.figures import figures
 from dlplora.reporting.groups import Group
+from dlplora.reporting.methods import OTHER, group_of, method_facts
 from dlplora.reporting.reported import HEADING, NOTE, reported
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
 from dlplora.reporting.sweeps import SweepFile
-from dlplora.reporting.tables import COLUMNS, caption, row_order, rows_of
+from dlplora.reporting.tables import TIE, caption
 
 MOST_PACKED = 1_700_000
 """Bytes of packed questions of one page; above this every task loses the second half of its questions."""
 QUESTIONS = 100
+HIDDEN_AT_FIRST = ("gen_bleu", "gen_rouge1", PREFILL)
+"""Columns that the reader must choose to see."""
 CAPTIONS = {
     "radar": "Every task, in percent right",
-    "quality_against_latency": "Quality against decoding time, and the Pareto front",
-    "routing_confusion": "Which expert dlp trusts most, by task",
+    "quality_against_latency": "Mean score against decoding time, and the Pareto front",
+    "routing_confusion": "The expert with the largest weight under dlp, by task",
     "experts_kept": "Experts that answer a sentence",
-    "quality_against_p": "Quality against p, the bound of selection",
+    "quality_against_p": "Quality against p, the bound of the selection",
     "quality_against_router_errors": "Quality when the router errs",
-    "weighting": "How kept experts are weighted",
+    "weighting": "Ways to weight the kept experts",
     "quality_against_experts": "Quality against the number of experts",
+    "tpot_experts": "Time per token against the number of experts",
+    "tpot_batch": "Time per token against the batch size",
+    "step": "Parts of a decoding step",
+    "composite_n": "Several questions in one prompt",
 }
 Questions = Callable[[str, str], Sequence[Any]]
 """Suite and task -> the task's test items (``prompt``, ``answer``, ``choices``), or nothing if they cannot be made here."""
@@ -57,12 +69,12 @@ def page(
         load: Outcomes of a record.
         questions: What was asked.
         sweeps: Sweep files by suite; they belong to its first group.
-        others: Caption -> SVG of figures that other commands drew; they follow those of the first group.
+        others: File name without suffix -> SVG of figures that other commands drew; they follow those of the first group.
     """
     first = {one.suite: one for one in reversed(groups)}
     shown = [_group(one, load, (sweeps or {}).get(one.suite, ()) if first[one.suite] is one else ()) for one in groups]
     if shown:
-        shown[0]["figures"] |= {title: _inline(svg) for title, svg in (others or {}).items()}
+        shown[0]["figures"] |= {caption_of(name): _trimmed(svg) for name, svg in (others or {}).items()}
     most = QUESTIONS
     packed = [_questions(one, load, questions, most) for one in groups]
     while most > 1 and sum(len(text) for part in packed for text in part.values()) > MOST_PACKED:
@@ -70,40 +82,72 @@ def page(
         packed = [_questions(one, load, questions, most) for one in groups]
     data = {
         "columns": [
-            {"key": one.key, "title": one.title, "scale": one.scale, "digits": one.digits, "better": bool(one.larger_is_better)}
+            {
+                "key": one.key,
+                "title": one.title,
+                "scale": one.scale,
+                "digits": one.digits,
+                "better": bool(one.larger_is_better),
+                "hidden": one.key in HIDDEN_AT_FIRST,
+            }
             for one in COLUMNS
         ],
+        "kinds": [[one.key, one.title] for one in (*method_facts().groups, OTHER)],
         "groups": [{**one, "questions": part} for one, part in zip(shown, packed, strict=True)],
         "reported": [[one.method, one.setting, one.metric, one.text, one.evidence, one.source, one.url] for one in reported()],
         "reportedTitle": HEADING,
         "reportedNote": NOTE.replace("*", ""),
     }
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    return _filled(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+
+
+def _filled(data: str) -> str:
+    """The template with its parts. A ``<`` in the data is written as an escape, so that nothing there can end or open an element."""
     folder = resources.files("dlplora.reporting") / "page"
     names = {"CSS": "page.css", "JS": "page.js", "TABLE": "vendor/dataTables.min.js", "LICENCE": "vendor/dataTables.LICENSE.txt"}
-    parts = {key: folder.joinpath(*name.split("/")).read_text("utf-8") for key, name in names.items()} | {"DATA": text}
+    parts = {key: folder.joinpath(*name.split("/")).read_text("utf-8") for key, name in names.items()}
+    scripts = " ".join(_checksum(parts[key]) for key in ("TABLE", "JS"))
+    policy = f"default-src 'none'; script-src {scripts}; style-src {_checksum(parts['CSS'])}; img-src data:"
+    policy += "; base-uri 'none'; form-action 'none'"
+    parts |= {"DATA": data.replace("<", "\\u003c"), "POLICY": policy}
     template = (folder / "page.html").read_text("utf-8")
-    return re.sub(r"/\*(CSS|JS|TABLE|LICENCE|DATA)\*/", lambda match: parts[match[1]], template)
+    return re.sub(r"/\*(CSS|JS|TABLE|LICENCE|DATA|POLICY)\*/", lambda match: parts[match[1]], template)
+
+
+def _checksum(text: str) -> str:
+    """Source expression of a Content-Security-Policy for an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def caption_of(name: str) -> str:
+    """What is written under a figure that another command drew, from the name of its file: ``latency_nano_cpu_step``."""
+    found = re.fullmatch(r"latency_(.+)_([a-z]+)_(tpot_experts|tpot_batch|step)", name)
+    if found:
+        return f"{CAPTIONS[found[3]]}: {found[1]}, {found[2]}"
+    return CAPTIONS.get(name, name.replace("_", " "))
 
 
 def _group(one: Group, load: Loader, sweeps: Sequence[SweepFile]) -> dict[str, Any]:
     records = one.records
-    table, means = rows_of(records, one.scores), task_means(records)
+    table, means = rows_of(records, one.scores, one.latency), task_means(records)
+    kinds = {record.method_name: group_of(record).key for record in records}
     rows = []
     for method, summary in table.summaries.items():
-        cells = {
-            key: [mean, error, "best" if mean == table.best[key] else "tie" if method in table.ties.get(key, ()) else ""]
-            for key, (mean, error) in summary.items()
-            if mean is not None
-        }
-        rows.append({"method": method, "cells": cells, "tasks": means[method]})
-    drawn = {CAPTIONS.get(key, key): _svg(figure) for key, figure in figures(records, load, sweeps).items()}
+        cells: dict[str, list[Any]] = {}
+        for key, (mean, error) in summary.items():
+            if mean is None:
+                continue
+            best = table.best[key]
+            mark = "best" if best is not None and math.isclose(mean, best) else TIE if method in table.ties.get(key, ()) else ""
+            cells[key] = [mean, error, GATED if key == ACCURACY and method in table.gated else mark]
+        rows.append({"method": method, "kind": kinds[method], "cells": cells, "tasks": means[method]})
+    drawn = {CAPTIONS.get(key, key): _svg(figure) for key, figure in figures(records, load, sweeps, one.latency).items()}
     close_figures()
     return {
         "suite": one.suite,
         "protocol": one.protocol,
         "backbone": one.backbone,
-        "caption": caption(records).replace("`", ""),
+        "caption": caption(records, one.latency, one.scores).replace("`", ""),
         "tasks": list(records[0].suite_tasks),
         "rows": rows,
         "figures": drawn,
@@ -111,17 +155,15 @@ def _group(one: Group, load: Loader, sweeps: Sequence[SweepFile]) -> dict[str, A
 
 
 def _svg(figure: Any) -> str:
-    """A figure as an inline SVG element."""
+    """A figure as the text of an SVG file."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return _inline(buffer.getvalue())
+    return _trimmed(buffer.getvalue())
 
 
-def _inline(text: str) -> str:
-    """An SVG file as an element; identifiers are made its own, since several stand in one document."""
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    mark = f"f{zlib.crc32(text.encode()):08x}-"
-    return re.sub(r'(id="|url\(#|xlink:href="#)', lambda match: match[1] + mark, text)
+def _trimmed(text: str) -> str:
+    """An SVG file without prologue and metadata; the page shows it as an image."""
+    return re.sub(r"<metadata>.*?</metadata>", "", text[max(text.find("<svg"), 0) :], flags=re.DOTALL)
 
 
 def _questions(one: Group, load: Loader, questions: Questions, most: int) -> dict[str, str]:

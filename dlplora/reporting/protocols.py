@@ -9,22 +9,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dlplora.atomic import write_atomically
+from dlplora.reporting.columns import REFERENCE_ROWS, by_method
 from dlplora.reporting.groups import latest
-from dlplora.reporting.schema import Record
+from dlplora.reporting.markdown import code, table
+from dlplora.reporting.schema import Record, TaskResult
 from dlplora.reporting.store import RESULTS, is_publishable, load_all
-from dlplora.reporting.tables import REFERENCE_ROWS
 
 ROOM = "released_code"
 TITLE = "# The same models under two protocols"
 EXPLANATION = """**Standard** is how this project measures: options of a multiple-choice question are scored by their log-likelihood,
 other answers are generated greedily and compared as a whole (exact match; sacreBLEU over words; ROUGE).
 
-**Released code** is how the public DLP-LoRA repository measures (MeCuping/DLP-LoRA@d68fd38): one pass over prompt *and right answer*, the
-likeliest token at each answer position given the right tokens before it, then string comparison with BLEU over *characters*. Nothing is
-generated and nothing is chosen among options. The end token is among the compared ones. That repository has no function for accuracy;
-"exact" here means that the decoded strings are equal. Its code also repeats the last prompt token, in training and in evaluation; adapters
-trained with the usual shift, as all are here, never predict that token, so the layout as written (last column) costs them one token an
-answer.
+**Released code** is how the public DLP-LoRA repository measures (MeCuping/DLP-LoRA@d68fd38): one pass over prompt *and right answer*.
+At each answer position the likeliest token is taken, given the right tokens before it, and the strings are compared with BLEU over
+*characters*. Nothing is generated, and no option is chosen. The end token is among the compared ones. That repository has no function
+for accuracy; "exact" here means that the decoded strings are equal. Its code also repeats the last prompt token, in training and in
+evaluation. Adapters trained with the usual shift, as all are here, never predict that token, so the layout as written (last column) costs
+them one token an answer.
+
+**AC_F1** is one possible reading of the paper's "accuracy", not a proved one. The repository contains compiled files of a deleted plotting
+module that charts a value of this name: the harmonic mean of SelfBleu (share of predicted tokens that are in the answer, each counted as
+often as it is there) and SelfRouge (share of predicted tokens that occur anywhere in the answer). It is computed here task by task from the
+stored records. It does not need a single right answer: compare it with the column "MCQ exact" beside it.
 
 Read across a row: same weights, same routing, same questions. The released code's columns are no leaderboard numbers, and say little
 about whether a model can answer: they stay high where every answer has the same form, and they compress the distance between methods."""
@@ -36,9 +42,22 @@ def record_path(record: Record, root: Path = RESULTS) -> Path:
     return root / room / record.suite / f"{record.method_name}-{record.cell}-s{record.seed}.json"
 
 
+AC_F1 = "ac_f1"
+"""Harmonic mean of ``self_bleu`` and ``self_rouge`` of a task; made here, from what the records hold."""
+
+
+def _metric(task: TaskResult, metric: str) -> float | None:
+    if metric != AC_F1:
+        return task.metrics.get(metric)
+    precision, overlap = task.metrics.get("self_bleu"), task.metrics.get("self_rouge")
+    if precision is None or overlap is None:
+        return None
+    return 2 * precision * overlap / (precision + overlap) if precision + overlap else 0.0
+
+
 def _mean(record: Record, kind: str, metric: str) -> float | None:
     """Mean over the suite's tasks of a kind; None unless every evaluated task of it has the metric."""
-    values = [task.metrics.get(metric) for task in record.tasks.values() if task.kind == kind]
+    values = [_metric(task, metric) for task in record.tasks.values() if task.kind == kind]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -47,10 +66,12 @@ COLUMNS = (
     ("standard: MCQ accuracy %", "standard", "mcq", "acc", 100.0),
     ("released: MCQ exact %", "released", "mcq", "exact", 100.0),
     ("released: MCQ char. BLEU", "released", "mcq", "char_bleu", 100.0),
+    ("released: MCQ AC_F1 %", "released", "mcq", AC_F1, 100.0),
     ("standard: exact match %", "standard", "gen", "exact_match", 100.0),
     ("released: exact %", "released", "gen", "exact", 100.0),
     ("standard: BLEU", "standard", "gen", "bleu", 1.0),
     ("released: char. BLEU", "released", "gen", "char_bleu", 100.0),
+    ("released: AC_F1 %", "released", "gen", AC_F1, 100.0),
     ("standard: ROUGE-L %", "standard", "gen", "rougeL", 100.0),
     ("released: ROUGE-L %", "released", "gen", "rougeL", 100.0),
     ("released, last token repeated: char. BLEU", "released", "gen", "repeated_char_bleu", 100.0),
@@ -62,31 +83,18 @@ def _seed_mean(records: Sequence[Record], kind: str, metric: str) -> float | Non
     return sum(values) / len(values) if values and len(values) == len(records) else None
 
 
-def _by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for record in latest(records):
-        found.setdefault(record.method_name, []).append(record)
-    return found
-
-
 def suite_table(standard: Sequence[Record], released: Sequence[Record]) -> str:
     """One row a method that was measured both ways with the same seeds, pool and artifacts; empty if there is none."""
-    ours, theirs = _by_method(standard), _by_method(released)
+    ours, theirs = by_method(latest(standard)), by_method(latest(released))
     rows = []
     for name in sorted(theirs, key=lambda name: (REFERENCE_ROWS.index(name) if name in REFERENCE_ROWS else len(REFERENCE_ROWS), name)):
         pairs = _same_models(ours.get(name, []), theirs[name])
         if not pairs:
             continue
         sides: Mapping[str, list[Record]] = {"standard": [pair[0] for pair in pairs], "released": [pair[1] for pair in pairs]}
-        cells = []
-        for _, side, kind, metric, scale in COLUMNS:
-            value = _seed_mean(sides[side], kind, metric)
-            cells.append("" if value is None else f"{scale * value:.1f}")
-        rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    if not rows:
-        return ""
-    head = ["| method | " + " | ".join(column[0] for column in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    return "\n".join([*head, *rows])
+        values = [(_seed_mean(sides[side], kind, metric), scale) for _, side, kind, metric, scale in COLUMNS]
+        rows.append([code(name), *("" if value is None else f"{scale * value:.1f}" for value, scale in values)])
+    return table(["method", *(column[0] for column in COLUMNS)], rows) if rows else ""
 
 
 def _same_models(standard: Sequence[Record], released: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -104,13 +112,13 @@ def page(root: Path = RESULTS) -> str:
     suites = sorted(path.name for path in (root / ROOM).glob("*") if path.is_dir())
     for suite in suites:
         released, _ = load_all(root, suite, ROOM)
-        table = suite_table(load_all(root, suite)[0], released)
-        if not table:
+        rows = suite_table(load_all(root, suite)[0], released)
+        if not rows:
             continue
         counts = sorted({task.num for record in released for task in record.tasks.values()})
         num_tasks = max(len(record.tasks) for record in released)
         items = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-        parts += [f"## `{suite}`", table, f"{num_tasks} tasks × {items} questions; unweighted means over tasks."]
+        parts += [f"## {code(suite)}", rows, f"{num_tasks} tasks × {items} questions; unweighted means over tasks."]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from dlplora.documents import parse_yaml
 from dlplora.errors import RecordError
+from dlplora.reporting.markdown import table
 
 Evidence = Literal["abstract", "repository", "second-hand"]
 HEADING = "Reported by others, not measured here"
@@ -72,10 +73,8 @@ def reported() -> tuple[Reported, ...]:
 
 def reported_table() -> str:
     """All of them as Markdown, every row marked."""
-    lines = ["| method | setting | metric | **reported** | evidence | source |", "|---|---|---|---:|---|---|"]
-    for one in reported():
-        lines.append(f"| {one.method} | {one.setting} | {one.metric} | *{one.text}* | {one.evidence} | [{one.source}]({one.url}) |")
-    return "\n".join(lines)
+    rows = [[one.method, one.setting, one.metric, f"*{one.text}*", one.evidence, f"[{one.source}]({one.url})"] for one in reported()]
+    return table(["method", "setting", "metric", "**reported**", "evidence", "source"], rows, left=(0, 1, 2, 4, 5))
 
 
 def reported_page() -> str:

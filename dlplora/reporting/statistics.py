@@ -1,14 +1,15 @@
-"""Errors, paired tests and corrections for results tables; needs NumPy, SciPy, statsmodels and sacreBLEU, and no deep-learning package.
+"""Errors, paired tests and corrections for results tables; needs NumPy, SciPy and sacreBLEU, and no deep-learning package.
 
-The questions of a suite are the sample: the same questions are asked of every method, so methods are compared in pairs. With several
-seeds the mean over seeds of a question's score is one observation, since the seeds of one question are not independent questions.
-Shapes: n questions, k tasks.
+The same questions are asked of every method, so methods are compared in pairs. Two things vary: which questions were drawn, and which seed
+trained experts, router and gates. They are crossed (every seed answers every question), so a difference has a variance from either.
+Shapes: n questions, k tasks, m methods, S seeds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -100,22 +101,17 @@ def exact_mcnemar(first: Sequence[float] | Array, second: Sequence[float] | Arra
     return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses, 0.5).pvalue)
 
 
-def bootstrap_means(tasks: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Bootstrap distributions of the mean over questions of every task, for several methods on the same draws.
+def bootstrap_bleu(tasks: Sequence[NDArray[np.int64]], resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Bootstrap distributions of corpus BLEU over questions, on the same draws for everything on the other axes.
 
     Args:
-        tasks: For each of k tasks the scores of m methods, (n_k, m); questions are drawn within their task.
+        tasks: For each of k tasks the counts (n_k, ..., 10); questions are drawn within their task.
         resamples: Bootstrap samples R.
         seed: Of the draws.
 
     Returns:
-        Task by task, (k, R, m); their mean over tasks is the distribution of the aggregate.
+        Task by task, (k, R, ...); their mean over tasks is the distribution of the aggregate.
     """
-    return np.stack([_resampled_counts(len(task), resamples, seed + index) @ task / len(task) for index, task in enumerate(tasks)])
-
-
-def bootstrap_bleu(tasks: Sequence[NDArray[np.int64]], resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """As ``bootstrap_means`` for corpus BLEU; ``tasks`` hold the counts of m methods, (n_k, m, 10)."""
     scores = []
     for index, task in enumerate(tasks):
         counts = _resampled_counts(len(task), resamples, seed + index)
@@ -124,30 +120,91 @@ def bootstrap_bleu(tasks: Sequence[NDArray[np.int64]], resamples: int = RESAMPLE
     return np.stack(scores)
 
 
-def paired_difference(observed: float, drawn: Array) -> tuple[float, float, float]:
-    """95 % interval and two-sided p-value of a difference from its bootstrap distribution.
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Mean differences of m methods to a reference, with the two sources of their variance; every array is (m,)."""
+
+    mean: Array
+    """Mean over seeds of the mean over tasks; NaN for a method that has no seed of the reference."""
+    question_variance: Array
+    """Variance of the mean from the draw of questions."""
+    seed_variance: Array
+    """Variance of the mean from the seeds; 0 for a single one, which says nothing about others."""
+    freedom: Array
+    """Degrees of freedom of the summed variance (Satterthwaite)."""
+
+    def interval(self, bound: float = math.inf) -> tuple[Array, Array]:
+        """95 % interval by Student's t, (m,) and (m,).
+
+        Args:
+            bound: Largest possible difference, beyond which no interval reaches: 1 for fractions, 100 for BLEU.
+        """
+        from scipy.special import stdtrit
+
+        reach = stdtrit(self.freedom, 1 - ALPHA / 2) * np.sqrt(self.question_variance + self.seed_variance)
+        return np.maximum(self.mean - reach, -bound), np.minimum(self.mean + reach, bound)
+
+    def p_values(self) -> Array:
+        """Two-sided p-values that the difference is zero, (m,); NaN where nothing varies."""
+        from scipy.special import stdtr
+
+        error = np.sqrt(self.question_variance + self.seed_variance)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = 2 * stdtr(self.freedom, -np.abs(self.mean) / error)
+        return np.asarray(np.where(error > 0, found, np.nan))
+
+
+def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: Sequence[float]) -> Differences:
+    """Differences whose variance comes from questions and from seeds.
+
+    The variance of a mean over both is the sum of a part from either: seeds are few, so a bootstrap over them would never draw a worse seed
+    than the worst of three; Student's t with the degrees of freedom of the sum allows for that. The part that both share (seed by question)
+    is counted twice, which makes the interval a little too wide.
 
     Args:
-        observed: The difference on the sample itself.
-        drawn: The same on each bootstrap sample, (R,), both sides on the same draws.
+        by_seed: Mean difference of every seed, (m, S), NaN where a method or the reference lacks the seed.
+        question_parts: Variance from questions of the mean over seeds, one part a task, (k, m); their sum is the variance of the aggregate.
+        question_freedom: Degrees of freedom of each part, k numbers.
 
-    Returns:
-        Lower end, upper end, p-value (share of the draws, centred on zero, at least as far out; never below 1 / R).
-
-    Source: Koehn 2004 (W04-3250) for the paired bootstrap; the centred p-value is that of Efron and Tibshirani 1993, section 16.4.
+    Source: Satterthwaite 1946 for the degrees of freedom; crossed random effects by moments, as in a mixed model with a random effect of
+    the seed and one of the question.
     """
-    low, high = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
-    extreme = int((np.abs(drawn - observed) >= abs(observed) - 1e-12).sum())
-    return float(low), float(high), max(extreme, 1) / len(drawn)
+    shared = np.isfinite(by_seed).sum(axis=1)
+    filled = np.where(np.isfinite(by_seed), by_seed, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(shared > 0, filled.sum(axis=1) / shared, np.nan)
+        spread = np.where(np.isfinite(by_seed), by_seed - mean[:, None], 0.0)
+        seeds = np.where(shared > 1, (spread**2).sum(axis=1) / (shared - 1) / shared, 0.0)
+        questions = np.nan_to_num(question_parts).sum(axis=0)
+        freedoms = np.maximum(np.asarray(question_freedom, dtype=np.float64), 1.0)[:, None]
+        squares = (np.nan_to_num(question_parts) ** 2 / freedoms).sum(axis=0) + seeds**2 / np.maximum(shared - 1, 1)
+        # variances of rounding errors are no variances
+        questions, seeds = (np.where(part < 1e-20, 0.0, part) for part in (questions, seeds))
+        freedom = np.where(squares > 0, (questions + seeds) ** 2 / squares, 1.0)
+    mean = np.where(np.abs(mean) < 1e-12, 0.0, mean)
+    return Differences(mean=mean, question_variance=questions, seed_variance=seeds, freedom=np.maximum(freedom, 1.0))
+
+
+def combined_stderr(errors: Sequence[float], values: Sequence[float]) -> float | None:
+    """Standard error of a mean over seeds: root of the variance from questions plus the variance from seeds; None if neither is known.
+
+    Args:
+        errors: Standard error over questions of each seed that has one.
+        values: The value of each seed.
+    """
+    questions = sum(error**2 for error in errors) / len(errors) if errors else None
+    seeds = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else None
+    parts = [part for part in (questions, seeds) if part is not None]
+    return math.sqrt(sum(parts)) if parts else None
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values corrected for their number by Holm's step-down method."""
-    from statsmodels.stats.multitest import multipletests
-
-    if not p_values:
-        return {}
-    return dict(zip(p_values, map(float, multipletests(list(p_values.values()), method="holm")[1]), strict=True))
+    """p-values corrected for their number by Holm's step-down method: the i-th smallest of n times n - i, never below a smaller one's."""
+    corrected, largest = {}, 0.0
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p))
+        corrected[name] = largest
+    return {name: corrected[name] for name in p_values}
 
 
 def detectable_difference(num_questions: int, disagreement: float) -> float:
@@ -205,11 +262,3 @@ def friedman_p(scores: Array) -> float | None:
     with np.errstate(divide="ignore", invalid="ignore"):  # no task tells any two methods apart
         value = float(friedmanchisquare(*scores).pvalue)
     return value if math.isfinite(value) else None
-
-
-def win_tie_loss(first: Sequence[Array], second: Sequence[Array]) -> tuple[int, int, int]:
-    """Tasks on which the first method is better, equal and worse by the mean of the questions' scores."""
-    differences = [float(np.mean(a) - np.mean(b)) for a, b in zip(first, second, strict=True)]
-    wins = sum(value > 1e-12 for value in differences)
-    losses = sum(value < -1e-12 for value in differences)
-    return wins, len(differences) - wins - losses, losses

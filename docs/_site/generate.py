@@ -17,6 +17,7 @@ from hooks import COPIES, ROOT, rewritten
 
 from dlplora.methods.registry import available_methods, available_presets, load_method_spec, resolved_params
 from dlplora.reporting import schema
+from dlplora.reporting.markdown import table
 
 ROOMS = (
     "inference", "methods", "modules", "adapters", "kernels", "lm_eval", "evaluation", "reproduce", "bench", "serve", "testing", "tasks",
@@ -62,12 +63,11 @@ def docstrings_of_fields(cls: type) -> dict[str, str]:
 def fields_table(cls: type) -> str:
     """Name, type, default and meaning of a dataclass's fields."""
     meaning = docstrings_of_fields(cls)
-    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    rows = []
     for one in dataclasses.fields(cls):
         default = "" if one.default is dataclasses.MISSING else f"`{one.default!r}`"
-        kind = str(one.type).replace("|", "\\|")
-        lines.append(f"| `{one.name}` | `{kind}` | {default} | {meaning.get(one.name, '')} |")
-    return "\n".join(lines)
+        rows.append([f"`{one.name}`", f"`{one.type}`", default, meaning.get(one.name, "")])
+    return table(["field", "type", "default", "meaning"], rows, left=4)
 
 
 def method_pages() -> None:
@@ -103,8 +103,8 @@ def record_page() -> None:
     text += f"dataclasses as this page. Version {schema.SCHEMA_VERSION}; versions {', '.join(map(str, schema.READABLE))} are read. "
     text += "Fractions are 0 to 1, BLEU is 0 to 100, a measurement that was not made is null.\n\n"
     text += f"## Record\n\n{fields_table(schema.Record)}\n\n## One task\n\n{fields_table(schema.TaskResult)}\n\n"
-    text += "## Aggregates\n\n| aggregate | mean over tasks of kind | of metric |\n|---|---|---|\n"
-    text += "\n".join(f"| `{name}` | {kind} | `{metric}` |" for name, (kind, metric) in schema.AGGREGATES.items())
+    rows = [[f"`{name}`", kind, f"`{metric}`"] for name, (kind, metric) in schema.AGGREGATES.items()]
+    text += "## Aggregates\n\n" + table(["aggregate", "mean over tasks of kind", "of metric"], rows, left=3)
     write("record.md", text + "\n")
 
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dlplora.methods.registry import available_presets
+from dlplora.reporting.columns import REFERENCE_ROWS, value_of
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.records import FOLDER
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import REFERENCE_ROWS, value_of
 from tests.tools import speed_targets
 
 ROOT = Path(__file__).resolve().parents[2]

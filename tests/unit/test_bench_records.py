@@ -15,8 +15,9 @@ import pytest
 from dlplora.errors import RecordError
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.figures import draw_latency
+from dlplora.reporting.latency.join import latency_columns
 from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarise
-from dlplora.reporting.latency.tables import interleaved, latency_source, markdown
+from dlplora.reporting.latency.tables import markdown
 from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_training
 from dlplora.reporting.store import load_all
 from dlplora.reporting.tables import build, caption, main_table
@@ -182,21 +183,23 @@ def test_times_must_be_times(times: list[float], tmp_path: Path) -> None:
         read_latency(path)
 
 
-def test_quality_tables_take_ratios_of_one_process(tmp_path: Path) -> None:
+def test_quality_tables_join_the_ratios_of_one_process_by_method(tmp_path: Path) -> None:
     records = [record for record in latest(load_all(ROOT / "results", "nano")[0]) if record.seed == 0]
-    assert interleaved(records, tmp_path) == records
-    assert "interleaved runs in one process" in latency_source(records)
+    assert latency_columns(tmp_path / "bench", "nano") is None
+    assert "Prefill and decode: not measured." in caption(records)
+    rows = {line.split("`")[1]: line for line in main_table(records).splitlines() if line.startswith("| `")}
+    assert rows["dlp"].endswith("|  |  |")  # what a run measured of itself stands in no table
     save_bench(whole(), tmp_path / "bench" / "latency-a.json")
-    shown = interleaved(records, tmp_path)
-    by_name = {record.method_name: record for record in shown}
-    assert by_name["dlp"].latency is not None
-    assert (by_name["dlp"].latency["tpot_ratio"], by_name["dlp"].latency["ttft_ratio"]) == (1.0, 1.0)
-    assert by_name["ties"].latency is None  # not in that process: an empty cell rather than another clock
-    assert "17 new tokens, all methods by turns in one run, median of 3 paired ratios" in caption(shown)
-    row = next(line for line in main_table(shown).splitlines() if line.startswith("| `dlp` |"))
-    assert row.endswith("| 1.00 | 1.00 |")
-    row = next(line for line in main_table(shown).splitlines() if line.startswith("| `ties` |"))
-    assert row.endswith("|  |  |")
+    joined = latency_columns(tmp_path / "bench", "nano")
+    assert joined is not None
+    assert joined.ratios["dlp"] == (1.0, 1.0)
+    assert latency_columns(tmp_path / "bench", "paper_local") is None
+    text = caption(records, joined)
+    assert "17 new tokens, methods interleaved in one process, median of 3 paired ratios" in text
+    assert "joined by method name from the newest record of shape `nano`" in text
+    rows = {line.split("`")[1]: line for line in main_table(records, None, joined).splitlines() if line.startswith("| `")}
+    assert rows["dlp"].endswith("| 1.00 | 1.00 |")
+    assert rows["ties"].endswith("|  |  |")  # not in that process: an empty cell rather than another clock
 
 
 def test_tables_of_speed_are_built_and_checked(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from dlplora import atomic
 from dlplora.atomic import write_atomically
 from dlplora.errors import RecordError
 from dlplora.reporting import store, tables
-from dlplora.reporting.groups import latest
+from dlplora.reporting.columns import rows_of
+from dlplora.reporting.comparison import collect
+from dlplora.reporting.groups import Group, latest
 from dlplora.reporting.schema import Record, TaskResult, aggregate, read_record, to_json
 
 KINDS = {"a": "mcq", "b": "mcq", "g": "gen"}
@@ -146,11 +148,14 @@ def test_the_main_table_has_hand_computed_cells() -> None:
     )
     text = tables.main_table([make_record(), worse])
     base_row, dlp_row = text.splitlines()[2:]
-    assert base_row.startswith("| `base` | **70.0** ± 2.5 | 10.0 ± 5.0 | **40.0** | **50.0** ± 2.0 | **40.0** ± 2.0 | 1.25 |  |  |")
-    assert dlp_row.startswith("| `dlp` | **70.0** ± 2.5 | **25.0** ± 5.0 |")
+    assert base_row.startswith(
+        "| `base` | 50.0 ± 2.4 | **70.0** ± 2.5 | 10.0 ± 5.0 | **40.0** | **50.0** ± 2.0 | **40.0** ± 2.0 | 1.25 |  |  |"
+    )
+    # (50 + 90 + 25) / 3, and the root of 3² + 4² + 5² over 3
+    assert dlp_row.startswith("| `dlp` | **55.0** ± 2.4 | **70.0** ± 2.5 | **25.0** ± 5.0 |")
 
 
-def test_several_seeds_report_the_larger_spread() -> None:
+def test_the_error_of_several_seeds_combines_seeds_and_questions() -> None:
     def seeded(seed: int, value: float) -> Record:
         base = make_record(seed=seed)
         tasks = {
@@ -161,9 +166,9 @@ def test_several_seeds_report_the_larger_spread() -> None:
         record = dataclasses.replace(base, tasks=tasks)
         return dataclasses.replace(record, aggregates=aggregate(record, KINDS))
 
-    mean, error = tables._summary([seeded(0, 0.2), seeded(1, 0.6)], "mcq_acc")
+    mean, error = rows_of([seeded(0, 0.2), seeded(1, 0.6)]).summaries["dlp"]["mcq_acc"]
     assert mean == pytest.approx(0.4)
-    assert error == pytest.approx(0.2)  # stdev 0.2828 / sqrt(2), larger than the 0.025 over questions
+    assert error == pytest.approx((0.2**2 + 0.025**2) ** 0.5)  # over seeds: stdev 0.2828 / sqrt(2); over questions 0.025
 
 
 def test_build_is_idempotent_and_check_finds_staleness(tmp_path: Path) -> None:
@@ -215,7 +220,8 @@ def test_a_record_in_another_suites_folder_is_named(tmp_path: Path) -> None:
 
 def test_csv_and_latex_say_what_the_table_says() -> None:
     records = [make_record(), make_record(method_name="base", training_tokens=None, routing={})]
-    rows = list(csv.DictReader(io.StringIO(tables.csv_table(records))))
+    one = Group(suite="toy", protocol="toy", backbone="tiny", records=tuple(records), scores=collect(records, lambda record: None))
+    rows = list(csv.DictReader(io.StringIO(tables.csv_table([one]))))
     assert [row["method"] for row in rows] == ["base", "dlp"]
     assert float(rows[1]["mcq_acc"]) == pytest.approx(0.7)
     assert rows[0]["training_tokens"] == ""

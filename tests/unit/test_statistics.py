@@ -62,33 +62,60 @@ def test_corners_of_bleu_are_sacrebleus(sums: list[int]) -> None:
     assert float(st.corpus_bleu(sums)) == pytest.approx(theirs, abs=1e-9)
 
 
-def difference(tasks: list[np.ndarray], resamples: int = 4000, seed: int = 0) -> tuple[float, float, float]:
-    """Interval and p-value of method 0 minus method 1."""
-    drawn = st.bootstrap_means(tasks, resamples, seed).mean(axis=0)
-    return st.paired_difference(float(np.mean([task[:, 0].mean() - task[:, 1].mean() for task in tasks])), drawn[:, 0] - drawn[:, 1])
+def crossed(scores: np.ndarray) -> st.Differences:
+    """One method to another on one task, from differences (n, S)."""
+    return st.crossed_difference(scores.mean(axis=0)[None], np.array([[scores.mean(axis=1).var(ddof=1) / len(scores)]]), [len(scores) - 1])
 
 
-def beside_nothing(values: np.ndarray) -> np.ndarray:
-    return np.stack([values, np.zeros_like(values)], axis=1)
+def test_with_one_seed_a_difference_is_tested_as_by_the_paired_t_test() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = np.random.default_rng(2).normal(0.2, 1.0, (400, 1))
+    theirs = ttest_1samp(values[:, 0], 0.0)
+    ours = crossed(values)
+    assert ours.p_values()[0] == pytest.approx(theirs.pvalue)
+    low, high = theirs.confidence_interval(0.95)
+    assert [float(end[0]) for end in ours.interval()] == pytest.approx([low, high])
+    assert [float(end[0]) for end in ours.interval(0.1)] == [pytest.approx(max(low, -0.1)), 0.1]
 
 
-def test_paired_bootstrap_finds_what_is_there_and_nothing_else() -> None:
-    rng = np.random.default_rng(1)
-    clear = [rng.normal(0.5, 1.0, 200) for _ in range(3)]
-    low, high, p = difference([beside_nothing(task) for task in clear])
-    assert low < np.mean([task.mean() for task in clear]) < high
-    assert p < 0.001
-    misses = [difference([beside_nothing(rng.normal(0.0, 1.0, 50)) for _ in range(2)], 500, seed)[2] < 0.05 for seed in range(200)]
-    assert 0.01 <= np.mean(misses) <= 0.12  # 5 % by construction, over 200 draws
-    assert difference([np.zeros((10, 2))]) == (0.0, 0.0, 1.0)
+def test_seeds_that_answer_alike_everywhere_are_tested_as_by_the_t_test_over_seeds() -> None:
+    from scipy.stats import ttest_1samp
+
+    seeds = np.array([-20.25, -44.0, -15.375])  # exact match of a multi-task adapter against dlp: one bad seed
+    ours = crossed(np.tile(seeds, (50, 1)))
+    assert ours.p_values()[0] == pytest.approx(ttest_1samp(seeds, 0.0).pvalue)
+    assert ours.p_values()[0] == pytest.approx(0.095, abs=0.002)
+    assert float(ours.interval()[1][0]) > 0
 
 
-def test_paired_bootstrap_interval_agrees_with_the_normal_one() -> None:
-    values = np.random.default_rng(2).normal(0.2, 1.0, 400)
-    low, high, _ = difference([beside_nothing(values)])
-    error = values.std(ddof=1) / 20
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+def test_the_variance_of_a_difference_is_that_of_drawing_questions_and_seeds() -> None:
+    """Simulation: effects of 40 questions and 3 seeds, both drawn anew; the mean estimated variance is the variance of the mean."""
+    rng = np.random.default_rng(5)
+    means, variances, wrong = [], [], 0
+    for _ in range(2000):
+        scores = rng.normal(0, 0.5, (40, 1)) + rng.normal(0, 0.1, (1, 3)) + rng.normal(0, 0.05, (40, 3))
+        found = crossed(scores)
+        means.append(found.mean[0])
+        variances.append(found.question_variance[0] + found.seed_variance[0])
+        wrong += found.p_values()[0] < 0.05
+    assert np.mean(variances) == pytest.approx(np.var(means), rel=0.08)
+    assert 0.02 <= wrong / 2000 <= 0.07  # 5 % by construction
+
+
+def test_missing_seeds_and_equal_methods() -> None:
+    by_seed = np.array([[0.5, np.nan, 0.5], [np.nan, np.nan, np.nan], [0.0, 0.0, 0.0]])
+    found = st.crossed_difference(by_seed, np.zeros((1, 3)), [9])
+    assert found.mean[[0, 2]].tolist() == [0.5, 0.0]
+    assert np.isnan(found.mean[1])
+    assert np.isnan(found.p_values()).all()  # nothing varies
+
+
+def test_standard_errors_of_questions_and_seeds_add_up() -> None:
+    assert st.combined_stderr([0.03, 0.04], [0.2, 0.6]) == pytest.approx(math.sqrt((0.03**2 + 0.04**2) / 2 + 0.2**2))
+    assert st.combined_stderr([0.03], [0.2]) == pytest.approx(0.03)
+    assert st.combined_stderr([], [0.2, 0.6]) == pytest.approx(0.2)
+    assert st.combined_stderr([], [0.2]) is None
 
 
 def test_bleu_bootstrap() -> None:
@@ -96,15 +123,22 @@ def test_bleu_bootstrap() -> None:
     poor = np.array([st.bleu_statistics(said, wanted) for said, wanted in PAIRS] * 6)
     (drawn,) = st.bootstrap_bleu([np.stack([good, poor], axis=1)], 400)
     assert drawn[:, 0] == pytest.approx(np.full(400, 100.0))
-    observed = 100 - float(st.corpus_bleu(poor.sum(axis=0)))
-    low, high, p = st.paired_difference(observed, drawn[:, 0] - drawn[:, 1])
-    assert 0 < low < observed < high
-    assert p == 1 / 400
+    rng = np.random.default_rng(3)
+    theirs = []
+    for _ in range(400):
+        rows = rng.integers(0, len(poor), len(poor))
+        said, wanted = zip(*[PAIRS[i % len(PAIRS)] for i in rows], strict=True)
+        theirs.append(sacrebleu.corpus_bleu(list(said), [list(wanted)]).score)
+    assert drawn[:, 1].std() == pytest.approx(np.std(theirs), rel=0.15)
 
 
 def test_holm_by_hand() -> None:
     assert st.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert st.holm({}) == {}
+    from statsmodels.stats.multitest import multipletests
+
+    drawn = np.random.default_rng(0).random(30) ** 3
+    assert list(st.holm({str(i): p for i, p in enumerate(drawn)}).values()) == pytest.approx(list(multipletests(drawn, method="holm")[1]))
 
 
 def test_detectable_difference_is_found_four_times_in_five() -> None:
@@ -126,8 +160,3 @@ def test_ranks_and_critical_difference_are_demsars() -> None:
     # Demšar 2006, section 3.2.2: four classifiers, fourteen data sets: q = 2.569, CD = 1.25.
     assert st.critical_difference(4, 14) == pytest.approx(1.25, abs=0.005)
     assert st.friedman_p(scores[:2]) is None
-
-
-def test_win_tie_loss() -> None:
-    first, second = [np.array([1.0, 1.0]), np.array([0.0]), np.array([0.5])], [np.array([1.0, 0.0]), np.array([1.0]), np.array([0.5])]
-    assert st.win_tie_loss(first, second) == (1, 1, 1)

@@ -1,12 +1,10 @@
-"""Latency records as Markdown, and the ratios that the quality table borrows from them. No deep-learning package is imported."""
+"""Latency records as Markdown. No deep-learning package is imported."""
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dlplora.reporting.latency import training as training_bench
 from dlplora.reporting.latency.records import (
@@ -17,12 +15,11 @@ from dlplora.reporting.latency.records import (
     Ratio,
     iqr,
     latency_records,
-    newest,
     ratio_to,
     reroute_cost,
 )
 from dlplora.reporting.latency.training import newest_training
-from dlplora.reporting.schema import Record
+from dlplora.reporting.markdown import code, table
 
 TITLES = (
     "contender", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
@@ -60,7 +57,7 @@ def _kept(one: Measurement) -> str:
 
 def _row(record: LatencyRecord, one: Measurement) -> list[str]:
     return [
-        f"`{name_of(one)}`",
+        code(name_of(one)),
         str(one.experts) if one.experts else "",
         _kept(one),
         _milliseconds(one.ttft_s),
@@ -90,9 +87,7 @@ def markdown(record: LatencyRecord) -> str:
             f"{group}: batch {batch_size}, prompt {prompt_tokens}, {rows[0].new_tokens} new tokens, {len(rows[0].tpot_s)} rounds, adapters "
             f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms a step"
         )
-        lines = ["| " + " | ".join(TITLES) + " |", "|---|" + "---:|" * (len(TITLES) - 1)]
-        lines += ["| " + " | ".join(_row(record, one)) + " |" for one in rows]
-        parts.append("\n".join(lines))
+        parts.append(table(TITLES, [_row(record, one) for one in rows]))
     if record.skipped:
         parts.append("Not measured:\n" + "\n".join(f"* {what}: {why}" for what, why in record.skipped.items()))
     return "\n\n".join(parts)
@@ -125,52 +120,3 @@ def newest_of_each(records: Sequence[LatencyRecord]) -> dict[str, LatencyRecord]
     for record in sorted(records, key=lambda record: record.created):
         found[f"{record.shape}_{record.device.split(':')[0]}"] = record
     return dict(sorted(found.items()))
-
-
-def interleaved(records: Sequence[Record], root: Path) -> list[Record]:
-    """Records whose latency is that of the newest bench record of their backbone, in which all methods took turns in one process.
-
-    Each run times its own method too, but at another hour than the others. Where there is no such bench record the runs' own latencies
-    stay; where there is one, a method it does not hold gets none, so that a column never mixes two clocks. Only the backbone of the suite
-    ``nano`` is embedded and has records of its own.
-
-    Args:
-        records: Of any suites.
-        root: Folder of results.
-
-    Raises:
-        RecordError: If a bench record is damaged.
-    """
-    if not any(record.suite == "nano" for record in records):
-        return list(records)
-    bench = newest(latency_records(root / "bench"), "nano")
-    found = {} if bench is None else _ratios_of_methods(bench)
-    if not found:
-        return list(records)
-    return [dataclasses.replace(record, latency=found.get(record.method_name)) if record.suite == "nano" else record for record in records]
-
-
-def _ratios_of_methods(bench: LatencyRecord) -> dict[str, dict[str, Any]]:
-    """Contender -> the latency of a record: ratios at batch 1 with the embedded pool, nothing forced, and their source in words."""
-    found: dict[str, dict[str, Any]] = {}
-    commit = (bench.provenance.get("git", {}).get("commit") or "unknown")[:7]
-    for one in bench.measurements:
-        forced = one.reroute_every is not None or one.kept is not None or one.compiled or one.backend_asked not in {"", "auto"}
-        if forced or one.batch_size != 1 or one.contender in found or not bench.adapters[one.group].startswith("shipped"):
-            continue
-        first, later = ratio_to(bench, one, SINGLE, "ttft_s"), ratio_to(bench, one, SINGLE, "tpot_s")
-        if first is None or later is None:
-            continue
-        source = (
-            f"Prefill and decode: batch 1, {one.prompt_tokens} prompt and {one.new_tokens} new tokens, all methods by turns in one run, "
-            f"median of {len(one.tpot_s)} paired ratios to PEFT with one unmerged adapter (`results/bench`, code {commit})."
-        )
-        found[one.contender] = {"ttft_ratio": first.median, "tpot_ratio": later.median, "source": source}
-    return found
-
-
-def latency_source(records: Sequence[Record]) -> str:
-    """What a caption says about the latency columns."""
-    known = (record.latency.get("source") for record in records if record.latency)
-    own = "Prefill and decode: medians over interleaved runs in one process, against PEFT with one unmerged adapter."
-    return next((source for source in known if source), own)

@@ -11,9 +11,13 @@ from dlplora.config import build
 from dlplora.documents import read_json
 from dlplora.errors import RecordError
 from dlplora.reporting.latency.records import BENCH_VERSION, iqr, paired_ratio
+from dlplora.reporting.markdown import code, table
 
 ONE_BY_ONE = "peft_one_by_one"
 """The reference: PEFT and a plain loop, one adapter after another."""
+TITLES = (
+    "mode", "training s (IQR)", "tokens/s", "times faster than PEFT one by one", "peak memory MB", "padding %", "validation loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +93,12 @@ def markdown(record: TrainingRecord) -> str:
         f"{len(record.tasks)} experts of `{record.backbone}` on {record.device}, {record.tokens} tokens, `auto` is {record.default_mode}.",
         *(f"Warning: {warning}." for warning in record.warnings),
         "",
-        "| mode | training s (IQR) | tokens/s | times faster than PEFT one by one | peak memory MB | padding % | validation loss |",
-        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for name, mode in record.modes.items():
         median = statistics.median(mode.train_s)
         speedup = f"{speedups[name]:.2f}" if name in speedups else ""
-        cells = [f"`{name}`", f"{median:.2f} ({iqr(mode.train_s):.2f})", f"{record.tokens / median:.0f}", speedup]
+        cells = [code(name), f"{median:.2f} ({iqr(mode.train_s):.2f})", f"{record.tokens / median:.0f}", speedup]
         cells += [f"{statistics.median(mode.peak_memory_bytes) / 1e6:.0f}", f"{100 * mode.padding:.1f}", f"{mode.validation_loss:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return "\n".join([*lines, table(TITLES, rows)])

@@ -12,7 +12,7 @@
   const same = (values) => values.map((value) => [value, value]);
   const groups = () => data.groups.filter((one) => one.suite === $("suite").value);
   const settings = (one) => one.backbone + (one.protocol === one.suite ? "" : " · " + one.protocol);
-  // "all" backbones are shown together in the table; figures and questions then are the first one's
+  // All backbones together are shown in the table only; figures and questions are then those of the first one.
   const chosen = () => groups().filter((one) => $("backbone").value === "" || settings(one) === $("backbone").value);
   const group = () => chosen()[0];
 
@@ -20,51 +20,100 @@
   const order = (sign) => (a, b) => (a === null || b === null ? (a === null) - (b === null) : sign * (a - b));
   DataTable.type("measured", { detect: () => false, order: { asc: order(1), desc: order(-1) } });
 
-  let table = null;
-  const column = (title, get, scale, digits) => ({
-    title, type: "measured", orderSequence: ["desc", "asc"], className: "number",
-    data: null,
+  // Columns with marks (° and †) keep a place for them, so that the numbers stay in line.
+  const column = (title, key, get, scale, digits, marked) => ({
+    title, key, type: "measured", orderSequence: ["desc", "asc", ""], className: "number", data: null,
     render: (row, kind) => {
       const [value, error, mark] = get(row) || [null, null, ""];
       if (kind === "sort" || kind === "type") return value;
       if (value === null) return "";
-      const text = (value * scale).toFixed(digits) + (error === null ? "" : " ± " + (error * scale).toFixed(digits));
-      return mark === "best" ? "<b>" + text + "</b>" : text + (mark === "tie" ? " °" : "");
+      const number = digits ? (value * scale).toFixed(digits) : Math.round(value * scale).toLocaleString("en-US");
+      const spread = error === null ? "" : " <small>± " + (error * scale).toFixed(digits) + "</small>";
+      const sign = marked ? '<span class="mark">' + (mark === "best" ? "" : mark) + "</span>" : "";
+      return (mark === "best" ? "<b>" + number + "</b>" : number) + spread + sign;
     },
   });
-  const draw = () => {
-    if (table) table.destroy();
+  const visible = new Set(data.columns.filter((one) => !one.hidden).map((one) => one.key));
+  const hasMark = (cell) => cell && cell[2] && cell[2] !== "best";
+  const measured = (rows, key) => rows.some((row) => key in row.cells);
+  const columns = (rows) => {
     const task = $("task").value;
-    const several = groups().length > 1;
-    const rows = chosen().flatMap((one) => one.rows.map((row) => ({ ...row, name: row.method + (several ? " · " + settings(one) : "") })));
+    if (!task) return data.columns.filter((one) => visible.has(one.key) && measured(rows, one.key)).map((one) => column(one.title, one.key, (row) => row.cells[one.key], one.scale, one.digits, rows.some((row) => hasMark(row.cells[one.key]))));
     const best = Math.max(...rows.map((row) => row.tasks[task] ?? -1));
-    const columns = task
-      ? [column(task.replaceAll("_", " ") + " %", (row) => (task in row.tasks ? [row.tasks[task], null, row.tasks[task] === best ? "best" : ""] : null), 100, 1)]
-      : data.columns.map((one) => column(one.title, (row) => row.cells[one.key], one.scale, one.digits));
+    return [column(task.replaceAll("_", " ") + " %", task, (row) => (task in row.tasks ? [row.tasks[task], null, row.tasks[task] === best ? "best" : ""] : null), 100, 1)];
+  };
+  let table = null;
+  let keys = [];
+  // Headings of the groups stand between the rows as long as nothing is sorted.
+  const headings = () => {
+    if (table.order().some(([, direction]) => direction)) return;
+    let last = null;
+    for (const node of table.rows({ search: "applied", order: "applied" }).nodes().toArray()) {
+      const kind = table.row(node).data().kind;
+      if (kind !== last) {
+        const head = make("tr", undefined, "group");
+        const cell = make("th", kinds.get(kind));
+        cell.scope = "rowgroup";
+        cell.colSpan = keys.length + 1;
+        head.append(cell);
+        node.before(head);
+      }
+      last = kind;
+    }
+  };
+  const kinds = new Map(data.kinds);
+  const places = data.kinds.map(([key]) => key);
+  const draw = () => {
+    const [sorted] = table ? table.order().filter(([, direction]) => direction) : [];
+    const before = sorted ? [["method", ...keys][sorted[0]], sorted[1]] : null;
+    if (table) table.destroy();
+    const several = groups().length > 1;
+    const all = chosen().flatMap((one) => one.rows.map((row) => ({ ...row, name: row.method + (several ? " · " + settings(one) : "") })));
+    const rows = all.filter((row) => $("kind").value === "" || row.kind === $("kind").value);
+    rows.sort((a, b) => places.indexOf(a.kind) - places.indexOf(b.kind));
+    const shown = columns(rows);
+    keys = shown.map((one) => one.key);
     const node = make("table");
     node.id = "table";
+    node.createTHead().insertRow().append(...["method", ...shown.map((one) => one.title)].map((title) => { const th = make("th", title); th.scope = "col"; return th; }));
     $("holder").replaceChildren(node);
+    const place = before ? ["method", ...keys].indexOf(before[0]) : -1;
+    const method = { data: "name", type: "string", orderSequence: ["asc", "desc", ""], render: DataTable.render.text() };
     table = new DataTable(node, {
-      data: rows, columns: [{ title: "method", data: "name", type: "string", render: DataTable.render.text() }, ...columns],
-      paging: false, searching: true, order: [], autoWidth: false, info: false,
+      data: rows, columns: [method, ...shown.map(({ title, key, ...rest }) => rest)],
+      paging: false, searching: true, order: place < 0 ? [] : [[place, before[1]]], autoWidth: false, info: false,
       layout: { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null },
       language: { emptyTable: "No results.", zeroRecords: "No method matches." },
     });
+    table.on("draw", headings);
     filter();
   };
   const filter = () => {
     table.column(0).search($("method").value.trim(), { smart: false }).draw();
-    $("count").textContent = table.rows({ search: "applied" }).count() + " of " + table.rows().count() + " rows";
+    $("count").textContent = table.rows({ search: "applied" }).count() + " of " + chosen().reduce((sum, one) => sum + one.rows.length, 0) + " rows";
+  };
+  const chooser = () => {
+    const rows = chosen().flatMap((one) => one.rows);
+    $("columns").replaceChildren($("columns").firstElementChild, ...data.columns.map((one) => {
+      const label = make("label");
+      const box = make("input");
+      box.type = "checkbox";
+      box.checked = visible.has(one.key);
+      box.disabled = !measured(rows, one.key);
+      box.addEventListener("change", () => { visible[box.checked ? "add" : "delete"](one.key); draw(); });
+      label.append(box, " " + one.title);
+      return label;
+    }));
   };
 
   const hue = (name) => {
-    const index = group().tasks.indexOf(name); // experts bear the names of their tasks; a merged one has no colour
+    const index = group().tasks.indexOf(name); // experts have the names of their tasks; a merged one has no colour
     return index < 0 ? "hsl(0 0% 55%)" : `hsl(${(index * 137.5) % 360} 60% 50%)`;
   };
   const strongest = (weights) => Object.entries(weights).sort((a, b) => b[1] - a[1])[0];
   const pieces = (route, answer) => route.map(([at, weights], index) => [answer.slice(at, index + 1 < route.length ? route[index + 1][0] : undefined), weights]);
   const spoken = (route, answer) => {
-    // The generated text, each stretch underlined in the colour of the expert that weighed most when it was spoken.
+    // The generated text, each part underlined in the colour of the expert with the largest weight at that time.
     const box = make("span");
     for (const [text, weights] of pieces(route, answer)) {
       const top = strongest(weights);
@@ -162,10 +211,17 @@
     if (now.tasks.includes(kept)) $("task").value = kept;
     options($("q-task"), same(Object.keys(now.questions)));
     $("caption").textContent = now.caption;
+    const found = new Set(now.rows.map((row) => row.kind));
+    const kind = $("kind").value;
+    options($("kind"), [["all", ""], ...data.kinds.filter(([key]) => found.has(key)).map(([key, title]) => [title, key])]);
+    if (found.has(kind)) $("kind").value = kind;
+    chooser();
     $("figures").replaceChildren(...Object.entries(now.figures).map(([name, svg]) => {
       const figure = make("figure");
-      figure.innerHTML = svg;
-      figure.append(make("figcaption", name));
+      const image = make("img");
+      image.alt = name;
+      image.src = "data:image/svg+xml," + encodeURIComponent(svg); // an image runs no script
+      figure.append(image, make("figcaption", name));
       return figure;
     }));
     draw();
@@ -187,7 +243,7 @@
     const row = body.insertRow();
     row.append(...[method, setting, metric, value, evidence].map((text) => make("td", text)));
     const link = make("a", source);
-    link.href = url;
+    if (/^https?:/.test(url)) link.href = url;
     row.insertCell().append(link);
   }
 
@@ -196,7 +252,7 @@
   options($("suite"), same([...new Set(data.groups.map((one) => one.suite))]));
   $("suite").addEventListener("change", suite);
   $("backbone").addEventListener("change", whole);
-  $("task").addEventListener("change", draw);
+  for (const id of ["task", "kind"]) $(id).addEventListener("change", draw);
   $("method").addEventListener("input", filter);
   $("q-task").addEventListener("change", load);
   for (const id of ["q-number", "q-which"]) $(id).addEventListener("change", question);

@@ -1,0 +1,98 @@
+"""What tables say about methods beyond their records: groups, clones, and counts that old records lack. See ``methods.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import yaml
+
+from dlplora.reporting.schema import Record
+
+MERGE = "merge"
+"""Key of the group whose methods merge the whole pool once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodGroup:
+    """Methods that are shown together."""
+
+    key: str
+    title: str
+    classes: tuple[str, ...] = ()
+
+
+OTHER = MethodGroup(key="other", title="Other methods")
+"""Group of methods that ``methods.yaml`` does not know, such as those of other packages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodFacts:
+    """The content of ``methods.yaml``."""
+
+    groups: tuple[MethodGroup, ...]
+    clone_of: Mapping[str, str]
+    """Preset -> the preset that it hardly differs from."""
+    adapter_parameters: Mapping[str, Mapping[str, int]]
+    """Checksum of the backbone -> preset -> parameters of the adapter that the method trains."""
+
+
+@cache
+def method_facts() -> MethodFacts:
+    """The shipped facts."""
+    raw = yaml.safe_load((resources.files("dlplora.reporting") / "methods.yaml").read_text("utf-8"))
+    groups = tuple(MethodGroup(key=one["key"], title=one["title"], classes=tuple(one["classes"])) for one in raw["groups"])
+    return MethodFacts(groups=groups, clone_of=raw["clone_of"], adapter_parameters=raw["adapter_parameters"])
+
+
+def group_of(record: Record) -> MethodGroup:
+    """The group of a record's method."""
+    name = record.method.get("method")
+    return next((group for group in method_facts().groups if name in group.classes), OTHER)
+
+
+def without_clones(methods: Iterable[str]) -> list[str]:
+    """The methods whose original is not among them."""
+    present = list(methods)
+    return [name for name in present if method_facts().clone_of.get(name) not in present]
+
+
+def trained_parameters(record: Record) -> int | None:
+    """Parameters that a method trains beyond the experts; None if unknown.
+
+    A record that names training tokens and no parameters was written before adapters of a method's own were counted.
+    """
+    counted = record.trained_parameters
+    if counted == 0 and record.training_tokens:
+        return method_facts().adapter_parameters.get(str(record.backbone.get("sha256")), {}).get(record.method_name)
+    return counted
+
+
+def merged_experts(records: Sequence[Record]) -> dict[str, int]:
+    """Pool -> number of its experts, as far as the records tell.
+
+    ``num_merged`` is written by methods that merge a pool; in older records the average over all experts (``avg_delta``) tells it.
+    """
+    found: dict[str, int] = {}
+    for record in records:
+        kept = record.routing.get("mean_experts_kept")
+        merged = record.routing.get("num_merged")
+        if merged is not None:
+            found[record.pool_hash] = int(merged)
+        elif record.method.get("method") == "avg_delta" and kept:
+            found.setdefault(record.pool_hash, round(kept))
+    return found
+
+
+def experts_kept(record: Record, pools: Mapping[str, int]) -> float | None:
+    """Experts that answer a prompt, mean over prompts; for static merges the number of experts merged, None if unknown.
+
+    Args:
+        record: Of any method.
+        pools: Of ``merged_experts``.
+    """
+    if group_of(record).key == MERGE:
+        return pools.get(record.pool_hash)
+    return record.routing.get("mean_experts_kept")
