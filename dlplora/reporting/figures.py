@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def radar(records: Sequence[Record]) -> Any:
         # methods that agree lie on top of each other: a broad pale line under a narrow one shows both
         width, style, alpha = {"oracle": (5.0, "-", 0.35), "base": (1.4, ":", 1.0), "dlp_code": (1.4, "--", 1.0)}.get(name, (1.4, "-", 1.0))
         axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=width, ls=style, alpha=alpha, label=name)
-    axes.set_xticks(angles, [task.replace("_", " ") for task in tasks], fontsize=7.5)
+    axes.set_xticks(angles, [textwrap.fill(task.replace("_", " "), 24) for task in tasks], fontsize=7.5)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
         label.set_horizontalalignment("center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right")
     axes.tick_params(axis="x", pad=1)
@@ -52,9 +53,11 @@ def radar(records: Sequence[Record]) -> Any:
 
 
 def quality_against_latency(records: Sequence[Record], latency: LatencyColumns | None) -> Any:
-    """The primary metric against decoding time, with the Pareto front; None without latencies."""
+    """The primary metric against decoding time, with the Pareto front; clones are left out. None without latencies."""
     middle: dict[str, tuple[float, float]] = {}
-    for name, rows in by_method(records).items():
+    groups = by_method(records)
+    for name in without_clones(groups):
+        rows = groups[name]
         scores = [score for score in (value_of(record, PRIMARY) for record in rows) if score is not None]
         if latency is not None and name in latency.ratios and scores:
             middle[name] = (latency.ratios[name][1], 100 * sum(scores) / len(scores))
@@ -76,7 +79,7 @@ def quality_against_latency(records: Sequence[Record], latency: LatencyColumns |
     axes.set_ylabel("mean score (accuracy or exact match), %")
     axes.grid(alpha=0.25)
     figure.tight_layout()
-    label_points(axes, {name: middle[name] for name in without_clones(middle)})
+    label_points(axes, middle)
     return figure
 
 

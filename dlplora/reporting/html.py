@@ -42,7 +42,7 @@ CAPTIONS = {
     "quality_against_latency": "Mean score against decoding time, and the Pareto front",
     "routing_confusion": "The expert with the largest weight under dlp, by task",
     "experts_kept": "Experts that answer a sentence",
-    "quality_against_p": "Quality against p, the bound of the selection",
+    "quality_against_p": "Quality against the bound of the selection",
     "quality_against_router_errors": "Quality when the router errs",
     "weighting": "Ways to weight the kept experts",
     "quality_against_experts": "Quality against the number of experts",

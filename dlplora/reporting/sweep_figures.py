@@ -1,4 +1,4 @@
-"""Curves from sweep files: quality against p, against a router's errors, and against the number of experts."""
+"""Curves from sweep files: quality against the bound of the selection, against a router's errors, and against the number of experts."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _pair(files: Sequence[SweepFile], sweeps: Sequence[tuple[str, str]], xlabel:
 
 
 def quality_against_p(files: Sequence[SweepFile]) -> Any:
-    """Nucleus and threshold over p, with the trained router and with one that doubts."""
+    """Nucleus over ``top_p`` and threshold over ``threshold``, with the trained router and with one that doubts."""
     sweeps = (("p", "trained router"), ("p_unsure", "router that doubts, and errs, on 30 %"))
-    return _pair(files, sweeps, "p")
+    return _pair(files, sweeps, "top_p (nucleus) or threshold")
 
 
 def quality_against_router_errors(files: Sequence[SweepFile]) -> Any:
