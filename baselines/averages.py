@@ -7,6 +7,7 @@ included, each expert's scaling going with its B. It is not PEFT's ``linear``, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class AvgFactor(FusionMethod):
         """
         super().prepare(bank, context)
         return self.merge(bank, torch.full((bank.num_experts,), 1.0 / bank.num_experts))
+
+    @property
+    def reported(self) -> Mapping[str, int]:
+        """``num_merged``: experts in the merged adapter."""
+        return {"num_merged": len(self.expert_names)}
 
     def merge(self, bank: AdapterBank, weights: Tensor) -> AdapterBank:
         """One expert with ``A = sum w_e A_e`` and ``B = sum w_e s_e B_e``."""

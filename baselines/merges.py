@@ -22,7 +22,7 @@ Deviations from PEFT 0.21 ``add_weighted_adapter``, with reasons:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +96,11 @@ class _Merge(FusionMethod):
             merged[module] = [(lora_a, lora_b, 1.0)]
             dtype, device = entry.lora_a.dtype, entry.lora_a.device
         return AdapterBank.from_tensors(("merged",), merged, dtype=dtype, device=device)
+
+    @property
+    def reported(self) -> Mapping[str, int]:
+        """``num_merged``: experts in the merged adapter."""
+        return {"num_merged": len(self.expert_names)}
 
     def rank(self, bank: AdapterBank) -> int | None:
         """Rank of the merged adapter; None truncates nothing."""

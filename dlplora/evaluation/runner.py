@@ -359,7 +359,7 @@ def _record(
         backend=lm.fused.backends_used(),
         timings_s={name: round(value, 3) for name, value in timings.items()},
         training_tokens=training_tokens(run.folders, run.method.artifact_roles),
-        trained_parameters=sum(parameter.numel() for parameter in lm.fused.method.parameters() if parameter.requires_grad),
+        trained_parameters=lm.fused.method.num_trained_parameters,
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}
     commit = getattr(lm.fused.model, "hub_commit", None)  # what the revision of a hub id stood for

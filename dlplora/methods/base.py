@@ -224,6 +224,11 @@ class FusionMethod(nn.Module):
         """Numbers of an evaluation that a record keeps beside its routing statistics, the budget of a search for instance."""
         return {}
 
+    @property
+    def num_trained_parameters(self) -> int:
+        """Parameters that are trained for this method beyond the experts of the pool."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Bind to a pool's bank and return the bank to run, which for static methods may be a merged one.
 

@@ -121,7 +121,14 @@ class MultiTask(FusionMethod):
         super().prepare(bank, context)
         folder = context.artifact(self.config.artifact, self.name)
         like = next(iter(bank.modules.values())).lora_a
-        return AdapterBank.from_peft({"multitask": folder}).to(dtype=like.dtype, device=like.device)
+        own = AdapterBank.from_peft({"multitask": folder}).to(dtype=like.dtype, device=like.device)
+        self._num_parameters = sum(entry.lora_a.numel() + entry.lora_b.numel() for entry in own.modules.values())
+        return own
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Those of the adapter."""
+        return getattr(self, "_num_parameters", 0)
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """Ones (B, 1)."""
