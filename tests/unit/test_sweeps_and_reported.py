@@ -16,9 +16,10 @@ from dlplora.cli.main import main
 from dlplora.errors import RecordError
 from dlplora.reporting import reported as others
 from dlplora.reporting import sweep_figures, tables
+from dlplora.reporting.groups import group
+from dlplora.reporting.store import OutcomeReader, load_all
 from dlplora.reporting.sweeps import Point, SweepFile, load_sweeps, read_sweep, sweep_path, write_sweep
 from tests.unit.test_comparison import saved
-from tests.unit.test_records import make_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,13 +126,14 @@ def test_reported_numbers_have_source_setting_and_evidence() -> None:
     assert ratio.text == "< 2"
 
 
-def test_reported_numbers_stand_apart_from_measured_ones() -> None:
+def test_reported_numbers_stand_apart_from_measured_ones(tmp_path: Path) -> None:
     page = others.reported_page()
     assert page.startswith(f"# {others.HEADING}")
     rows = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert len(rows) == len(others.reported())
     assert all(re.search(r"\| \*[<>≤ ]*[\d.]+\* \| (abstract|repository|second-hand) \|", row) for row in rows)
-    measured = tables.page([make_record()], "toy")
+    saved(tmp_path, "dlp", {"a": 0.9, "b": 0.9, "g": 0.8})
+    measured = tables.page(group(load_all(tmp_path)[0], OutcomeReader(tmp_path)), "toy")
     assert "reported" not in measured.lower()
     assert "92.34" not in measured
 
