@@ -194,6 +194,13 @@ def test_quality_tables_join_the_ratios_of_one_process_by_method(tmp_path: Path)
     assert joined is not None
     assert joined.ratios["dlp"] == (1.0, 1.0)
     assert latency_columns(tmp_path / "bench", "paper_local") is None
+    forced = [{"reroute_every": 8}, {"kept": 4}, {"compiled": True}, {"backend_asked": "triton"}, {"batch_size": 8}, {"group": "sweep"}]
+    others = [measured("dlp", [9.0], **changes) for changes in forced]
+    single = [measured("peft_single", [1.0], **changes) for changes in ({}, {"compiled": True}, {"batch_size": 8}, {"group": "sweep"})]
+    save_bench(recorded(*single, *others, measured("dlp", [3.0])), tmp_path / "other" / "latency-a.json")
+    plain = latency_columns(tmp_path / "other", "nano")
+    assert plain is not None
+    assert plain.ratios == {"peft_single": (1.0, 1.0), "dlp": (3.0, 3.0)}  # measurements of something special do not count
     text = caption(records, joined)
     assert "17 new tokens, methods interleaved in one process, median of 3 paired ratios" in text
     assert "joined by method name from the newest record of shape `nano`" in text

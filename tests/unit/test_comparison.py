@@ -169,6 +169,8 @@ def test_the_page_shows_pairs_and_marks_ties(tmp_path: Path) -> None:
     assert first["oracle"].strip().startswith("**")
     assert tables.TIE in first["dlp"]
     assert tables.TIE not in first["base"]
+    row = next(line for line in page.splitlines() if line.startswith("| `dlp` |"))
+    assert row.count(tables.TIE) == 1  # only the primary metric is tested
     readme = tables.readme_block(groups[0])
     rows = [line for line in readme.splitlines() if line.startswith("|")]
     assert all(len(line.split("|")) - 2 <= 6 for line in rows)
