@@ -34,7 +34,7 @@ def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
 
 @contextlib.contextmanager
 def _settled() -> Iterator[None]:
-    """Keep what is loaded out of garbage collection: statsmodels and matplotlib collect at every turn, and would search it each time."""
+    """Keep what is loaded out of garbage collection: matplotlib collects for every figure, and would search it each time."""
     gc.freeze()
     try:
         yield
