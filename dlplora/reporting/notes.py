@@ -4,10 +4,10 @@ from __future__ import annotations
 
 NOTES: dict[str, str] = {
     "paper_local": """\
-**These are not the paper's numbers, nor comparable with any.** They show that the whole path of `dlplora reproduce paper` runs on
-real rows: those of the 28 tasks whose rows lay at hand, a Llama of about two million parameters pretrained for minutes on the text
-of the training rows (prompts and answers apart, no test row), adapters of a hundred or two steps, all on two CPU cores that other jobs
-shared. A model of this size cannot answer most of these questions: read an accuracy against chance, which differs from task to
-task, and expect ties. Prompts too long for it are left out of all splits; how many, and the checksum of the rest, is in the records
-(`provenance.data`). Latency was not measured.""",
+**These are not the paper's numbers, and they are not comparable with any others.** They show that the whole path of
+`dlplora reproduce paper` runs on real rows: the tasks whose rows were available locally, a Llama of about two million parameters
+pretrained for minutes on the text of the training rows (prompts and answers separately, no test row), and adapters trained for one or two
+hundred steps, all on two shared CPU cores. A model of this size cannot answer most of these questions. Compare an accuracy with chance,
+which differs from task to task, and expect ties. Prompts that are too long for the model are left out of all splits; the records contain
+their number and the checksum of the remaining rows (`provenance.data`). Latency was not measured.""",
 }

@@ -38,6 +38,11 @@ from dlplora.reporting.store import OutcomeReader
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
 TIE = "°"
 """Mark of a primary score that is not significantly below the best."""
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "_&%$#{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+"""What makes text of a name text in LaTeX."""
 
 
 def _cell(column: Column, rows: Rows, method: str) -> str:
@@ -98,8 +103,12 @@ def latex_table(records: Sequence[Record], scores: Scores | None = None, latency
             text = _cell(column, rows, name).replace(" ± ", r" $\pm$ ")
             text = text.replace(f" {TIE}", r"$^{\circ}$").replace(f" {GATED}", r"$^{\dagger}$")
             cells.append(re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text))
-        lines.append(r"\texttt{" + name.replace("_", r"\_") + "} & " + " & ".join(cells) + r" \\")
+        lines.append(r"\texttt{" + name.translate(LATEX) + "} & " + " & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def caption(records: Sequence[Record], latency: LatencyColumns | None = None, scores: Scores | None = None) -> str:
@@ -120,12 +129,12 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
     groups = by_method(records)
     short = sorted(name for name, rows in groups.items() if {record.seed for record in rows} != set(seeds))
     fewer = f" (not every seed: {', '.join(short)})" if short else ""
-    error = "which combines questions and seeds" if len(seeds) > 1 else "over questions"
+    over = "over questions and seeds" if len(seeds) > 1 else "over questions"
     parts = [
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`: {len(records[0].suite_tasks)} tasks × "
-        f"{questions_a_task(records)} questions, seeds {', '.join(map(str, seeds))}{fewer}; code {', '.join(commits)}; "
+        f"{questions_a_task(records)} questions, {_named(seeds)}{fewer}; code {', '.join(commits)}; "
         f"{', '.join(machines)}.",
-        f"Values are means over tasks and seeds ± one standard error, {error}.",
+        f"Values are means over tasks{' and seeds' if len(seeds) > 1 else ''} ± one standard error {over}.",
         "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are descriptive: no tests.",
         "Bold: best of the column.",
     ]
@@ -154,7 +163,7 @@ def readme_block(one: Group | None) -> str:
         return f"{BEGIN}\n{main_table(())}\n{END}"
     seeds = sorted({record.seed for record in shown})
     text = (
-        f"{len(shown[0].suite_tasks)} tasks × {questions_a_task(shown)} questions, seeds {', '.join(map(str, seeds))}; ± one standard "
+        f"{len(shown[0].suite_tasks)} tasks × {questions_a_task(shown)} questions, {_named(seeds)}; ± one standard "
         "error over questions and seeds. Bold: best of these rows. "
     )
     text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "

@@ -229,4 +229,6 @@ def test_csv_and_latex_say_what_the_table_says() -> None:
     assert latex.count(r"\\") == 3
     assert r"\textbf{70.0} $\pm$ 2.5" in latex
     assert "±" not in latex
+    hostile = tables.latex_table([make_record(method_name=r"\input{x} & a_b^2%")])
+    assert r"\texttt{\textbackslash{}input\{x\} \& a\_b\textasciicircum{}2\%} & " in hostile
     assert "%" not in latex.replace(r"\%", "").split("\n", 1)[1]
