@@ -30,6 +30,7 @@ from dlplora.inference.loading import nano_asset
 from dlplora.lm_eval.evaluate import HarnessResult, clean_results, fast_task_manager, without_environment_report
 from dlplora.methods.registry import available_presets, build_method, load_method_spec
 from dlplora.provenance import provenance
+from dlplora.reporting.markdown import table
 
 METHODS = ("oracle", "dlp", "arrow_out", "meteora_gate", "mole", "xlora")
 TARGET = 0.5
@@ -144,16 +145,15 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"| contender | seconds | questions / s | to stock (target {TARGET}) | to stock without report |\n|---|---:|---:|---:|---:|")
     rows = {
         "stock lm_eval with PEFT, task by task": result["stock"],
         "the same without its report": result["stock_without_report"],
         **result["methods"],
         f"{methods[0]}, nothing shared": result["plain"],
     }
-    for name, row in rows.items():
-        ratios = " | ".join(str(row.get(key, "")) for key in ("to_stock", "to_stock_without_report"))
-        print(f"| {name} | {row['wall_s']} | {row['questions_per_s']} | {ratios} |")
+    header = ["contender", "seconds", "questions / s", f"to stock (target {TARGET})", "to stock without report"]
+    keys = ("wall_s", "questions_per_s", "to_stock", "to_stock_without_report")
+    print(table(header, [[name, *(str(row.get(key, "")) for key in keys)] for name, row in rows.items()]))
     print(f"\n{len(methods)} methods together: {result['all_methods_s']} s (all 35: target {TARGET_ALL_S} s). {result['busy'] or ''}")
 
 

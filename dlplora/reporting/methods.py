@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-import yaml
-
+from dlplora.documents import parse_yaml
+from dlplora.errors import RecordError
 from dlplora.reporting.schema import Record
 
 MERGE = "merge"
@@ -42,7 +42,8 @@ class MethodFacts:
 @cache
 def method_facts() -> MethodFacts:
     """The shipped facts."""
-    raw = yaml.safe_load((resources.files("dlplora.reporting") / "methods.yaml").read_text("utf-8"))
+    file = resources.files("dlplora.reporting") / "methods.yaml"
+    raw = parse_yaml(file.read_text("utf-8"), "methods.yaml", error=RecordError)
     groups = tuple(MethodGroup(key=one["key"], title=one["title"], classes=tuple(one["classes"])) for one in raw["groups"])
     return MethodFacts(groups=groups, clone_of=raw["clone_of"], adapter_parameters=raw["adapter_parameters"])
 

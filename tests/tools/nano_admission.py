@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dlplora.atomic import write_atomically
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.reporting import markdown
 from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.types import SPLITS, Item, Task
 from dlplora.types import PromptBatch
@@ -97,10 +98,13 @@ def _spread(values: Sequence[float]) -> str:
 
 def table(rows: Sequence[dict[str, Any]], num: int) -> str:
     """The evidence as Markdown, with the means the suite is held to."""
-    lines = ["| task | kind | chance | base | expert, train | expert, validation | expert, test |", "|---|---|---:|---:|---:|---:|---:|"]
-    for row in rows:
-        cells = [_spread([expert[split] for expert in row["experts"]]) for split in SPLITS]
-        lines.append(f"| {row['task']} | {row['kind']} | {100 * row['chance']:.1f} | {100 * row['base']:.1f} | " + " | ".join(cells) + " |")
+    header = ["task", "kind", "chance", "base", *(f"expert, {split}" for split in SPLITS)]
+    cells = [
+        [row["task"], row["kind"], f"{100 * row['chance']:.1f}", f"{100 * row['base']:.1f}"]
+        + [_spread([expert[split] for expert in row["experts"]]) for split in SPLITS]
+        for row in rows
+    ]
+    lines = [markdown.table(header, cells, left=2)]
     for kind, label, bar in (("mcq", "multiple choice", 0.85), ("gen", "generation", 0.70)):
         chosen = [row for row in rows if row["kind"] == kind]
         tests = [sum(expert["test"] for expert in row["experts"]) / len(row["experts"]) for row in chosen]

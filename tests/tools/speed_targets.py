@@ -24,6 +24,7 @@ from dlplora.reporting.latency.records import (
     reroute_cost,
 )
 from dlplora.reporting.latency.training import newest_training
+from dlplora.reporting.markdown import table
 
 CPU_SHAPES = ("nano", "qwen2-0.5b")
 GPU_SHAPES = ("qwen2-1.5b", "llama3-8b")
@@ -147,6 +148,4 @@ def rows(folder: Path) -> Iterator[Row]:
 
 def print_table(listed: list[Row]) -> None:
     """Print targets as Markdown."""
-    print("| target | measured | wanted |\n|---|---:|---:|")
-    for row in listed:
-        print("| " + " | ".join(row) + " |")
+    print(table(["target", "measured", "wanted"], listed))
