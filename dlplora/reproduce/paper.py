@@ -17,7 +17,7 @@ from typing import Any
 from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.evaluation.protocol import Protocol, load_protocol
-from dlplora.inference.backbones import is_local_name, resolve_backbone
+from dlplora.inference.backbones import NAMED, is_local_name, resolve_backbone
 from dlplora.inference.shapes import ModelShape, find_shape
 from dlplora.methods.registry import available_presets
 from dlplora.reporting import tables
@@ -96,10 +96,10 @@ def load_profile(name: str) -> tuple[str, Profile]:
         return name, build(Profile, load_yaml(path), str(path))
     local = is_local_name(name)
     if name == "any" or not (local or name.count("/") == 1):
-        profiles = [one for one in known if one != "any"]
+        profiles = [*(one for one in known if one != "any"), *NAMED]
         raise ConfigError(
             f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
-            "or give a model folder, a GGUF file, smollm2-135m, a hub id, or a profile's file."
+            "or give a model folder, a GGUF file, a hub id, or a profile's file."
         )
     path = configs_root() / "reproduce" / "any.yaml"
     backbone = resolve_backbone(name) if local else name

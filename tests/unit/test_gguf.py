@@ -18,6 +18,7 @@ from dlplora.errors import ConfigError
 from dlplora.evaluation.identity import backbone_identity
 from dlplora.inference import backbones, gguf
 from dlplora.inference.loading import load_backbone
+from dlplora.reproduce.paper import load_profile
 from dlplora.training.frozen import load_frozen, load_tokenizer
 
 NAMES = {
@@ -105,9 +106,9 @@ def test_the_converted_model_is_the_model(
     file: Path, cache: Path, tiny_llama: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = load_backbone(file, dtype="float32")
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("converting tiny.gguf for ")
-    assert "3" in last
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("converting tiny.gguf for ")]
+    assert "started, 3 steps" in lines[0]
+    assert "3 steps in 0:0" in lines[-1]
     text = "the cat sees a plum . Mia"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -258,6 +259,13 @@ def test_a_name_is_a_folder_then_the_hub_then_the_package(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llama_folder, tmp_path / "smollm2-135m")
     assert backbones.resolve_backbone("smollm2-135m") == "smollm2-135m"
+
+
+def test_reproduce_takes_the_same_names(file: Path) -> None:
+    name, profile = load_profile(str(file))
+    assert (name, profile.backbone) == ("tiny.gguf", str(gguf.converted_folder(file)))
+    with pytest.raises(ConfigError, match=r"Did you mean 'smollm2-135m'\?"):
+        load_profile("smollm2-135")
 
 
 def test_a_name_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
