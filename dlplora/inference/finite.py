@@ -17,25 +17,27 @@ NOT_FINITE = (
 )
 
 
-class FiniteLogits(LogitsProcessor):
-    """Stops a generation whose first logits are NaN or infinite; later ones are not looked at, since looking waits for the device.
+def require_finite(logits: Tensor) -> None:
+    """Check logits of any shape; minus infinity is a token that may not be said, and is fine.
 
-    Minus infinity is a token that may not be said, and is fine.
+    Raises:
+        GenerationError: If one is NaN or plus infinity.
     """
+    if not bool((logits < torch.inf).all()):  # false for NaN too
+        raise GenerationError(NOT_FINITE)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Stops a generation whose first logits are NaN or infinite; later ones are not looked at, since looking waits for the device."""
 
     def __init__(self) -> None:
         self._seen = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores (B, V), as they are.
-
-        Raises:
-            GenerationError: If they are no numbers.
-        """
+        """The scores (B, V), as they are; see ``require_finite``."""
         if not self._seen:
             self._seen = True
-            if not bool((scores < torch.inf).all()):  # false for NaN too
-                raise GenerationError(NOT_FINITE)
+            require_finite(scores)
         return scores
 
 
