@@ -123,7 +123,8 @@ def collect() -> dict[str, Any]:
     from dlplora.adapters.hub import pools_root
     from dlplora.cli.pool import known_pools
     from dlplora.config import configs_root
-    from dlplora.lm_eval.command import hook_state, untested_version
+    from dlplora.lm_eval.command import hook_state
+    from dlplora.lm_eval.versions import untested_version
     from dlplora.provenance import git_state, hardware, versions
 
     import torch  # isort: skip  # hardware() tells of threads and devices once torch is there

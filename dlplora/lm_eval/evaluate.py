@@ -117,7 +117,7 @@ def _no_tasks() -> TaskManager:
     """A task manager for tasks that are built already; it reads no folder."""
     from lm_eval.tasks import TaskManager
 
-    from dlplora.lm_eval.plugin import task_index
+    from dlplora.lm_eval.task_index import task_index
 
     with task_index("as called"):
         return TaskManager(include_defaults=False)

@@ -229,7 +229,7 @@ def _chosen_names(model: dict[str, Any]) -> tuple[str, ...] | None:
 def load_model(args: ModelArgs, device: torch.device) -> FusedCausalLM:
     """The model that the arguments describe. An lm-eval that the tests do not cover is warned about; it may still work."""
     from dlplora.inference.fused_model import FusedCausalLM
-    from dlplora.lm_eval.command import untested_version
+    from dlplora.lm_eval.versions import untested_version
 
     note = untested_version()
     if note is not None:

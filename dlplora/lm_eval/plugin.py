@@ -11,20 +11,17 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
+
+from dlplora.lm_eval.task_index import MODEL_NAME, current_index
 
 logger = logging.getLogger(__name__)
 
-MODEL_NAME = "dlplora"
 MODEL_TARGET = "dlplora.lm_eval.model:DLPLoRALM"
-Index = Literal["all", "ours", "as called"]
-"""What a ``TaskManager`` indexes: its own tasks and ours, ours alone, or what it was called for."""
-_index: ContextVar[Index] = ContextVar("_index", default="all")
 
 
 def extend(module: ModuleType) -> None:
@@ -56,16 +53,6 @@ def _register() -> None:
         models.register(MODEL_NAME, target=MODEL_TARGET)
 
 
-@contextmanager
-def task_index(kind: Index) -> Iterator[None]:
-    """Choose what a ``TaskManager`` indexes while open: lm-eval takes 20 s for its own thousands of tasks."""
-    token = _index.set(kind)
-    try:
-        yield
-    finally:
-        _index.reset(token)
-
-
 def _extended(function: Callable[..., Any]) -> bool:
     return getattr(function, "_extended_by_dlplora", False)
 
@@ -82,7 +69,7 @@ def _include_tasks(manager: Any) -> None:
 
     @functools.wraps(original)
     def with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
-        kind = _index.get()
+        kind = current_index()
         if kind == "as called":
             original(self, *args, **kwargs)
             return
@@ -113,21 +100,21 @@ def _our_folders(paths: list[Any], manager: Any) -> list[str]:
 
 
 def _guard_command(command: Any) -> None:
-    """Have lm-eval's command run through ``dlplora.lm_eval.command.guarded``, and its arguments through ``readable`` before."""
+    """Have lm-eval's command run through ``dlplora.lm_eval.guard.guarded``, and its arguments through ``readable`` before."""
     original, parse = getattr(command, "execute", None), getattr(command, "parse_args", None)
     if original is None or parse is None or _extended(original):
         return
 
     @functools.wraps(parse)
     def parse_args(self: Any) -> Any:
-        from dlplora.lm_eval.command import readable
+        from dlplora.lm_eval.guard import readable
 
         sys.argv[1:] = readable(sys.argv[1:])
         return parse(self)
 
     @functools.wraps(original)
     def execute(self: Any, args: Any) -> None:
-        from dlplora.lm_eval.command import guarded
+        from dlplora.lm_eval.guard import guarded
 
         guarded(args, lambda: original(self, args))
 

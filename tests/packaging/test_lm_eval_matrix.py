@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dlplora.lm_eval.command import TESTED
+from dlplora.lm_eval.versions import TESTED
 from tests.packaging.environments import ROOT, Environment, run
 
 pytestmark = pytest.mark.packaging

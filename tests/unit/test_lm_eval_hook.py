@@ -17,7 +17,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 
 from dlplora.errors import ConfigError
-from dlplora.lm_eval import command, plugin
+from dlplora.lm_eval import command, guard, plugin, task_index, versions
 
 STARTUP = Path(__file__).resolve().parents[2] / "startup"
 
@@ -105,7 +105,7 @@ def _task(folder: Path, name: str, text: str) -> None:
 def test_every_task_manager_knows_our_tasks(tmp_path: Path) -> None:
     plugin.activate()
     _task(tmp_path / "mine", "my_task", "mine")
-    with plugin.task_index("ours"):
+    with task_index.task_index("ours"):
         plain = TaskManager()
         mine = TaskManager(include_path=str(tmp_path / "mine"))
     positional = TaskManager(None, [tmp_path / "mine"], False)
@@ -113,7 +113,7 @@ def test_every_task_manager_knows_our_tasks(tmp_path: Path) -> None:
     assert "arc_easy" not in plain.all_tasks
     for manager in (mine, positional):
         assert {"my_task", "dlplora_nano_object_counting"} <= set(manager.all_subtasks)
-    with plugin.task_index("as called"):
+    with task_index.task_index("as called"):
         assert "dlplora_nano_mcq" not in TaskManager(include_defaults=False).all_tasks
 
 
@@ -197,13 +197,13 @@ def test_exits_of_lm_eval_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_lm_eval_s_own_tasks_are_indexed_unless_not_needed(options: dict[str, object], expected: bool) -> None:
-    assert command._only_our_tasks(options) is expected
+    assert guard._only_our_tasks(options) is expected
 
 
 def test_an_untested_lm_eval_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for version, tested in (("0.4.10", True), ("0.4.13", True), ("0.4.13.dev0", True), ("0.4.9", False), ("0.4.14", False), ("1.0", False)):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
-        assert (command.untested_version() is None) is tested, version
+        assert (versions.untested_version() is None) is tested, version
 
     def fail(args: object) -> None:
         raise ImportError("cannot import name 'X'")
