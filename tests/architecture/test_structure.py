@@ -62,6 +62,25 @@ def test_imports_point_one_way() -> None:
     assert "0 broken" in done.stdout
 
 
+def imports_of(path: Path, known: set[str]) -> set[str]:
+    """Modules of this project that a module imports anywhere, lazily or for types only included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def test_no_two_modules_import_each_other_by_any_way() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.name != "__init__.py"}
+    graph = {name: imports_of(path, set(names)) for name, path in names.items()}
+    while leaves := {name for name, targets in graph.items() if not targets}:
+        graph = {name: targets - leaves for name, targets in graph.items() if name not in leaves}
+    assert not graph, f"in or behind a circle: {', '.join(sorted(graph))}"
+
+
 @pytest.mark.parametrize("name", list_configs("method"))
 def test_every_method_file_builds(name: str) -> None:
     assert build_method(load_method_spec(name)).name
