@@ -126,10 +126,9 @@ class TextGeneration:
         bound = self.slot.state
         if bound is not None:
             kwargs.setdefault("routing", bound.weights.clone())  # the block may end before the answer does
-        batch = prompt_batch([prompt], self.tokenizer, device=self.device)
-        return stream(
-            self.generate, self.tokenizer, {**kwargs, "prompts": batch, "max_new_tokens": self._text_tokens(max_new_tokens, kwargs)}
-        )
+        kwargs["max_new_tokens"] = self._text_tokens(max_new_tokens, kwargs)
+        kwargs["prompts"] = prompt_batch([prompt], self.tokenizer, device=self.device)
+        return stream(self.generate, self.tokenizer, kwargs)
 
     def _text_tokens(self, asked: int | None, kwargs: Mapping[str, Any]) -> int:
         """``max_new_tokens`` of a call."""
