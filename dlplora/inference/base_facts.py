@@ -9,6 +9,7 @@ import torch
 
 from dlplora.adapters.fingerprint import base_fingerprint
 from dlplora.inference.chat_formats import TurnMarkers, learn_markers
+from dlplora.inference.prompting import context_length
 
 
 class BaseModelFacts:
@@ -40,11 +41,7 @@ class BaseModelFacts:
     @property
     def max_length(self) -> int:
         """Positions that the base model supports, in tokens."""
-        config = self.model.config.get_text_config()
-        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-            if getattr(config, key, None):
-                return int(getattr(config, key))
-        return int(min(self.tokenizer.model_max_length, 1 << 20))
+        return context_length(self.model.config, self.tokenizer)
 
     @cached_property
     def chat_markers(self) -> TurnMarkers | None:

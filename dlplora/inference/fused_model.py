@@ -266,27 +266,21 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         """The backbone's forward under routing weights.
 
         Args:
-            args, kwargs: Of the backbone's forward.
             routing: Weights as for ``routing``, for this call alone; None takes the bound ones. A loop that decodes token by token
                 passes a ``RoutingState`` (from ``plan``), which keeps its buffers from call to call.
 
         Raises:
             RoutingError: If nothing is given or bound and no gate is installed.
         """
-        if torch.compiler.is_compiling():
-            if routing is not None:
-                raise RoutingError("a forward pass compiled by hand takes its weights from `with model.routing(weights):`.")
-            return self.model(*args, **kwargs)
         if routing is None:
-            return self.slot.run(self.slot.state, self.model, args, kwargs)
+            compiling = torch.compiler.is_compiling()
+            return self.model(*args, **kwargs) if compiling else self.slot.run(self.slot.state, self.model, args, kwargs)
         state = self.planner.given(routing, self.device, for_call=True)
         try:
             return self.slot.run(state, self.model, args, kwargs)
         finally:
             if state is not routing:
                 state.release()
-
-    # ------------------------------------------------------------------ generation
 
     @torch.no_grad()
     def generate(
@@ -336,19 +330,13 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             self.num_truncated_prompts += num_cut
         with Request(self.slot, self._turns, self._decoding) as request:
             if self._compile_config is not None and "past_key_values" not in kwargs:
-                kwargs.setdefault("cache_implementation", "static")
-                kwargs.setdefault("compile_config", self._compile_config)
+                kwargs.update({"cache_implementation": "static", "compile_config": self._compile_config, **kwargs})
                 request.take_turn()
-            routed = None
             if given is not None:
                 request.use(given, ids.shape[0], options.copies(), owned=isinstance(routing, Tensor))
             else:
-                routed = RoutedGeneration(self, request, prompts, ids, mask, options, trace)
-                routed.start(new_tokens)
-            found = request.generate(self.model, input_ids=ids, attention_mask=mask, **kwargs)
-            if routed is not None:
-                routed.finish()
-            return found  # type: ignore[no-any-return]
+                RoutedGeneration(self, request, prompts, ids, mask, options, trace).start(new_tokens)
+            return request.generate(self.model, input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------ files
 

@@ -93,6 +93,15 @@ def prompt_tensors(
     return ids.to(device), mask.to(device), prompts
 
 
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Tokens that a base model can read at once; the tokenizer's limit where the model has none."""
+    config = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return int(min(tokenizer.model_max_length, 1 << 20))
+
+
 def fit_to_context(ids: Tensor, mask: Tensor, new_tokens: int, max_length: int) -> tuple[Tensor, Tensor, int]:
     """Keep the last tokens of prompts that leave no room for the answer.
 

@@ -99,6 +99,7 @@ class Request:
     Attributes:
         state: The state that the next forward pass runs under; None where gates decide.
         before_forward: Called before every forward pass of the decoding loop, and may change ``state``.
+        after_last_token: Called when the generation is complete.
     """
 
     def __init__(self, slot: RoutingSlot, turns: CompiledTurns, decoding: DecodeSetting) -> None:
@@ -107,6 +108,7 @@ class Request:
         self._has_turn = False
         self.state: RoutingState | None = None
         self.before_forward: Callable[[], None] | None = None
+        self.after_last_token: Callable[[], None] | None = None
 
     def __enter__(self) -> Request:
         return self
@@ -147,6 +149,8 @@ class Request:
         """``model.generate(**kwargs)`` with every forward pass under the request's state."""
         view = self._view(model)
         found = view.generate(**kwargs)
+        if self.after_last_token is not None:
+            self.after_last_token()
         if self._has_turn and "_previous_max_cache_length" in vars(view):
             # transformers notes here how long static caches are, so that a shorter request compiles nothing anew.
             model._previous_max_cache_length = view._previous_max_cache_length

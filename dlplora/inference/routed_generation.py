@@ -85,7 +85,6 @@ class RoutedGeneration:
         self.fused, self.request, self.prompts, self.ids, self.mask, self.trace = fused, request, prompts, ids, mask, trace
         self.options, self.copies = options, options.copies()
         self.questions = routed_questions(prompts, fused.tokenizer, fused.chat_markers)
-        self._watcher: SentenceRerouter | None = None
 
     def start(self, new_tokens: int) -> None:
         """Route the prompts and set up what follows the generation; nothing to do if gates decide."""
@@ -109,18 +108,13 @@ class RoutedGeneration:
                 criterion.state = state
         if not sentences:
             return
-        self._watcher = self._rerouter(state, piecewise)
-        self._watcher.deferred = True
-        self.request.before_forward = self._watcher.reroute_before_forward
-        watchers: list[StoppingCriteria] = [self._watcher]
+        watcher = self._rerouter(state, piecewise)
+        watcher.deferred = True
+        self.request.before_forward, self.request.after_last_token = watcher.reroute_before_forward, watcher.finish
+        watchers: list[StoppingCriteria] = [watcher]
         if prefill is not None:
             watchers.insert(0, PrefillEnd(self.request, state))
         kwargs["stopping_criteria"] = with_watchers(watchers, kwargs.get("stopping_criteria"))
-
-    def finish(self) -> None:
-        """Complete the trace when the last token is generated."""
-        if self._watcher is not None:
-            self._watcher.finish()
 
     def _prefill_state(self, state: RoutingState) -> RoutingState:
         names = self.prompts.task_names

@@ -1,4 +1,4 @@
-"""Text in, text out: ``generate_text``, and what ``transformers.pipeline("text-generation")`` asks of a model.
+"""Text in, text out: ``generate_text``, ``stream_text``, and what ``transformers.pipeline("text-generation")`` asks of a model.
 
 A conversation is a list of mappings with ``role`` and ``content``; the tokenizer's chat template turns it into a prompt. Everything else
 is a plain prompt, which is tokenised as it stands. Shapes: B rows, T tokens.
@@ -6,15 +6,19 @@ is a plain prompt, which is tokenised as it stands. Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, overload
 
 from dlplora.errors import GenerationError
+from dlplora.inference.streaming import stream
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from dlplora.inference.planning import Planner
+    from dlplora.modules.routing_slot import RoutingSlot
 
 Message: TypeAlias = Mapping[str, str]
 Conversation: TypeAlias = Sequence[Message]
@@ -26,6 +30,8 @@ class TextGeneration:
 
     if TYPE_CHECKING:
         tokenizer: Any
+        planner: Planner
+        slot: RoutingSlot
 
         @property
         def device(self) -> torch.device: ...
@@ -103,6 +109,28 @@ class TextGeneration:
         width = min(batch.input_ids.shape[1], max(1, self.max_length - new_tokens))  # generate cuts longer prompts on the left
         added = [str(text) for text in self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)]
         return added[0] if single and len(added) == 1 else added
+
+    def stream_text(self, prompt: str | Conversation, *, max_new_tokens: int | None = None, **kwargs: Any) -> Iterator[str]:
+        """The text that the model adds to one prompt, piece by piece while it is generated in a thread of its own.
+
+        Any number of streams may take turns. Closing or dropping the iterator ends its generation at the next token.
+
+        Args:
+            prompt: Text, or a conversation, as for ``generate_text``.
+            max_new_tokens: Most tokens to add; None takes the generation configuration's, else 256.
+            kwargs: What else ``generate`` takes for one sequence.
+
+        Raises:
+            GenerationError: If the prompt is neither, or ``generate`` refuses; while the stream is read.
+        """
+        if not (isinstance(prompt, str) or is_conversation(prompt)) or kwargs.keys() & {"streamer", "prompts", "input_ids"}:
+            raise GenerationError("stream_text takes one prompt, as text or as a conversation, and brings its own streamer.")
+        bound = self.slot.state
+        if bound is not None and not self.planner.is_gated:
+            kwargs.setdefault("routing", bound.weights.clone())  # the block may end before the answer does
+        kwargs["max_new_tokens"] = self._text_tokens(max_new_tokens, kwargs)
+        kwargs["prompts"] = prompt_batch([prompt], self.tokenizer, device=self.device)
+        return stream(self.generate, self.tokenizer, kwargs)
 
     def _text_tokens(self, asked: int | None, kwargs: Mapping[str, Any]) -> int:
         """``max_new_tokens`` of a call."""

@@ -109,18 +109,16 @@ class BufferPool:
             AllocationError: If new ones do not fit into memory.
         """
         with self._lock:
-            self._most_leased = max(self._most_leased, self.num_leased + 1)
             for buffers in reversed(list(self._free)):
                 if buffers.kind == kind:
                     self._free.remove(buffers)
+                    self._most_leased = max(self._most_leased, self.num_leased)
                     return Lease(buffers, self._free)
-            while self._free and self._num_made >= self._most_leased:
+            while self._free and self._num_made >= max(self._most_leased, self.num_leased + 1):
                 self._free.popleft()
                 self._num_made -= 1
+        made = make()
+        with self._lock:
             self._num_made += 1
-        try:
-            return Lease(make(), self._free)
-        except BaseException:
-            with self._lock:
-                self._num_made -= 1
-            raise
+            self._most_leased = max(self._most_leased, self.num_leased)
+        return Lease(made, self._free)

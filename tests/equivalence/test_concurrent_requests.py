@@ -489,3 +489,38 @@ def test_weights_of_a_call_are_those_of_a_block(fuse: Any) -> None:
         assert beams[0] == beams[1]
     with pytest.raises(RoutingError, match="made for 3 tokens, the batch has 2"):
         fuse("sentence_recompute")(input_ids=torch.tensor([[1, 5]]), routing=torch.ones(1, 3, 3))
+
+
+def test_streams_take_turns(fuse: Any) -> None:
+    fused, dice = fuse("sentence"), random.Random(3)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    prompts = [texts[0] for texts in BATCHES]
+    widths = [len(fused.tokenizer(text)["input_ids"]) for text in prompts]
+    alone = [
+        fused.tokenizer.decode(fused.generate(text, **options)[0, width:], skip_special_tokens=True)
+        for text, width in zip(prompts, widths, strict=True)
+    ]
+    running = {place: fused.stream_text(text, **options) for place, text in enumerate(prompts)}
+    found = dict.fromkeys(running, "")
+    while running:
+        place = dice.choice(list(running))
+        piece = next(running[place], None)
+        if piece is None:
+            del running[place]
+        else:
+            found[place] += piece
+    assert list(found.values()) == alone
+    # A stream that nobody reads on gives everything back; errors reach the reader.
+    abandoned = fused.stream_text(prompts[0], max_new_tokens=200, do_sample=False, eos_token_id=None)
+    next(abandoned)
+    del abandoned
+    gc.collect()
+    assert fused.slot.buffers.num_leased == 0
+    with pytest.raises(GenerationError, match="at least 1, got 0"):
+        list(fused.stream_text("the cat", max_new_tokens=0))
+    with pytest.raises(GenerationError, match="takes one prompt"):
+        fused.stream_text(["the cat"])
+    with fused.routing(ROUTES[0]):
+        bound = fused.stream_text(prompts[0], **options)
+        expected = fused.tokenizer.decode(fused.generate(prompts[0], **options)[0, widths[0] :], skip_special_tokens=True)
+    assert "".join(bound) == expected
