@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError
+from dlplora.adapters.headers import read_tensor_headers
+from dlplora.errors import AdapterError, ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO = "auto"
@@ -107,8 +108,8 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
     if found is None:
         return torch.float32
     try:
-        config = json.loads(Path(found).read_text(encoding="utf-8"))
-    except ValueError:  # load_backbone says what is wrong with the file
+        config = json.loads(Path(found).read_text(encoding="utf-8"))  # transformers' own file, in which infinities may stand
+    except (ValueError, RecursionError):  # load_backbone says what is wrong with the file
         return torch.float32
     if not isinstance(config, dict):
         return torch.float32
@@ -120,13 +121,11 @@ def _weights_dtype(folder: Path) -> torch.dtype:
     """The dtype of the first safetensors file's floating-point weights, told from its header."""
     codes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for path in sorted(folder.glob("*.safetensors"))[:1]:
-        with path.open("rb") as stream:
-            header = stream.read(int.from_bytes(stream.read(8), "little"))
         try:
-            entries = json.loads(header)
-        except ValueError:
+            tensors = read_tensor_headers(path).values()
+        except AdapterError:  # load_backbone says what is wrong with the file
             break
-        kinds = [entry["dtype"] for key, entry in entries.items() if key != "__metadata__" and entry["dtype"] in codes]
+        kinds = [tensor.dtype for tensor in tensors if tensor.dtype in codes]
         if kinds:
             return codes[max(set(kinds), key=kinds.count)]
     return torch.float32

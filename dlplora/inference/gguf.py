@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from dlplora.adapters.files import file_sha256
 from dlplora.atomic import write_json
+from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.progress import Progress
 
@@ -87,9 +88,9 @@ def read_source(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))
+        source = read_json(path)
         return {**source, "file": str(source["file"]), "sha256": str(source["sha256"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ConfigError, KeyError) as error:
         raise ConfigError(f"{path} is damaged; remove {folder}, and it is converted again.") from error
 
 
