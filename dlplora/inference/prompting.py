@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import TurnMarkers, learn_markers
-from dlplora.inference.question import question_of_messages, question_text
+from dlplora.inference.question import question_text
 from dlplora.types import PromptBatch
 
 
@@ -138,24 +138,6 @@ def _checked(ids: Any, mask: Any, device: torch.device, infer_mask: Callable[[Te
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise GenerationError(f"attention_mask must be a tensor of the shape of input_ids {tuple(ids.shape)}, got {what}.")
     return ids, mask.to(device)
-
-
-def chat_prompts(
-    conversations: Sequence[Sequence[Mapping[str, Any]]], tokenizer: Any, *, device: torch.device | str = "cpu", **template: Any
-) -> PromptBatch:
-    """Conversations as prompts: rendered by the tokenizer's chat template for the model, their questions for the router.
-
-    Args:
-        conversations: Messages (``role``, ``content``) of each row.
-        template: Further arguments of ``apply_chat_template``, for example ``tools``.
-    """
-    texts = [
-        str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{"add_generation_prompt": True, **template}))
-        for messages in conversations
-    ]
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]  # the template has written them
-    asked = [question_of_messages(messages) for messages in conversations]
-    return PromptBatch.from_ids(rows, tokenizer, device=device, texts=texts, questions=asked)
 
 
 def _question_of_ids(ids: Sequence[int], text: str, tokenizer: Any, markers: TurnMarkers | None) -> str:

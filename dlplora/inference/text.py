@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, overload
 
 from dlplora.errors import GenerationError
+from dlplora.inference.chat_formats import learn_markers
+from dlplora.inference.question import question_of_messages, question_text
 from dlplora.inference.streaming import stream
 from dlplora.types import PromptBatch
 
@@ -168,14 +170,16 @@ def prompt_batch(
     device: torch.device | str = "cpu",
     task_names: Sequence[str | None] | None = None,
 ) -> PromptBatch:
-    """Prompts as tokens; a rendered conversation already holds its special tokens, a text gets the tokenizer's own.
+    """Prompts as tokens and the question of each for the router; a rendered conversation already holds its special tokens.
 
     Raises:
         GenerationError: If a conversation is malformed, or the tokenizer has no chat template.
     """
     texts = [prompt if isinstance(prompt, str) else render(prompt, tokenizer) for prompt in prompts]
     rows = [tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"] for text, prompt in zip(texts, prompts, strict=True)]
-    return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts)
+    markers = learn_markers(tokenizer)
+    asked = [question_text(one, markers) if isinstance(one, str) else question_of_messages(one) for one in prompts]
+    return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts, questions=asked)
 
 
 def render(conversation: Conversation, tokenizer: Any) -> str:

@@ -9,8 +9,9 @@ import pytest
 from dlplora.data.wrappers import wrapped
 from dlplora.inference.chat_formats import learn_markers
 from dlplora.inference.prompt_routing import routed_questions
-from dlplora.inference.prompting import chat_prompts, prompt_tensors
+from dlplora.inference.prompting import prompt_tensors
 from dlplora.inference.question import document_texts, question_of_messages, question_text, routed_tail
+from dlplora.inference.text import prompt_batch
 from dlplora.tasks.composite import composites
 from dlplora.tasks.nano import nano_suite
 from dlplora.types import PromptBatch
@@ -134,7 +135,7 @@ def test_the_markers_of_a_template_are_learned(tiny_tokenizer: Any) -> None:
     for prompts in (
         PromptBatch.from_texts([rendered], tokenizer),
         prompt_tensors(tokenizer, "cpu", None, PromptBatch.from_texts([rendered], tokenizer).input_ids, None, None)[2],
-        chat_prompts([conversation], tokenizer),
+        prompt_batch([conversation], tokenizer),
     ):
         assert routed_questions(prompts, tokenizer, markers).texts == (TOLD,)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
