@@ -28,6 +28,7 @@ class PromptBatch:
             ``needs = ("task_id", ...)`` ever receive it; for all others the fused model removes it.
         questions: The part of each context that is routed, where the caller knows it (from messages, or from the evaluated document).
             None: the fused model finds it in the text (``inference.question``).
+        weights: Routing weights (B, E) of the contexts, where they have been decided already; the method is then not asked for them again.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class PromptBatch:
     texts: tuple[str, ...]
     task_names: tuple[str | None, ...] | None = None
     questions: tuple[str, ...] | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.attention_mask.shape or self.input_ids.ndim != 2:
@@ -47,6 +49,8 @@ class PromptBatch:
             raise ValueError(f"{len(self.task_names)} task names for {len(self.texts)} rows")
         if self.questions is not None and len(self.questions) != len(self.texts):
             raise ValueError(f"{len(self.questions)} questions for {len(self.texts)} rows")
+        if self.weights is not None and len(self.weights) != len(self.texts):
+            raise ValueError(f"{len(self.weights)} rows of routing weights for {len(self.texts)} rows")
 
     def __len__(self) -> int:
         return len(self.texts)

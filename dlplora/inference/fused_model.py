@@ -235,10 +235,12 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             RoutingError: If the method returns weights of another shape, or not finite.
         """
         tokens = prompts.input_ids.shape[1]
-        prompts = routed_questions(prompts, self.tokenizer, self.chat_markers)
-        if self.method.granularity == "sentence":
-            prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
-        weights = self.planner.route(prompts)
+        weights = prompts.weights
+        if weights is None:
+            prompts = routed_questions(prompts, self.tokenizer, self.chat_markers)
+            if self.method.granularity == "sentence":
+                prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
+            weights = self.planner.route(prompts)
         if weights is None:
             return None
         reroutes = new_tokens > 0 and self.method.granularity == "sentence"

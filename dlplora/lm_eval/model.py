@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 PLANNED_TOGETHER = 64
-"""Prompts that a router reads in one batch; small inputs, so the memory of the backbone's batch is no guide."""
+"""Prompts that a router reads in one batch."""
 TEXTS_KEPT = 100_000
 """Texts whose tokens are remembered, contexts and contexts with an option: enough for a matrix of some thousand questions."""
 MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
@@ -142,8 +142,6 @@ class DLPLoRALM(HFLM):
                 self.encodings[key] = found
         return found.tolist()
 
-    # ------------------------------------------------------------------ routing
-
     def _plan(self, prompt: Prompt) -> Tensor | None:
         """Weights (E,) of one prompt, or None if gates decide; made once per prompt and task."""
         if prompt.key not in self._plans:
@@ -188,10 +186,14 @@ class DLPLoRALM(HFLM):
             self._cut.add(key)
             self.statistics.count("truncated")
 
-    def _bound(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
-        """Bind the plans of the rows of a batch; nothing to bind where gates decide."""
+    def _weights(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Routing weights (B, E) of the rows of a batch; None where gates decide."""
         rows = [plan for plan in map(self._plan, prompts) if plan is not None]
-        return self.fused.routing(torch.stack(rows)) if rows else nullcontext()
+        return torch.stack(rows) if rows else None
+
+    def _bound(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
+        weights = self._weights(prompts)
+        return nullcontext() if weights is None else self.fused.routing(weights)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.mixed_precision_dtype is not None
@@ -360,7 +362,7 @@ class DLPLoRALM(HFLM):
     def _generate(
         self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]], forms: Sequence[Form]
     ) -> list[str]:
-        batch = self._prompt_batch(prompts, side="left")
+        batch = dataclasses.replace(self._prompt_batch(prompts, side="left"), weights=self._weights(prompts))
         width = batch.input_ids.shape[1]
         trace: list[dict[str, Any]] = []
         for prompt, question in zip(prompts, questions, strict=True):
@@ -378,9 +380,8 @@ class DLPLoRALM(HFLM):
                 use_cache=True,
                 **settings.options,
             )
-        later = [entry for entry in trace if entry["sentence_idx"] > 0]
-        self.statistics.count("reroutes", len(later))
-        for entry in later:
+        for entry in (entry for entry in trace if entry["sentence_idx"] > 0):
+            self.statistics.count("reroutes")
             self.statistics.routes[questions[entry["row"]]].append((entry["at"], entry["weights"]))
         return [answer_text(row[width:], settings.until, self.think_end_token, self.tok_decode) for row in tokens.tolist()]
 
@@ -396,5 +397,5 @@ class DLPLoRALM(HFLM):
         }
 
     def close(self) -> None:
-        """Restore the backbone."""
+        """Restore the base model."""
         self.fused.close()
