@@ -62,8 +62,7 @@ from dlplora.types import PromptBatch
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-PLANNED_TOGETHER = 64
-"""Prompts that a router reads in one batch."""
+PLANNED_TOGETHER = 64  # prompts that a router reads in one batch
 TEXTS_KEPT = 100_000
 """Texts whose tokens are remembered, contexts and contexts with an option: enough for a matrix of some thousand questions."""
 MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
