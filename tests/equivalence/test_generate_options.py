@@ -307,7 +307,7 @@ def test_arguments_that_do_not_fit_together_are_refused(fuse: Any) -> None:
 
 
 def typed(prompt: str, *, raw: bool, pretrained: str | None = None) -> str:
-    return _prompt_text(Namespace(prompt=prompt, raw=raw, pretrained=pretrained))
+    return _prompt_text(Namespace(prompt=prompt, raw=raw, pretrained=pretrained, chat=False))
 
 
 def test_raw_prompts_are_taken_as_typed() -> None:
