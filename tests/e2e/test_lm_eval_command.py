@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dlplora.lm_eval import command
+from dlplora.lm_eval import command, guard
 
 TASK = "dlplora_nano_object_counting"
 
@@ -68,7 +68,7 @@ def test_a_group_and_the_user_s_own_task(model_args: str, tmp_path: Path, capsys
     arguments = ["run", "--model", "dlplora", "--model_args", model_args, "--tasks", "my_task", "--device", "cpu"]
     arguments += ["--output_path", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:  # lm-eval's own thousands of tasks take 20 s to index and are not under test
-        patch.setattr(command, "_only_our_tasks", lambda options: True)
+        patch.setattr(guard, "_only_our_tasks", lambda options: True)
         assert command.main([*arguments, "--include_path", str(mine)]) == 0
     assert results_in(tmp_path)["results"]["my_task"]["perplexity,none"] > 1
     assert "my_task" in capsys.readouterr().out
