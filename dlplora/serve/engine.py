@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import ConfigError, DLPLoRAError, GenerationError
+from dlplora.inference.finite import require_finite
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.serve.deciding import Decider, require_servable
 from dlplora.serve.jobs import Decision, Failed, Finished, Job, QueueFullError, Sentence, Started
@@ -224,7 +225,12 @@ class Engine:
         elif self._prefill is None and not self._tasks and len(self._rows) < self.options.max_batch:
             self._admit()
         if self._prefill is not None:
-            self._process_chunk(self._prefill)
+            row = self._prefill
+            try:
+                self._process_chunk(row)
+            except DLPLoRAError as error:  # its adapters or weights; other requests go on
+                self._prefill = None
+                row.job.report(Failed(error))
         if self._rows:
             self._step()
 
@@ -279,6 +285,7 @@ class Engine:
         row.cached, row.pending = length, row.pending[len(chunk) :]
         if row.pending:
             return
+        require_finite(logits)
         self._prefill, self._state = None, None
         self._rows.append(row)
         if row.resumes:

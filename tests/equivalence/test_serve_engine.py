@@ -14,10 +14,11 @@ from peft import PeftModel
 
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.modules.lora_bank import AdapterBank
 from dlplora.serve.engine import Engine, EngineOptions
 from dlplora.serve.jobs import Failed, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
 from dlplora.serve.sampling import SamplingOptions
-from tests.equivalence.test_kv_policy import STEPS, TEXTS, fused_with, slow
+from tests.equivalence.test_kv_policy import STEPS, TEXTS, ByLength, fused_with, slow
 
 GREEDY = SamplingOptions(temperature=0.0)
 
@@ -232,3 +233,15 @@ def test_token_level_methods_are_refused() -> None:
     model = FusedCausalLM.from_pretrained(method="oracle")
     with pytest.raises(ConfigError, match="needs the task"):
         Engine(model)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e38])
+def test_weights_that_give_no_numbers_fail_their_own_request(weight: float, double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    fused = FusedCausalLM(double.float(), tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength())
+    engine = Engine(fused, EngineOptions(max_batch=4))
+    client = Client(engine)
+    engine.submit(client.job("huge", TEXTS[0], Target(kind="weights", weights={"alpha": weight})), client.job("fine", TEXTS[0]))
+    client.wait(2)
+    engine.close()
+    assert isinstance(client.events["huge"][-1], Failed)
+    assert len(client.tokens("fine")) == STEPS
