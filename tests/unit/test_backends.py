@@ -216,22 +216,22 @@ def test_what_methods_keep_at_most(tmp_path: Path, tiny_llama: Any, tiny_tokeniz
         method.config = DLP.Config(**config)
         return method.max_kept
 
-    assert most(p=0.2) == 5  # five of 0.2
-    assert most(p=0.3) == 3
-    assert most(p=0.6) == 1
-    assert most(p=0.0) == 26
-    assert most(p=1 / 26) == 26
-    assert most(p=0.9, min_keep=2) == 2
-    assert most(selector="topk", k=3) == 3
+    assert most(threshold=0.2) == 5  # five of 0.2
+    assert most(threshold=0.3) == 3
+    assert most(threshold=0.6) == 1
+    assert most(threshold=0.0) == 26
+    assert most(threshold=1 / 26) == 26
+    assert most(threshold=0.9, min_keep=2) == 2
+    assert most(selector="topk", top_k=3) == 3
     assert most(selector="argmax") == 1
-    assert most(selector="nucleus", p=0.6) == 16  # 15 of 1/26 hold less than 0.6, and the crossing one
-    assert most(selector="nucleus", p=1.0) == 26
+    assert most(selector="nucleus", top_p=0.6) == 16  # 15 of 1/26 hold less than 0.6, and the crossing one
+    assert most(selector="nucleus", top_p=1.0) == 26
     for config in (
-        {"p": 0.2},
-        {"p": 0.04},
-        {"selector": "nucleus", "p": 0.5},
-        {"selector": "nucleus", "p": 0.95},
-        {"p": 0.3, "min_keep": 4},
+        {"threshold": 0.2},
+        {"threshold": 0.04},
+        {"selector": "nucleus", "top_p": 0.5},
+        {"selector": "nucleus", "top_p": 0.95},
+        {"threshold": 0.3, "min_keep": 4},
     ):
         bound = most(**config)
         for seed in range(200):

@@ -71,7 +71,7 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
             sys.exit(1)  # as Lightning's trainer does
 
     monkeypatch.setattr(launch, "run", interrupted)
-    assert main(["fit", "--config", "any.yaml"]) == 130
+    assert main(["fit", "--config", "router"]) == 130
     assert capsys.readouterr().err == "interrupted; --ckpt_path last continues from the newest checkpoint.\n"
 
 
