@@ -60,9 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted_help = any(argument in {"--help", "-h"} for argument in arguments)
         print(USAGE, file=sys.stdout if wanted_help else sys.stderr, end="")
         return 0 if wanted_help else 2
+    from dlplora.errors import DLPLoRAError
     from dlplora.training.command import main as train
 
-    return train(["--help" if argument == "--help-all" else argument for argument in with_config_files(arguments)])
+    try:
+        found = with_config_files(arguments)
+    except DLPLoRAError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return train(["--help" if argument == "--help-all" else argument for argument in found])
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
         assert part in said
         assert said.count("\n") == 1
     assert fit(["fit", "--help"]) == 0
-    assert "--config FILE.yaml" in capsys.readouterr().out
+    assert "--config CONFIG" in capsys.readouterr().out
     assert fit([]) == 2
 
 
