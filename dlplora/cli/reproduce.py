@@ -85,8 +85,9 @@ def _reproduce_nano(arguments: argparse.Namespace) -> int:
     say(power_note(planned[0]))
     evaluated = pipeline.evaluate_missing(planned, root, say)
     pipeline.finish(runs)
-    _write_tables("nano", evaluated.records, root)
     comparisons = _compared(evaluated.records, root)
+    if arguments.out:  # the tables' paired tests take as long as some methods, and the comparison is what was asked for
+        _write_tables("nano", evaluated.records, root)
     print()
     print(_done(job, evaluated, time.monotonic() - start))
     if not comparisons:
