@@ -136,7 +136,7 @@ def test_experts_train_together_on_layers_with_flattened_inputs(rows: Path, tiny
         for key, tensor in exported(pools["joint"] / name).items():
             torch.testing.assert_close(tensor, alone[key], atol=5e-4, rtol=1e-3)
     active = ActiveGroup([(torch.ones(2, 1, 4), torch.ones(2, 3, 1))])
-    active.grid.rows, active.grid.tokens = 2, 5
+    active.grid.note(torch.nn.Identity(), (torch.zeros(2, 5),))
     layer = GroupedLoRALinear(torch.nn.Linear(4, 3), 0, active, 1.0, 0.0)
     assert layer(torch.ones(10, 4)).shape == (10, 3)
     with pytest.raises(IncompatibleAdapterError, match="mode=sequential"):
