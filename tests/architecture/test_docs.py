@@ -88,7 +88,7 @@ PYTHON = [(page, block) for page in PAGES for language, block in BLOCK.findall(p
 def test_python_blocks_compile_and_import_what_exists(page: Path, block: str) -> None:
     compile(block, str(page), "exec")
     for module, imported in re.findall(r"^from (dlplora[\w.]*) import ([\w, ]+)", block, re.MULTILINE):
-        found = __import__(module, fromlist=["_"])
+        found = __import__(module, fromlist=[name.strip() for name in imported.split(",")])
         for name in imported.split(","):
             assert hasattr(found, name.strip()), f"{page.name}: {module}.{name.strip()}"
 

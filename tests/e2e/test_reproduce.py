@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,15 +110,13 @@ def test_fresh_trains_and_evaluates_everything_again(runs: Path, capsys: pytest.
     finish(runs)
 
 
-def test_an_evaluation_outside_a_repository_does_not_show_gits_complaint(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["eval", "--method", "base", "--tasks", "shelf_sorting", "--limit", "1", "--out", "results"]) == 0
-    said = capfd.readouterr().err
-    assert "fatal" not in said
-    assert said.startswith("evaluating base on 1 task(s)")
-    assert len(said.strip().splitlines()) == 1
+def test_an_evaluation_outside_a_repository_does_not_show_gits_complaint(tmp_path: Path) -> None:
+    arguments = ["eval", "--method", "base", "--tasks", "shelf_sorting", "--limit", "1", "--out", "results"]
+    command = [sys.executable, "-m", "dlplora.cli.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "fatal" not in done.stderr
+    assert done.stderr.startswith("evaluating base on 1 task(s)")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

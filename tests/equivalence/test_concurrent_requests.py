@@ -322,7 +322,8 @@ def test_tasks_of_an_event_loop_keep_their_blocks(fuse: Any) -> None:
                 with torch.no_grad():
                     found.append(fused(input_ids=ids).logits)
                     found.append(fused.model(input_ids=ids).logits)  # the plain model's forward follows the block too
-                    found.append(await asyncio.to_thread(without_gradients, fused, ids))
+                # not inside the block above: tasks that take turns would end each other's no_grad
+                found.append(await asyncio.to_thread(without_gradients, fused, ids))
         return found
 
     async def serve() -> list[list[Tensor]]:
