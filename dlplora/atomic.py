@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under another name in the same folder, flushed to disk, then renamed."""
+"""Atomic writes: a file is written under another name in the same folder, flushed to disk, then renamed."""
 
 from __future__ import annotations
 

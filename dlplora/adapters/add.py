@@ -132,7 +132,7 @@ def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, opti
                 raise
             undo.pop_all()
             return True
-    raise PoolError(f"cannot make the folder {root}: it goes away again.")
+    raise PoolError(f"cannot create the folder {root}: it keeps disappearing; check for a broken symlink.")
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -192,7 +192,7 @@ def manifest_row(
 def write_manifest(
     folder: str | Path, names: Sequence[str], base_fingerprint: Mapping[str, Any] | None, sources: Mapping[str, str] | None = None
 ) -> Path:
-    """Write ``pool.json`` for adapters that already lie in ``folder/NAME``; the file appears whole or not at all."""
+    """Write ``pool.json`` for adapters that already lie in ``folder/NAME``, atomically."""
     root = Path(folder)
     if len(set(names)) != len(names):
         raise PoolError(f"adapter names must be unique, got {', '.join(names)}.")
@@ -200,7 +200,7 @@ def write_manifest(
 
 
 def save_rows(root: Path, rows: Sequence[Mapping[str, Any]], base_fingerprint: Mapping[str, Any] | None) -> Path:
-    """Write ``pool.json`` from finished rows; the file appears whole or not at all."""
+    """Write ``pool.json`` from finished rows, atomically."""
     manifest = {"format": FORMAT, "base_model": dict(base_fingerprint) if base_fingerprint else None, "adapters": list(rows)}
     path = root / MANIFEST_NAME
     write_json(path, manifest)

@@ -58,7 +58,7 @@ class Group:
     experts: tuple[int, ...] = (26,)
     """Pool sizes; contenders without a pool are built once."""
     kept: tuple[int, ...] = ()
-    """Experts a row is made to keep, for the contenders that can be told; none leaves it to each method."""
+    """Top-k experts forced per sequence, for systems that support it; none leaves it to each method."""
     backends: tuple[str, ...] = ("auto",)
     """Kernel backends of our methods; ``all`` stands for every one there is."""
     reroute_every: tuple[int, ...] = ()
@@ -137,7 +137,7 @@ def _split(name: str) -> tuple[str, int | None]:
     if not sign:
         return name, None
     if not size.isdigit() or int(size) < 1:
-        raise ConfigError(f"contender '{name}': behind '@' stands a number of experts of at least 1, got '{size}'.")
+        raise ConfigError(f"contender '{name}': expected NAME@NUM_EXPERTS with at least 1 expert, got '{size}'.")
     return stem, int(size)
 
 

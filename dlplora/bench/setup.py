@@ -143,7 +143,7 @@ def _few_shot(names: Sequence[str]) -> Callable[[str, int], Sequence[Item]]:
 
 
 def random_router(names: Sequence[str], embedding: nn.Module, folder: Path, seed: int = 0) -> Path:
-    """A router of the default size with random weights, about as sure of itself as a trained one."""
+    """A router of the default size with random weights, about as confident as a trained one."""
     router = MiniMLPRouter(names, embedding=embedding)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

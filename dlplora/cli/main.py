@@ -142,10 +142,10 @@ def _reports(commands: Any) -> None:
 def _benchmarks(commands: Any) -> None:
     from dlplora.cli.bench import add_latency
 
-    bench = commands.add_parser("bench", help="what a method costs: on a clock, or counted")
+    bench = commands.add_parser("bench", help="benchmark latency or operator counts")
     inner = bench.add_subparsers(dest="action", required=True, metavar="{latency,counters}")
     add_latency(inner).set_defaults(run=_lazy("bench", "run_latency"))
-    parser = inner.add_parser("counters", help="launches, floating point operations and bytes of one step, counted: no clock")
+    parser = inner.add_parser("counters", help="count launches, floating point operations and bytes of one step")
     parser.add_argument("--methods", metavar="A,B", help="presets (default: all)")
     parser.add_argument("--shape", default="nano", help="nano or tiny (default: nano)")
     parser.add_argument("--experts", type=int, metavar="N", help="another number of experts than the shape's")
@@ -178,7 +178,7 @@ def _generation(commands: Any) -> None:
     parser.add_argument("--method", default="dlp")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message, through the tokenizer's chat template")
-    parser.add_argument("--trace", action="store_true", help="sentence by sentence: experts and weights")
+    parser.add_argument("--trace", action="store_true", help="print the routing weights of each sentence")
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dlplora", description="Train, route, fuse and compare LoRA adapters.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dlplora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for name, text in (("fit", "train what a YAML file describes"), ("validate", "validate a trained one"), ("test", "test a trained one")):
+    for name, text in (("fit", "train from a configuration"), ("validate", "validate a checkpoint"), ("test", "test a checkpoint")):
         commands.add_parser(name, help=text, add_help=False)
     _evaluation(commands)
     _reports(commands)

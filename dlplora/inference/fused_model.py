@@ -343,7 +343,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
     # ------------------------------------------------------------------ files
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write pool, method and references to the backbone; the folder appears whole or not at all.
+        """Write pool, method and a reference to the base model, atomically.
 
         The backbone itself is not copied: ``fused_config.json`` names it.
 

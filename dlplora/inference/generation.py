@@ -46,7 +46,7 @@ def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokeni
         generated: Text generated so far.
         num_sentences: Sentences finished so far.
         tokenizer: Counts the tokens of ``window``.
-        tail: Prompt -> its last question; whoever reads the same prompts again gives one that remembers.
+        tail: Prompt -> its last question; pass a cached one if the same prompts are read again.
 
     Raises:
         GenerationError: If the view is unknown.

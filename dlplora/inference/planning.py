@@ -38,7 +38,7 @@ class Planner:
         backend: ``auto`` or a backend's name.
 
     Attributes:
-        used: Names of the backends that bound plans and gates have used so far; whoever binds a state adds its backend.
+        used: Names of the backends that bound plans and gates have used so far; the code that binds a state adds its backend.
         fixed_width: Whether every plan has room for as many experts as the method may keep, so that compiled graphs fit all of them.
 
     Raises:

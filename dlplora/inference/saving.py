@@ -54,7 +54,7 @@ def save(
     pretrained: str | None,
     backend: str,
 ) -> None:
-    """Write a folder, whole or not at all.
+    """Write a folder atomically.
 
     Args:
         target: New or empty folder.

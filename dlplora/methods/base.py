@@ -277,7 +277,7 @@ class FusionMethod(nn.Module):
         return self.state_dict()
 
     def save(self, folder: str | Path) -> None:
-        """Write what ``load`` reads, whole or not at all; see ``write_files``.
+        """Write atomically what ``load`` reads; see ``write_files``.
 
         Raises:
             MethodError: If a trained tensor is NaN or infinite: the training diverged, and nothing is written.

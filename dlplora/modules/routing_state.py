@@ -125,7 +125,7 @@ class RoutingState:
                 "Backends that can: reference, dense, folded, triton."
             )
         weights = weights.to(self.weights)
-        # One transfer for both checks and for the rows that change: whoever keeps one expert, with weight one, often keeps the same.
+        # One transfer for both checks and for the rows that change: a row that keeps one expert, with weight one, often keeps the same.
         changed = (self.weights[rows] != weights).any(dim=-1).long()
         finite, kept, *differs = torch.cat(
             [torch.isfinite(weights).all().long()[None], (weights != 0).sum(-1).max()[None], changed]

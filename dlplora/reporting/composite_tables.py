@@ -166,7 +166,7 @@ def write_kv_policy(record: Path, target: Path) -> Path:
         "# Cached keys and values after a re-route, on `nano`\n\nLogits at the first token after a row's first re-route that changed its "
         "weights, against `stale`. Time: one batch of fixed length, policies interleaved in one process, median; "
         f"{result['provenance']['hardware']['cpu']}, {result['threads']} thread(s). Definitions: "
-        "[docs/kv_policy.md](../../docs/kv_policy.md).\n\n" + table(header, rows, left=3) + "\n"
+        "[docs/dev/kv_policy.md](../../docs/dev/kv_policy.md).\n\n" + table(header, rows, left=3) + "\n"
     )
     write_atomically(target, text)
     return target

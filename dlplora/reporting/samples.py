@@ -74,7 +74,7 @@ class TaskOutcomes:
 
 
 def write_samples(path: str | Path, outcomes: Sequence[Outcome]) -> None:
-    """Write the outcomes of one run; the file appears whole or not at all."""
+    """Write the outcomes of one run, atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

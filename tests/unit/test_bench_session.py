@@ -224,7 +224,7 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
     [
         ("--shape qwen", "unknown shape 'qwen'. Did you mean 'qwen2-7b'?"),
         ("--contenders dpl", "unknown contender 'dpl'. Did you mean 'dlp'?"),
-        ("--contenders dlp@many", "behind '@' stands a number"),
+        ("--contenders dlp@many", "expected NAME@NUM_EXPERTS"),
         ("--experts 0", "'experts' must be at least 1, got 0"),
         ("--experts a", "--experts takes whole numbers"),
         ("--kept 0", "'kept' must be at least 1"),
