@@ -28,8 +28,9 @@ $(TOOLS): $(READY)
 reproduce: $(READY)
 	$(BIN)/dlplora reproduce nano $(if $(METHODS),--methods $(METHODS)) $(if $(FRESH),--fresh) $(ARGS)
 
+# The tests use one thread each; a file's tests stay in one worker, which shares its fixtures.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
