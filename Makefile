@@ -8,7 +8,7 @@
 # make packaging   the wheel and every door of lm-eval in throw-away environments (half an hour; needs the package index)
 PYTHON ?= python3
 VENV   ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.packaging

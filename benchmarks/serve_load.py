@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         loads = measure(address, prompts, arguments.clients, arguments.requests, arguments.rounds)
         ready = httpx.get(f"{address}/ready").json()
     found = {**summary(loads, arguments.clients), "left_running": ready["running"] + ready["waiting"]}
-    record = {"server": list(rest), "suite": arguments.suite, "summary": found, "loads": [asdict(load) for load in loads]}
+    shown = [Path(word).name if Path(word).exists() else word for word in rest]  # records name no place of a machine
+    record = {"server": shown, "suite": arguments.suite, "summary": found, "loads": [asdict(load) for load in loads]}
     warnings = monitor.warnings()
     path = Path(arguments.out) / f"serve-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
