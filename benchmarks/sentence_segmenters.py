@@ -7,22 +7,17 @@ short answers of the language. ``F1`` is over boundaries inside a passage; µs a
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-from dlplora.atomic import write_atomically
+from benchmarks.docs_table import command
 from dlplora.inference.sentences import sentence_end_positions
 from dlplora.provenance import provenance
-from dlplora.reporting.store import RESULTS
 
-BEGIN, END = "<!-- dlplora:segmenters:begin -->", "<!-- dlplora:segmenters:end -->"
 PASSAGES = 150
 
 TEMPLATES: dict[str, list[str]] = {
@@ -194,22 +189,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--passages", type=int, default=PASSAGES)
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
-    parser.add_argument("--page", default="docs/prompts_and_routing.md", metavar="FILE")
-    arguments = parser.parse_args()
-    path = Path(arguments.out) / "bench" / "sentence_segmenters.json"
-    if arguments.action == "run":
-        write_atomically(path, json.dumps(measure(arguments.passages), indent=2) + "\n")
-        print(path)
-        return
-    page = Path(arguments.page)
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    write_atomically(page, f"{head}{BEGIN}\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n{END}{tail}")
-    print(f"wrote {page}")
+    command(__doc__, measure, table, name="sentence_segmenters", size="--passages", default=PASSAGES)
 
 
 if __name__ == "__main__":

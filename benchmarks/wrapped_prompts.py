@@ -8,28 +8,23 @@ second part generates from ``table_to_text`` prompts with a blank line before ``
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 
+from benchmarks.docs_table import command
 from dlplora.adapters.pool import load_pool
-from dlplora.atomic import write_atomically
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.kv_policy import KV_POLICIES
 from dlplora.inference.loading import nano_asset
 from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.provenance import provenance
-from dlplora.reporting.store import RESULTS
 from dlplora.tasks.registry import get_suite
 from dlplora.types import PromptBatch
 
-BEGIN, END = "<!-- dlplora:wrapped:begin -->", "<!-- dlplora:wrapped:end -->"
 PER_TASK = 20
 NUM_BLANK = 40
 
@@ -164,22 +159,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--per-task", type=int, default=PER_TASK)
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
-    parser.add_argument("--page", default="docs/prompts_and_routing.md", metavar="FILE")
-    arguments = parser.parse_args()
-    path = Path(arguments.out) / "bench" / "wrapped_prompts.json"
-    if arguments.action == "run":
-        write_atomically(path, json.dumps(measure(arguments.per_task), indent=2) + "\n")
-        print(path)
-        return
-    page = Path(arguments.page)
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    write_atomically(page, f"{head}{BEGIN}\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n{END}{tail}")
-    print(f"wrote {page}")
+    command(__doc__, measure, table, name="wrapped_prompts", size="--per-task", default=PER_TASK)
 
 
 if __name__ == "__main__":

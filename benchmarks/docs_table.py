@@ -1,0 +1,62 @@
+"""A benchmark whose record becomes a table in a page of the documentation: the actions ``run`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dlplora.atomic import write_atomically
+from dlplora.reporting.store import RESULTS
+
+
+def command(
+    about: str | None,
+    measure: Callable[[int], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    *,
+    name: str,
+    size: str,
+    default: int,
+) -> None:
+    """Read the command line; measure, or write the table into the page.
+
+    Args:
+        about: Help text.
+        measure: Size of the measurement -> record.
+        table: Record -> Markdown.
+        name: Of the record, ``results/bench/NAME.json``.
+        size: Option that sets the size.
+        default: Its default.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument(size, type=int, default=default, dest="size")
+    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
+    parser.add_argument("--page", default="docs/prompts_and_routing.md", metavar="FILE")
+    arguments = parser.parse_args()
+    path = Path(arguments.out) / "bench" / f"{name}.json"
+    if arguments.action == "run":
+        write_atomically(path, json.dumps(measure(arguments.size), indent=2) + "\n")
+        print(path)
+        return
+    page = Path(arguments.page)
+    page_text, record = page.read_text(encoding="utf-8"), json.loads(path.read_text(encoding="utf-8"))
+    write_atomically(page, with_table(page_text, name, table(record)))
+    print(f"wrote {page}")
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """A page whose table between the markers of ``name`` is replaced.
+
+    Raises:
+        SystemExit: If the markers are missing.
+    """
+    begin, end = (f"<!-- dlplora:{name}:{which} -->" for which in ("begin", "end"))
+    head, found, rest = page.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"the page has no {begin} … {end}; put the markers where the table belongs.")
+    return f"{head}{begin}\n\n{table}\n\n{end}{tail}"
