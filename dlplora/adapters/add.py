@@ -119,7 +119,7 @@ def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, opti
             _make_folder(root.parent, made)
             hidden.mkdir()
             held = lock.acquire()
-        except (FileNotFoundError, Timeout):
+        except (FileNotFoundError, FileExistsError, Timeout):  # another addition takes the folder away before its lock is held
             continue
         with held, ExitStack() as undo:
             undo.callback(shutil.rmtree, hidden, ignore_errors=True)
@@ -138,7 +138,7 @@ def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, opti
 def _remove_abandoned(root: Path) -> None:
     """Remove new pools that were never finished: those whose lock nobody holds any more."""
     for hidden in root.parent.glob(f".{glob.escape(root.name)}.*.tmp"):
-        with suppress(FileNotFoundError, NotADirectoryError, Timeout), FileLock(hidden / LOCK_NAME, timeout=0):
+        with suppress(OSError, Timeout), FileLock(hidden / LOCK_NAME, timeout=0):  # its owner, or another addition, may be faster
             shutil.rmtree(hidden)
 
 
