@@ -137,9 +137,11 @@ def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, opti
 
 def _remove_abandoned(root: Path) -> None:
     """Remove new pools that were never finished: those whose lock nobody holds any more."""
-    for hidden in root.parent.glob(f".{glob.escape(root.name)}.*.tmp"):
-        with suppress(OSError, Timeout), FileLock(hidden / LOCK_NAME, timeout=0):  # its owner, or another addition, may be faster
-            shutil.rmtree(hidden)
+    # glob.glob returns nothing where the parent goes away meanwhile; Path.glob of Python before 3.13 raises.
+    for hidden in glob.glob(f".{glob.escape(root.name)}.*.tmp", root_dir=root.parent, include_hidden=True):
+        folder = root.parent / hidden
+        with suppress(OSError, Timeout), FileLock(folder / LOCK_NAME, timeout=0):  # its owner, or another addition, may be faster
+            shutil.rmtree(folder)
 
 
 def _remove_leftovers(root: Path) -> None:
