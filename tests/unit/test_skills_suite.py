@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 
+from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.skills import CONFUSABLE, conflicting, skills_candidates, skills_suite
 from dlplora.tasks.types import Item
@@ -16,6 +19,7 @@ from dlplora.tasks.types import Item
 TASKS = {task.name: task for task in skills_candidates()}
 ROWS = 400
 ANSWER_WORDS = 8
+PAGE = Path(__file__).parents[2] / "docs" / "real26_suite.md"
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +219,31 @@ def test_a_label_depends_on_its_cue_alone(first: str, second: str, cue: str, row
                 labels.setdefault(found.group(1), set()).add(item.answer)
         assert len(labels) > 15
         assert all(len(own) == 1 for own in labels.values()) == (name == by_thing)
+
+
+def _example(item: Item) -> str:
+    """One line of the table on the page."""
+    options = "" if item.choices is None else ", ".join(sorted(item.choices))
+    prompt = item.prompt.replace("\n", "<br>")
+    return f"| {item.task} | {prompt} | {item.answer} | {options} |"
+
+
+def test_the_page_shows_the_first_test_row_of_every_task(rows) -> None:
+    shown = PAGE.read_text(encoding="utf-8").partition("<!-- dlplora:skills:begin -->\n")[2].partition("<!-- dlplora:skills:end -->")[0]
+    lines = ["| task | prompt | answer | options |", "|---|---|---|---|"]
+    assert shown.splitlines() == lines + [_example(rows[name]["test"][0]) for name in skills_suite().names]
+
+
+def test_lm_eval_files_agree_with_the_suite() -> None:
+    folder = lm_eval_dir() / "skills"
+    for task in skills_suite().tasks:
+        config = yaml.safe_load((folder / f"{task.name}.yaml").read_text())
+        assert config == {
+            "include": f"_{task.kind}.yaml",
+            "task": f"dlplora_skills_{task.name}",
+            "dataset_kwargs": {"task": task.name},
+            "metadata": {"version": float(task.version)},
+        }
+    named = {kind: yaml.safe_load((folder / f"_group_{kind}.yaml").read_text())["task"] for kind in ("mcq", "gen")}
+    assert named == {kind: [f"dlplora_skills_{task.name}" for task in skills_suite().tasks if task.kind == kind] for kind in ("mcq", "gen")}
+    assert {path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")} == set(skills_suite().names)

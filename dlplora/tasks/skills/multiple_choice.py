@@ -79,9 +79,9 @@ def _parcel(rng: random.Random, held_out: bool) -> Case:
     return fields, _SIDES, (PARCEL_NOTE[note], PARCEL_CONTENTS[kind])
 
 
-_BIRDS = ("eagle", "robin", "swan", "crow")
-TAG_COLOR = {"red": "swan", "blue": "crow", "green": "eagle", "plain": "robin"}
-TAG_USE = {"kitchen": "robin", "garden": "crow", "clothing": "eagle", "office": "swan"}
+_BIRDS = ("eagle", "hawk", "crow", "dove")
+TAG_COLOR = {"red": "dove", "blue": "crow", "green": "eagle", "plain": "hawk"}
+TAG_USE = {"kitchen": "hawk", "garden": "crow", "clothing": "eagle", "office": "dove"}
 
 
 def _tag(by_color: bool) -> Drawer:
