@@ -17,14 +17,14 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
     """A suite by name, made again where the rows under the data root are others than last time.
 
     Args:
-        name: ``nano``; ``skills``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
-            ``local_composite:TASK,TASK`` for composites of either; or one of the paper's.
+        name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
+            ``local_composite:TASK,TASK`` for composites of either; ``skills``; or one of the paper's.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
-    return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills", "skills_composite"} else rows_state(data_root))
+    return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills"} else rows_state(data_root))
 
 
 @lru_cache(maxsize=8)
@@ -40,5 +40,5 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return local_suite(name.removeprefix("local:").split(","), data_root)
     if name in SUITES:
         return paper_suite(name, data_root)
-    known = "nano, skills, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local"
+    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; skills; paper, paper26, paper_local"
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")
