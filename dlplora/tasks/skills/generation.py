@@ -86,8 +86,13 @@ def _into(language: str) -> Drawer:
     return draw
 
 
+_VERSIONS = {"invoice_item": 2}
+
+
 def _task(name: str, draw: Drawer, *phrasings: str) -> Task:
-    return Task(name=name, kind="gen", phrasings=tuple(f"{phrasing}\nAnswer:" for phrasing in phrasings), draw=draw)
+    return Task(
+        name=name, kind="gen", version=_VERSIONS.get(name, 1), phrasings=tuple(f"{phrasing}\nAnswer:" for phrasing in phrasings), draw=draw
+    )
 
 
 def _same(name: str, draw: Drawer, user: str, *phrasings: str) -> Task:

@@ -43,7 +43,7 @@ TICKET_QUEUE = {"now": "amber", "today": "ivory", "week": "cobalt", "later": "sc
 def _ticket(rng: random.Random, held_out: bool) -> Case:
     subject, urgency = _two_labels(rng, TICKET_DESK, TICKET_QUEUE)
     nouns, problems = w.TICKET_SUBJECTS[subject]
-    text = f"My {w.pick(rng, nouns, held_out)} {rng.choice(problems)}. {w.pick(rng, w.URGENCY[urgency], held_out)}"
+    text = f"My {w.pick(rng, nouns, held_out)} {rng.choice(problems)}. {w.filled(rng, w.URGENCY[urgency], w.URGENCY_FRAMES, held_out)}"
     fields = {"s": text.replace("My courier", "The courier"), "n": w.pick(rng, w.FIRST_NAMES, held_out)}
     return fields, _COLORS, (TICKET_DESK[subject], TICKET_QUEUE[urgency])
 
@@ -57,7 +57,7 @@ def _review(rng: random.Random, held_out: bool) -> Case:
     verdict, kind = _two_labels(rng, REVIEW_GRADE, REVIEW_AISLE)
     fields = {
         "t": article(w.pick(rng, w.THINGS[kind], held_out)),
-        "s": w.pick(rng, w.VERDICTS[verdict], held_out),
+        "s": w.filled(rng, w.VERDICTS[verdict], w.VERDICT_FRAMES, held_out),
         "n": w.pick(rng, w.FIRST_NAMES, held_out),
     }
     return fields, _FRUITS, (REVIEW_GRADE[verdict], REVIEW_AISLE[kind])
@@ -72,7 +72,7 @@ def _parcel(rng: random.Random, held_out: bool) -> Case:
     note, kind = _two_labels(rng, PARCEL_NOTE, PARCEL_CONTENTS)
     fields = {
         "t": article(w.pick(rng, w.THINGS[kind], held_out)),
-        "s": w.pick(rng, w.HANDLING[note], held_out),
+        "s": w.filled(rng, w.HANDLING[note], w.HANDLING_FRAMES, held_out),
         "n": w.pick(rng, w.FIRST_NAMES, held_out),
         "c": w.pick(rng, w.CITIES, held_out),
     }
@@ -84,15 +84,23 @@ TAG_COLOR = {"red": "dove", "blue": "crow", "green": "eagle", "plain": "hawk"}
 TAG_USE = {"kitchen": "hawk", "garden": "crow", "clothing": "eagle", "office": "dove"}
 
 
+def _good(rng: random.Random, color: str, kind: str, held_out: bool) -> str:
+    """A coloured thing; what is held out is the pair of both."""
+    while True:
+        good = f"{rng.choice(w.COLORS[color])} {rng.choice(w.THINGS[kind])}"
+        if w.kept_out(good) == held_out:
+            return good
+
+
 def _tag(by_color: bool) -> Drawer:
     """The criterion shows in two examples: they differ in colour and agree in the thing, or the other way round."""
 
     def draw(rng: random.Random, held_out: bool) -> Draw:
         color, kind = _two_labels(rng, TAG_COLOR, TAG_USE)
-        asked = f"{rng.choice(w.COLORS[color])} {w.pick(rng, w.THINGS[kind], held_out)}"
+        asked = _good(rng, color, kind, held_out)
         colors, kinds = rng.sample(list(TAG_COLOR), 2), rng.sample(list(TAG_USE), 2)
         shades = [rng.choice(w.COLORS[one]) for one in colors]
-        things = [w.pick(rng, w.THINGS[one], held_out) for one in kinds]
+        things = [rng.choice(w.THINGS[one]) for one in kinds]
         if by_color:
             examples = [f"{shade} {things[0]} {TAG_COLOR[one]}" for shade, one in zip(shades, colors, strict=True)]
         else:
@@ -147,8 +155,15 @@ def _roster(rng: random.Random, held_out: bool) -> Case:
     return fields, names, (names[2 * asked], names[2 * asked + 1])
 
 
+_VERSIONS = dict.fromkeys(
+    ("ticket_desk", "ticket_queue", "review_grade", "review_aisle", "parcel_note", "parcel_contents", "tag_color", "tag_use"), 2
+)
+
+
 def _task(name: str, draw: Drawer, *phrasings: str) -> Task:
-    return Task(name=name, kind="mcq", phrasings=tuple(f"{phrasing}\nAnswer:" for phrasing in phrasings), draw=draw)
+    return Task(
+        name=name, kind="mcq", version=_VERSIONS.get(name, 1), phrasings=tuple(f"{phrasing}\nAnswer:" for phrasing in phrasings), draw=draw
+    )
 
 
 def _pair(case: Callable[[random.Random, bool], Case], words: Mapping[str, Sequence[str]], *phrasings: str) -> tuple[Task, ...]:
@@ -188,7 +203,7 @@ CANDIDATES: tuple[Task, ...] = (
         "By its <0>, this parcel leaves through one gate: {t} for {n}, {c}, marked {s}. Which?",
         "{n} in {c} gets {t}. Note: {s}.\nWhich gate, going by the <0>?",
         "Label: {n}, {c}; {t}; {s}.\nSort it by the <0>. Gate?",
-        "The depot sends {t} to {n}, {c}, with the note: {s}.\nWhich gate does it take when sorted by the <0>?",
+        "The depot sends {t} to {n}, {c}, marked {s}.\nWhich gate does it take when sorted by the <0>?",
     ),
     *(
         _task(

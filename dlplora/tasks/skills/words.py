@@ -1,6 +1,7 @@
 """The words of the skills suite: entities and cue phrases, and how both are cut into a training and a held-out half.
 
-Lists are cut 60/40 (``half``); the cut depends on the words alone. Dates, prices and invented sentences are cut by ``kept_out``.
+Lists of entities are cut 60/40 (``half``); the cut depends on the words alone. Dates, prices, invented sentences and cue phrases (a word in
+a frame) are cut by ``kept_out``: their parts are known from training, the whole is not.
 """
 
 from __future__ import annotations
@@ -29,10 +30,22 @@ MONTHS = "January February March April May June July August September October No
 NUMBERS = "two three four five six seven eight nine ten twelve twenty thirty".split()
 
 THINGS: dict[str, list[str]] = {
-    "kitchen": "kettle pan spoon fork toaster oven teapot mug whisk ladle saucepan blender plate bowl grater colander".split(),
-    "garden": "rake spade hose shovel wheelbarrow hedge-trimmer lawnmower flowerpot hoe sprinkler trowel greenhouse".split(),
-    "clothing": "jacket scarf sweater shirt coat skirt dress glove hat sock raincoat blouse belt cardigan vest".split(),
-    "office": "stapler notebook folder pencil envelope calculator printer eraser ruler calendar clipboard pen marker desk".split(),
+    "kitchen": (
+        "kettle pan spoon fork toaster oven teapot mug whisk ladle saucepan blender plate bowl grater colander cup pot skillet "
+        "spatula jug microwave teaspoon cooker"
+    ).split(),
+    "garden": (
+        "rake spade hose shovel wheelbarrow hedge-trimmer lawnmower flowerpot hoe sprinkler trowel greenhouse pitchfork birdhouse "
+        "fence flowerbed weeder hammock birdbath gazebo leaf-blower plant-pot garden-chair seed-tray"
+    ).split(),
+    "clothing": (
+        "jacket scarf sweater shirt coat skirt glove hat sock raincoat blouse belt cardigan vest tie cap boot sandal tunic hoodie "
+        "cloak shawl blazer pullover"
+    ).split(),
+    "office": (
+        "stapler notebook folder pencil envelope calculator printer eraser ruler calendar clipboard pen marker desk keyboard stamp "
+        "binder highlighter whiteboard scanner planner notepad ballpoint"
+    ).split(),
 }
 COLORS: dict[str, list[str]] = {
     "red": ["red", "orange", "pink"],
@@ -67,123 +80,41 @@ TICKET_SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 URGENCY: dict[str, list[str]] = {
-    "now": [
-        "I need help immediately.",
-        "This is an emergency.",
-        "Please act right now.",
-        "It is extremely urgent.",
-        "Please help at once, this is urgent.",
-        "We need someone immediately, it is an emergency.",
-        "Urgent, please act at once.",
-        "Help me right now, please.",
-    ],
-    "today": [
-        "I need it by tonight.",
-        "Please answer today.",
-        "Do it before the end of today, please.",
-        "Later today would be good.",
-        "Please finish it tonight.",
-        "Today at the latest.",
-        "I expect a reply today.",
-        "Tonight is the limit.",
-    ],
-    "week": [
-        "Some day this week is fine.",
-        "Please do it by Friday.",
-        "I would like it done this week.",
-        "Before the weekend, please.",
-        "Later this week will do.",
-        "Friday is early enough.",
-        "Any day this week suits me.",
-        "It should be done before the weekend.",
-    ],
-    "later": [
-        "There is no hurry.",
-        "It can wait.",
-        "No rush at all.",
-        "Take your time, it can wait.",
-        "I am in no hurry.",
-        "There is no rush.",
-        "This is not urgent, take your time.",
-        "Whenever you have time.",
-    ],
+    "now": ["immediately", "at once", "right now", "this very minute"],
+    "today": ["today", "tonight", "by the end of the day", "later today"],
+    "week": ["this week", "by Friday", "before the weekend", "later this week"],
+    "later": ["when you have time", "without any hurry", "at your leisure", "some time or other"],
 }
-
+URGENCY_FRAMES = (
+    "Please deal with it {}.",
+    "I need an answer {}.",
+    "It should be solved {}.",
+    "Someone should look at it {}.",
+    "Could you take care of this {}?",
+    "Please reply {}.",
+    "I would like it done {}.",
+)
 VERDICTS: dict[str, list[str]] = {
-    "good": [
-        "I love it, it is perfect.",
-        "Excellent quality, I am delighted.",
-        "Wonderful, the best I ever had.",
-        "It works perfectly and looks great.",
-        "Fantastic, I would buy it again.",
-        "A great buy, I am very happy.",
-        "Superb, worth every cent.",
-        "Beautiful and very well made.",
-    ],
-    "fair": [
-        "It is okay, nothing special.",
-        "Average, it does the job.",
-        "Not bad, not great.",
-        "It is acceptable for the price.",
-        "So-so, about what I expected.",
-        "Decent, but nothing special.",
-        "It is all right, just average.",
-        "Neither good nor bad.",
-    ],
-    "bad": [
-        "Terrible, it broke at once.",
-        "Awful quality, a waste of money.",
-        "I hate it, never again.",
-        "It is useless and I want my money back.",
-        "The worst I ever bought.",
-        "Very disappointing, it fell apart.",
-        "Horrible, do not buy it.",
-        "Broken on arrival, very bad.",
-    ],
+    "good": ["perfect", "excellent", "wonderful", "great", "fantastic", "superb"],
+    "fair": ["average", "okay", "mediocre", "ordinary", "passable", "so-so"],
+    "bad": ["terrible", "awful", "horrible", "useless", "dreadful", "broken"],
 }
-
+VERDICT_FRAMES = (
+    "It is {}.",
+    "I find it {}.",
+    "In a word: {}.",
+    "I would call it {}.",
+    "After a week I think it is {}.",
+    "It looked {} from the first day.",
+    "My whole family says it is {}.",
+)
 HANDLING: dict[str, list[str]] = {
-    "fragile": [
-        "fragile",
-        "handle with care",
-        "breakable, do not drop",
-        "contains glass",
-        "fragile, do not shake",
-        "glass, handle gently",
-        "easily broken",
-        "delicate, handle with care",
-    ],
-    "cold": [
-        "keep cool",
-        "keep frozen",
-        "store in the fridge",
-        "must stay cold",
-        "do not let it get warm",
-        "keep refrigerated",
-        "chilled goods",
-        "store cold",
-    ],
-    "heavy": [
-        "heavy",
-        "two people to lift",
-        "very heavy, use a cart",
-        "heavy load",
-        "do not lift alone",
-        "heavy, lift with two people",
-        "use a forklift",
-        "overweight",
-    ],
-    "fast": [
-        "express",
-        "deliver by tomorrow",
-        "express delivery",
-        "urgent, same day",
-        "next-day delivery",
-        "rush order",
-        "urgent express",
-        "fastest service",
-    ],
+    "fragile": ["fragile", "breakable", "delicate", "brittle"],
+    "cold": ["frozen", "chilled", "refrigerated", "cold"],
+    "heavy": ["heavy", "very heavy", "overweight", "bulky"],
+    "fast": ["express", "overnight", "urgent", "same-day"],
 }
+HANDLING_FRAMES = ("{}", "{} goods", "caution, {}", "{}, thank you", "attention: {}", "{} cargo", "{} (see list)")
 
 PEOPLE = "Visitors,Drivers,Nurses,Guests,Students,Tenants,Members,Cleaners,Managers,Trainees,Teachers,Clerks".split(",")
 FORCES: dict[str, list[str]] = {
@@ -251,6 +182,14 @@ def kept_out(key: str) -> bool:
 def pick(rng: random.Random, words: Sequence[str], held_out: bool) -> str:
     """One word of a half."""
     return rng.choice(half(words, held_out))
+
+
+def filled(rng: random.Random, words: Sequence[str], frames: Sequence[str], held_out: bool) -> str:
+    """A word in a frame, so that the pair is of a half; each word and each frame occurs in both."""
+    while True:
+        text = rng.choice(frames).format(rng.choice(words))
+        if kept_out(text) == held_out:
+            return text
 
 
 def full_name(rng: random.Random, held_out: bool) -> tuple[str, str]:
