@@ -14,6 +14,7 @@ import yaml
 from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.skills import CONFUSABLE, conflicting, skills_candidates, skills_suite
+from dlplora.tasks.skills import words as w
 from dlplora.tasks.types import Item
 
 TASKS = {task.name: task for task in skills_candidates()}
@@ -56,6 +57,18 @@ def test_the_last_wording_is_held_out(name: str, rows) -> None:
     assert 4 <= len(task.phrasings) <= 6
     assert {item.phrasing for split in ("train", "validation") for item in rows[name][split]} == set(range(last))
     assert {item.phrasing for item in rows[name]["test"]} == {last}
+
+
+def test_held_out_people_and_cities_do_not_occur_in_training(rows) -> None:
+    entities = {*w.FIRST_NAMES, *w.CITIES}
+    seen = {
+        split: [set(re.findall(r"\w+", item.prompt)) & entities for name in TASKS for item in rows[name][split]]
+        for split in ("train", "test")
+    }
+    train, test = (set.union(*seen[split]) for split in ("train", "test"))
+    assert len(train) > 30
+    assert len(test) > 20
+    assert not train & test
 
 
 @pytest.mark.parametrize("name", TASKS)
