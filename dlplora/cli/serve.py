@@ -30,7 +30,7 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
     parser.add_argument("--method", default="dlp", help="method that routes (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override a parameter of the method")
-    parser.add_argument("--suite", metavar="NAME", help="suite with training rows, for methods that need examples: nano, local:TASK,TASK")
+    parser.add_argument("--suite", metavar="NAME", help="suite of training rows, for methods that need them: nano, skills, local:TASK,TASK")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     add_device_options(parser)
     parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once (default: 16)")

@@ -9,6 +9,7 @@ from dlplora.tasks.composite import composite_suite
 from dlplora.tasks.local import local_suite, rows_state
 from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.paper import SUITES, paper_suite
+from dlplora.tasks.skills import skills_suite
 from dlplora.tasks.types import Suite
 
 
@@ -17,13 +18,13 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
     Args:
         name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
-            ``local_composite:TASK,TASK`` for composites of either; or one of the paper's.
+            ``local_composite:TASK,TASK`` for composites of either; ``skills``; or one of the paper's.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
-    return _suite(name, data_root, () if name in {"nano", "nano_composite"} else rows_state(data_root))
+    return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills"} else rows_state(data_root))
 
 
 @lru_cache(maxsize=8)
@@ -33,9 +34,11 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return composite_suite(get_suite(name.replace("_composite", "", 1), data_root))
     if name == "nano":
         return nano_suite()
+    if name == "skills":
+        return skills_suite()
     if name.startswith("local:"):
         return local_suite(name.removeprefix("local:").split(","), data_root)
     if name in SUITES:
         return paper_suite(name, data_root)
-    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local"
+    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; skills; paper, paper26, paper_local"
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")

@@ -1,0 +1,30 @@
+"""Documents and metrics of the skills tasks, as lm-eval reads them (``!function docs.…``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from dlplora.tasks.registry import get_suite
+from dlplora.tasks.text_metrics import item_row, text_metrics
+
+__all__ = ["skills_dataset", "text_metrics"]
+
+
+def skills_dataset(task: str, num_test: int = 100, num_train: int = 100, data_seed: int = 0, **_: Any) -> datasets.DatasetDict:
+    """Train rows (few-shot examples) and test rows of one skills task.
+
+    Args:
+        task: Task name in the suite.
+        num_test: Test items.
+        num_train: Rows of the train split, used for few-shot prompts only.
+        data_seed: Seed of both.
+    """
+    source = get_suite("skills").task(task)
+    return datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list([item_row(item) for item in source.items("train", num_train, data_seed)]),
+            "test": datasets.Dataset.from_list([item_row(item) for item in source.items("test", num_test, data_seed)]),
+        }
+    )
