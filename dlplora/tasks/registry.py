@@ -9,6 +9,8 @@ from dlplora.tasks.composite import composite_suite
 from dlplora.tasks.local import local_suite, rows_state
 from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.paper import SUITES, paper_suite
+from dlplora.tasks.real import SUITES as REAL_SUITES
+from dlplora.tasks.real import real_suite
 from dlplora.tasks.types import Suite
 
 
@@ -37,5 +39,7 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return local_suite(name.removeprefix("local:").split(","), data_root)
     if name in SUITES:
         return paper_suite(name, data_root)
-    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local"
+    if name in REAL_SUITES:
+        return real_suite(name, data_root)
+    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local; real26, real26_public, real26_skills"
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")
