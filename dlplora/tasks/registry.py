@@ -11,6 +11,7 @@ from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.paper import SUITES, paper_suite
 from dlplora.tasks.real import SUITES as REAL_SUITES
 from dlplora.tasks.real import real_suite
+from dlplora.tasks.skills import skills_suite
 from dlplora.tasks.types import Suite
 
 
@@ -18,14 +19,14 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
     """A suite by name, made again where the rows under the data root are others than last time.
 
     Args:
-        name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
+        name: ``nano``; ``skills``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
             ``local_composite:TASK,TASK`` for composites of either; or one of the paper's.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
-    return _suite(name, data_root, () if name in {"nano", "nano_composite"} else rows_state(data_root))
+    return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills", "skills_composite"} else rows_state(data_root))
 
 
 @lru_cache(maxsize=8)
@@ -35,11 +36,16 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return composite_suite(get_suite(name.replace("_composite", "", 1), data_root))
     if name == "nano":
         return nano_suite()
+    if name == "skills":
+        return skills_suite()
     if name.startswith("local:"):
         return local_suite(name.removeprefix("local:").split(","), data_root)
     if name in SUITES:
         return paper_suite(name, data_root)
     if name in REAL_SUITES:
         return real_suite(name, data_root)
-    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local; real26, real26_public, real26_skills"
+    known = (
+        "nano, skills, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local; "
+        "real26, real26_public, real26_skills"
+    )
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")

@@ -1,0 +1,43 @@
+"""The skills suite: procedural tasks in ordinary English for a pretrained language model of about 135 M parameters.
+
+Each task is a convention of an invented office (a format, a code, whose name counts). A base model cannot know it, and an expert
+learns it from about 400 rows. ``docs/real26_suite.md`` describes them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from dlplora.tasks.types import Suite, Task
+
+NOT_ADMITTED: frozenset[str] = frozenset()
+"""Candidates that an expert does not learn to the bar of ``docs/real26_suite.md``."""
+
+CONFUSABLE: tuple[tuple[str, str], ...] = (
+    ("ticket_desk", "ticket_queue"),
+    ("parcel_note", "parcel_contents"),
+    ("tag_color", "tag_use"),
+    ("mail_sender", "mail_receiver"),
+)
+"""Pairs that a router confuses: the prompts are the same text, and what tells the two tasks apart is one word of the question
+(``ticket_*``, ``mail_*``), a rule that is mentioned in passing (``parcel_*``), or only two examples (``tag_*``)."""
+
+
+def skills_candidates() -> tuple[Task, ...]:
+    """Every task that was tried, admitted or not, in a fixed order: multiple choice, then generation."""
+    from dlplora.tasks.skills import generation, multiple_choice
+
+    return (*multiple_choice.CANDIDATES, *generation.CANDIDATES)
+
+
+def conflicting() -> tuple[tuple[str, str], ...]:
+    """Pairs of candidates that draw the same texts and never give the same answer."""
+    from dlplora.tasks.skills import generation, multiple_choice
+
+    return (*multiple_choice.CONFLICTING, *generation.CONFLICTING)
+
+
+@lru_cache(maxsize=1)
+def skills_suite() -> Suite:
+    """The admitted candidates."""
+    return Suite("skills", tuple(task for task in skills_candidates() if task.name not in NOT_ADMITTED))
