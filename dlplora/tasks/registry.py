@@ -8,9 +8,9 @@ from dlplora.errors import TaskError
 from dlplora.tasks.composite import composite_suite
 from dlplora.tasks.local import local_suite, rows_state
 from dlplora.tasks.nano import nano_suite
-from dlplora.tasks.paper import SUITES, paper_suite
+from dlplora.tasks.paper import SUITES, paper_names, paper_suite
 from dlplora.tasks.real import SUITES as REAL_SUITES
-from dlplora.tasks.real import real_suite
+from dlplora.tasks.real import real_names, real_suite
 from dlplora.tasks.skills import skills_suite
 from dlplora.tasks.types import Suite
 
@@ -27,6 +27,11 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
     return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills", "skills_composite"} else rows_state(data_root))
+
+
+def suite_names(name: str) -> tuple[str, ...]:
+    """Task names of a suite whose rows may still be on the hub, in order."""
+    return real_names(name) if name in REAL_SUITES else paper_names(name)
 
 
 @lru_cache(maxsize=8)

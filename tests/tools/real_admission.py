@@ -1,6 +1,7 @@
 """Evidence for the real26 suite: every candidate's expert is trained by the project and scored by PEFT and transformers alone.
 
     python -m tests.tools.real_admission --data-root ROWS [--tasks NAME,NAME]
+    python -m tests.tools.real_admission --table          # from the file that is there
 
 Writes ``results/real26_admission.json`` after every task, so that an interrupted run goes on, and the table in ``docs/real26_suite.md``.
 Options are scored by their summed log-likelihood; answers are greedy lines.
@@ -13,7 +14,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,21 @@ from torch.nn import functional as F
 
 from dlplora.atomic import write_atomically
 from dlplora.inference.backbones import resolve_backbone
+from dlplora.reporting import markdown
 from dlplora.reproduce.recipe import Setting
 from dlplora.reproduce.training import train
 from dlplora.tasks.paper.judging import judged
-from dlplora.tasks.real import NUM_TEST, real_suite
-from dlplora.tasks.real.sources import CANDIDATES
+from dlplora.tasks.real import NUM_TEST, real_suite, source_of
 from dlplora.tasks.text_metrics import text_metrics
 from dlplora.tasks.types import Item, Task
 
 BACKBONE = "smollm2-135m"
 RESULTS = Path("results/real26_admission.json")
+PAGE = Path("docs/real26_suite.md")
+BEGIN, END = "<!-- dlplora:admission:begin -->", "<!-- dlplora:admission:end -->"
+GAIN = {"mcq": 5.0, "gen": 10.0}
+"""Points by which an expert must beat the better of base model and majority answer."""
+LEVEL = 0.05
 
 
 @torch.no_grad()
@@ -62,9 +69,7 @@ def generate(model: Any, tokenizer: Any, items: Sequence[Item], max_new_tokens: 
     for start in range(0, len(items), batch):
         encoded = tokenizer([item.prompt for item in items[start : start + batch]], return_tensors="pt", padding=True)
         stops: dict[str, Any] = {} if several_lines else {"stop_strings": ["\n"], "tokenizer": tokenizer}
-        made = model.generate(
-            **encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, **stops
-        )
+        made = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, **stops)
         answers = tokenizer.batch_decode(made[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
         texts += [answer.strip() if several_lines else answer.split("\n")[0].strip() for answer in answers]
     return texts
@@ -74,7 +79,7 @@ def score(model: Any, tokenizer: Any, task: Task, items: Sequence[Item]) -> dict
     """Right or wrong for every item, and the mean ROUGE-L of generated answers."""
     if task.kind == "mcq":
         return {"hits": score_choices(model, tokenizer, items)}
-    source = next((source for source in CANDIDATES if source.name == task.name), None)
+    source = source_of(task.name)
     judge, length, several = (source.judge, source.max_new_tokens, source.several_lines) if source else ("exact", 32, False)
     texts = generate(model, tokenizer, items, length, several)
     rouge = [text_metrics({"answer": item.answer}, [text])["rougeL"] for item, text in zip(items, texts, strict=True)]
@@ -124,16 +129,93 @@ def measure(task: Task, setting: Setting, runs: Path, model: Any, tokenizer: Any
     }
 
 
-def main() -> int:
-    """Measure what is missing, in the order given."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one row of the table says.
 
+    Attributes:
+        gain: Expert minus the better of base model and majority answer, in points; of generated answers the larger gain of exact match and
+            ROUGE-L.
+        p: Exact one-sided p-value of the expert against whichever of the two is better, over the test items.
+        admitted: Gain of at least 5 points (generation: 10) and p below 0.05.
+    """
+
+    gain: float
+    p: float
+    admitted: bool
+
+
+def verdict(row: Mapping[str, Any]) -> Verdict:
+    """Whether a candidate passes: McNemar's exact test against the base model, a binomial test against a constant answer."""
+    from scipy.stats import binomtest
+
+    base, expert, num = row["base"]["hits"], row["expert"]["hits"], row["num_test"]
+    won = sum(mine > theirs for mine, theirs in zip(expert, base, strict=True))
+    lost = sum(mine < theirs for mine, theirs in zip(expert, base, strict=True))
+    against_base = binomtest(won, won + lost, alternative="greater").pvalue if won + lost else 1.0
+    against_constant = binomtest(round(sum(expert)), num, row["majority"], alternative="greater").pvalue
+    gain = 100 * (sum(expert) / num - max(sum(base) / num, row["majority"]))
+    bar = GAIN[row["kind"]]
+    if row["kind"] == "gen":
+        gain = max(gain, 100 * (row["expert"]["rougeL"] - row["base"]["rougeL"]))
+    p = float(max(against_base, against_constant))
+    return Verdict(gain, p, gain >= bar and p < LEVEL)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The evidence as Markdown: public candidates, then generated ones."""
+    scores = ["chance", "majority", "base", "expert", "ROUGE-L base", "ROUGE-L expert"]
+    header = ["task", "kind", "test items", *scores, "gain", "p", "admitted"]
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        found, num = verdict(row), row["num_test"]
+        base, expert = (100 * sum(row[key]["hits"]) / num for key in ("base", "expert"))
+        low, high = wilson(sum(row["expert"]["hits"]), num)
+        rouge = [f"{100 * row[key]['rougeL']:.1f}" if "rougeL" in row[key] else "" for key in ("base", "expert")]
+        guesses = [f"{100 * row['chance']:.0f}", f"{100 * row['majority']:.0f}"]
+        scores = [f"{base:.1f}", f"{expert:.1f} ({low:.0f}–{high:.0f})", *rouge]
+        verdict_cells = [f"{found.gain:+.1f}", f"{found.p:.1g}", "yes" if found.admitted else "no"]
+        return [row["task"], row["kind"], str(num), *guesses, *scores, *verdict_cells]
+
+    parts = []
+    for block in ("public", "skills"):
+        chosen = [row for row in rows if row["block"] == block]
+        passed = sum(verdict(row).admitted for row in chosen)
+        title = f"### {block.capitalize()} block: {len(chosen)} tried, {passed} above the bar"
+        parts.append(f"{title}\n\n{markdown.table(header, [cells(row) for row in chosen], left=2)}")
+    return "\n\n".join(parts)
+
+
+def wilson(hits: float, num: int) -> tuple[float, float]:
+    """95 % interval of a share, in percent."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(hits), num).proportion_ci(method="wilson")
+    return 100 * interval.low, 100 * interval.high
+
+
+def main() -> int:
+    """Measure what is missing, in the order given; then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", default="all", help="names separated by commas; all takes every candidate")
-    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--data-root")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs/real/candidates"))
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if not arguments.table:
+        measure_missing(arguments)
+    rows = json.loads(arguments.json.read_text(encoding="utf-8"))["tasks"]
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    write_atomically(PAGE, f"{head}{BEGIN}\n{table(rows)}\n{END}{tail}")
+    return 0
+
+
+def measure_missing(arguments: argparse.Namespace) -> None:
+    """Every candidate that has no row yet; the file is written after each."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     suite = real_suite("real_candidates", arguments.data_root)
     names = suite.names if arguments.tasks == "all" else arguments.tasks.split(",")
     rows = json.loads(arguments.json.read_text(encoding="utf-8"))["tasks"] if arguments.json.is_file() else []
@@ -156,8 +238,7 @@ def main() -> int:
         rows.append(row)
         write_atomically(arguments.json, json.dumps({"num_test": NUM_TEST, "tasks": rows}, indent=None, sort_keys=True) + "\n")
         accuracies = {key: round(100 * sum(row[key]["hits"]) / row["num_test"], 1) for key in ("base", "expert")}
-        print(name, row["kind"], f"majority {100 * row['majority']:.0f}", accuracies, f"{row['train_s']} + {row['score_s']} s", flush=True, file=sys.stderr)
-    return 0
+        print(name, row["kind"], accuracies, f"{row['train_s']} + {row['score_s']} s", flush=True, file=sys.stderr)
 
 
 if __name__ == "__main__":

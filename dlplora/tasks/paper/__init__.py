@@ -137,12 +137,16 @@ def settings_of(suite: str) -> SplitSettings:
     return SMALL if suite == "paper_local" else SplitSettings()
 
 
+def paper_names(name: str) -> tuple[str, ...]:
+    """Task names of ``paper`` or ``paper26``, in order."""
+    return tuple(source.name for source in SOURCES) if name == "paper" else PAPER26
+
+
 def paper_suite(name: str, root: str | None = None) -> Suite:
     """``paper``, ``paper26`` or ``paper_local``.
 
     Raises:
         TaskError: If a task's rows are missing or malformed.
     """
-    by_suite = {"paper": [source.name for source in SOURCES], "paper26": list(PAPER26)}
-    names = by_suite[name] if name in by_suite else local_names(root)
+    names = local_names(root) if name == "paper_local" else paper_names(name)
     return Suite(name, tuple(load_task(task, root, settings_of(name)) for task in names), prefix=PREFIX)

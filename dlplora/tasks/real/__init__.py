@@ -1,8 +1,8 @@
 """The suite ``real26``: 26 tasks in English for a pretrained language model, admitted on evidence (``docs/real26_suite.md``).
 
-Two blocks. ``public``: tasks whose rows are on the hub, or under ``--data-root``. ``skills``: generated tasks (``tasks.skills``), which need
-no rows from elsewhere. A name is in ``ADMITTED`` only if its row of the admission table supports it; the rejected candidates stay in the
-table.
+Two blocks. ``public``: tasks whose rows are on the hub, or under ``--data-root``. ``skills``: generated tasks (``tasks.skills``), which
+need no rows from elsewhere. A candidate is in a list below only if its row of the admission table supports it; the rejected ones stay in
+the table.
 """
 
 from __future__ import annotations
@@ -24,18 +24,26 @@ PUBLIC: tuple[str, ...] = ()
 SKILLS: tuple[str, ...] = ()
 
 
-def real_source(name: str) -> Source:
-    """The candidate of the public block of that name."""
-    return next(source for source in CANDIDATES if source.name == name)
+def source_of(name: str) -> Source | None:
+    """The candidate of the public block of that name; None for a generated task."""
+    return next((source for source in CANDIDATES if source.name == name), None)
 
 
-def public_task(name: str, root: str | None) -> Task:
-    """One candidate of the public block; from ``root`` or ``DLPLORA_DATA`` if given, else from the hub.
+def real_task(name: str, root: str | None) -> Task:
+    """One candidate of either block. Public rows come from ``root`` or ``DLPLORA_DATA`` if given, else from the hub.
 
     Raises:
-        TaskError: If its rows are missing or malformed.
+        TaskError: If there is none of that name, or its rows are missing or malformed.
     """
-    return load_source(real_source(name), root, SPLITS)
+    source = source_of(name)
+    return Suite("real_candidates", skills_candidates()).task(name) if source is None else load_source(source, root, SPLITS)
+
+
+def real_names(name: str) -> tuple[str, ...]:
+    """Task names of one of ``SUITES``, in order."""
+    if name == "real_candidates":
+        return (*(source.name for source in CANDIDATES), *(task.name for task in skills_candidates()))
+    return (*(PUBLIC if name != "real26_skills" else ()), *(SKILLS if name != "real26_public" else ()))
 
 
 def real_suite(name: str, root: str | None = None) -> Suite:
@@ -44,10 +52,4 @@ def real_suite(name: str, root: str | None = None) -> Suite:
     Raises:
         TaskError: If rows of a public task are missing or malformed.
     """
-    public = [source.name for source in CANDIDATES] if name == "real_candidates" else PUBLIC if name != "real26_skills" else ()
-    skills = [
-        task
-        for task in skills_candidates()
-        if name == "real_candidates" or (name != "real26_public" and task.name in SKILLS)
-    ]
-    return Suite(name, (*(public_task(task, root) for task in public), *skills), prefix=PREFIX)
+    return Suite(name, tuple(real_task(task, root) for task in real_names(name)), prefix=PREFIX)
