@@ -79,7 +79,7 @@ def _evaluation(commands: Any) -> None:
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
 
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
-    parser.add_argument("suite", choices=["nano", "paper"])
+    parser.add_argument("suite", choices=["nano", "paper", "real"])
     parser.add_argument(
         "--backbone",
         metavar="NAME",

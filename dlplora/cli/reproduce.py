@@ -43,8 +43,8 @@ def chosen_seeds(text: str) -> list[int]:
 
 
 def run_reproduce(arguments: argparse.Namespace) -> int:
-    """Reproduce the nano suite or the paper's tasks; exit code 1 if a method's results differ from the committed ones."""
-    return _reproduce_paper(arguments) if arguments.suite == "paper" else _reproduce_nano(arguments)
+    """Reproduce the nano suite, the paper's tasks or real26; exit code 1 if a nano method's results differ from the committed ones."""
+    return _reproduce_nano(arguments) if arguments.suite == "nano" else _reproduce_over_backbone(arguments)
 
 
 def _reproduce_nano(arguments: argparse.Namespace) -> int:
@@ -141,7 +141,7 @@ def _write_tables(suite: str, records: Sequence[Record], root: Path) -> None:
         say(f"wrote {path}")
 
 
-def _reproduce_paper(arguments: argparse.Namespace) -> int:
+def _reproduce_over_backbone(arguments: argparse.Namespace) -> int:
     from dlplora.cli.terminal import quiet_loading
     from dlplora.evaluation.preconditions import require_limit
     from dlplora.evaluation.runner import power_note
@@ -156,7 +156,7 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
     job = paper.resolve(
-        arguments.backbone or "local-small",
+        arguments.backbone or ("real" if arguments.suite == "real" else "local-small"),
         overrides,
         split_names(arguments.methods) if arguments.methods else None,
         chosen_seeds(arguments.seeds) if arguments.seeds else None,
@@ -166,7 +166,7 @@ def _reproduce_paper(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         require_writable(root, "--out")
         require_writable(job.runs, "--runs")
-    say(f"dlplora reproduce paper, backbone {job.name}: Ctrl-C stops, the same command resumes.")
+    say(f"dlplora reproduce {arguments.suite}, protocol {job.protocol_name}: Ctrl-C stops, the same command resumes.")
     for line in paper.announced(job):
         say(f"  * {line}")
     if arguments.dry_run:

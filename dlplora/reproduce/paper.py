@@ -1,4 +1,4 @@
-"""The paper's comparison on one backbone: what ``dlplora reproduce paper --backbone NAME`` does, with the machinery of ``reproduce``.
+"""A comparison on one backbone: what ``dlplora reproduce paper --backbone NAME`` and ``dlplora reproduce real`` do.
 
 A profile (``configs/reproduce``) names the protocol, the backbone and the budgets. A hub id is resolved once to a folder of the cache, so
 that training and evaluation see the same weights.
@@ -26,7 +26,7 @@ from dlplora.reproduce.pipeline import ReproduceJob, make_job, roles_of
 from dlplora.reproduce.recipe import Setting
 from dlplora.reproduce.training import train
 from dlplora.tasks.local import ENV_ROOT
-from dlplora.tasks.registry import get_suite
+from dlplora.tasks.registry import get_suite, suite_names
 
 CONFIGS = {
     "backbone": "paper_backbone",
@@ -60,6 +60,10 @@ class Profile:
     """Processes that the experts are dealt out to."""
     shape: str | None = None
     """Name of the backbone's sizes (``inference.shapes``), for estimates without a download."""
+    configs: dict[str, str] = field(default_factory=dict)
+    """Kind of training -> training configuration, where it is not the paper suite's."""
+    without_rows: str | None = None
+    """Protocol that is taken where the rows of the protocol's suite are neither in a folder nor on a hub that can be reached."""
 
     @property
     def fit_options(self) -> dict[str, list[str]]:
@@ -152,11 +156,12 @@ class PaperJob:
     @property
     def setting(self) -> Setting:
         """Tasks and options, without a backbone yet."""
+        configs = {**CONFIGS, **self.profile.configs}
         return Setting(
             suite=self.protocol.suite,
             data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
             tasks=None if self.protocol.tasks is None else tuple(self.protocol.tasks),
-            configs={**CONFIGS, **dict.fromkeys(RANKS, CONFIGS["multitask"])},
+            configs={**configs, **dict.fromkeys(RANKS, configs["multitask"])},
             options={**self.profile.fit_options, **{role: self._ranked(role) for role in RANKS}},
             processes=self.profile.processes,
         )
@@ -186,13 +191,16 @@ def resolve(
         overrides: Of the protocol: ``tasks``, ``data_root``.
         methods: Methods; None takes the profile's.
         seeds: Seeds; None takes the protocol's.
-        runs: Folder of artifacts; None is ``runs/paper/NAME``.
+        runs: Folder of artifacts; None is ``runs/paper/NAME``, or ``runs/PROTOCOL`` of a profile with a suite of its own.
 
     Raises:
         DLPLoRAError: For an unknown backbone, method or task, or rows that are missing or malformed.
     """
     name, profile = load_profile(backbone)
     protocol = load_protocol(profile.protocol, overrides)
+    if profile.without_rows is not None and not _has_rows(protocol) and not _hub_answers(protocol):
+        profile = dataclasses.replace(profile, protocol=profile.without_rows)
+        protocol = load_protocol(profile.protocol, overrides)
     chosen = list(methods or profile.methods)
     if chosen == ["all"]:
         chosen = list(dict.fromkeys([*tables.REFERENCE_ROWS, *available_presets()]))
@@ -204,7 +212,7 @@ def resolve(
         protocol=protocol,
         methods=tuple(chosen),
         seeds=tuple(seeds if seeds is not None else protocol.seeds),
-        runs=runs or Path("runs") / "paper" / name,
+        runs=runs or (Path("runs") / Path(profile.protocol).stem if profile.configs else Path("runs") / "paper" / name),
     )
     for role in roles_of(chosen):
         artifacts.config_path(role, job.setting)
@@ -280,13 +288,16 @@ def _budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
 
 def _has_rows(protocol: Protocol) -> bool:
     """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
-    return protocol.suite == "paper_local" or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
+    return protocol.suite in {"paper_local", "real26_skills"} or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
 
 
-def _tasks_of_the_hub(suite: str) -> list[str]:
-    from dlplora.tasks.paper.sources import PAPER26, SOURCES
-
-    return [source.name for source in SOURCES] if suite == "paper" else list(PAPER26)
+def _hub_answers(protocol: Protocol) -> bool:
+    """Whether the suite's rows can be had from it."""
+    try:
+        get_suite(protocol.suite, None)
+    except TaskError:
+        return False
+    return True
 
 
 def _require_tasks(protocol: Protocol) -> None:
@@ -298,7 +309,7 @@ def _require_tasks(protocol: Protocol) -> None:
     if _has_rows(protocol):
         get_suite(protocol.suite, protocol.data_root).select(protocol.tasks)
         return
-    known = _tasks_of_the_hub(protocol.suite)
+    known = suite_names(protocol.suite)
     for name in protocol.tasks or ():
         if name not in known:
             raise TaskError(f"suite '{protocol.suite}' has no task '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
@@ -307,7 +318,7 @@ def _require_tasks(protocol: Protocol) -> None:
 def _rows_at_hand(job: PaperJob) -> tuple[list[int], int]:
     """Characters of the training rows under the data root, none if they would have to come from the hub; and the number of tasks."""
     if not _has_rows(job.protocol):
-        return [], len(job.protocol.tasks or _tasks_of_the_hub(job.protocol.suite))
+        return [], len(job.protocol.tasks or suite_names(job.protocol.suite))
     suite = job.setting.chosen()
     return [len(item.prompt) + len(item.answer) for task in suite.tasks for item in task.rows.get("train", ())], len(suite.tasks)
 

@@ -8,7 +8,9 @@ from dlplora.errors import TaskError
 from dlplora.tasks.composite import composite_suite
 from dlplora.tasks.local import local_suite, rows_state
 from dlplora.tasks.nano import nano_suite
-from dlplora.tasks.paper import SUITES, paper_suite
+from dlplora.tasks.paper import SUITES, paper_names, paper_suite
+from dlplora.tasks.real import SUITES as REAL_SUITES
+from dlplora.tasks.real import real_names, real_suite
 from dlplora.tasks.skills import skills_suite
 from dlplora.tasks.types import Suite
 
@@ -27,6 +29,11 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
     return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills"} else rows_state(data_root))
 
 
+def suite_names(name: str) -> tuple[str, ...]:
+    """Task names of a suite whose rows may still be on the hub, in order."""
+    return real_names(name) if name in REAL_SUITES else paper_names(name)
+
+
 @lru_cache(maxsize=8)
 def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite:
     """``get_suite``; the state of the rows is part of what is remembered."""
@@ -40,5 +47,10 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return local_suite(name.removeprefix("local:").split(","), data_root)
     if name in SUITES:
         return paper_suite(name, data_root)
-    known = "nano, local:TASK,TASK (rows under --data-root); with _composite, their composites; skills; paper, paper26, paper_local"
+    if name in REAL_SUITES:
+        return real_suite(name, data_root)
+    known = (
+        "nano, skills, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local; "
+        "real26, real26_public, real26_skills"
+    )
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")

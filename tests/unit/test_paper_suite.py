@@ -74,7 +74,7 @@ def test_options_are_listed_where_the_task_shows_them() -> None:
     item = Item("goal_step_wikihow", "Q: Which comes first? \n  \n  \nA:", "b", ("a", "b"), 1)
     assert with_options(source, item).prompt == "Q: Which comes first?\nchoice: a\nchoice: b\nA:"
     listed = Item("goal_step_wikihow", "Q: Which?\n  choice: a\n  choice: b\nA:", "b", ("a", "b"), 1)
-    assert with_options(source, listed) == listed
+    assert with_options(source, listed).prompt == "Q: Which?\nchoice: a\nchoice: b\nA:"
     plain = Item("winowhy", "The above reasoning is", "correct", ("correct", "incorrect"), 0)
     assert with_options(source_of("winowhy"), plain) == plain
 

@@ -6,6 +6,8 @@ short enough for a small backbone. With a data root nothing is looked up on the 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -27,15 +29,36 @@ SMALL = SplitSettings(num_test=40, max_prompt_chars=2400)
 TRAILING_MARK = re.compile(r"(?:\s*\n)?\s*A:$")
 
 
+LISTED_OPTION = re.compile(r"^[ \t]*choice:.*\n?", re.MULTILINE)
+
+
+def shuffled(item: Item) -> Item:
+    """The item with its options in an order drawn from the question: several sources list the right one first, or in a fixed place."""
+    if item.choices is None:
+        return item
+
+    def key(choice: str) -> bytes:
+        return hashlib.sha256(f"{item.task}\0{item.prompt}\0{choice}".encode()).digest()
+
+    choices = tuple(sorted(item.choices, key=key))
+    return dataclasses.replace(item, choices=choices, gold=choices.index(item.answer))
+
+
 def with_options(source: Source, item: Item) -> Item:
-    """The item with its options listed in the prompt, where the task shows them and the text does not yet."""
-    if not source.shows_options or item.choices is None or f"choice: {item.choices[0]}" in item.prompt:
+    """The item with its options in drawn order, and listed so in the prompt where the task shows them or the text lists them already."""
+    if item.choices is None:
+        return item
+    listed_already = f"choice: {item.choices[0]}" in item.prompt
+    if listed_already:
+        item = dataclasses.replace(item, prompt=LISTED_OPTION.sub("", item.prompt).rstrip())
+    item = shuffled(item)
+    assert item.choices is not None
+    if not (source.shows_options or listed_already):
         return item
     mark = TRAILING_MARK.search(item.prompt)
     question = (item.prompt[: mark.start()] if mark else item.prompt).rstrip()
     listed = "".join(f"\nchoice: {choice}" for choice in item.choices)
-    prompt = f"{question}{listed}" + ("\nA:" if mark else "")
-    return Item(item.task, prompt, item.answer, item.choices, item.gold)
+    return dataclasses.replace(item, prompt=f"{question}{listed}" + ("\nA:" if mark else ""))
 
 
 def _kind_checked(source: Source, items: list[Item], where: str) -> list[Item]:
@@ -77,17 +100,21 @@ def load_task(name: str, root: str | None, settings: SplitSettings) -> Task:
     Raises:
         TaskError: If its rows are missing or malformed.
     """
-    return _load_task(name, root, settings, rows_state(root))
+    return load_source(source_of(name), root, settings)
+
+
+def load_source(source: Source, root: str | None, settings: SplitSettings) -> Task:
+    """As ``load_task``, for a source that need not be in the paper's list."""
+    return _load_task(source, root, dataclasses.replace(settings, asks_by_options=source.asks_by_options), rows_state(root))
 
 
 @lru_cache(maxsize=128)
-def _load_task(name: str, root: str | None, settings: SplitSettings, state: tuple[object, ...]) -> Task:
-    """``load_task``; the state of local rows is part of what is remembered."""
-    source = source_of(name)
+def _load_task(source: Source, root: str | None, settings: SplitSettings, state: tuple[object, ...]) -> Task:
+    """``load_source``; the state of local rows is part of what is remembered."""
     given = root or os.environ.get(ENV_ROOT)
     splits, origin = _local(source, data_root(given), settings) if given else _from_hub(source, settings)
     facts: Mapping[str, Any] = {"origin": origin, "seed": settings.seed, **splits.facts()}
-    return Task(name=name, kind=source.kind, rows=splits.rows, facts=facts)
+    return Task(name=source.name, kind=source.kind, rows=splits.rows, facts=facts)
 
 
 def local_names(root: str | None) -> list[str]:
@@ -110,12 +137,16 @@ def settings_of(suite: str) -> SplitSettings:
     return SMALL if suite == "paper_local" else SplitSettings()
 
 
+def paper_names(name: str) -> tuple[str, ...]:
+    """Task names of ``paper`` or ``paper26``, in order."""
+    return tuple(source.name for source in SOURCES) if name == "paper" else PAPER26
+
+
 def paper_suite(name: str, root: str | None = None) -> Suite:
     """``paper``, ``paper26`` or ``paper_local``.
 
     Raises:
         TaskError: If a task's rows are missing or malformed.
     """
-    by_suite = {"paper": [source.name for source in SOURCES], "paper26": list(PAPER26)}
-    names = by_suite[name] if name in by_suite else local_names(root)
+    names = local_names(root) if name == "paper_local" else paper_names(name)
     return Suite(name, tuple(load_task(task, root, settings_of(name)) for task in names), prefix=PREFIX)

@@ -36,6 +36,7 @@ class Source:
         judge: What ``exact_match`` compares: the text, the last number, or the yes or no it begins with.
         max_new_tokens: Longest generated answer.
         several_lines: Whether an answer may hold newlines; it then ends at the end token only.
+        asks_by_options: Whether all rows share one prompt and differ in their options.
     """
 
     name: str
@@ -51,10 +52,12 @@ class Source:
     judge: Judge = "exact"
     max_new_tokens: int = 64
     several_lines: bool = False
+    asks_by_options: bool = False
 
 
-def _mcq(name: str, *, shows_options: bool = False) -> Source:
-    return Source(name=name, kind="mcq", config=name, shows_options=shows_options)
+def big_bench_choice(name: str, *, shows_options: bool = False, asks_by_options: bool = False) -> Source:
+    """A multiple-choice task of BIG-bench."""
+    return Source(name=name, kind="mcq", config=name, shows_options=shows_options, asks_by_options=asks_by_options)
 
 
 def _news(language: str, config: str, instruction: str) -> Source:
@@ -72,7 +75,7 @@ def _news(language: str, config: str, instruction: str) -> Source:
 
 
 SOURCES: tuple[Source, ...] = (
-    _mcq("abstract_narrative_understanding", shows_options=True),
+    big_bench_choice("abstract_narrative_understanding", shows_options=True),
     Source(
         name="alpaca",
         kind="gen",
@@ -95,13 +98,13 @@ SOURCES: tuple[Source, ...] = (
         max_new_tokens=160,
         several_lines=True,
     ),
-    _mcq("contextual_parametric_knowledge_conflicts"),
-    _mcq("cs_algorithms"),
+    big_bench_choice("contextual_parametric_knowledge_conflicts"),
+    big_bench_choice("cs_algorithms"),
     Source(name="disfl_qa", kind="gen", config="disfl_qa"),
-    _mcq("elementary_math_qa"),
-    _mcq("epistemic_reasoning"),
-    _mcq("formal_fallacies_syllogisms_negation"),
-    _mcq("goal_step_wikihow", shows_options=True),
+    big_bench_choice("elementary_math_qa"),
+    big_bench_choice("epistemic_reasoning"),
+    big_bench_choice("formal_fallacies_syllogisms_negation"),
+    big_bench_choice("goal_step_wikihow", shows_options=True),
     Source(
         name="gsm8k",
         kind="gen",
@@ -114,23 +117,23 @@ SOURCES: tuple[Source, ...] = (
         max_new_tokens=256,
         several_lines=True,
     ),
-    _mcq("language_identification"),
+    big_bench_choice("language_identification"),
     Source(name="linguistics_puzzles", kind="gen", config="linguistics_puzzles"),
-    _mcq("logical_deduction", shows_options=True),
+    big_bench_choice("logical_deduction", shows_options=True),
     _news("de", "de-en", "Den folgenden Text ins Englische übersetzen."),
     _news("es", "en-es", "Traducir las siguientes frases al inglés."),
     _news("it", "en-it", "Tradurre le seguenti frasi in inglese."),
     Source(name="object_counting", kind="gen", config="object_counting"),
     Source(name="paragraph_segmentation", kind="gen", config="paragraph_segmentation"),
-    _mcq("play_dialog_same_or_different"),
-    _mcq("question_selection", shows_options=True),
-    _mcq("reasoning_about_colored_objects"),
+    big_bench_choice("play_dialog_same_or_different"),
+    big_bench_choice("question_selection", shows_options=True),
+    big_bench_choice("reasoning_about_colored_objects"),
     Source(name="strategyqa", kind="gen", config="strategyqa", judge="yes_no", max_new_tokens=128),
     Source(name="topical_chat", kind="gen", config="topical_chat", max_new_tokens=128),
-    _mcq("tracking_shuffled_objects", shows_options=True),
-    _mcq("unit_conversion", shows_options=True),
-    _mcq("vitaminc_fact_verification"),
-    _mcq("winowhy"),
+    big_bench_choice("tracking_shuffled_objects", shows_options=True),
+    big_bench_choice("unit_conversion", shows_options=True),
+    big_bench_choice("vitaminc_fact_verification"),
+    big_bench_choice("winowhy"),
 )
 """In MeteoRA's order, which is alphabetical."""
 

@@ -26,6 +26,8 @@ class SplitSettings:
     """Of the draw."""
     max_prompt_chars: int | None = None
     """Longer prompts are left out of every split, and counted: a small backbone could only be shown their end."""
+    asks_by_options: bool = False
+    """Whether the rows share one prompt and differ in their options only, which then tell two questions apart."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Splits:
 def stem(item: Item) -> str:
     """The prompt without the lines that list its options: two questions about one paragraph must not lie in different splits."""
     return "\n".join(line for line in item.prompt.splitlines() if not line.lstrip().startswith("choice:"))
+
+
+def _question(item: Item, settings: SplitSettings) -> str:
+    """What two rows of different splits may not share."""
+    return "\n".join(sorted(item.choices or ())) if settings.asks_by_options else stem(item)
 
 
 def _distinct(items: Iterable[Item]) -> list[Item]:
@@ -93,21 +100,24 @@ def draw_splits(name: str, train: Sequence[Item], test: Sequence[Item] | None, s
                 left_out[reason] = left_out.get(reason, 0) + count
         return distinct
 
+    def question(item: Item) -> str:
+        return _question(item, settings)
+
     rng = random.Random(f"{name}/splits/{settings.seed}")
     remaining = usable(train)
     rng.shuffle(remaining)
     if test is None:
-        chosen = set(list(dict.fromkeys(map(stem, remaining)))[: settings.num_test])
-        tested = [item for item in remaining if stem(item) in chosen][: settings.num_test]
+        chosen = set(list(dict.fromkeys(map(question, remaining)))[: settings.num_test])
+        tested = [item for item in remaining if question(item) in chosen][: settings.num_test]
     else:
         tested = usable(test)
         rng.shuffle(tested)
         # Every test question of the source is kept out of training, drawn or not, so that other draws may be compared.
-        chosen = set(map(stem, tested))
+        chosen = set(map(question, tested))
         tested = tested[: settings.num_test]
     if not tested:
         raise TaskError(f"task '{name}': no usable test row is left ({len(train)} training rows, left out: {left_out}).")
-    apart = [item for item in remaining if stem(item) not in chosen]
+    apart = [item for item in remaining if question(item) not in chosen]
     if test is not None and len(apart) < len(remaining):
         left_out["question_in_test"] = len(remaining) - len(apart)
     return Splits(_with_validation(apart, tested, settings), left_out)
@@ -116,8 +126,8 @@ def draw_splits(name: str, train: Sequence[Item], test: Sequence[Item] | None, s
 def _with_validation(apart: Sequence[Item], tested: Sequence[Item], settings: SplitSettings) -> dict[str, tuple[Item, ...]]:
     """Training and validation rows that share no question, and the test rows; an empty split is absent."""
     wanted = min(settings.num_validation, len(apart) // 10)
-    held_out = set(map(stem, apart[:wanted]))
-    validation = tuple(item for item in apart if stem(item) in held_out)
-    training = tuple(item for item in apart if stem(item) not in held_out)
+    held_out = {_question(item, settings) for item in apart[:wanted]}
+    validation = tuple(item for item in apart if _question(item, settings) in held_out)
+    training = tuple(item for item in apart if _question(item, settings) not in held_out)
     rows = {"train": training[: settings.num_train], "validation": validation, "test": tuple(tested)}
     return {split: items for split, items in rows.items() if items}

@@ -1,0 +1,55 @@
+"""The suite ``real26``: 26 tasks in English for a pretrained language model, admitted on evidence (``docs/real26_suite.md``).
+
+Two blocks. ``public``: tasks whose rows are on the hub, or under ``--data-root``. ``skills``: generated tasks (``tasks.skills``), which
+need no rows from elsewhere. A candidate is in a list below only if its row of the admission table supports it; the rejected ones stay in
+the table.
+"""
+
+from __future__ import annotations
+
+from dlplora.tasks.paper import load_source
+from dlplora.tasks.paper.sources import Source
+from dlplora.tasks.paper.splits import SplitSettings
+from dlplora.tasks.real.sources import CANDIDATES
+from dlplora.tasks.skills import skills_candidates
+from dlplora.tasks.types import Suite, Task
+
+SUITES = ("real26", "real26_public", "real26_skills", "real_candidates")
+PREFIX = "dlplora_real26_"
+NUM_TEST = 60
+"""Test questions of a task, of both blocks."""
+SPLITS = SplitSettings(num_train=480, num_validation=40, num_test=NUM_TEST, max_prompt_chars=1600)
+"""Of the public block; 1600 characters are about 400 tokens."""
+PUBLIC: tuple[str, ...] = ()
+SKILLS: tuple[str, ...] = ()
+
+
+def source_of(name: str) -> Source | None:
+    """The candidate of the public block of that name; None for a generated task."""
+    return next((source for source in CANDIDATES if source.name == name), None)
+
+
+def real_task(name: str, root: str | None) -> Task:
+    """One candidate of either block. Public rows come from ``root`` or ``DLPLORA_DATA`` if given, else from the hub.
+
+    Raises:
+        TaskError: If there is none of that name, or its rows are missing or malformed.
+    """
+    source = source_of(name)
+    return Suite("real_candidates", skills_candidates()).task(name) if source is None else load_source(source, root, SPLITS)
+
+
+def real_names(name: str) -> tuple[str, ...]:
+    """Task names of one of ``SUITES``, in order."""
+    if name == "real_candidates":
+        return (*(source.name for source in CANDIDATES), *(task.name for task in skills_candidates()))
+    return (*(PUBLIC if name != "real26_skills" else ()), *(SKILLS if name != "real26_public" else ()))
+
+
+def real_suite(name: str, root: str | None = None) -> Suite:
+    """One of ``SUITES``.
+
+    Raises:
+        TaskError: If rows of a public task are missing or malformed.
+    """
+    return Suite(name, tuple(real_task(task, root) for task in real_names(name)), prefix=PREFIX)
