@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from dlplora.evaluation.protocol import Protocol
     from dlplora.tuning.trials import Plan
 
-DESCRIPTION = """Try a small grid of settings on the validation split of a protocol, at most eight trials a method, and print the best. The grid of
-a method is configs/tune/METHOD.yaml, or --setting. Every trial is a record in results/tuning; a repeated command takes up what is finished."""
+DESCRIPTION = """Try a small grid of settings on the validation split of a protocol, at most eight trials a method, and print the best. The
+grid of a method is configs/tune/METHOD.yaml, or --setting. Every trial is a record in results/tuning. A repeated command takes up what is
+finished."""
 
 
 def add_tune(commands: Any) -> argparse.ArgumentParser:
@@ -79,7 +80,10 @@ def _plans(arguments: argparse.Namespace, protocol: Protocol) -> list[list[Plan]
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
-    """Run the trials of one method or several; standard output has the table of each and its best settings."""
+    """Run the trials of one method or several; standard output has the table of each and its best settings.
+
+    Exit code 1 if no trial of a method has a score.
+    """
     from dlplora.cli.evaluate import chosen_protocol, say
     from dlplora.cli.terminal import quiet_loading
     from dlplora.config import require_writable
@@ -96,6 +100,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
         return 0
     root = Path(arguments.out)
     require_writable(root, "--out")
+    code = 0
     with eval_cache() as cache:
         for plans in several:
             trials = run_trials(plans, root, Path(arguments.runs), say, cache, force=arguments.force)
@@ -103,4 +108,5 @@ def run_tune(arguments: argparse.Namespace) -> int:
             print(trial_table(trials))
             chosen = "no trial has a score" if best is None else spelled(best.settings) + (" (the default)" if best.default else "")
             print(f"\n{name}: {chosen}", flush=True)
-    return 0
+            code = 1 if best is None else code
+    return code

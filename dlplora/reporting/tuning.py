@@ -1,6 +1,6 @@
 """Tuning: what ``dlplora tune`` tried on the validation split, one JSON record a trial, and what is chosen from it.
 
-``results/tuning/<protocol>/<method>/<cell>-s<seed>.json``. A trial is never in a results table. No deep-learning package is needed to read one.
+``results/tuning/<protocol>/<method>/<cell>-s<seed>.json``. A trial is never in a results table. Reading one needs no deep-learning package.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -130,8 +130,8 @@ def best_trial(trials: Iterable[Trial]) -> Trial | None:
 def of_table(trials: Iterable[Trial], records: Sequence[Record]) -> dict[str, list[Trial]]:
     """Method -> trials that belong to a table, in the order in which they were made.
 
-    They have its suite, protocol, base model and pool; trials over some of the tasks do not count, and of trials with several limits or seeds
-    only those of the newest one.
+    They have its suite, protocol, base model and pool. Trials over some of the tasks do not count; of trials with several limits or seeds,
+    only those of the newest one do.
 
     Args:
         trials: Of any suite.
@@ -167,10 +167,10 @@ def trial_table(trials: Sequence[Trial]) -> str:
         own = spelled(trial.settings) + (" (default)" if trial.default else "")
         tokens = "" if trial.tokens_seen is None else f"{trial.tokens_seen / 1e6:.2f}"
         rows.append([plain(own), f"**{score}**" if trial is best else score, tokens, f"{trial.seconds:.0f}", plain(told)])
-    return table(["settings", "validation score %", "tokens seen (M)", "seconds", "status"], rows)
+    return table(["settings", "validation score %", "tokens seen (M)", "seconds", "status"], rows, left=(0, 4))
 
 
-def chosen_table(found: dict[str, list[Trial]]) -> str:
+def chosen_table(found: Mapping[str, Sequence[Trial]]) -> str:
     """One row a method: what was varied, how often, and what the validation split chooses."""
     rows = []
     for method, trials in sorted(found.items()):
@@ -189,12 +189,12 @@ def chosen_table(found: dict[str, list[Trial]]) -> str:
     return table(["method", "trials", "default", "validation score %", "validation chooses", "validation score %"], rows)
 
 
-def questions_note(found: dict[str, list[Trial]]) -> str:
+def questions_note(found: Mapping[str, Sequence[Trial]]) -> str:
     """What the scores of a table of trials were measured on."""
     trials = [trial for several in found.values() for trial in several]
     limits = sorted({trial.limit for trial in trials}, key=lambda limit: math.inf if limit is None else limit)
     asked = " or ".join("all" if limit is None else str(limit) for limit in limits)
     return (
-        f"Validation split, {asked} questions a task; accuracy or exact match, mean over all tasks. At most {MAX_TRIALS} trials a method; ties go to "
-        "the default. All trials: `results/tuning`, made by `dlplora tune`. The rows above show the presets with their defaults."
+        f"Validation split, {asked} questions a task; accuracy or exact match, mean over all tasks. At most {MAX_TRIALS} trials a method; "
+        "ties go to the default. All trials: `results/tuning`, made by `dlplora tune`. The rows above show the presets with their defaults."
     )

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dlplora.config import build, configs_root, find_config, load_yaml, short
 from dlplora.errors import ConfigError, nearest
-from dlplora.methods.registry import MethodSpec, method_class, resolved_params
+from dlplora.methods.registry import MethodSpec, method_class
 from dlplora.reporting.tuning import MAX_TRIALS
 
 TRAINING_SETTINGS: Mapping[str, tuple[str, ...]] = {
@@ -67,7 +67,7 @@ def grid_of(spec: MethodSpec, given: Sequence[tuple[str, Any]] = ()) -> Grid:
     if given:
         values: dict[str, Any] = {"params": {}, "training": {}}
         for name, options in given:
-            part = "training" if name in TRAINING_SETTINGS and name not in resolved_params(spec) else "params"
+            part = "training" if name in TRAINING_SETTINGS and name not in asdict(spec.config) else "params"
             values[part][name] = options if isinstance(options, list) else [options]
         grid, where = Grid(**values), "--setting"
     else:
@@ -80,7 +80,7 @@ def grid_of(spec: MethodSpec, given: Sequence[tuple[str, Any]] = ()) -> Grid:
 
 def _checked(grid: Grid, spec: MethodSpec, where: str) -> Grid:
     trained = "trained" in method_class(spec.method).metadata.needs
-    known = {"params": list(resolved_params(spec)), "training": list(TRAINING_SETTINGS) if trained else []}
+    known = {"params": list(asdict(spec.config)), "training": list(TRAINING_SETTINGS) if trained else []}
     for part, names in known.items():
         for name, values in getattr(grid, part).items():
             if name not in names:
@@ -104,7 +104,7 @@ def choices(grid: Grid, spec: MethodSpec, training_defaults: Mapping[str, Any]) 
     Raises:
         ConfigError: If there are more than ``MAX_TRIALS``.
     """
-    own = resolved_params(spec)
+    own = asdict(spec.config)
     names = [*grid.params, *grid.training]
     default = [own[name] for name in grid.params] + [training_defaults[name] for name in grid.training]
     found = [default]

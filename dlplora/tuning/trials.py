@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 TOKEN_CAP = 1_911_450
 """Most tokens that a trial may train on: what the shipped router of the nano suite saw, the most of all methods on top of the experts."""
-PATIENCE = 3
-"""Validation losses without improvement that end a training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +205,13 @@ def _run(one: Plan, blank: Trial, runs: Path, label: str, cache: EvalCache | Non
         outcome["tokens_seen"] = training_tokens(run.folders, run.method.artifact_roles)
     except NotFiniteError as error:
         outcome = {"status": "diverged", "reason": _line(error)}
-    except DLPLoRAError as error:
+    except (DLPLoRAError, RuntimeError, ArithmeticError) as error:  # torch and numpy raise the latter for numbers out of range
         outcome = {"status": "failed", "reason": _line(error)}
     return replace(blank, **outcome, seconds=round(time.perf_counter() - started, 1), provenance=provenance())
 
 
-def _line(error: DLPLoRAError) -> str:
-    return " ".join(str(error).split())
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _scores(record: Record) -> dict[str, Any]:
