@@ -10,7 +10,7 @@ from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlplora.evaluation.protocol import Protocol
-    from dlplora.tuning.trials import Plan
+    from dlplora.tuning.plans import Plan
 
 DESCRIPTION = """Try a small grid of settings on the validation split of a protocol, at most eight trials a method, and print the best. The
 grid of a method is configs/tune/METHOD.yaml, or --setting. Every trial is a record in results/tuning. A repeated command takes up what is
@@ -55,7 +55,7 @@ def _plans(arguments: argparse.Namespace, protocol: Protocol) -> list[list[Plan]
     from dlplora.evaluation.runner import Artifacts
     from dlplora.methods.registry import load_method_spec
     from dlplora.tuning.grid import grid_of
-    from dlplora.tuning.trials import TOKEN_CAP, Budget, plan
+    from dlplora.tuning.plans import TOKEN_CAP, Budget, plan
 
     methods = list(dict.fromkeys(split_names(arguments.method)))
     for option, value in (("--setting", arguments.setting), ("--trained", arguments.trained)):

@@ -16,7 +16,7 @@ from dlplora.reproduce.training import train
 from dlplora.tuning.grid import TRAINING_SETTINGS
 
 if TYPE_CHECKING:
-    from dlplora.tuning.trials import Plan
+    from dlplora.tuning.plans import Plan
 
 FAILURE = "failure.json"
 """As ``training.early_stopping`` writes it."""

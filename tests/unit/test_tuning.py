@@ -24,7 +24,7 @@ from dlplora.reporting.tables import main_table
 from dlplora.reporting.tuning import MAX_TRIALS, Trial, best_trial, load_trials, of_table, read_trial, trial_path, write_trial
 from dlplora.tasks.registry import get_suite
 from dlplora.tuning.grid import Grid, choices, grid_of
-from dlplora.tuning.trials import Budget, plan
+from dlplora.tuning.plans import Budget, plan
 from tests.toy_tasks import write_tasks
 from tests.unit.test_records import make_record
 
