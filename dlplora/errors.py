@@ -50,6 +50,10 @@ class GenerationError(DLPLoRAError):
     """A prompt or a decoding option cannot be served."""
 
 
+class NotFiniteError(GenerationError, RoutingError):
+    """Logits, routing weights or a loss are NaN or infinite: something diverged."""
+
+
 class AllocationError(DLPLoRAError):
     """A tensor does not fit into memory."""
 

@@ -41,8 +41,8 @@ def chosen_methods(text: str) -> list[str]:
     return list(dict.fromkeys([*REFERENCE_ROWS, *available_presets()])) if text == "all" else split_names(text)
 
 
-def _protocol(arguments: argparse.Namespace) -> Protocol:
-    """The protocol of ``dlplora eval`` with what the command line changes."""
+def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
+    """The protocol of ``dlplora eval`` or ``tune`` with what the command line changes."""
     from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
 
     overrides: dict[str, Any] = {key: getattr(arguments, key) for key in ("suite", "data_root", "dtype") if getattr(arguments, key)}
@@ -70,7 +70,7 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
     if arguments.trained:
         folders["others"] = {"trained": Path(arguments.trained)}
     params = dict(parse_parameter(text) for text in arguments.method_param)
-    protocol, artifacts = _protocol(arguments), Artifacts(**folders)
+    protocol, artifacts = chosen_protocol(arguments), Artifacts(**folders)
     common: dict[str, Any] = {"method_params": params, "limit": arguments.limit, "device": arguments.device, "artifacts": artifacts}
     return [prepare(protocol, Path(arguments.protocol).stem, method, arguments.seed, **common) for method in methods]
 

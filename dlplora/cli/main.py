@@ -17,6 +17,7 @@ from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.cli.serve import add_serve
+from dlplora.cli.tune import add_tune
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.interruption import exit_code, raising_on_sigterm
 
@@ -77,6 +78,11 @@ def _evaluation(commands: Any) -> None:
     _add_model_options(parser)
     add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
+
+    parser = add_tune(commands)
+    _add_model_options(parser)
+    add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
+    parser.set_defaults(run=_lazy("tune", "run_tune"))
 
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument("suite", choices=["nano", "paper", "real"])

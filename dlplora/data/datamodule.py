@@ -45,6 +45,8 @@ class ExpertDataModule(SuiteDataModule):
         length_group: Batches cut from one window of rows sorted by length; 1 turns sorting off.
         seed: Seed of the items and of their order. None: the seed of the run (``seed_everything``), 0 outside the command line.
         data_root: Folder of the rows of a ``local:`` suite.
+        max_tokens: Most tokens, padding not counted, that an epoch's batches hold together; fewer than ``num_steps`` batches are made
+            where they would hold more. None sets no bound. A pool of experts has none.
     """
 
     def __init__(
@@ -61,11 +63,14 @@ class ExpertDataModule(SuiteDataModule):
         length_group: int = 8,
         seed: int | None = None,
         data_root: str | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         for name in ("num_train", "num_validation", "num_test", "batch_size", "num_steps", "eval_batch_size", "length_group"):
             self._require(name)
+        if max_tokens is not None:
+            self._require("max_tokens")
         self._require("max_length", 2)
         self._sets: dict[Split, dict[str, EncodedSet]] = {}
 
@@ -124,6 +129,25 @@ class ExpertDataModule(SuiteDataModule):
         plan, lengths = self.plan(names), {name: self._sets["train"][name].lengths for name in names}
         return sum(lengths[name][row] for step in range(num_batches) for name, row in plan.batch(step))
 
+    def _steps_within(self, plan: BatchPlan) -> int:
+        """Batches of an epoch, as many as ``max_tokens`` has room for.
+
+        Raises:
+            ConfigError: If it has room for none.
+        """
+        steps, most = int(self.hparams["num_steps"]), self.hparams["max_tokens"]
+        if most is None:
+            return steps
+        lengths = {name: self._sets["train"][name].lengths for name in self.task_names}
+        total = 0
+        for step in range(steps):
+            total += sum(lengths[name][row] for name, row in plan.batch(step))
+            if total > most:
+                if step == 0:
+                    raise ConfigError(f"data: 'max_tokens' is {most}, the first batch alone has {total} tokens.")
+                return step
+        return steps
+
     def rows(self, batch: Sequence[tuple[str, int]]) -> list[EncodedItem]:
         """The training items a plan's batch names."""
         return [self._sets["train"][name].items[index] for name, index in batch]
@@ -147,7 +171,8 @@ class ExpertDataModule(SuiteDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches; the loss weights make the average over processes and accumulated batches the mean over the step."""
-        plan, steps = self.plan(self.task_names), self.hparams["num_steps"]
+        plan = self.plan(self.task_names)
+        steps = self._steps_within(plan)
 
         def make(step: int) -> dict[str, Any]:
             whole = self._step_rows(plan, step, steps)

@@ -26,6 +26,16 @@ def require_seed(seed: int) -> None:
         raise ConfigError(f"seed must be from 0 to {MAX_SEEDS - 1}, got {seed}.")
 
 
+def require_split(suite: Suite, split: str) -> None:
+    """Refuse questions of the validation split where a suite has none.
+
+    Raises:
+        TaskError: If the suite's prompts are composites, which are drawn from test questions.
+    """
+    if split != "test" and suite.source is not None:
+        raise TaskError(f"suite '{suite.name}' has composites of test questions only, no {split} split; choose settings on its source.")
+
+
 def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str]) -> None:
     """Refuse a method that reads a folder which was neither given nor is shipped.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dlplora.config import build, config_hash, find_config, load_yaml
 from dlplora.errors import ConfigError, TaskError
@@ -44,6 +44,8 @@ class Protocol:
     """Attention of transformers: ``eager``, ``sdpa`` or ``flash_attention_2``; null leaves the choice to transformers."""
     trust_remote_code: bool = dataclasses.field(default=False, metadata=LATER)
     """Whether Python code of the backbone's repository may run."""
+    split: Literal["test", "validation"] = dataclasses.field(default="test", metadata=LATER)
+    """Questions that are asked. ``validation`` is for the choice of settings (``dlplora tune``); its records stand in no table."""
     num_fewshot: int = 0
     """Worked examples in each prompt."""
     batch_size: int = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from dlplora.documents import read_json
 from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.identity import backbone_identity, chosen_dtype, folder_hash, run_device
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
-from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_task_facts
+from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_split, require_task_facts
 from dlplora.evaluation.protocol import Protocol
 from dlplora.inference.backbones import nano_asset
 from dlplora.inference.loading import method_asset
@@ -27,6 +27,7 @@ from dlplora.methods.base import FusionMethod
 from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec, resolved_params
 from dlplora.progress import Progress
 from dlplora.provenance import provenance
+from dlplora.reporting.samples import Outcome
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate, read_record
 from dlplora.reporting.statistics import detectable_difference
 from dlplora.reporting.store import RESULTS, find_cell, save
@@ -155,6 +156,7 @@ def prepare(
     suite = get_suite(protocol.suite, protocol.data_root)
     for name in protocol.tasks or ():
         suite.task(name)
+    require_split(suite, protocol.split)
     require_limit(limit)
     require_seed(seed)
     folders = (artifacts or Artifacts()).resolved(protocol.backbone is None, built.artifact_roles, spec.name)
@@ -210,22 +212,38 @@ def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None, prog
     Raises:
         DLPLoRAError: What the evaluation raised.
     """
-    started = time.perf_counter()
-    loaded = None
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+
     try:
-        with open_model(run, cache) as lm:
-            loaded = time.perf_counter()
-            result = evaluate_run(run, lm, cache, progress)
-            evaluated = time.perf_counter()
-            timings = {"load": loaded - started, "evaluate": evaluated - loaded}
-            outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
-            record = _record(run, lm, result, timings, standard_errors(outcomes, run.protocol.bootstrap_iters))
+        record, outcomes = measure(run, cache, progress, begin)
     except DLPLoRAError as error:
-        if loaded is not None:
+        if begun:
             save(dataclasses.replace(blank_record(run), status="failed", error=str(error)), root)
         raise
     path = save(record, root, outcomes)
     return path, read_record(path)  # with the checksum of its outcomes
+
+
+def measure(
+    run: Run, cache: EvalCache | None = None, progress: Progress | None = None, loaded: Callable[[], None] = lambda: None
+) -> tuple[Record, list[Outcome]]:
+    """Evaluate and write nothing; arguments and errors as for ``execute``.
+
+    Args:
+        loaded: Called when the model is there and the evaluation begins.
+    """
+    started = time.perf_counter()
+    with open_model(run, cache) as lm:
+        ready = time.perf_counter()
+        loaded()
+        result = evaluate_run(run, lm, cache, progress)
+        timings = {"load": ready - started, "evaluate": time.perf_counter() - ready}
+        outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
+        return _record(run, lm, result, timings, standard_errors(outcomes, run.protocol.bootstrap_iters)), outcomes
 
 
 @contextmanager
@@ -269,7 +287,7 @@ def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None, progre
     with nullcontext(cache) if cache is not None else eval_cache() as common:
         return evaluate(
             lm,
-            common.tasks(run.suite, run.task_names, data_root=protocol.data_root, num_fewshot=protocol.num_fewshot),
+            common.tasks(run.suite, run.task_names, data_root=protocol.data_root, num_fewshot=protocol.num_fewshot, split=protocol.split),
             limit=run.limit,
             num_fewshot=protocol.num_fewshot,
             seed=run.seed,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dlplora.errors import GenerationError
+from dlplora.errors import NotFiniteError
 
 NOT_FINITE = (
     "the model's logits are NaN or infinite, so they say nothing. Check the adapters (dlplora pool check) and the dtype; float16 ends at "
@@ -21,10 +21,10 @@ def require_finite(logits: Tensor) -> None:
     """Check logits of any shape; minus infinity is a token that may not be said, and is fine.
 
     Raises:
-        GenerationError: If one is NaN or plus infinity.
+        NotFiniteError: If one is NaN or plus infinity.
     """
     if not bool((logits < torch.inf).all()):  # false for NaN too
-        raise GenerationError(NOT_FINITE)
+        raise NotFiniteError(NOT_FINITE)
 
 
 class FiniteLogits(LogitsProcessor):

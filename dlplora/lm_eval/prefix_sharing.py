@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, GenerationError
+from dlplora.errors import ConfigError, NotFiniteError
 from dlplora.inference.finite import NOT_FINITE
 from dlplora.inference.positions import length_dependence
 from dlplora.lm_eval.requests import Prompt, ScoringRequest, pad_rows
@@ -222,7 +222,7 @@ def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Se
         continuations: Tokens.
 
     Raises:
-        GenerationError: If a log-probability is not a number: the model's logits are NaN or infinite.
+        NotFiniteError: If a log-probability is not a number: the model's logits are NaN or infinite.
     """
     rows = torch.tensor([row for one in places for row in one], dtype=torch.long, device=logprobs.device)
     tokens = torch.tensor([token for one in continuations for token in one], dtype=torch.long, device=logprobs.device)
@@ -232,7 +232,7 @@ def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Se
     for continuation in continuations:
         here = slice(start, start + len(continuation))
         if any(map(math.isnan, values[here])):
-            raise GenerationError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         found.append((sum(values[here]), all(greedy[here])))
         start += len(continuation)
     return found

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dlplora.errors import RoutingError
+from dlplora.errors import NotFiniteError, RoutingError
 from dlplora.kernels.backends import PlanFacts, select_backend
 from dlplora.kernels.cost_model import Work
 from dlplora.modules.layer_buffers import Lease
@@ -55,7 +55,7 @@ class RoutingState:
             raise RoutingError(f"routing weights must be (E,), (B, E) or (B, T, E), got shape {tuple(weights.shape)}.")
         facts = PlanFacts.of(weights, width=width, reroutes=reroutes)
         if not facts.finite:
-            raise RoutingError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         if width is not None and facts.kind != "token" and facts.width > max(width, 1):
             raise RoutingError(_too_many(facts.width, width))
         self.backend = select_backend(backend, facts, work)
@@ -131,7 +131,7 @@ class RoutingState:
             [torch.isfinite(weights).all().long()[None], (weights != 0).sum(-1).max()[None], changed]
         ).tolist()
         if not finite:
-            raise RoutingError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         fixed = self._options["width"]
         if fixed is not None and kept > self.width:
             raise RoutingError(_too_many(kept, fixed))

@@ -11,8 +11,10 @@ from dlplora.reporting.latency.join import LatencyColumns
 from dlplora.reporting.methods import OTHER, experts_kept, group_of, merged_experts, method_facts, trained_parameters
 from dlplora.reporting.schema import Record
 from dlplora.reporting.statistics import combined_stderr
+from dlplora.reporting.tuning import Trial
 
 KEPT, ACCURACY = "routing.mean_experts_kept", "routing.router_accuracy"
+TRIALS = "tuning.trials"
 PREFILL, DECODE = "latency.ttft_ratio", "latency.tpot_ratio"
 
 
@@ -45,6 +47,7 @@ COLUMNS = (
     Column("router accuracy %", ACCURACY, larger_is_better=None),
     Column("trained parameters", "trained_parameters", percent=False, larger_is_better=None, digits=0),
     Column("training tokens (M)", "training_tokens", percent=False, larger_is_better=None, digits=2, factor=1e-6),
+    Column("trials", TRIALS, percent=False, larger_is_better=None, digits=0),
     Column("prefill ÷ one LoRA", PREFILL, percent=False, larger_is_better=None, digits=2),
     Column("decode ÷ one LoRA", DECODE, percent=False, larger_is_better=None, digits=2),
 )
@@ -54,6 +57,8 @@ README_COLUMNS = tuple(
 )
 REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
 """First rows of every table, and the only ones in the README."""
+Trials = Mapping[str, Sequence[Trial]]
+"""Preset -> its trials."""
 GATED = "†"
 """Mark of a router accuracy that was read from gates."""
 
@@ -99,6 +104,8 @@ def value_of(record: Record, key: str, pools: Mapping[str, int] | None = None) -
         value = trained_parameters(record)
     elif key == "training_tokens":
         value = record.training_tokens
+    elif key == TRIALS:
+        return None
     elif key.startswith("routing."):
         value = record.routing.get(key.removeprefix("routing."))
     else:
@@ -132,20 +139,24 @@ class Rows:
     """Methods whose router accuracy was read from gates."""
 
 
-def rows_of(records: Sequence[Record], scores: Scores | None = None, latency: LatencyColumns | None = None) -> Rows:
+def rows_of(
+    records: Sequence[Record], scores: Scores | None = None, latency: LatencyColumns | None = None, trials: Trials | None = None
+) -> Rows:
     """Means, errors, and what is best, for the methods of some records.
 
     Args:
         records: Newest of each method and seed.
         scores: Outcomes of the whole table, also where only some of its rows are shown; without them nothing is said about significance.
         latency: Ratios joined by the name of the preset.
+        trials: Trials of the preset's settings on the validation split, by the name of the preset.
     """
     groups = by_method(sorted(records, key=row_order))
     pools = merged_experts(records)
     summaries = {name: {column.key: _summary(rows, column.key, pools) for column in COLUMNS} for name, rows in groups.items()}
     for name, cells in summaries.items():
         prefill, decode = (None, None) if latency is None else latency.ratios.get(name, (None, None))
-        cells |= {PREFILL: (prefill, None), DECODE: (decode, None)}
+        tried = len((trials or {}).get(name, ())) or None
+        cells |= {PREFILL: (prefill, None), DECODE: (decode, None), TRIALS: (tried, None)}
     best: dict[str, float | None] = {}
     ties: dict[str, set[str]] = {}
     told = scores is not None and set(groups) <= set(scores.methods)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dlplora.reporting.comparison import Scores, collect
 from dlplora.reporting.latency.join import LatencyColumns, latency_columns
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader, is_publishable
+from dlplora.reporting.tuning import Trial, load_trials, of_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Group:
     """Outcomes of single questions."""
     latency: LatencyColumns | None = None
     """Ratios of a bench record; None if there is none for the suite."""
+    trials: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
+    """Preset -> trials of its settings on the validation split."""
 
     @property
     def title(self) -> str:
@@ -60,8 +63,9 @@ def group(records: Iterable[Record], reader: OutcomeReader) -> list[Group]:
     """The newest records in groups, their outcomes read once, and the latency columns of their suite.
 
     Raises:
-        RecordError: If a record's outcomes or a bench record are damaged.
+        RecordError: If a record's outcomes, a bench record or a trial are damaged.
     """
+    trials = load_trials(reader.root)
     settings = by_setting(latest(records))
     latency = {suite: latency_columns(reader.root / "bench", suite) for suite in {suite for suite, _, _ in settings}}
     return [
@@ -72,6 +76,7 @@ def group(records: Iterable[Record], reader: OutcomeReader) -> list[Group]:
             records=tuple(rows),
             scores=collect(rows, reader.numbers),
             latency=latency[suite],
+            trials=of_table(trials, rows),
         )
         for (suite, protocol, backbone), rows in settings.items()
     ]

@@ -129,7 +129,7 @@ def caption_of(name: str) -> str:
 
 def _group(one: Group, load: Loader, sweeps: Sequence[SweepFile]) -> dict[str, Any]:
     records = one.records
-    table, means = rows_of(records, one.scores, one.latency), task_means(records)
+    table, means = rows_of(records, one.scores, one.latency, one.trials), task_means(records)
     kinds = {record.method_name: group_of(record).key for record in records}
     rows = []
     for method, summary in table.summaries.items():

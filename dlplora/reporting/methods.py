@@ -22,6 +22,8 @@ class MethodGroup:
     key: str
     title: str
     classes: tuple[str, ...] = ()
+    data: str = ""
+    """What its methods saw of the tasks beyond the experts."""
 
 
 OTHER = MethodGroup(key="other", title="Other methods")
@@ -33,6 +35,8 @@ class MethodFacts:
     """The content of ``methods.yaml``."""
 
     groups: tuple[MethodGroup, ...]
+    data: Mapping[str, str]
+    """Class -> what it saw of the tasks, where that differs from its group."""
     clone_of: Mapping[str, str]
     """Preset -> the preset that it hardly differs from."""
     adapter_parameters: Mapping[str, Mapping[str, int]]
@@ -44,14 +48,19 @@ def method_facts() -> MethodFacts:
     """The shipped facts."""
     file = resources.files("dlplora.reporting") / "methods.yaml"
     raw = parse_yaml(file.read_text("utf-8"), "methods.yaml", error=RecordError)
-    groups = tuple(MethodGroup(key=one["key"], title=one["title"], classes=tuple(one["classes"])) for one in raw["groups"])
-    return MethodFacts(groups=groups, clone_of=raw["clone_of"], adapter_parameters=raw["adapter_parameters"])
+    groups = tuple(MethodGroup(**{**one, "classes": tuple(one["classes"])}) for one in raw["groups"])
+    return MethodFacts(groups=groups, data=raw["data"], clone_of=raw["clone_of"], adapter_parameters=raw["adapter_parameters"])
 
 
 def group_of(record: Record) -> MethodGroup:
     """The group of a record's method."""
     name = record.method.get("method")
     return next((group for group in method_facts().groups if name in group.classes), OTHER)
+
+
+def data_seen(record: Record) -> str:
+    """What a record's method saw of the tasks beyond the experts: none, inputs, labels, task name; empty if unknown."""
+    return method_facts().data.get(str(record.method.get("method")), group_of(record).data)
 
 
 def without_clones(methods: Iterable[str]) -> list[str]:

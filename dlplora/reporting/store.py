@@ -18,8 +18,9 @@ RESULT_FIELDS = ("tasks", "status", "routing", "protocol", "method", "backbone",
 
 
 def is_publishable(record: Record) -> bool:
-    """Whether a record may stand in a table: finished, not limited, and made by committed code (or outside git)."""
-    return record.status == "ok" and record.limit is None and record.provenance.get("git", {}).get("dirty") is not True
+    """Whether a record may stand in a table: finished, of the test split, not limited, and made by committed code (or outside git)."""
+    whole = record.limit is None and record.protocol.get("split", "test") == "test"
+    return record.status == "ok" and whole and record.provenance.get("git", {}).get("dirty") is not True
 
 
 def record_path(record: Record, root: Path = RESULTS) -> Path:

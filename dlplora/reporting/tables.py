@@ -19,6 +19,7 @@ from dlplora.reporting.columns import (
     REFERENCE_ROWS,
     Column,
     Rows,
+    Trials,
     by_method,
     questions_a_task,
     row_order,
@@ -29,11 +30,13 @@ from dlplora.reporting.groups import Group, group
 from dlplora.reporting.latency.join import LatencyColumns
 from dlplora.reporting.latency.tables import speed_page
 from dlplora.reporting.markdown import code, plain, table
+from dlplora.reporting.methods import data_seen
 from dlplora.reporting.notes import NOTES
 from dlplora.reporting.pair_tables import REFERENCE_METHOD, pair_table, pairs_csv
 from dlplora.reporting.reported import reported_page
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader
+from dlplora.reporting.tuning import chosen_table, questions_note
 
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
 TIE = "°"
@@ -63,6 +66,7 @@ def main_table(
     scores: Scores | None = None,
     latency: LatencyColumns | None = None,
     columns: Sequence[Column] = COLUMNS,
+    trials: Trials | None = None,
 ) -> str:
     """One row a method, mean over seeds; the best of a column is bold, what is not significantly worse is marked.
 
@@ -70,30 +74,40 @@ def main_table(
         records: Newest of each method and seed.
         scores: Outcomes of the whole table, also where only some of its rows are shown.
         latency: Ratios for the latency columns; None leaves them empty.
-        columns: What is shown.
+        columns: What is shown; all of them bring the data that a method saw.
+        trials: For the column of that name.
     """
-    rows = rows_of(records, scores, latency)
+    rows = rows_of(records, scores, latency, trials)
     if not rows.summaries:
         return "*No results yet: run `make reproduce`.*"
-    cells = [[code(name), *(_cell(column, rows, name) for column in columns)] for name in rows.summaries]
-    return table(["method", *(column.title for column in columns)], cells)
+    data = {record.method_name: data_seen(record) for record in records} if columns is COLUMNS else {}
+    cells = [
+        [code(name), *([plain(data[name])] if data else []), *(_cell(column, rows, name) for column in columns)] for name in rows.summaries
+    ]
+    head = ["method", *(["data it saw"] if data else []), *(column.title for column in columns)]
+    return table(head, cells, left=2 if data else 1)
 
 
 def csv_table(groups: Sequence[Group]) -> str:
     """The main tables as CSV, unrounded, in the records' units, with a column for every standard error; one row a method and setting."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["protocol", "backbone", "method", *(name for column in COLUMNS for name in (column.key, f"{column.key}_stderr"))])
+    writer.writerow(
+        ["protocol", "backbone", "method", "data_seen", *(name for column in COLUMNS for name in (column.key, f"{column.key}_stderr"))]
+    )
     for one in groups:
-        for name, summary in rows_of(one.records, None, one.latency).summaries.items():
+        data = {record.method_name: data_seen(record) for record in one.records}
+        for name, summary in rows_of(one.records, None, one.latency, one.trials).summaries.items():
             values = [value for column in COLUMNS for value in summary[column.key]]
-            writer.writerow([one.protocol, one.backbone, name, *("" if value is None else repr(value) for value in values)])
+            writer.writerow([one.protocol, one.backbone, name, data[name], *("" if value is None else repr(value) for value in values)])
     return buffer.getvalue()
 
 
-def latex_table(records: Sequence[Record], scores: Scores | None = None, latency: LatencyColumns | None = None) -> str:
+def latex_table(
+    records: Sequence[Record], scores: Scores | None = None, latency: LatencyColumns | None = None, trials: Trials | None = None
+) -> str:
     """The main table for a LaTeX document with booktabs."""
-    rows = rows_of(records, scores, latency)
+    rows = rows_of(records, scores, latency, trials)
     escaped = {column.title: column.title.replace("%", r"\%").replace("÷", r"$\div$") for column in COLUMNS}
     lines = [r"% needs \usepackage{booktabs}", r"\begin{tabular}{l" + "r" * len(COLUMNS) + "}", r"\toprule"]
     lines += ["method & " + " & ".join(escaped[column.title] for column in COLUMNS) + r" \\", r"\midrule"]
@@ -148,6 +162,8 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
         "Router accuracy: share of prompts whose largest routing weight belongs to the expert of the prompt's task; "
         f"{GATED} weights of gates, averaged over tokens and layers.",
         "Trained parameters and training tokens: what a method trains beyond the experts.",
+        "Data it saw: of the tasks, beyond the experts; labels are answers or the task of a prompt. Trials: settings tried on the "
+        "validation split; empty: none.",
         "Prefill and decode: not measured." if latency is None else latency.source,
         "Generated from `results/runs` by `dlplora report build`.",
     ]
@@ -201,8 +217,10 @@ def page(groups: Sequence[Group], suite: str) -> str:
 def _sections(one: Group, depth: str) -> list[str]:
     pairs = pair_table(one.scores)
     return [
-        main_table(one.records, one.scores, one.latency),
+        main_table(one.records, one.scores, one.latency, trials=one.trials),
         caption(one.records, one.latency, one.scores),
+        f"{depth} Settings chosen on the validation split" if one.trials else "",
+        f"{chosen_table(one.trials)}\n\n{questions_note(one.trials)}" if one.trials else "",
         f"{depth} In pairs with `{REFERENCE_METHOD}`" if pairs else "",
         pairs,
         f"{depth} By task (accuracy or exact match, %)",
@@ -256,7 +274,7 @@ def build(
         wanted[tables / "speed.md"] = speed
     if groups:
         titles = [f"% {one.title}\n" if len(groups) > 1 else "" for one in groups]
-        latex = [title + latex_table(one.records, one.scores, one.latency) for title, one in zip(titles, groups, strict=True)]
+        latex = [title + latex_table(one.records, one.scores, one.latency, one.trials) for title, one in zip(titles, groups, strict=True)]
         wanted[tables / f"{suite}.csv"] = csv_table(groups)
         wanted[tables / f"{suite}.tex"] = "\n".join(latex)
         wanted[tables / f"{suite}_pairs.csv"] = pairs_csv(groups)

@@ -10,11 +10,12 @@ from dlplora.tasks.paper import load_task, settings_of
 from dlplora.tasks.paper.judging import judged
 from dlplora.tasks.paper.sources import source_of
 from dlplora.tasks.text_metrics import item_row, text_metrics
+from dlplora.tasks.types import Split
 
 __all__ = ["paper_dataset", "paper_metrics"]
 
 
-def paper_dataset(task: str, data_root: str | None = None, suite: str = "paper", **_: Any) -> datasets.DatasetDict:
+def paper_dataset(task: str, data_root: str | None = None, suite: str = "paper", split: Split = "test", **_: Any) -> datasets.DatasetDict:
     """Train rows (few-shot examples) and test rows of one task.
 
     Args:
@@ -22,11 +23,12 @@ def paper_dataset(task: str, data_root: str | None = None, suite: str = "paper",
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``, and without it the hub. lm-eval passes it with
             ``--metadata '{"data_root": "DIR"}'``.
         suite: Suite whose splits are taken.
+        split: Where the questions come from; lm-eval calls them ``test`` in any case.
     """
     rows, judge = load_task(task, data_root, settings_of(suite)).rows, source_of(task).judge
-    splits = [split for split in ("train", "test") if split in rows]
+    splits = {name: its for name, its in (("train", "train"), ("test", split)) if its in rows}
     return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list([{**item_row(item), "judge": judge} for item in rows[split]]) for split in splits}
+        {name: datasets.Dataset.from_list([{**item_row(item), "judge": judge} for item in rows[its]]) for name, its in splits.items()}
     )
 
 

@@ -1,0 +1,124 @@
+"""The trials of one method before they run: settings, budget and the run of each, all checked together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dlplora.config import config_hash, configs_root, find_config, list_configs, load_yaml
+from dlplora.errors import ConfigError
+from dlplora.evaluation.identity import backbone_identity
+from dlplora.evaluation.runner import Artifacts, Run, prepare
+from dlplora.methods.registry import MethodSpec, method_class
+from dlplora.reporting.tuning import protocol_folder
+from dlplora.tuning.grid import TRAINING_SETTINGS, Choice, Grid, choices
+
+if TYPE_CHECKING:
+    from dlplora.evaluation.protocol import Protocol
+
+TOKEN_CAP = 1_911_450
+"""Most tokens that a trial may train on: what the shipped router of the nano suite saw, the most of all methods on top of the experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every trained trial gets, whatever the method."""
+
+    max_tokens: int = TOKEN_CAP
+    config: str = "fusion"
+    """Training configuration."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"--tokens must be at least 1, got {self.max_tokens}.")
+
+    def defaults(self, names: list[str]) -> dict[str, Any]:
+        """Values that the training configuration has for some of ``TRAINING_SETTINGS``.
+
+        Raises:
+            ConfigError: If the configuration is unknown or does not name one of them.
+        """
+        path = find_config("train", self.config)
+        found = {}
+        for name in names:
+            value: Any = load_yaml(path)
+            for key in TRAINING_SETTINGS[name]:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is None:
+                raise ConfigError(f"{path}: '{'.'.join(TRAINING_SETTINGS[name])}' is missing; '{name}' has no default to start from.")
+            found[name] = value
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One trial before it is run."""
+
+    choice: Choice
+    run: Run
+    """Under the validation protocol; of a trial that trains, with the artifacts of the preset until it has its own."""
+    trains: bool
+    budget: Budget
+
+    def cell(self) -> str:
+        """Hash of everything the score depends on."""
+        described = self.run.description()
+        if self.trains:
+            config = load_yaml(find_config("train", self.budget.config))
+            described |= {"artifacts": {}, "training": dict(self.choice.training), "max_tokens": self.budget.max_tokens, "config": config}
+        return config_hash(described)
+
+
+def plan(
+    spec: MethodSpec,
+    grid: Grid,
+    protocol: Protocol,
+    protocol_name: str,
+    seed: int,
+    *,
+    artifacts: Artifacts | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    budget: Budget | None = None,
+) -> list[Plan]:
+    """All trials of a method, checked before the first one starts; arguments as for ``evaluation.runner.prepare``.
+
+    Args:
+        spec: The preset.
+        grid: Of ``grid.grid_of``.
+        protocol: Its split is replaced by ``validation``.
+        protocol_name: For the records.
+        seed: Of methods that draw random numbers, and of trainings.
+        artifacts: Folders.
+        limit: Validation questions a task.
+        device: Where to run.
+        budget: Of trials that train.
+
+    Raises:
+        DLPLoRAError: If a value does not fit its setting, or a run is refused.
+    """
+    budget = budget or Budget()
+    cls = method_class(spec.method)
+    needs_training = bool(grid.training) or any(name not in cls.evaluation_params for name in grid.params)
+    trains = "trained" in cls.metadata.needs and needs_training
+    validation = replace(protocol, split="validation")
+    shipped = spec.path in (None, configs_root() / "method" / f"{spec.name}.yaml")
+    method = spec.name if shipped else str(spec.path)
+    plans = []
+    for choice in choices(grid, spec, budget.defaults(list(grid.training))):
+        common: dict[str, Any] = {"artifacts": artifacts, "limit": limit, "device": device}
+        run = prepare(validation, protocol_name, method, seed, method_params=choice.params, **common)
+        plans.append(Plan(choice=choice, run=run, trains=trains, budget=budget))
+    return plans
+
+
+def folder_of(run: Run) -> str:
+    """Folder of a run's trials below ``tuning/``."""
+    shipped = run.protocol_name in list_configs("protocol")
+    own = not shipped or load_yaml(find_config("protocol", run.protocol_name)).get("backbone") == run.protocol.backbone
+    return protocol_folder(run.protocol_name, own, backbone_name(run))
+
+
+def backbone_name(run: Run) -> str:
+    """Name of a run's base model, as records have it."""
+    return str(backbone_identity(run.protocol.backbone, run.protocol.revision)["name"])
