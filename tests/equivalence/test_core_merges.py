@@ -233,9 +233,7 @@ def overlapping(make_adapter: Callable[..., Path], folder: Path) -> Path:
     return folder
 
 
-def test_adam_approaches_the_closed_form(
-    make_adapter: Callable[..., Path], tiny_tokenizer: Any, tiny_llama: Any, tmp_path: Path
-) -> None:
+def test_adam_approaches_the_closed_form(make_adapter: Callable[..., Path], tiny_tokenizer: Any, tiny_llama: Any, tmp_path: Path) -> None:
     """As released (300 steps of 1e-5) it hardly leaves its start; with larger steps it reaches the minimum, which nothing undercuts."""
     pool = overlapping(make_adapter, tmp_path)
     taus = taus_of(next(iter(factors_of(pool).values())))
