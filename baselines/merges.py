@@ -24,14 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dlplora.errors import ConfigError
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
-from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.lora_bank import AdapterBank, BankEntry
 from dlplora.modules.seeds import derive_seed
 from dlplora.types import PromptBatch
 
@@ -56,9 +56,8 @@ class MergeConfig:
             raise ConfigError(f"'svd_rank' must be at least 1, got {self.svd_rank}.")
 
 
-def deltas_of(bank: AdapterBank, module: str) -> Tensor:
+def deltas_of(entry: BankEntry) -> Tensor:
     """``s_e B_e A_e`` of every expert for one module, float32 (E, O, I)."""
-    entry = bank.modules[module]
     return entry.scaling[:, None, None] * (entry.lora_b.float() @ entry.lora_a.float())
 
 
@@ -70,10 +69,10 @@ def factored(delta: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     return (root[:, None] * vt[:keep]).float(), (u[:, :keep] * root).float()
 
 
-class _Merge(FusionMethod):
-    """Shared by the merges of this file; a subclass says how deltas become one."""
+class StaticMerge(FusionMethod):
+    """Shared by the merges of weights; a subclass says how deltas become one (``combine``), or how factors do (``factors``)."""
 
-    Config = MergeConfig
+    Config: ClassVar[type] = MergeConfig
     sums = True
     """Whether the deltas are added up, so that the default weight is 1 / N."""
 
@@ -90,9 +89,10 @@ class _Merge(FusionMethod):
         names = [bank.names[index] for index in kept]
         merged: dict[str, list[Any]] = {}
         for module, entry in bank.modules.items():
-            deltas = deltas_of(bank, module)[kept]
-            total = self.combine(deltas, weights[kept].to(deltas), names, module) if kept else deltas.new_zeros(deltas.shape[1:])
-            lora_a, lora_b = factored(total, self.rank(bank))
+            if any(entry.ranks[index] for index in kept):
+                lora_a, lora_b = self.factors(entry.index(kept), weights[kept].to(entry.scaling), names, module, self.rank(bank))
+            else:
+                lora_a, lora_b = entry.lora_a.new_zeros(1, entry.lora_a.shape[2]), entry.lora_b.new_zeros(entry.lora_b.shape[1], 1)
             merged[module] = [(lora_a, lora_b, 1.0)]
             dtype, device = entry.lora_a.dtype, entry.lora_a.device
         return AdapterBank.from_tensors(("merged",), merged, dtype=dtype, device=device)
@@ -105,6 +105,18 @@ class _Merge(FusionMethod):
     def rank(self, bank: AdapterBank) -> int | None:
         """Rank of the merged adapter; None truncates nothing."""
         return self.config.svd_rank  # type: ignore[no-any-return]
+
+    def factors(self, entry: BankEntry, weights: Tensor, names: Sequence[str], module: str, rank: int | None) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R), float32, of the one adapter.
+
+        Args:
+            entry: The experts that take part, for one module.
+            weights: Theirs, none of them zero (E,).
+            names: Theirs.
+            module: Path of the module.
+            rank: The largest R wanted; None for all that is there.
+        """
+        return factored(self.combine(deltas_of(entry), weights, names, module), rank)
 
     def combine(self, deltas: Tensor, weights: Tensor, names: Sequence[str], module: str) -> Tensor:
         """Deltas (E, O, I) and weights (E,) to one delta (O, I)."""
@@ -136,7 +148,7 @@ def _elected(deltas: Tensor, weights: Tensor, how: Literal["total", "frequency"]
     return disjoint_merge(deltas * weights[:, None, None], mask)
 
 
-class SVDMerge(_Merge):
+class SVDMerge(StaticMerge):
     """Average of the deltas, truncated to one adapter's rank."""
 
     name = "svd"
@@ -153,7 +165,7 @@ class SVDMerge(_Merge):
         return task_arithmetic(list(deltas), weights)
 
 
-class MagnitudePrune(_Merge):
+class MagnitudePrune(StaticMerge):
     """Average of deltas whose smallest entries are zero."""
 
     name = "magnitude_prune"
@@ -168,7 +180,7 @@ class MagnitudePrune(_Merge):
         return magnitude_prune(list(deltas), weights, self.config.density)
 
 
-class Ties(_Merge):
+class Ties(StaticMerge):
     """Trim, elect sign, merge."""
 
     name = "ties"
@@ -184,7 +196,7 @@ class Ties(_Merge):
         return _elected(trimmed, weights, self.config.majority_sign_method)
 
 
-class DareLinear(_Merge):
+class DareLinear(StaticMerge):
     """Drop and rescale, then average."""
 
     name = "dare_linear"
@@ -197,7 +209,7 @@ class DareLinear(_Merge):
         return task_arithmetic(self.dropped(deltas, names, module), weights)
 
 
-class DareTies(_Merge):
+class DareTies(StaticMerge):
     """Drop and rescale, then TIES without trimming."""
 
     name = "dare_ties"

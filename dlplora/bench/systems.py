@@ -175,7 +175,8 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
     if entry.reroute_every is not None and method.granularity != "sentence":
         raise MethodError(f"'{entry.contender}' does not re-route at sentence ends; --reroute-every is for methods that do.")
 
-    token, sentence = method.granularity == "token", method.granularity == "sentence"
+    sentence = method.granularity == "sentence"
+    gated = method.granularity == "token" or any(layer.gate is not None for layer in model.patched.layers.values())
 
     def named(workload: Workload) -> PromptBatch:
         names = tuple(bank.names[row % entry.experts] for row in range(len(workload.prompts)))
@@ -194,7 +195,7 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
         return None if state is None else state.per_row()
 
     def backend(workload: Workload) -> str:
-        state = None if token else model.plan(named(workload), new_tokens=workload.new_tokens)
+        state = None if gated else model.plan(named(workload), new_tokens=workload.new_tokens)
         return model.backends_used() if state is None else state.backend
 
     def count(workload: Workload) -> int:
@@ -203,8 +204,8 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
         return len(trace) - len(workload.prompts)  # the prompts' own plans come first
 
     return BenchSystem(
-        entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if token else plan,
-        count_reroutes=count if sentence else None, compilable=not token, backend=backend,
+        entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if gated else plan,
+        count_reroutes=count if sentence else None, compilable=not gated, backend=backend,
     )  # fmt: skip
 
 

@@ -125,6 +125,20 @@ def _named(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
+def _searches(records: Sequence[Record]) -> list[str]:
+    """One sentence about the cost of weights that are searched, which no column shows; nothing if no method searches."""
+    methods: dict[tuple[int, int], set[str]] = {}
+    for record in records:
+        budget, examples = (record.routing.get(key) for key in ("search_budget", "search_examples"))
+        if budget and examples:
+            methods.setdefault((int(budget), int(examples)), set()).add(record.method_name)
+    costs = [
+        f"{', '.join(map(code, sorted(names)))}: {budget} evaluations of {examples} examples"
+        for (budget, examples), names in methods.items()
+    ]
+    return [f"Weights searched for every task, without training tokens; {'; '.join(sorted(costs))}."] if costs else []
+
+
 def caption(records: Sequence[Record], latency: LatencyColumns | None = None, scores: Scores | None = None) -> str:
     """What the table was made from and how it is read.
 
@@ -164,6 +178,7 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
         "Trained parameters and training tokens: what a method trains beyond the experts.",
         "Data it saw: of the tasks, beyond the experts; labels are answers or the task of a prompt. Trials: settings tried on the "
         "validation split; empty: none.",
+        *_searches(records),
         "Prefill and decode: not measured." if latency is None else latency.source,
         "Generated from `results/runs` by `dlplora report build`.",
     ]

@@ -24,6 +24,8 @@ def require_servable(fused: FusedCausalLM) -> None:
     name, granularity = fused.method.name, fused.method.granularity
     if granularity == "token" or fused.patched.hooks:
         raise ConfigError(f"method '{name}' routes single tokens inside the layers; the server needs one that routes prompts or sentences.")
+    if any(layer.gate is not None for layer in fused.patched.layers.values()):
+        raise ConfigError(f"method '{name}' has gates inside the layers; the server needs one that routes prompts or sentences.")
     if fused.method.kv_policy == "prompt_frozen" or fused.method.prompt_routing != "whole":
         raise ConfigError("the server supports kv_policy stale and recompute, and prompt_routing whole.")
     if "task_id" in fused.method.metadata.needs:

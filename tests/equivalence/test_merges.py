@@ -162,7 +162,7 @@ def test_half_precision_adapters_are_merged_in_float32(
         assert float((got - wanted).norm() / wanted.norm()) < 0.01  # only the storage is rounded
 
 
-EVERY_MERGE = [*MERGES, "avg_factor"]
+EVERY_MERGE = [*MERGES, "avg_factor", "avg_core", "ties_core", "dare_core", "tsv", "iso_c", "knots_ties", "wudi", "wudi_adam"]
 
 
 def fused_merge(name: str, pool: Path, tokenizer: Any, model: Any, dtype: torch.dtype = torch.float32) -> FusedCausalLM:

@@ -12,7 +12,7 @@ import pytest
 from dlplora.reporting.columns import GATED, rows_of
 from dlplora.reporting.methods import merged_experts, method_facts, trained_parameters, without_clones
 from dlplora.reporting.store import load_all
-from dlplora.reporting.tables import main_table
+from dlplora.reporting.tables import caption, main_table
 from tests.unit.test_records import make_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,3 +79,14 @@ def test_new_records_count_what_methods_bring_along(name: str, tiny_llama_folder
     else:
         assert method.num_trained_parameters == 0
         assert method.reported["num_merged"] == 3
+
+
+def test_the_cost_of_searched_weights_is_said() -> None:
+    costs = {"in": (130, 5), "in_twin": (130, 5), "out": (125, 5)}
+    records = [
+        make_record(method_name=name, routing={"search_budget": budget, "search_examples": examples, "searched_tasks": 26})
+        for name, (budget, examples) in costs.items()
+    ]
+    text = caption([make_record(), *records])
+    assert "training tokens; `in`, `in_twin`: 130 evaluations of 5 examples; `out`: 125 evaluations of 5 examples." in text
+    assert "evaluations of" not in caption([make_record()])
