@@ -317,6 +317,7 @@ def test_trained_parameters_are_counted_on_the_method(capsys: pytest.CaptureFixt
     assert set(list_configs("method")) == set(rows)
     counts = {name: row["trained parameters (nano, 26 experts)"] for name, row in rows.items()}
     wanted = {
+        "dlp_paper5m": 4_936_730,
         "xlora": 26 * 128 + 26,
         "xlora_frozen": 26 * 128 + 26,
         "lora_flow": 4 * (26 * 128 + 26),
