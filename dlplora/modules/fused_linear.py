@@ -174,6 +174,8 @@ class FusedLinear(nn.Module):
             raise RoutingError(NOT_BOUND)
         if state.is_zero:
             return self.base(x)
+        if state.observer is not None:
+            state.observer(self.path, x)
         if x.ndim != 3 or self.layout == "other":
             return self._forward_any_shape(x, state)
         self._check(x, state)
