@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dlplora.baselines.hilora import HiLoRA, HiLoRAConfig
 from dlplora.baselines.qa_flora import QaFlora, QaFloraConfig, row_bytes
 from dlplora.errors import ConfigError, MethodError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
@@ -19,6 +20,7 @@ from dlplora.kernels import dense, reference
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.serve.deciding import require_servable
+from dlplora.tasks.types import Item
 from dlplora.types import PromptBatch
 from tests.equivalence.merged_truth import deltas
 
@@ -26,9 +28,14 @@ NAMES = ("alpha", "beta", "gamma")
 TEXTS = ("Mia sees the red box.", "the cat", "two three")
 
 
+def samples(task: str, num: int) -> list[Item]:
+    words = {"alpha": "the cat", "beta": "Mia likes", "gamma": "two three"}[task]
+    return [Item(task, f"{words} {'plum ' * (i % 3)}{i}", "x") for i in range(num)]
+
+
 def fuse(model: Any, tokenizer: Any, pool: Path, method: FusionMethod, **options: Any) -> FusedCausalLM:
     model = copy.deepcopy(model)
-    context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings())
+    context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings(), few_shot=samples)
     return FusedCausalLM(model, tokenizer, AdapterBank.from_pool(pool, NAMES), method, context=context, **options)
 
 
@@ -137,3 +144,78 @@ def test_equal_weights_of_ranks_are_the_adapters_weights(dtype: torch.dtype) -> 
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     for kernel in (dense, reference):
         torch.testing.assert_close(kernel.fused_delta(x, lora_a, lora_b, apart), ones, atol=tolerance, rtol=0.02)
+
+
+RANKS = {"alpha": 4, "beta": 6, "gamma": 2}
+
+
+def test_hiloras_posterior_by_hand(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """Spherical Gaussians from their density; the encoder ``features`` in float64."""
+
+    def embedded(text: str) -> np.ndarray:
+        mean = tiny_llama.get_input_embeddings().weight.detach().double().numpy()[tiny_tokenizer(text)["input_ids"]].mean(0)
+        normal = (mean - mean.mean()) / np.sqrt(mean.var() + 1e-5)
+        return normal / np.linalg.norm(normal)
+
+    method = HiLoRA(HiLoRAConfig(encoder="features", num_samples=6, temperature=0.5))
+    fuse(tiny_llama, tiny_tokenizer, tiny_pool, method)
+    found = method.posteriors(PromptBatch.from_texts(TEXTS, tiny_tokenizer)).numpy()
+    for row, text in enumerate(TEXTS):
+        logs = []
+        for name in NAMES:
+            points = np.stack([embedded(item.prompt) for item in samples(name, 6)])
+            variance = points.var(axis=0).mean()
+            density = -0.5 * np.log(2 * np.pi * variance) - (embedded(text) - points.mean(0)) ** 2 / (2 * variance)
+            logs.append(density.mean() / 0.5)
+        np.testing.assert_allclose(found[row], np.exp(logs) / np.exp(logs).sum(), atol=1e-4)
+
+
+def test_hilora_shares_its_budget() -> None:
+    method = HiLoRA(HiLoRAConfig(encoder="features", least=2, mass=0.9, budget=0.5))
+    generator = np.random.default_rng(0)
+    shares, ranks = np.array([0.1, 0.5, 0.35, 0.05]), np.array([8, 8, 8, 8])
+    draws = np.stack([method.allocate(shares, ranks, generator) for _ in range(4000)])
+    assert set(draws.sum(1)) == {12}  # three adapters reach the mass of 0.9: half of their 24 components
+    assert (draws <= 8).all()
+    assert not draws[:, 3].any()
+    np.testing.assert_allclose(draws.mean(0)[0], 12 * 0.1 / 0.95, atol=0.1)  # the least likely is never cut: a plain binomial
+    sure = np.array([1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_array_equal(method.allocate(sure, ranks, generator), [8, 0, 0, 0])  # half of 16, all drawn for the first
+    np.testing.assert_array_equal(method.allocate(sure, np.array([3, 9, 8, 8]), generator), [3, 3, 0, 0])  # the rest goes to the next
+
+
+def test_hilora_token_by_token(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """The delta of every layer from single components, in float64."""
+    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, HiLoRA(HiLoRAConfig(encoder="features", temperature=1.0)))
+    parts = planned(fused)
+    counts = (parts * torch.tensor(list(RANKS.values()))).numpy()
+    np.testing.assert_allclose(counts, counts.round(), atol=1e-5)
+    x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), fused.routing(parts):
+        for layer in fused.patched.layers.values():
+            got = (layer(x) - layer.base(x)).double().numpy()
+            a, b = layer.lora_a.double().numpy(), layer.lora_b.double().numpy()
+            for row, token in np.ndindex(3, 4):
+                vector, expected = x[row, token].double().numpy(), np.zeros(b.shape[1])
+                for expert, rank in enumerate(RANKS.values()):
+                    scores = [abs(a[expert, j] @ vector) / np.linalg.norm(a[expert, j]) for j in range(rank)]
+                    for j in np.argsort(scores)[::-1][: round(float(counts[row, expert]))]:
+                        expected = expected + float(layer.scaling[expert]) * (a[expert, j] @ vector) * b[expert, :, j]
+                np.testing.assert_allclose(got[row, token], expected, atol=1e-4)
+    assert 0 < float((parts > 0).float().mean()) <= 1
+
+
+def test_all_components_are_the_adapter_bit_for_bit(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, HiLoRA(HiLoRAConfig(encoder="features")))
+    ids = torch.tensor([[1, 5, 9, 40], [1, 80, 12, 3]])
+    with torch.no_grad(), fused.routing(torch.tensor([1.0, 1.0, 0.0])):
+        by_rank = fused(input_ids=ids).logits
+        for layer in fused.patched.layers.values():
+            layer.rank_gate = None
+        assert torch.equal(by_rank, fused(input_ids=ids).logits)
+
+
+def test_hiloras_settings_that_mean_nothing() -> None:
+    for bad in ({"num_samples": 1}, {"least": 0}, {"budget": 0.0}, {"mass": 1.5}, {"temperature": 0.0}):
+        with pytest.raises(ConfigError, match="must"):
+            HiLoRAConfig(**bad)
