@@ -22,7 +22,7 @@ from dlplora.errors import ConfigError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
 from dlplora.inference.shapes import find_shape
-from dlplora.kernels.backends import BACKENDS, PlanFacts, obstacle
+from dlplora.kernels.backends import BACKENDS, GATE_BACKENDS, PlanFacts, obstacle
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
@@ -175,6 +175,8 @@ def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = 
             return found
         facts = PlanFacts.of(weights)
         able = ["dense"] if fused.method.metadata.combine == "factor" else [b for b in COUNTED_BACKENDS if obstacle(b, facts) is None]
+        if fused.planner.weighs_parts:
+            able = [backend for backend in able if backend in GATE_BACKENDS]
         if fused.method.weight_sum == "zero":
             able = able[:1]  # layers without weight take the same path on every backend
         for backend in able:

@@ -40,6 +40,7 @@ class Planner:
     Attributes:
         used: Names of the backends that bound plans and gates have used so far; the code that binds a state adds its backend.
         num_weights: Routing weights of a row: E, or E for every block where they differ from layer to layer (``FusedLinear.block``).
+        weighs_parts: Whether layers or ranks of an adapter have weights of their own, which only ``dense`` and ``reference`` can serve.
         fixed_width: Whether every plan has room for as many experts as the method may keep, so that compiled graphs fit all of them.
 
     Raises:
@@ -53,12 +54,12 @@ class Planner:
         self._combines_factors = method.metadata.combine == "factor"
         self._fused = layers
         self.num_weights = max([bank.num_experts, *(layer.block.stop for layer in layers.values() if layer.block is not None)])
-        self._is_fine = any(layer.block is not None or layer.rank_gate is not None for layer in layers.values())
+        self.weighs_parts = any(layer.block is not None or layer.rank_gate is not None for layer in layers.values())
         self._layers = _shapes(layers)
         require_known(backend)
         if self._combines_factors and backend not in {"auto", "dense"}:
             raise RoutingError(f"backend '{backend}' sums deltas, method '{method.name}' sums factors; use dense or auto.")
-        if self._is_fine and backend not in {"auto", "dense", "reference"}:
+        if self.weighs_parts and backend not in {"auto", "dense", "reference"}:
             raise RoutingError(
                 f"backend '{backend}' has one weight an adapter, method '{method.name}' weighs layers or ranks apart; use dense, reference "
                 "or auto."
@@ -135,7 +136,7 @@ class Planner:
         fixed = own and (reroutes or self.fixed_width) and weights.ndim == 2
         return RoutingState(
             weights,
-            "dense" if self._combines_factors or (self._is_fine and self.backend == "auto") else self.backend,
+            "dense" if self._combines_factors or (self.weighs_parts and self.backend == "auto") else self.backend,
             width=self._width() if fixed else None,
             reroutes=reroutes,
             work=work,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dlplora.baselines.hilora import HiLoRA, HiLoRAConfig
 from dlplora.baselines.qa_flora import QaFlora, QaFloraConfig, row_bytes
+from dlplora.cli.main import main
 from dlplora.errors import ConfigError, MethodError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.kernels import dense, reference
@@ -122,6 +124,16 @@ def test_layers_apart_need_a_kernel_that_can(tiny_llama: Any, tiny_tokenizer: An
     torch.testing.assert_close(planned(slow), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match="weighs layers apart"):
         require_servable(slow)
+
+
+def test_the_harness_takes_weights_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options are scored and texts written under them; what is reported of a prompt is the mean over its layers."""
+    command = ["eval", "--method", "qa_flora", "--tasks", "gate_colors,translate_zargi", "--limit", "2", "--out", str(tmp_path)]
+    assert main(command) == 0
+    routing = json.loads(capsys.readouterr().out)["routing"]
+    assert routing["routing_rows_per_prompt"] == 27
+    assert routing["num_plans"] == 4
+    assert 1 <= routing["mean_experts_kept"] <= 26
 
 
 def test_a_layer_outside_of_the_blocks_is_refused(tiny_llama: Any, tiny_tokenizer: Any) -> None:
