@@ -33,6 +33,17 @@ def require_at_most(k: int, num_experts: int, method: str, key: str = "top_k") -
         raise MethodError(f"method '{method}': '{key}' must lie between 1 and the number of experts ({num_experts}), got {k}.")
 
 
+def kept_of(k: int, num_experts: int, method: str, key: str = "top_k") -> int:
+    """How many experts a method that keeps the ``k`` best keeps of a pool: all of them if it holds fewer.
+
+    Raises:
+        MethodError: If ``k`` is less than 1.
+    """
+    if k < 1:
+        raise MethodError(f"method '{method}': '{key}' must be at least 1, got {k}.")
+    return min(k, num_experts)
+
+
 class TokenGated(FusionMethod):
     """A method whose weights are a function of a layer's own input, computed for every token."""
 

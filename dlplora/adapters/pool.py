@@ -1,8 +1,8 @@
 """An adapter pool: a folder of PEFT folders, usually with a manifest that fixes order, checksums and backbone.
 
 ``pool.json`` (format 2) holds the backbone's fingerprint, if it is known, and one row an adapter: name, path inside the pool, source
-and its revision, SHA-256 of weights and configuration, base model, rank, alpha, rsLoRA, target modules. Format 1, without
-``revision`` and ``config_sha256``, is still read.
+and its revision, SHA-256 of weights and configuration, base model, rank, alpha, rsLoRA, target modules, and a description, if there is one.
+Format 1, without ``revision`` and ``config_sha256``, is still read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class _Row:
     target_modules: list[str] | None = None
     other_base_allowed: bool = False
     converted_from: str | None = None
+    description: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,9 @@ def read_pool(pool: Pool, names: Sequence[str] | None = None) -> dict[str, tuple
             raise PoolError(f"pool {pool.path} has no adapter '{name}'.{nearest(name, pool.names)} Known: {', '.join(pool.names)}.")
     if len(set(wanted)) != len(wanted):
         raise PoolError(f"adapter names must be unique, got {', '.join(wanted)}.")
-    return {name: read_adapter(pool.folders[name], name) for name in wanted}
+    read = {name: read_adapter(pool.folders[name], name) for name in wanted}
+    described = {name: pool.rows.get(name, {}).get("description") for name in wanted}
+    return {name: (replace(spec, description=described[name]), weights) for name, (spec, weights) in read.items()}
 
 
 def manifest_row(
@@ -190,13 +193,19 @@ def manifest_row(
 
 
 def write_manifest(
-    folder: str | Path, names: Sequence[str], base_fingerprint: Mapping[str, Any] | None, sources: Mapping[str, str] | None = None
+    folder: str | Path,
+    names: Sequence[str],
+    base_fingerprint: Mapping[str, Any] | None,
+    sources: Mapping[str, str] | None = None,
+    descriptions: Mapping[str, str | None] | None = None,
 ) -> Path:
     """Write ``pool.json`` for adapters that already lie in ``folder/NAME``, atomically."""
     root = Path(folder)
     if len(set(names)) != len(names):
         raise PoolError(f"adapter names must be unique, got {', '.join(names)}.")
-    return save_rows(root, [manifest_row(root / name, name, source=(sources or {}).get(name)) for name in names], base_fingerprint)
+    known = {name: {"description": text} for name, text in (descriptions or {}).items() if text}
+    rows = [manifest_row(root / name, name, source=(sources or {}).get(name), extra=known.get(name)) for name in names]
+    return save_rows(root, rows, base_fingerprint)
 
 
 def save_rows(root: Path, rows: Sequence[Mapping[str, Any]], base_fingerprint: Mapping[str, Any] | None) -> Path:

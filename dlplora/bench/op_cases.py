@@ -22,9 +22,9 @@ from dlplora.errors import ConfigError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
 from dlplora.inference.shapes import find_shape
-from dlplora.kernels.backends import BACKENDS, PlanFacts, obstacle
+from dlplora.kernels.backends import BACKENDS, GATE_BACKENDS, PlanFacts, obstacle
 from dlplora.methods.base import FusionMethod, MethodContext
-from dlplora.methods.registry import build_method
+from dlplora.methods.registry import build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.routing_state import RoutingState
 from dlplora.modules.seeds import derive_seed
@@ -140,7 +140,8 @@ def fused_stand_in(name: str, case: CountCase, params: Mapping[str, Any] | None 
     Raises:
         MethodError: If the method is unknown.
     """
-    method: FusionMethod = build_method(name, params)
+    spec = load_method_spec(name)
+    method: FusionMethod = build_method(spec, {**method_class(spec.method).stand_in_params, **(params or {})})
     model, tokenizer = _backbone(case)
     bank = _bank(model, case)
     with tempfile.TemporaryDirectory() as folder, _seeded():
@@ -174,6 +175,8 @@ def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = 
             return found
         facts = PlanFacts.of(weights)
         able = ["dense"] if fused.method.metadata.combine == "factor" else [b for b in COUNTED_BACKENDS if obstacle(b, facts) is None]
+        if fused.planner.weighs_parts:
+            able = [backend for backend in able if backend in GATE_BACKENDS]
         if fused.method.weight_sum == "zero":
             able = able[:1]  # layers without weight take the same path on every backend
         for backend in able:

@@ -192,7 +192,7 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
     def plan(workload: Workload) -> Tensor | None:
         state = model.plan(named(workload), new_tokens=workload.new_tokens)
-        return None if state is None else state.per_row()
+        return None if state is None else model.planner.per_expert(state.per_row())
 
     def backend(workload: Workload) -> str:
         state = None if gated else model.plan(named(workload), new_tokens=workload.new_tokens)

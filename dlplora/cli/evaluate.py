@@ -33,6 +33,14 @@ def parse_parameter(text: str) -> tuple[str, Any]:
     return key, parse_yaml(value, f"--method-param {key}: {short(value)}")
 
 
+def _parse_folder(text: str) -> tuple[str, Path]:
+    """``ROLE=DIR`` of ``--artifact``."""
+    role, equals, folder = text.partition("=")
+    if not equals or not role or not folder:
+        raise ConfigError(f"--artifact must be ROLE=DIR, got '{text}'.")
+    return role, Path(folder)
+
+
 def chosen_methods(text: str) -> list[str]:
     """Methods of a comparison: ``all`` presets, the reference rows first, or names separated by commas."""
     from dlplora.methods.registry import available_presets
@@ -67,8 +75,8 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
         if value and len(methods) > 1:
             raise ConfigError(f"{option} belongs to one method, but --method names {len(methods)}; evaluate that one by itself.")
     folders: dict[str, Any] = {role: Path(value) for role in ("pool", "router", "multitask") if (value := getattr(arguments, role))}
-    if arguments.trained:
-        folders["others"] = {"trained": Path(arguments.trained)}
+    others = dict(_parse_folder(text) for text in arguments.artifact)
+    folders["others"] = others | ({"trained": Path(arguments.trained)} if arguments.trained else {})
     params = dict(parse_parameter(text) for text in arguments.method_param)
     protocol, artifacts = chosen_protocol(arguments), Artifacts(**folders)
     common: dict[str, Any] = {"method_params": params, "limit": arguments.limit, "device": arguments.device, "artifacts": artifacts}

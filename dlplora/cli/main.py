@@ -64,6 +64,7 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--protocol", default="nano", help="name in configs/protocol, or a YAML file (default: nano)")
     parser.add_argument("--method", default="dlp", help="names in configs/method or YAML files, comma-separated, or 'all' (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
+    parser.add_argument("--artifact", action="append", default=[], metavar="ROLE=DIR", help="folder of another part that a method reads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", help="nano, skills, or local:TASK,TASK (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")

@@ -204,6 +204,7 @@ def run_pool_add(arguments: argparse.Namespace) -> int:
         allow_pickle=arguments.allow_pickle,
         offline=arguments.offline,
         allow_other_base=arguments.allow_other_base,
+        description=arguments.description,
     )
     pool, row = added.pool, added.pool.rows[added.name]
     for hint in inspect_adapter(added.name, pool.folders[added.name]).hints:
@@ -252,6 +253,7 @@ def add_parser(commands: Any, lazy: Any) -> None:
     parser.add_argument("folder", metavar="POOL", help=f"{where}; made if it does not exist")
     parser.add_argument("adapter", metavar="PATH_OR_HUB_ID", help="PEFT folder, ORG/NAME, or hf://ORG/NAME[/FOLDER][@REVISION]")
     parser.add_argument("--name", help="name of the expert, which is the name of its task (default: the folder's)")
+    parser.add_argument("--description", help="what the adapter is for, in a few words; methods may read it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub; the commit is written into pool.json")
     parser.add_argument("--offline", action="store_true", help="look in the hub cache only, as with HF_HUB_OFFLINE=1")
     parser.add_argument("--allow-pickle", action="store_true", help="convert adapter_model.bin, read with weights_only=True")

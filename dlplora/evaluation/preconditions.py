@@ -51,7 +51,8 @@ def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str])
         if role not in roles:
             if role == "trained":
                 raise untrained_method(preset)
-            raise MethodError(f"method '{method.name}' needs a {role}; none was given. Pass {role}=FOLDER.")
+            option = f"--{role}" if role in {"router", "multitask"} else f"--artifact {role}=FOLDER"
+            raise MethodError(f"method '{method.name}' needs a {role}; none was given. Pass {role}=FOLDER (`dlplora eval`: {option}).")
 
 
 def require_task_facts(method: FusionMethod, suite: Suite, names: Sequence[str], experts: Sequence[str] | None) -> None:

@@ -244,8 +244,8 @@ def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: 
 
 
 def kept_experts(weights: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Routing weights (E,) that are not zero, by name."""
-    values = weights.tolist()
+    """Routing weights (E,) that are not zero, by name; of weights that differ from layer to layer, (L E,), the mean over layers."""
+    values = weights.reshape(-1, len(names)).mean(dim=0).tolist()
     return {name: round(value, 4) for name, value in zip(names, values, strict=True) if value != 0}
 
 

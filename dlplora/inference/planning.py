@@ -39,6 +39,8 @@ class Planner:
 
     Attributes:
         used: Names of the backends that bound plans and gates have used so far; the code that binds a state adds its backend.
+        num_weights: Routing weights of a row: E, or E for every block where they differ from layer to layer (``FusedLinear.block``).
+        weighs_parts: Whether layers or ranks of an adapter have weights of their own, which only ``dense`` and ``reference`` can serve.
         fixed_width: Whether every plan has room for as many experts as the method may keep, so that compiled graphs fit all of them.
 
     Raises:
@@ -51,10 +53,17 @@ class Planner:
         self.fixed_width = False
         self._combines_factors = method.metadata.combine == "factor"
         self._fused = layers
+        self.num_weights = max([bank.num_experts, *(layer.block.stop for layer in layers.values() if layer.block is not None)])
+        self.weighs_parts = any(layer.block is not None or layer.rank_gate is not None for layer in layers.values())
         self._layers = _shapes(layers)
         require_known(backend)
         if self._combines_factors and backend not in {"auto", "dense"}:
             raise RoutingError(f"backend '{backend}' sums deltas, method '{method.name}' sums factors; use dense or auto.")
+        if self.weighs_parts and backend not in {"auto", "dense", "reference"}:
+            raise RoutingError(
+                f"backend '{backend}' has one weight an adapter, method '{method.name}' weighs layers or ranks apart; use dense, reference "
+                "or auto."
+            )
         self.is_gated = any(layer.gate is not None for layer in layers.values())
         """Whether gates inside the layers decide, so that nobody else can give routing weights."""
         if self.is_gated:
@@ -87,12 +96,17 @@ class Planner:
         if "task_id" not in self.method.metadata.needs:
             prompts = prompts.without_task_names()
         weights = self.method.route(prompts)
-        if weights is not None and tuple(weights.shape) != (len(prompts), self.bank.num_experts):
+        if weights is not None and tuple(weights.shape) != (len(prompts), self.num_weights):
             raise RoutingError(
                 f"method '{self.method.name}' returned routing weights of shape {tuple(weights.shape)}, "
-                f"expected {(len(prompts), self.bank.num_experts)} (rows, experts)."
+                f"expected {(len(prompts), self.num_weights)} (rows, experts)."
             )
         return weights
+
+    def per_expert(self, weights: Tensor) -> Tensor:
+        """Routing weights (..., E) of weights that may differ from layer to layer: their mean over the blocks."""
+        experts = self.bank.num_experts
+        return weights if weights.shape[-1] == experts else weights.unflatten(-1, (-1, experts)).mean(dim=-2)
 
     def state(
         self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = TYPICAL_PROMPT, new_tokens: int = 0
@@ -108,7 +122,9 @@ class Planner:
         Raises:
             RoutingError: If they are for another number of experts, not finite, or the backend cannot serve them.
         """
-        if weights.shape[-1] != self.bank.num_experts:
+        if weights.shape[-1] == self.bank.num_experts != self.num_weights:  # given by a caller: every layer alike
+            weights = weights.repeat(*[1] * (weights.ndim - 1), self.num_weights // self.bank.num_experts)
+        if weights.shape[-1] != self.num_weights:
             raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
         itemsize = next(iter(self.bank.modules.values())).lora_a.itemsize if self.bank.modules else 4
         if self.fixed_width:  # the choice must not depend on the request, or the next one would be compiled again
@@ -120,7 +136,7 @@ class Planner:
         fixed = own and (reroutes or self.fixed_width) and weights.ndim == 2
         return RoutingState(
             weights,
-            "dense" if self._combines_factors else self.backend,
+            "dense" if self._combines_factors or (self.weighs_parts and self.backend == "auto") else self.backend,
             width=self._width() if fixed else None,
             reroutes=reroutes,
             work=work,
@@ -146,7 +162,7 @@ class Planner:
     def _width(self) -> int:
         """K for plans that must not grow."""
         most = self.method.max_kept
-        return self.bank.num_experts if most is None else max(1, min(most, self.bank.num_experts))
+        return self.num_weights if most is None else max(1, min(most, self.num_weights))
 
 
 def _shapes(layers: Mapping[str, FusedLinear]) -> tuple[LayerShape, ...]:

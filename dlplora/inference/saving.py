@@ -78,7 +78,8 @@ def save(
     (temporary / "pool").mkdir(parents=True)
     for name, spec in specs.items():
         shutil.copytree(spec.path, temporary / "pool" / name)
-    write_manifest(temporary / "pool", list(specs), dict(base_model))
+    described = {name: spec.description for name, spec in specs.items()}
+    write_manifest(temporary / "pool", list(specs), dict(base_model), descriptions=described)
     method.save(temporary / "method")
     for role, path in artifacts.items():
         if path.is_dir():

@@ -22,7 +22,7 @@ def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> T
         x: Layer input (B, T, I).
         lora_a: Down projections (E, R, I).
         lora_b: Up projections (E, O, R).
-        weights: Routing weight times scaling of each expert: (E,), (B, E) or (B, T, E).
+        weights: Routing weight times scaling of each expert: (E,), (B, E) or (B, T, E); of its single ranks: (B, T, E, R).
 
     Returns:
         The delta (B, T, O) in the dtype of ``x``; accumulated in float32, or in float64 if the inputs are.
@@ -34,5 +34,8 @@ def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> T
     total = torch.zeros((*x.shape[:-1], lora_b.shape[1]), dtype=dtype, device=x.device)
     for expert in range(lora_a.shape[0]):
         low = x.to(dtype) @ lora_a[expert].to(dtype).T
-        total = total + w[..., expert : expert + 1] * (low @ lora_b[expert].to(dtype).T)
+        if w.ndim == 4:
+            total = total + (w[..., expert, :] * low) @ lora_b[expert].to(dtype).T
+        else:
+            total = total + w[..., expert : expert + 1] * (low @ lora_b[expert].to(dtype).T)
     return total.to(x.dtype)

@@ -157,7 +157,7 @@ class DLPLoRALM(HFLM):
             for row, prompt in enumerate(batch):
                 weights = None if state is None else state.weights[row]
                 if weights is not None:
-                    self.statistics.add_plan(weights, prompt.task)
+                    self.statistics.add_plan(self.fused.planner.per_expert(weights), prompt.task)
                 self._plans[prompt.key] = weights
 
     def _prompt_batch(self, prompts: Sequence[Prompt], side: Side = "right") -> PromptBatch:

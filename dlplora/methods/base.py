@@ -136,6 +136,9 @@ class FusionMethod(nn.Module):
     Config: ClassVar[type] = NoConfig
     evaluation_params: ClassVar[tuple[str, ...]] = ()
     """Parameters that may differ between training and evaluation, a temperature for instance."""
+    stand_in_params: ClassVar[Mapping[str, Any]] = {}
+    """Parameters under which conformance checks and counts of operations run, where the preset's own need a package or much time: an
+    encoder that needs nothing, for instance. What is checked, the routing, is the same."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()

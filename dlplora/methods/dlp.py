@@ -34,7 +34,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ class DLP(FusionMethod):
                 raise ConfigError(f"'min_keep' must be at least 1, got {self.min_keep}.")
 
     config: Config
+    router_role: ClassVar[str] = "router"
+    """Role of the router's folder."""
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
@@ -165,7 +167,7 @@ class DLP(FusionMethod):
     @property
     def artifact_roles(self) -> tuple[str, ...]:
         """The router, unless the configuration names its folder."""
-        return ("router",) if self.config.router is None else ()
+        return (self.router_role,) if self.config.router is None else ()
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Load the router (unless ``use_router`` gave one) and match its classes to the bank's experts by name.
@@ -174,7 +176,7 @@ class DLP(FusionMethod):
             MethodError: If there is no router, or its classes are not the bank's experts.
         """
         if self.router is None:
-            folder = Path(self.config.router) if self.config.router is not None else context.artifact("router", self.name)
+            folder = Path(self.config.router) if self.config.router is not None else context.artifact(self.router_role, self.name)
             self.router = MiniMLPRouter.load(folder, context.embedding)
         self.router.to(context.device).eval()
         self._columns = self.router.column_order(bank.names).to(context.device)

@@ -266,6 +266,12 @@ def build_method(spec: MethodSpec | str, overrides: Mapping[str, Any] | None = N
     return cls(spec.config)
 
 
+def build_stand_in(spec: MethodSpec | str) -> FusionMethod:
+    """As ``build_method``, under the parameters for checks and counts (``FusionMethod.stand_in_params``)."""
+    spec = load_method_spec(spec) if isinstance(spec, str) else spec
+    return build_method(spec, method_class(spec.method).stand_in_params)
+
+
 def discovered_specs() -> dict[str, MethodSpec]:
     """What ``method=NAME`` may name: every preset, then every method without a preset, each group sorted."""
     presets = available_presets()

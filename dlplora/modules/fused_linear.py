@@ -26,6 +26,8 @@ from dlplora.modules.routing_state import RoutingState
 
 Gate = Callable[[Tensor], Tensor]
 """Token-level gate: layer input (B, T, I) -> routing weights (B, T, E)."""
+RankGate = Callable[[Tensor, Tensor], Tensor]
+"""From a layer's input (B, T, I) and its routing weights, broadcastable to (B, T, E), to weights of single ranks (B, T, E, R)."""
 GATE_OBSERVER: ContextVar[Callable[[FusedLinear, Tensor], None] | None] = ContextVar("dlplora_gate_observer", default=None)
 """Called with a layer and what its gate answered, for the gates of this thread or task; statistics use it."""
 NOT_BOUND = (
@@ -57,6 +59,9 @@ class FusedLinear(nn.Module):
 
     Attributes:
         gate: A token-level gate; if set, it decides and the slot is not read.
+        block: Which of a row's routing weights are this layer's; None: all of them, in every layer the same. A method whose weights differ
+            from layer to layer answers with one block of E after another (``Planner``).
+        rank_gate: Turns this layer's weights into weights of the adapters' single ranks; None: all ranks of an adapter alike.
         path: Module path in the backbone, for errors.
         layout: How the backbone hands rows and tokens to this layer.
         grid: Rows and tokens of the running forward pass; kept up to date for layers whose layout is ``flat``.
@@ -81,6 +86,8 @@ class FusedLinear(nn.Module):
         self.grid = InputGrid()
         self.weight_was_read = False
         self.gate: Gate | None = None
+        self.block: slice | None = None
+        self.rank_gate: RankGate | None = None
         self.key = slot.add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
@@ -174,6 +181,8 @@ class FusedLinear(nn.Module):
             raise RoutingError(NOT_BOUND)
         if state.is_zero:
             return self.base(x)
+        if state.observer is not None:
+            state.observer(self.path, x)
         if x.ndim != 3 or self.layout == "other":
             return self._forward_any_shape(x, state)
         self._check(x, state)
@@ -190,7 +199,7 @@ class FusedLinear(nn.Module):
         if rows is not None:
             self._check(rows, state)
             return y + self._delta(rows, state).reshape(y.shape)
-        weights = state.per_row()
+        weights = self._own(state.per_row())
         if not bool((weights == weights[:1]).all()):
             raise RoutingError(
                 f"layer '{self.path}' got an input of shape {tuple(x.shape)}, which does not tell the rows of the batch apart "
@@ -228,16 +237,24 @@ class FusedLinear(nn.Module):
         y = self.base(x)
         return y + self._gated(x, rows, gate).reshape(y.shape)
 
+    def _own(self, weights: Tensor) -> Tensor:
+        """This layer's part of routing weights (..., E)."""
+        return weights if self.block is None else weights[..., self.block]
+
     def _token_delta(self, x: Tensor, weights: Tensor, backend: str) -> Tensor:
         if self.combine == "factor":
             return factor.fused_delta(x, self.lora_a, self.lora_b, weights, self.scaling)
         kernel = reference if backend == "reference" else dense
+        if self.rank_gate is not None:
+            ranks = self.rank_gate(x, reference.per_token(weights))
+            return kernel.fused_delta(x, self.lora_a, self.lora_b, ranks * self.scaling[:, None])
         return kernel.fused_delta(x, self.lora_a, self.lora_b, weights * self.scaling)
 
     def _check(self, x: Tensor, state: RoutingState) -> None:
         if x.ndim == 3 and state.num_rows not in (1, x.shape[0]):
             raise RoutingError(f"routing weights were made for {state.num_rows} rows, the batch has {x.shape[0]}.")
-        if state.num_experts != self.lora_a.shape[0]:
+        known = state.num_experts == self.lora_a.shape[0] if self.block is None else state.num_experts >= self.block.stop
+        if not known:
             raise RoutingError(self._wrong_experts(state.num_experts))
         if state.weights.ndim == 3 and x.ndim == 3 and state.weights.shape[1] not in (1, x.shape[1]):
             raise RoutingError(f"routing weights were made for {state.weights.shape[1]} tokens, the batch has {x.shape[1]}.")
@@ -247,4 +264,4 @@ class FusedLinear(nn.Module):
             return state.plans[self.key].delta(x)
         if state.backend == "triton" and self.combine == "delta":
             return state.plans[self.key].delta(x, self.lora_a, self.lora_b)
-        return self._token_delta(x, state.weights, state.backend)
+        return self._token_delta(x, self._own(state.weights), state.backend)

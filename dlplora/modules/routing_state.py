@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,8 @@ class RoutingState:
 
     Attributes:
         plans: Buffers by the layers' keys; empty while the state holds none.
+        observer: Called with the path and the input of every layer that runs under the state, unless all weights are zero; None calls
+            nobody. For methods that read activations: it belongs to one request, as a hook on the model would not.
 
     Raises:
         RoutingError: If the weights are not finite, keep more than ``width``, or the backend cannot serve them.
@@ -72,6 +75,7 @@ class RoutingState:
         # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
         self.is_zero = facts.zero and not reroutes
         self.plans: dict[str, Any] = {}
+        self.observer: Callable[[str, Tensor], None] | None = None
         self._options: dict[str, Any] = {"backend": backend, "width": width, "reroutes": reroutes, "work": work}
         self._slot: StateKeeper | None = None
         self._lease: Lease | None = None

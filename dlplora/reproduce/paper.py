@@ -33,6 +33,7 @@ CONFIGS = {
     "pool": "paper_experts",
     "multitask": "paper_multitask",
     "router": "paper_router",
+    "router_paper5m": "paper_router",
     "trained": "paper_fusion",
 }
 """Kind of role -> training configuration."""
@@ -162,13 +163,17 @@ class PaperJob:
             data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
             tasks=None if self.protocol.tasks is None else tuple(self.protocol.tasks),
             configs={**configs, **dict.fromkeys(RANKS, configs["multitask"])},
-            options={**self.profile.fit_options, **{role: self._ranked(role) for role in RANKS}},
+            options={**self.profile.fit_options, **{role: self._ranked(role) for role in RANKS}, "router_paper5m": self._with_table()},
             processes=self.profile.processes,
         )
 
     def _ranked(self, role: str) -> list[str]:
         settings = {"lora.rank": RANKS[role], "lora.lora_alpha": 2 * RANKS[role], "adapter_name": role}
         return [*self.profile.fit_options.get("multitask", ()), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
+
+    def _with_table(self) -> list[str]:
+        """The router's options, and an embedding table of its own."""
+        return [*self.profile.fit_options.get("router", ()), "--model.init_args.router.variant=table"]
 
     def backbone_artifact(self) -> artifacts.Artifact | None:
         """The backbone that is pretrained here, or None if it comes from elsewhere."""

@@ -14,7 +14,8 @@ from dlplora.inference.loading import nano_asset
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Suite
 
-BACKBONE_OPTIONS = {"pool": "backbone", "router": "backbone", "trained": "pretrained"}
+ROUTERS = ("router", "router_paper5m")
+BACKBONE_OPTIONS = {"pool": "backbone", **dict.fromkeys(ROUTERS, "backbone"), "trained": "pretrained"}
 """Kind of role -> the training module's name for its backbone; adapters on all tasks have the pool's."""
 
 
@@ -62,7 +63,7 @@ class Setting:
             told.append(f"--data.init_args.tasks={f'[{named}]' if kind == 'backbone' else named}")
         if kind != "backbone":
             told.append(f"--model.init_args.{BACKBONE_OPTIONS.get(kind, 'backbone')}={self.backbone}")
-        if kind not in {"backbone", "router", "trained"} and self.base_model_name is not None:
+        if kind not in {"backbone", "trained", *ROUTERS} and self.base_model_name is not None:
             told.append(f"--model.init_args.base_model_name={self.base_model_name}")
         return [*told, *self.extra(kind)]
 

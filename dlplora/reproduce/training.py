@@ -135,4 +135,5 @@ def _train_pool(setting: Setting, folder: Path, resume: Path, seeded: Sequence[s
     notes = [read_json(resume / f"part{i}" / "training.json") for i in range(count)]
     tokens = {"training_tokens": sum(part["training_tokens"] for part in notes)}
     write_atomically(folder / "training.json", json.dumps(notes[0] | {"metrics": {}} | tokens, indent=2) + "\n")
-    write_manifest(folder, names, read_json(resume / "part0" / MANIFEST_NAME)["base_model"])
+    described = {task.name: task.description for task in setting.chosen().tasks}
+    write_manifest(folder, names, read_json(resume / "part0" / MANIFEST_NAME)["base_model"], descriptions=described)

@@ -61,6 +61,7 @@ class Task:
         draw: ``draw(rng, held_out)``; ``held_out`` selects the entities that training never shows.
         rows: Fixed rows per split instead of a generator (local files, the hub).
         facts: Where fixed rows come from and how they were split, for the record.
+        description: What the task asks for, in a few words; pools that are trained on the task carry it, for methods that read it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Task:
     draw: Callable[[random.Random, bool], Draw] | None = None
     rows: Mapping[str, tuple[Item, ...]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    description: str = ""
 
     def items(self, split: Split, num: int, seed: int = 0) -> list[Item]:
         """``num`` items of a split (fewer if a file holds fewer), a pure function of task, split, number and seed.

@@ -180,9 +180,9 @@ def own_routing(fused: FusedCausalLM, prompts: PromptBatch) -> contextlib.Abstra
 
 
 def weights_of(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor | None:
-    """Routing weights of the method's own plan; None if gates decide."""
+    """Routing weights of the method's own plan, mean over layers where these differ; None if gates decide."""
     state = fused.plan(prompts)
-    return None if state is None else state.weights
+    return None if state is None else fused.planner.per_expert(state.weights)
 
 
 def routed_logits(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor:

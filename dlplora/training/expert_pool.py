@@ -187,7 +187,8 @@ class LitExpertPool(AdapterModule):
             for name in group_names:
                 config = self.lora.peft_config(self.base_model_name or self.backbone)
                 folders.append(save_adapter(root / name, config, self.patch.peft_tensors(self._group(index), name), self.export_dtype))
-        write_manifest(root, names, self.fingerprint)
+        described = {task.name: task.description for task in self.datamodule.suite.tasks}
+        write_manifest(root, names, self.fingerprint, descriptions=described)
         self.describe_run(root)
         return folders
 

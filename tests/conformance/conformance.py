@@ -12,7 +12,7 @@ from typing import Any
 
 from dlplora.config import list_configs
 from dlplora.methods.base import FusionMethod
-from dlplora.methods.registry import available_methods, build_method, load_method_spec
+from dlplora.methods.registry import available_methods, build_stand_in, load_method_spec
 from dlplora.testing.conformance import Case
 
 
@@ -27,7 +27,7 @@ def make_case(
     build: str | Callable[[], FusionMethod], *, model: Any, tokenizer: Any, pool: Path, uniform_pool: Path, multitask: Path, workdir: Path
 ) -> Case:
     """A case for a preset name or for any callable that makes a method; one that sums factors gets adapters of one rank."""
-    builder = (lambda: build_method(build)) if isinstance(build, str) else build
+    builder = (lambda: build_stand_in(build)) if isinstance(build, str) else build
     return Case(
         build=builder,
         make_model=lambda: copy.deepcopy(model),

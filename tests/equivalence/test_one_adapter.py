@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from dlplora.config import list_configs
-from dlplora.methods.registry import available_methods, build_method, load_method_spec
+from dlplora.methods.registry import available_methods, build_method, load_method_spec, method_class
 from dlplora.testing.cases import Case, folder_of, forced, forced_names
 from dlplora.types import PromptBatch
 
@@ -30,7 +30,7 @@ def case_of(preset: str, model: Any, tokenizer: Any, pool: Path, multitask: Path
     spec = load_method_spec(preset)
     drops = "density" in spec.params
     return Case(
-        build=lambda: build_method(spec, {"density": 1.0} if drops else None),
+        build=lambda: build_method(spec, {**method_class(spec.method).stand_in_params, **({"density": 1.0} if drops else {})}),
         make_model=lambda: copy.deepcopy(model),
         tokenizer=tokenizer,
         pool=pool,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dlplora.baselines._gates import first_modules, layer_of
+from dlplora.baselines.adafuse import AdaFuse
 from dlplora.baselines.lora_flow import LoRAFlow, LoRAFlowConfig
 from dlplora.baselines.meteora import MeteoRA, MeteoRAConfig
 from dlplora.baselines.mole import MoLE, MoLEConfig, balancing_loss
@@ -242,6 +243,24 @@ def test_lora_flow_starts_uniform_and_its_bias_can_name_one_expert(tiny_llama: A
         for bias in method.biases.values():
             bias.copy_(torch.tensor([0.0, 1.0, 0.0]) - 1 / 3)
     check_layers(fused, tiny_pool, lambda *_: np.array([0.0, 1.0, 0.0]))
+
+
+def test_adafuse_decides_once_a_token(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """The first q_proj decides, in float64 from its own input; every other layer follows."""
+    method = AdaFuse()
+    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, method)
+    first = array(inputs_of(fused)["model.layers.0.self_attn.q_proj"][0])
+
+    def weigh(path: str, b: int, t: int, token: np.ndarray) -> np.ndarray:
+        scores = array(method.weight) @ first[b, t]
+        out, best = np.zeros(3), np.argsort(-scores)[:2]
+        out[best] = softmax(scores[best])
+        return out
+
+    check_layers(fused, tiny_pool, weigh)
+    nothing = method.gate("model.layers.0.self_attn.q_proj", torch.zeros(1, 1, 32))
+    torch.testing.assert_close(nothing, torch.full((1, 1, 3), 1 / 3))  # ties: no expert is preferred for its place in the pool
+    assert method.num_trained_parameters == 3 * 32
 
 
 def test_a_closed_model_watches_nothing(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:

@@ -215,11 +215,31 @@ def test_a_saved_index_needs_no_inputs(tiny_llama: Any, tiny_tokenizer: Any, tin
         unknown.plan(prompts)
 
 
-def test_more_experts_than_there_are(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    too_many: list[FusionMethod] = [Arrow(ScoreConfig(top_k=4)), SpectR(SpectrConfig(top_k=0)), Lag(LagConfig(shortlist=4))]
-    for method in [*too_many, Lag(LagConfig(shortlist=2, top_k=3)), RetrieverMixture(RetrieverConfig(top_k=9))]:
-        with pytest.raises(MethodError, match="must lie between 1 and the number of experts"):
-            fuse(tiny_llama, tiny_tokenizer, tiny_pool, method)
+TOO_MANY: list[tuple[Callable[[int], FusionMethod], int]] = [
+    (lambda k: Arrow(ScoreConfig(top_k=k)), 3), (lambda k: SpectR(SpectrConfig(top_k=k)), 3), (lambda k: Lag(LagConfig(shortlist=k)), 3),
+    (lambda k: RetrieverMixture(RetrieverConfig(top_k=k)), 3), (lambda k: Lorauter(LorauterConfig(top_k=k)), 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "default"), TOO_MANY, ids=["arrow", "spectr", "lag", "retriever", "lorauter"])
+def test_a_pool_of_two_keeps_both_by_default(
+    make: Callable[[int], FusionMethod], default: int, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path
+) -> None:
+    """The presets keep three; a smaller pool keeps all, and no one of none."""
+
+    def answer(k: int) -> Tensor:
+        fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, make(k), NAMES[:2])
+        state = fused.plan(PromptBatch.from_ids(IDS.tolist(), tiny_tokenizer))
+        return logits(fused) if state is None else state.weights
+
+    assert torch.equal(answer(default), answer(2))
+    with pytest.raises(MethodError, match="must be at least 1"):
+        answer(0)
+
+
+def test_settings_that_mean_nothing(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    with pytest.raises(MethodError, match="'top_k' must lie between 1 and the number of experts"):
+        fuse(tiny_llama, tiny_tokenizer, tiny_pool, Lag(LagConfig(shortlist=2, top_k=3)))
     with pytest.raises(ConfigError, match="temperature"):
         ScoreConfig(temperature=0.0)
     with pytest.raises(MethodError, match=r"sentence[-_]transformers"):

@@ -304,9 +304,9 @@ def test_described_rows_come_from_the_classes() -> None:
     }
     assert (rows["dlp_code"]["granularity"], rows["oracle_segment"]["granularity"]) == ("prompt", "sentence")  # the preset decides
     assert [name for name, row in rows.items() if row["fusion"] == "factor"] == [
-        "arrow_factor", "avg_factor", *LORAHUB, "retriever_fusion",
+        "adapter_soup", "arrow_factor", "avg_factor", *LORAHUB, "retriever_fusion",
     ]  # fmt: skip
-    told_the_task = [*LORAHUB, "oracle", "oracle_segment"]  # weights per task, and the task itself
+    told_the_task = ["adapter_soup", *LORAHUB, "oracle", "oracle_segment"]  # weights per task, and the task itself
     assert [name for name, row in rows.items() if "task_id" in row["needs"]] == told_the_task
 
 
@@ -317,6 +317,8 @@ def test_trained_parameters_are_counted_on_the_method(capsys: pytest.CaptureFixt
     assert set(list_configs("method")) == set(rows)
     counts = {name: row["trained parameters (nano, 26 experts)"] for name, row in rows.items()}
     wanted = {
+        "dlp_paper5m": 4_936_730,
+        "adafuse": 26 * 128,
         "xlora": 26 * 128 + 26,
         "xlora_frozen": 26 * 128 + 26,
         "lora_flow": 4 * (26 * 128 + 26),
