@@ -82,17 +82,21 @@ class Planner:
         Raises:
             RoutingError: If they have another shape.
         """
+        return self.route_with_confidence(prompts)[0]
+
+    def route_with_confidence(self, prompts: PromptBatch) -> tuple[Tensor | None, Tensor | None]:
+        """What ``route`` returns, and the method's confidence (B,), None where it has none."""
         if self.bank.num_experts == 0:
-            return None
+            return None, None
         if "task_id" not in self.method.metadata.needs:
             prompts = prompts.without_task_names()
-        weights = self.method.route(prompts)
+        weights, confidence = self.method.route_with_confidence(prompts)
         if weights is not None and tuple(weights.shape) != (len(prompts), self.bank.num_experts):
             raise RoutingError(
                 f"method '{self.method.name}' returned routing weights of shape {tuple(weights.shape)}, "
                 f"expected {(len(prompts), self.bank.num_experts)} (rows, experts)."
             )
-        return weights
+        return weights, confidence
 
     def state(
         self, weights: Tensor, *, own: bool = False, reroutes: bool = False, prompt_tokens: int = TYPICAL_PROMPT, new_tokens: int = 0
