@@ -29,7 +29,8 @@ from dlplora.bench.hardware import ContentionMonitor
 from dlplora.provenance import provenance
 from dlplora.tasks.registry import get_suite
 
-NEW_TOKENS = 32
+NEW_TOKENS = (16, 24, 32, 40, 48)
+"""Tokens of the answers, in turn: answers of one length would let the clients send their requests at the same moments for ever."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Load:
     completion_tokens: int
     first_token_s: tuple[float, ...]
     errors: int
+    routing_share: float | None = None
+    """Routing (question, router, plan) in the time to the first token, sums over all requests, by the server's own clock."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,10 +70,10 @@ def server(arguments: Sequence[str]) -> Iterator[str]:
         process.wait()
 
 
-async def _one(client: httpx.AsyncClient, model: str, prompt: str) -> tuple[float, int]:
+async def _one(client: httpx.AsyncClient, model: str, prompt: str, new_tokens: int) -> tuple[float, int]:
     """Time to the first token and number of tokens of one streamed request."""
     body = {
-        "model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True,
+        "model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     started, first, tokens = time.perf_counter(), None, 0
@@ -86,25 +89,37 @@ async def _one(client: httpx.AsyncClient, model: str, prompt: str) -> tuple[floa
     return first or 0.0, tokens
 
 
+def _first_token_sums(address: str) -> tuple[float, float] | None:
+    """Seconds of routing and seconds to the first token of all requests so far; None if the server has no such metrics."""
+    text = httpx.get(f"{address}/metrics").text
+    found = [re.search(rf"^dlplora_{name}_seconds_sum (\S+)", text, re.MULTILINE) for name in ("first_token_routing", "first_token")]
+    return None if found[0] is None or found[1] is None else (float(found[0][1]), float(found[1][1]))
+
+
 async def _run(address: str, model: str, prompts: Sequence[str], clients: int, requests: int) -> Load:
-    waiting = iter([prompts[i % len(prompts)] for i in range(requests)])
+    waiting = iter([(prompts[i % len(prompts)], NEW_TOKENS[i % len(NEW_TOKENS)]) for i in range(requests)])
     first: list[float] = []
     counts = [0, 0]
 
     async def work(client: httpx.AsyncClient) -> None:
-        for prompt in waiting:
+        for prompt, new_tokens in waiting:
             try:
-                seconds, tokens = await _one(client, model, prompt)
+                seconds, tokens = await _one(client, model, prompt, new_tokens)
             except httpx.HTTPError:
                 counts[1] += 1
                 continue
             first.append(seconds)
             counts[0] += tokens
 
+    before = _first_token_sums(address)
     started = time.perf_counter()
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
         await asyncio.gather(*(work(client) for _ in range(clients)))
-    return Load(model, clients, requests, time.perf_counter() - started, counts[0], tuple(first), counts[1])
+    seconds, after = time.perf_counter() - started, _first_token_sums(address)
+    share = None
+    if before is not None and after is not None and after[1] > before[1]:
+        share = (after[0] - before[0]) / (after[1] - before[1])
+    return Load(model, clients, requests, seconds, counts[0], tuple(first), counts[1], share)
 
 
 def measure(address: str, prompts: Sequence[str], clients: int, requests: int, rounds: int) -> list[Load]:
@@ -128,10 +143,19 @@ def summary(loads: Sequence[Load], clients: int) -> dict[str, Any]:
         values = sorted(value for load in loads if (load.model, load.clients) == ("auto", count) for value in load.first_token_s)
         return values[min(len(values) - 1, int(quantile * len(values)))]
 
+    def share(count: int) -> float | None:
+        values = [load.routing_share for load in loads if (load.model, load.clients) == ("auto", count)]
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
     return {
         "routed_over_base": rate("auto", clients) / rate("base", clients),
         "clients_over_one": rate("auto", clients) / rate("auto", 1),
         "first_token_p95_over_alone": first(clients, 0.95) / first(1, 0.5),
+        "first_token_median_over_alone": first(clients, 0.5) / first(1, 0.5),
+        "first_token_alone_s": first(1, 0.5),
+        "routing_share_alone": share(1),
+        "routing_share": share(clients),
         "first_token_max_s": first(clients, 1.0),
         "tokens_per_s": rate("auto", clients),
         "errors": sum(load.errors for load in loads),

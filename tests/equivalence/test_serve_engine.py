@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 
 from dlplora.errors import ConfigError, GenerationError
@@ -179,6 +180,33 @@ def test_cancelled_jobs_free_their_slots_and_others_go_on(double: Any, tiny_toke
     assert engine.num_running == 0
 
 
+@pytest.mark.parametrize("policy", ["stale", "recompute"])
+def test_a_client_that_vanishes_while_it_decodes_harms_nobody(policy: str, double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """The last row takes over the freed slot, with its keys and values."""
+    expected = {text: slow(double, tiny_pool, tiny_tokenizer, text, policy)[0] for text in TEXTS[1:3]}
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, policy), EngineOptions(max_batch=4))
+    client = Client(engine)
+    gone = client.job("gone", TEXTS[0], Target(kind="base"), max_tokens=200)
+    others = [client.job(text, text) for text in expected]
+    decodes = threading.Event()
+    report = gone.report
+
+    def told(event: Any) -> None:
+        report(event)
+        if isinstance(event, Piece):
+            decodes.set()
+
+    gone.report = told
+    engine.submit(gone, *others)
+    assert decodes.wait(60)
+    engine.cancel(gone)
+    client.wait(3)
+    engine.close()
+    assert client.events["gone"][-1].reason == "cancelled"
+    for text, tokens in expected.items():
+        assert client.tokens(text) == tokens
+
+
 def test_too_many_requests_are_refused_together(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=1, max_queue=2))
     client = Client(engine)
@@ -273,6 +301,29 @@ def test_token_level_methods_are_refused() -> None:
     model = FusedCausalLM.from_pretrained(method="oracle")
     with pytest.raises(ConfigError, match="needs the task"):
         Engine(model)
+
+
+def test_no_nan_is_left_in_a_slot(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """A short request in the slot of a failed long one reads the slot up to the length of its longest neighbour."""
+    long = " ".join(TEXTS) * 3
+    truth = FusedCausalLM(copy.deepcopy(double).float(), tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength())
+    ids = tiny_tokenizer([TEXTS[2], long])["input_ids"]
+    target = Target(kind="base")
+    zeros = torch.zeros(3)
+    wanted = {
+        row: truth.generate(input_ids=torch.tensor([row_ids]), routing=zeros, max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
+        for row, row_ids in enumerate(ids)
+    }
+    engine = Engine(FusedCausalLM(double.float(), tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength()), EngineOptions(max_batch=2))
+    client = Client(engine)
+    engine.submit(*(client.job(name, long, Target(kind="weights", weights={"alpha": 1e38})) for name in ("huge", "huge too")))
+    client.wait(2)
+    engine.submit(client.job("short", TEXTS[2], target), client.job("long", long, target))
+    client.wait(2)
+    engine.close()
+    assert isinstance(client.events["huge"][-1], Failed)
+    for row, name in enumerate(("short", "long")):
+        assert client.tokens(name) == wanted[row][0, -STEPS:].tolist()
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e38])
