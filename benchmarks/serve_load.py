@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.serve_soak import Soak
 from dlplora.atomic import write_json
 from dlplora.bench.hardware import ContentionMonitor
 from dlplora.provenance import provenance
@@ -54,15 +55,15 @@ class Load:
 
 
 @contextmanager
-def server(arguments: Sequence[str]) -> Iterator[str]:
-    """A server process; yields its address."""
+def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """A server process; yields its address and process id."""
     command = [sys.executable, "-m", "dlplora.cli.main", "serve", "--port", "0", "--max-queue", "512", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         for line in process.stderr:
             if found := re.search(r"http://\S+", line):
-                yield found[0]
+                yield found[0], process.pid
                 return
         raise SystemExit("the server did not start.")
     finally:
@@ -170,22 +171,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--suite", default="nano", help="suite whose test prompts are sent, a task after the other")
     parser.add_argument("--data-root")
+    parser.add_argument("--soak", type=int, default=0, metavar="N", help="instead: N requests, some of which vanish")
     parser.add_argument("--out", default="results/bench", metavar="DIR")
     arguments, rest = parser.parse_known_args(argv)
     tasks = get_suite(arguments.suite, arguments.data_root).tasks
     prompts = [item.prompt for items in zip(*(task.items("test", 4) for task in tasks), strict=False) for item in items]
     monitor = ContentionMonitor(torch.device("cpu"))
-    with server(rest) as address:
+    if arguments.soak:
+        with server(rest) as (address, pid):
+            found = asyncio.run(Soak(address, prompts, pid).run(arguments.soak, arguments.clients))
+        return _write(arguments.out, "soak", {"summary": found}, rest, arguments.suite, monitor)
+    with server(rest) as (address, _):
         loads = measure(address, prompts, arguments.clients, arguments.requests, arguments.rounds)
         ready = httpx.get(f"{address}/ready").json()
     found = {**summary(loads, arguments.clients), "left_running": ready["running"] + ready["waiting"]}
-    shown = [Path(word).name if Path(word).exists() else word for word in rest]  # records name no place of a machine
-    record = {"server": shown, "suite": arguments.suite, "summary": found, "loads": [asdict(load) for load in loads]}
-    warnings = monitor.warnings()
-    path = Path(arguments.out) / f"serve-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
+    measured = {"summary": found, "loads": [asdict(load) for load in loads]}
+    return _write(arguments.out, "serve", measured, rest, arguments.suite, monitor)
+
+
+def _write(folder: str, kind: str, measured: dict[str, Any], options: Sequence[str], suite: str, monitor: ContentionMonitor) -> int:
+    """Write a record and print its summary; records name no place of a machine."""
+    shown = [Path(word).name if Path(word).exists() else word for word in options]
+    path = Path(folder) / f"{kind}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**record, "warnings": list(warnings), "provenance": provenance()})
-    print(json.dumps({**found, "record": str(path)}))
+    notes = {"warnings": list(monitor.warnings()), "provenance": provenance()}
+    write_json(path, {"server": shown, "suite": suite, **measured, **notes})
+    print(json.dumps({**measured["summary"], "record": str(path)}))
     return 0
 
 

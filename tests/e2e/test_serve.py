@@ -145,6 +145,8 @@ BAD = [
     ({"n": 17}, 400, "n", "16"),
     ({"n": 0}, 400, "n", ""),
     ({"temperature": -1}, 400, "temperature", ""),
+    ({"temperature": False}, 400, "temperature", ""),
+    ({"max_tokens": "5"}, 400, "max_tokens", ""),
     ({"temperature": float("nan")}, 400, "temperature", ""),
     ({"top_p": 0}, 400, "top_p", ""),
     ({"max_tokens": 0}, 400, "max_tokens", ""),
