@@ -180,16 +180,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.soak:
         with server(rest) as (address, pid):
             found = asyncio.run(Soak(address, prompts, pid).run(arguments.soak, arguments.clients))
-        return _write(arguments.out, "soak", {"summary": found}, rest, arguments.suite, monitor)
+        return write_record(arguments.out, "soak", {"summary": found}, rest, arguments.suite, monitor)
     with server(rest) as (address, _):
         loads = measure(address, prompts, arguments.clients, arguments.requests, arguments.rounds)
         ready = httpx.get(f"{address}/ready").json()
     found = {**summary(loads, arguments.clients), "left_running": ready["running"] + ready["waiting"]}
     measured = {"summary": found, "loads": [asdict(load) for load in loads]}
-    return _write(arguments.out, "serve", measured, rest, arguments.suite, monitor)
+    return write_record(arguments.out, "serve", measured, rest, arguments.suite, monitor)
 
 
-def _write(folder: str, kind: str, measured: dict[str, Any], options: Sequence[str], suite: str, monitor: ContentionMonitor) -> int:
+def write_record(folder: str, kind: str, measured: dict[str, Any], options: Sequence[str], suite: str, monitor: ContentionMonitor) -> int:
     """Write a record and print its summary; records name no place of a machine."""
     shown = [Path(word).name if Path(word).exists() else word for word in options]
     path = Path(folder) / f"{kind}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
