@@ -1,7 +1,8 @@
 """The base model behind ``dlplora serve`` and behind another OpenAI-compatible server, same machine, same requests, runs in turn.
 
     transformers serve FOLDER --device cpu --dtype float32 --port 8001
-    python -m benchmarks.serve_against --against http://127.0.0.1:8001 --model FOLDER --pretrained smollm2-135m --pool POOL --method base
+    python -m benchmarks.serve_against --against http://127.0.0.1:8001 --model FOLDER --pid PID \\
+        --pretrained smollm2-135m --pool POOL --method base
 
 Requests are greedy and end where the model ends; answers are compared and counted with the tokenizer of FOLDER. The
 record is ``results/bench/against-*.json``. Options that this command does not know go to ``dlplora serve``.
@@ -21,7 +22,7 @@ import httpx
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.serve_load import server, write_record
+from benchmarks.serve_load import cpu_seconds, server, write_record
 from dlplora.bench.hardware import ContentionMonitor
 from dlplora.tasks.registry import get_suite
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", required=True, metavar="URL")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the base model's name on the other server")
+    parser.add_argument("--pid", type=int, required=True, help="process of the other server, whose processor time is read")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
@@ -63,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     monitor = ContentionMonitor(torch.device("cpu"))
     rates: dict[tuple[str, int], list[float]] = {}
+    cpu_rates: dict[tuple[str, int], list[float]] = {}
     same: list[bool] = []
-    with server(rest) as (own, _):
+    with server(rest) as (own, pid):
         places = {"dlplora": (own, "base"), "other": (arguments.against, arguments.model)}
+        pids = {"dlplora": pid, "other": arguments.pid}
         for address, model in places.values():
             asyncio.run(_ask(address, model, prompts[:2], 1))  # warm-up
         for turn in range(arguments.rounds):
@@ -73,15 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 asked = prompts if clients > 1 else prompts[: max(4, len(prompts) // 8)]
                 found: dict[str, list[str]] = {}
                 for name in list(places)[:: 1 if turn % 2 == 0 else -1]:
+                    before = cpu_seconds(pids[name]) or 0.0
                     seconds, found[name] = asyncio.run(_ask(*places[name], asked, clients))
                     tokens = sum(len(ids) for ids in tokenizer(found[name])["input_ids"])
                     rates.setdefault((name, clients), []).append(tokens / seconds)
+                    spent = (cpu_seconds(pids[name]) or 0.0) - before
+                    cpu_rates.setdefault((name, clients), []).append(tokens / spent if spent else 0.0)
                 same += [one == other for one, other in zip(found["dlplora"], found["other"], strict=True)]
     medians = {key: statistics.median(values) for key, values in rates.items()}
     summary: dict[str, Any] = {
         "throughput_over_other": medians["dlplora", arguments.clients] / medians["other", arguments.clients],
         "alone_over_other": medians["dlplora", 1] / medians["other", 1],
         "tokens_per_s": {f"{name}, {clients} clients": rate for (name, clients), rate in medians.items()},
+        "tokens_per_cpu_s": {f"{name}, {clients} clients": statistics.median(found) for (name, clients), found in cpu_rates.items()},
         "equal_answers": sum(same) / len(same),
     }
     return write_record(arguments.out, "against", {"summary": summary, "rounds": arguments.rounds}, rest, "nano", monitor)

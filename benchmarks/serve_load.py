@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -47,6 +48,8 @@ class Load:
     errors: int
     routing_share: float | None = None
     """Routing (question, router, plan) in the time to the first token, sums over all requests, by the server's own clock."""
+    server_cpu_s: float | None = None
+    """Processor time of the server, over all threads; hardly depends on what else the machine does."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,7 +100,17 @@ def _first_token_sums(address: str) -> tuple[float, float] | None:
     return None if found[0] is None or found[1] is None else (float(found[0][1]), float(found[1][1]))
 
 
-async def _run(address: str, model: str, prompts: Sequence[str], clients: int, requests: int) -> Load:
+def cpu_seconds(pid: int) -> float | None:
+    """Processor time of a process so far, s; None where the system does not tell."""
+    path = Path(f"/proc/{pid}/stat")
+    if not path.is_file():
+        return None
+    user, system = path.read_text(encoding="ascii").rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+async def _run(place: tuple[str, int], model: str, prompts: Sequence[str], clients: int, requests: int) -> Load:
+    address, pid = place
     waiting = iter([(prompts[i % len(prompts)], NEW_TOKENS[i % len(NEW_TOKENS)]) for i in range(requests)])
     first: list[float] = []
     counts = [0, 0]
@@ -112,25 +125,26 @@ async def _run(address: str, model: str, prompts: Sequence[str], clients: int, r
             first.append(seconds)
             counts[0] += tokens
 
-    before = _first_token_sums(address)
+    before, spent = _first_token_sums(address), cpu_seconds(pid)
     started = time.perf_counter()
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
         await asyncio.gather(*(work(client) for _ in range(clients)))
-    seconds, after = time.perf_counter() - started, _first_token_sums(address)
+    seconds, after, now = time.perf_counter() - started, _first_token_sums(address), cpu_seconds(pid)
+    cpu = None if spent is None or now is None else now - spent
     share = None
     if before is not None and after is not None and after[1] > before[1]:
         share = (after[0] - before[0]) / (after[1] - before[1])
-    return Load(model, clients, requests, seconds, counts[0], tuple(first), counts[1], share)
+    return Load(model, clients, requests, seconds, counts[0], tuple(first), counts[1], share, cpu)
 
 
-def measure(address: str, prompts: Sequence[str], clients: int, requests: int, rounds: int) -> list[Load]:
+def measure(place: tuple[str, int], prompts: Sequence[str], clients: int, requests: int, rounds: int) -> list[Load]:
     """Rounds of three loads: routed and base with many clients, routed with one; every other round in reverse order."""
     plans = [("auto", clients, requests), ("base", clients, requests), ("auto", 1, max(4, requests // 8))]
-    asyncio.run(_run(address, "auto", prompts, clients, clients))  # warm-up
+    asyncio.run(_run(place, "auto", prompts, clients, clients))  # warm-up
     found = []
     for turn in range(rounds):
         for model, count, num in plans if turn % 2 == 0 else plans[::-1]:
-            found.append(asyncio.run(_run(address, model, prompts, count, num)))
+            found.append(asyncio.run(_run(place, model, prompts, count, num)))
     return found
 
 
@@ -139,6 +153,11 @@ def summary(loads: Sequence[Load], clients: int) -> dict[str, Any]:
 
     def rate(model: str, count: int) -> float:
         return statistics.median(load.tokens_per_s for load in loads if (load.model, load.clients) == (model, count))
+
+    def cpu(model: str, count: int) -> float | None:
+        chosen = [load for load in loads if (load.model, load.clients) == (model, count)]
+        spent = [load.server_cpu_s for load in chosen if load.server_cpu_s is not None]
+        return sum(load.completion_tokens for load in chosen) / sum(spent) if spent else None
 
     def first(count: int, quantile: float) -> float:
         values = sorted(value for load in loads if (load.model, load.clients) == ("auto", count) for value in load.first_token_s)
@@ -159,6 +178,7 @@ def summary(loads: Sequence[Load], clients: int) -> dict[str, Any]:
         "routing_share": share(clients),
         "first_token_max_s": first(clients, 1.0),
         "tokens_per_s": rate("auto", clients),
+        "tokens_per_cpu_s": {"routed": cpu("auto", clients), "base": cpu("base", clients), "one client": cpu("auto", 1)},
         "errors": sum(load.errors for load in loads),
     }
 
@@ -181,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with server(rest) as (address, pid):
             found = asyncio.run(Soak(address, prompts, pid).run(arguments.soak, arguments.clients))
         return write_record(arguments.out, "soak", {"summary": found}, rest, arguments.suite, monitor)
-    with server(rest) as (address, _):
-        loads = measure(address, prompts, arguments.clients, arguments.requests, arguments.rounds)
+    with server(rest) as (address, pid):
+        loads = measure((address, pid), prompts, arguments.clients, arguments.requests, arguments.rounds)
         ready = httpx.get(f"{address}/ready").json()
     found = {**summary(loads, arguments.clients), "left_running": ready["running"] + ready["waiting"]}
     measured = {"summary": found, "loads": [asdict(load) for load in loads]}
