@@ -116,7 +116,7 @@ def reloader(engine: Engine, load: Callable[[], FusedCausalLM], context: context
         try:
             return context.copy().run(load)
         except DLPLoRAError:
-            engine.adopt(FusedCausalLM(old.model, old.tokenizer, old._pool, old.method, backend=old.backend, context=old.context))
+            engine.adopt(FusedCausalLM(old.model, old.tokenizer, old.pool, old.method, backend=old.backend, context=old.context))
             raise
 
     def reload() -> Sequence[str]:

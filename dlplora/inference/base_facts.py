@@ -9,6 +9,7 @@ import torch
 
 from dlplora.adapters.fingerprint import base_fingerprint
 from dlplora.inference.chat_formats import TurnMarkers, learn_markers
+from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.prompting import context_length
 
 
@@ -47,6 +48,11 @@ class BaseModelFacts:
     def chat_markers(self) -> TurnMarkers | None:
         """What the tokenizer's chat template writes around the words of a user; None without one."""
         return learn_markers(self.tokenizer)
+
+    @cached_property
+    def vocabulary(self) -> VocabularyTable:
+        """Which tokens can end a sentence; made when it is first asked for."""
+        return VocabularyTable(self.tokenizer, self.config.get_text_config().vocab_size).to(self.device)
 
     def fingerprint(self) -> dict[str, Any]:
         """What distinguishes this base model from another; see ``base_fingerprint``."""

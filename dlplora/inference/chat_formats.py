@@ -95,10 +95,13 @@ def learn_markers(tokenizer: Any, chat_template: str | None = None) -> TurnMarke
     ]
     before, behind = [], []
     for messages in conversations:
-        rendered = _rendered(tokenizer, messages, chat_template)
-        if rendered is None or second not in rendered:
+        try:
+            text = rendered(tokenizer, messages, chat_template)
+        except ValueError:  # templates refuse arrangements that they were not written for
             continue
-        head, _, tail = rendered.partition(second)
+        if second not in text:
+            continue
+        head, _, tail = text.partition(second)
         before.append(head.rpartition(reply)[2])
         behind.append(tail)
         if first in head:
@@ -115,13 +118,24 @@ def _common_start(texts: Sequence[str]) -> str:
     return "".join(chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False)))
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None) -> str | None:
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat_template: str | None = None) -> str:
+    """Messages as a chat template writes them, up to where the assistant begins.
+
+    Args:
+        tokenizer: Renders them.
+        messages: ``role`` and ``content`` of each.
+        chat_template: In place of the tokenizer's own.
+
+    Raises:
+        ValueError: If the template refuses the messages, or there is none.
+    """
     from jinja2.exceptions import TemplateError
 
+    plain = [dict(message) for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError):  # templates refuse arrangements that they were not written for
-        return None
+        return str(tokenizer.apply_chat_template(plain, chat_template=chat_template, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ValueError(next(iter(str(error).splitlines()), type(error).__name__)) from error
 
 
 def _role(name: str) -> str:

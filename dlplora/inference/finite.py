@@ -17,13 +17,18 @@ NOT_FINITE = (
 )
 
 
+def is_finite(logits: Tensor) -> Tensor:
+    """Whether the logits (..., V) of each row are numbers, boolean (...); minus infinity is a token that may not be said, and is fine."""
+    return (logits < torch.inf).all(dim=-1)  # false for NaN too
+
+
 def require_finite(logits: Tensor) -> None:
-    """Check logits of any shape; minus infinity is a token that may not be said, and is fine.
+    """Check logits (..., V).
 
     Raises:
         NotFiniteError: If one is NaN or plus infinity.
     """
-    if not bool((logits < torch.inf).all()):  # false for NaN too
+    if not bool(is_finite(logits).all()):
         raise NotFiniteError(NOT_FINITE)
 
 

@@ -23,7 +23,6 @@ from dlplora.inference.base_facts import BaseModelFacts
 from dlplora.inference.devices import choose_device
 from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
-from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.loading import load_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.planning import Planner
@@ -60,6 +59,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
     Attributes:
         model: The patched Hugging Face model.
+        pool: The bank as it was given.
         bank: The bank in use (a static method may have merged it).
         patched: The fused layers by module path (``patched.layers``) and a method's own hooks (``patched.hooks``).
         num_truncated_prompts: Prompts that ``generate`` cut on the left to fit the context.
@@ -78,12 +78,11 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         super().__init__()
         if context is None:
             context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings(), device=model.device)
-        self._pool = bank
+        self.pool = bank
         self.tokenizer = tokenizer
         self.context = context
         self.slot = RoutingSlot()
         self.num_truncated_prompts = 0
-        self.vocabulary: VocabularyTable | None = None
         self._source: dict[str, Any] = {}
         self._compile_config: CompileConfig | None = None
         self._turns, self._decoding = CompiledTurns(), DecodeSetting()
@@ -353,7 +352,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         pretrained = self._source.get("pretrained") or (None if self._source else self.model.config.name_or_path)
         saving.save(
             Path(folder),
-            self._pool,
+            self.pool,
             self.method,
             base_model=base_fingerprint(self.model),
             artifacts=self.context.artifacts,

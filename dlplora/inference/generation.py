@@ -63,6 +63,20 @@ def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokeni
     raise GenerationError(f"unknown view '{view}'; known: {', '.join(VIEWS)}.")
 
 
+def ended_sentences(prompt: str, generated: str) -> tuple[int, bool]:
+    """How many sentences have ended in a text that is still being generated, and whether a stop in it is undecided.
+
+    Args:
+        prompt: What is routed of the row's prompt.
+        generated: Text generated so far.
+    """
+    count, undecided = known_sentence_ends(generated)
+    blank = generated[: len(generated) - len(generated.lstrip())]
+    if "\n" in blank and answers_by_line(prompt):
+        count += 1  # the first answer was left empty: the line that ends it is an end all the same
+    return count, undecided
+
+
 class VocabularyTable:
     """Which tokens hold a character that can end a sentence; computed once per tokenizer.
 
@@ -77,6 +91,15 @@ class VocabularyTable:
         pad = [False] * (size - len(pieces))
         self.stop = torch.tensor([may_end_sentence(piece) for piece in pieces] + pad)
         self.inner = torch.tensor(["\ufffd" in piece or decides_sentence(piece) for piece in pieces] + pad)
+        self._stop, self._inner = (frozenset(flags.nonzero().flatten().tolist()) for flags in (self.stop, self.inner))
+
+    def holds_stop(self, token: int) -> bool:
+        """``stop`` of a token that the host knows."""
+        return token in self._stop
+
+    def may_decide(self, token: int) -> bool:
+        """``inner`` of a token that the host knows."""
+        return token in self._inner
 
     def to(self, device: torch.device) -> VocabularyTable:
         """Move the tables to a device in place."""
@@ -214,10 +237,7 @@ class SentenceRerouter(StoppingCriteria):
 
     def _ended(self, row: int, text: str) -> tuple[bool, bool]:
         """Whether a sentence has ended in the row's text since the last look, and whether a stop in it is still undecided."""
-        count, undecided = known_sentence_ends(text)
-        blank = text[: len(text) - len(text.lstrip())]
-        if "\n" in blank and answers_by_line(self.prompts[row]):
-            count += 1  # the first answer was left empty: the line that ends it is an end all the same
+        count, undecided = ended_sentences(self.prompts[row], text)
         ended = count > self._finished[row]
         self._finished[row] = max(count, self._finished[row])
         return ended, undecided

@@ -91,17 +91,21 @@ class Planner:
         Raises:
             RoutingError: If they have another shape.
         """
+        return self.route_with_confidence(prompts)[0]
+
+    def route_with_confidence(self, prompts: PromptBatch) -> tuple[Tensor | None, Tensor | None]:
+        """What ``route`` returns, and the method's confidence (B,), None where it has none."""
         if self.bank.num_experts == 0:
-            return None
+            return None, None
         if "task_id" not in self.method.metadata.needs:
             prompts = prompts.without_task_names()
-        weights = self.method.route(prompts)
+        weights, confidence = self.method.route_with_confidence(prompts)
         if weights is not None and tuple(weights.shape) != (len(prompts), self.num_weights):
             raise RoutingError(
                 f"method '{self.method.name}' returned routing weights of shape {tuple(weights.shape)}, "
                 f"expected {(len(prompts), self.num_weights)} (rows, experts)."
             )
-        return weights
+        return weights, confidence
 
     def per_expert(self, weights: Tensor) -> Tensor:
         """Routing weights (..., E) of weights that may differ from layer to layer: their mean over the blocks."""

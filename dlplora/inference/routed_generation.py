@@ -31,15 +31,14 @@ class RoutedModel(FusedModel, Protocol):
 
     method: FusionMethod
     planner: Planner
-    vocabulary: VocabularyTable | None
 
     def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates decide."""
         ...
 
     @property
-    def config(self) -> Any:
-        """The base model's configuration."""
+    def vocabulary(self) -> VocabularyTable:
+        """Which tokens can end a sentence."""
         ...
 
     @property
@@ -154,7 +153,7 @@ class RoutedGeneration:
             self._route,
             [text for text in self.questions.texts for _ in range(self.copies)],
             fused.tokenizer,
-            self._vocabulary(),
+            fused.vocabulary,
             self.ids.shape[1],
             fused.method.view,
             self.trace,
@@ -162,9 +161,3 @@ class RoutedGeneration:
             task_names=None if names is None else [name for name in names for _ in range(self.copies)],
             refresh=refresher,
         )
-
-    def _vocabulary(self) -> VocabularyTable:
-        fused = self.fused
-        if fused.vocabulary is None:
-            fused.vocabulary = VocabularyTable(fused.tokenizer, fused.config.get_text_config().vocab_size).to(fused.device)
-        return fused.vocabulary

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, overload
 
 from dlplora.errors import GenerationError
-from dlplora.inference.chat_formats import learn_markers
+from dlplora.inference.chat_formats import learn_markers, rendered
 from dlplora.inference.question import question_of_messages, question_text
 from dlplora.inference.streaming import stream
 from dlplora.types import PromptBatch
@@ -182,20 +182,23 @@ def prompt_batch(
     return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts, questions=asked)
 
 
-def render(conversation: Conversation, tokenizer: Any) -> str:
+def render(conversation: Conversation, tokenizer: Any, chat_template: str | None = None) -> str:
     """A conversation as the chat template writes it, up to where the assistant begins.
+
+    Args:
+        conversation: Its messages.
+        tokenizer: Renders them.
+        chat_template: In place of the tokenizer's own.
 
     Raises:
         GenerationError: If a message lacks a role or text, the tokenizer has no chat template, or the template refuses.
     """
-    from jinja2.exceptions import TemplateError
-
     for index, message in enumerate(conversation):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise GenerationError(f"message {index} of a conversation needs 'role' and 'content', both text; it has {sorted(message)}.")
-    if not getattr(tokenizer, "chat_template", None):
+    if not (chat_template or getattr(tokenizer, "chat_template", None)):
         raise GenerationError("the tokenizer has no chat template, so a conversation cannot be turned into a prompt; pass text.")
     try:
-        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError) as error:
-        raise GenerationError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+        return rendered(tokenizer, conversation, chat_template)
+    except ValueError as error:
+        raise GenerationError(f"the chat template refuses this conversation: {error}") from error

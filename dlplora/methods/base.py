@@ -272,6 +272,13 @@ class FusionMethod(nn.Module):
         """Routing weights (B, E), float32, from the context only; None if gates inside the layers decide."""
         return None
 
+    def route_with_confidence(self, prompts: PromptBatch) -> tuple[Tensor | None, Tensor | None]:
+        """What ``route`` returns, and the largest probability of each prompt's experts (B,), float32.
+
+        The confidence is None for methods that have no probabilities, as by default. A method that has some makes both from one pass.
+        """
+        return self.route(prompts), None
+
     def attach(self, model: FusedModel) -> None:
         """Install token-level gates on the fused layers. Default: nothing to install."""
 

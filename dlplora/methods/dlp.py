@@ -214,11 +214,17 @@ class DLP(FusionMethod):
 
         Warns once if the router is far less sure of what it reads than it was on validation.
         """
+        return self.route_with_confidence(prompts)[0]
+
+    @torch.no_grad()
+    def route_with_confidence(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Routing weights (B, E) and the largest calibrated probability (B,), from one pass of the router; warns as ``route``."""
         probs, logits = self.probabilities(prompts)
         if self._confidence is not None:
             self._confidence.add(probs)
         weights = renormalize(probs, self.select(probs), self.config.renormalize, logits=logits)
-        return weights.to(prompts.input_ids.device)
+        device = prompts.input_ids.device
+        return weights.to(device), probs.max(dim=-1).values.to(device)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross-entropy of the task of each prompt; reads ``prompts`` and ``expert_idx`` only."""

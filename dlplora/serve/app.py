@@ -21,7 +21,7 @@ from dlplora.serve.answers import described
 from dlplora.serve.engine import Engine
 from dlplora.serve.jobs import BadRequestError, Target
 from dlplora.serve.middleware import BodyLimit, CountResponses
-from dlplora.serve.schemas import ChatRequest, CompletionRequest, RouteRequest
+from dlplora.serve.schemas import COMPLETIONS, ERRORS, ROUTES, ChatRequest, CompletionRequest, RouteRequest
 from dlplora.serve.server import Server, ServerOptions, error_body, error_of
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src {script}; connect-src 'self'; base-uri 'none'; form-action 'none'"
@@ -41,7 +41,7 @@ def build_app(engine: Engine, options: ServerOptions | None = None) -> FastAPI:
     """The application for one engine."""
     options = options or ServerOptions()
     server = Server(engine, options)
-    app = FastAPI(title="dlplora", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="dlplora", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.server = server
     app.add_middleware(BodyLimit, limit=options.max_body_bytes)
     app.add_middleware(CountResponses, counter=server.metrics.responses)
@@ -54,18 +54,18 @@ def build_app(engine: Engine, options: ServerOptions | None = None) -> FastAPI:
 def _add_completions(app: FastAPI, server: Server) -> None:
     protected = [Depends(_key_check(server.options.api_key))]
 
-    @app.post("/v1/chat/completions", dependencies=protected)
+    @app.post("/v1/chat/completions", dependencies=protected, responses=COMPLETIONS)
     async def chat(http: Request, request: ChatRequest) -> Response:
         return await server.complete(http, request, [server.prompts.chat(request)], True)
 
-    @app.post("/v1/completions", dependencies=protected)
+    @app.post("/v1/completions", dependencies=protected, responses=COMPLETIONS)
     async def completions(http: Request, request: CompletionRequest) -> Response:
         prompts = server.prompts.completion(request)
         if len(prompts) * request.n > server.engine.options.max_queue:
             raise BadRequestError(f"{len(prompts)} prompts times n = {request.n} are more than this server queues.", "prompt")
         return await server.complete(http, request, prompts, False)
 
-    @app.post("/v1/route", dependencies=protected)
+    @app.post("/v1/route", dependencies=protected, responses=ROUTES)
     async def route(request: RouteRequest) -> dict[str, Any]:
         prompts = server.prompts
         text = prompts.question(request.messages) if request.messages else prompts.routed_text(request.prompt or "")
@@ -99,7 +99,7 @@ def _add_information(app: FastAPI, server: Server) -> None:
         state = {"ready": alive, "running": server.engine.num_running, "waiting": server.engine.num_waiting}
         return JSONResponse(state, 200 if alive else 503)
 
-    @app.get("/metrics", dependencies=protected)
+    @app.get("/metrics", dependencies=protected, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -84,12 +84,10 @@ class Decider:
     def _route(self, texts: Sequence[str]) -> tuple[Tensor, list[float] | None]:
         fused = self.fused
         batch = PromptBatch.from_texts(texts, fused.tokenizer, device=fused.device)
-        weights = fused.planner.route(batch)
+        weights, confidence = fused.planner.route_with_confidence(batch)
         if weights is None:
             raise ConfigError(f"method '{fused.method.name}' returned no routing weights.")
-        probabilities = getattr(fused.method, "probabilities", None)
-        sure = None if probabilities is None else probabilities(batch)[0].max(dim=-1).values.tolist()
-        return weights.to(fused.device), sure
+        return weights.to(fused.device), None if confidence is None else confidence.tolist()
 
     def _kept(self, values: Sequence[float]) -> dict[str, float]:
         return {name: round(value, 6) for name, value in zip(self.names, values, strict=True) if value != 0}

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, DLPLoRAError, GenerationError
-from dlplora.inference.finite import require_finite
+from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, RoutingError
+from dlplora.inference.finite import NOT_FINITE as NOT_FINITE_LOGITS
+from dlplora.inference.finite import is_finite
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.modules.routing_state import NOT_FINITE
+from dlplora.serve.batch import Batch
 from dlplora.serve.deciding import Decider, require_servable
 from dlplora.serve.jobs import Decision, Failed, Finished, Job, QueueFullError, Sentence, Started
 from dlplora.serve.rows import Row
@@ -45,7 +48,7 @@ class EngineOptions:
     max_model_len: int | None = None
     """Tokens of one request, prompt included; None takes the context of the base model, at most 4096."""
     prefill_chunk: int = 256
-    """Prompt tokens processed between two decode steps."""
+    """Prompt tokens, of one or several prompts and padding included, processed between two decode steps."""
     min_confidence: float = 0.0
     """See ``Decider``."""
 
@@ -75,9 +78,6 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._rows: list[Row] = []
-        self._prefill: Row | None = None
-        self._again: deque[Row] = deque()
         self._state: Any = None
         self._closed = False
         self.adopt(fused)
@@ -91,6 +91,7 @@ class Engine:
         self.fused = fused
         self.decider = Decider(fused, self.options.min_confidence)
         self._cache = SlotCache(fused.config, self.options.max_batch + 1, self.max_model_len)
+        self._batch = Batch(self._cache)
         eos = fused.generation_config.eos_token_id if fused.generation_config.eos_token_id is not None else fused.tokenizer.eos_token_id
         takes = inspect.signature(fused.model.forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -106,7 +107,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests in a slot."""
-        return len(self._rows) + len(self._again) + (self._prefill is not None)
+        return len(self._batch)
 
     @property
     def is_alive(self) -> bool:
@@ -201,9 +202,8 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {str(error).splitlines()[0]}")
-        jobs = [row.job for row in (*self._rows, *self._again, *([self._prefill] if self._prefill else []))]
-        self._rows, self._prefill, self._state = [], None, None
-        self._again.clear()
+        jobs = [row.job for row in self._batch.clear()]
+        self._state = None
         if self._closed:
             with self._ready:
                 jobs += self._waiting
@@ -214,89 +214,112 @@ class Engine:
             job.report(Failed(shown))
 
     def _advance(self) -> None:
-        self._drop_cancelled()
+        for row in [row for row in self._batch.everyone if row.job.cancelled]:
+            row.finish("cancelled")
+            self._leave(row)
         while self._calls:
             _settle(*self._calls.popleft())
-        if self._tasks and not self.num_running:
-            _settle(*self._tasks.popleft())
-            return
-        if self._prefill is None and self._again:
-            self._prefill = self._again.popleft()
-        elif self._prefill is None and not self._tasks and len(self._rows) < self.options.max_batch:
+        if self._tasks:
+            if not len(self._batch):
+                _settle(*self._tasks.popleft())
+                return
+        else:
             self._admit()
-        if self._prefill is not None:
-            row = self._prefill
+        chosen = self._batch.next_chunk(self.options.prefill_chunk)
+        if chosen:
             try:
-                self._process_chunk(row)
-            except DLPLoRAError as error:  # its adapters or weights; other requests go on
-                self._prefill = None
-                row.job.report(Failed(error))
-        if self._rows:
+                self._process_chunk(self._batch.arrange(chosen))
+            except DLPLoRAError as error:  # other requests go on
+                for row, _ in chosen:
+                    self._fail(row, error)
+        if self._batch.rows:
             self._step()
 
-    def _drop_cancelled(self) -> None:
-        if self._prefill is not None and self._prefill.job.cancelled:
-            self._prefill.finish("cancelled")
-            self._prefill = None
-        for row in [row for row in self._again if row.job.cancelled]:
-            self._again.remove(row)
-            row.finish("cancelled")
-        for place in reversed(range(len(self._rows))):
-            if self._rows[place].job.cancelled:
-                self._rows[place].finish("cancelled")
-                self._leave(place)
-
     def _admit(self) -> None:
+        """Give the free slots to those who wait longest; their prompts are routed in one batch."""
         with self._ready:
-            job = self._waiting.popleft() if self._waiting else None
-        if job is None:
+            free = min(len(self._waiting), self.options.max_batch - len(self._batch))
+            jobs = [self._waiting.popleft() for _ in range(free)]
+        if not jobs:
             return
-        row = Row(job, self.fused.tokenizer, self.fused.device)
         try:
-            decisions, weights = self.decider.decide([job.target], [job.routed_text])
-        except DLPLoRAError as error:
-            job.report(Failed(error))
-            return
-        row.weights = weights[0]
-        job.report(Started(decisions[0]))
-        self._prefill = row
+            self._begin(jobs)
+        except DLPLoRAError:  # one of them cannot be decided; the others can
+            for job in jobs:
+                try:
+                    self._begin([job])
+                except DLPLoRAError as error:
+                    job.report(Failed(error))
+
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        decisions, weights = self.decider.decide([job.target for job in jobs], [job.routed_text for job in jobs])
+        for job, decision, own in zip(jobs, decisions, weights, strict=True):
+            row = Row(job, self.fused.tokenizer, self.fused.vocabulary, self.fused.device, weights=own, routing_s=decision.seconds)
+            job.report(Started(decision))
+            if bool(own.isfinite().all()):
+                self._batch.join(row)
+            else:
+                job.report(Failed(RoutingError(NOT_FINITE)))
+
+    def _fail(self, row: Row, error: DLPLoRAError) -> None:
+        """End one request with an error; nothing of it stays in its slot."""
+        self._cache.erase(self._batch.everyone.index(row))
+        self._leave(row)
+        row.job.report(Failed(error))
+
+    def _leave(self, row: Row) -> None:
+        if row in self._batch.rows:
+            self._state = None
+        self._batch.leave(row)
 
     # ------------------------------------------------------------------ forwards
 
     @torch.inference_mode()
-    def _process_chunk(self, row: Row) -> None:
-        """Process the next tokens of a prompt; with the last of them the row begins to decode."""
-        fused, slot = self.fused, len(self._rows)
-        chunk = row.pending[: self.options.prefill_chunk]
-        length = row.cached + len(chunk)
-        positions = torch.arange(row.cached, length, device=fused.device)[None]
-        assert row.weights is not None
-        state = fused.planner.state(row.weights[None], prompt_tokens=len(chunk))
-        self._cache.at(slot, positions, length)
+    def _process_chunk(self, chunk: Sequence[tuple[Row, int]]) -> None:
+        """Process the next tokens of some prompts in one padded batch; those whose last token is among them begin to decode.
+
+        Rows end in the same column. Padding in front of them is written where the row's next token will be written, behind
+        all that the row's tokens see.
+        """
+        fused, first = self.fused, len(self._batch.rows)
+        width = max(count for _, count in chunk)
+        ids, places = [], []
+        for row, count in chunk:
+            end, padding = row.cached + count, width - count
+            ids.append([row.pending[0]] * padding + row.pending[:count])
+            places.append([end] * padding + list(range(row.cached, end)))
+        positions = torch.tensor(places, device=fused.device)
+        length = max(map(max, places)) + 1
+        started = time.perf_counter()
+        weights = torch.stack([row.weights for row, _ in chunk if row.weights is not None])
+        state = fused.planner.state(weights, prompt_tokens=width)
+        self._cache.at(first, positions, length)
         with fused.routing(state):
+            planned = time.perf_counter() - started
             logits = fused(
-                input_ids=torch.tensor([chunk], device=fused.device),
+                input_ids=torch.tensor(ids, device=fused.device),
                 attention_mask=causal_mask(positions, length, fused.dtype),
                 position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 **self._last_only,
             ).logits[:, -1]
-        row.cached, row.pending = length, row.pending[len(chunk) :]
-        if row.pending:
-            return
-        require_finite(logits)
-        self._prefill, self._state = None, None
-        self._rows.append(row)
-        if row.resumes:
+        for row, count in chunk:
+            row.cached, row.pending = row.cached + count, row.pending[count:]
+            row.routing_s += planned
+        ends = [row for row, _ in chunk if not row.pending]
+        self._batch.begin_decoding(len(ends))
+        self._state = None if ends else self._state
+        resumed = {id(row) for row in ends if row.resumes}
+        for row in ends:
             row.resumes = False
-        else:
-            self._take([slot], logits)
+        sound = self._sound([row for row, _ in chunk], logits)
+        self._take([(row, place) for place, row in sound if not row.pending and id(row) not in resumed], logits)
 
     @torch.inference_mode()
     def _step(self) -> None:
         """One token for every row that decodes."""
-        fused, rows = self.fused, self._rows
+        fused, rows = self.fused, list(self._batch.rows)
         positions = torch.tensor([[row.cached] for row in rows], device=fused.device)
         length = max(row.cached for row in rows) + 1
         if self._state is None:
@@ -313,16 +336,22 @@ class Engine:
             ).logits[:, -1]
         for row in rows:
             row.cached += 1
-        self._take(list(range(len(rows))), logits)
+        self._take([(row, place) for place, row in self._sound(rows, logits)], logits)
 
-    def _take(self, places: list[int], logits: Tensor) -> None:
-        """Sample a token for each place, end what has ended, and route again the rows whose sentence ended."""
+    def _sound(self, rows: Sequence[Row], logits: Tensor) -> list[tuple[int, Row]]:
+        """The rows whose logits (B, V) are numbers, with their places; the others are ended."""
+        finite = is_finite(logits).tolist()
+        for row, fine in zip(rows, finite, strict=True):
+            if not fine:
+                self._fail(row, GenerationError(NOT_FINITE_LOGITS))
+        return [(place, row) for place, row in enumerate(rows) if finite[place]]
+
+    def _take(self, taken: Sequence[tuple[Row, int]], logits: Tensor) -> None:
+        """Sample a token for each row from its place in the logits, end what has ended, and route again where a sentence ended."""
         greedy = logits.argmax(dim=-1).tolist()
         going: list[Row] = []
-        ended: list[int] = []
-        for place, best, scores in zip(places, greedy, logits, strict=True):
-            row = self._rows[place]
-            chosen = Chosen(best) if row.sampler.is_plain_greedy else row.sampler.choose(scores)
+        for row, place in taken:
+            chosen = Chosen(greedy[place]) if row.sampler.is_plain_greedy else row.sampler.choose(logits[place])
             reason = row.take(chosen, self._eos)
             if reason is None and row.cached + 1 > self.max_model_len:
                 reason = "length"
@@ -330,21 +359,8 @@ class Engine:
                 going.append(row)
             else:
                 row.finish(reason)
-                ended.append(place)
-        for place in sorted(ended, reverse=True):
-            self._leave(place)
+                self._leave(row)
         self._reroute(going)
-
-    def _leave(self, place: int) -> None:
-        """Free a slot: the last decoding row takes its place, and a prompt in progress moves up."""
-        last = len(self._rows) - 1
-        if place != last:
-            self._cache.move(last, place, self._rows[last].cached)
-            self._rows[place] = self._rows[last]
-        self._rows.pop()
-        if self._prefill is not None:
-            self._cache.move(last + 1, last, self._prefill.cached)
-        self._state = None
 
     def _reroute(self, rows: list[Row]) -> None:
         """Route the rows whose newest token ended a sentence, in one batch."""
@@ -365,12 +381,12 @@ class Engine:
         if torch.equal(weights, row.weights):
             return
         row.weights = weights
-        place = self._rows.index(row)
         if self.fused.method.kv_policy == "recompute":
+            self._leave(row)
             row.restart()
-            self._leave(place)
-            self._again.append(row)
+            self._batch.join(row)
         elif self._state is not None:
+            place = self._batch.rows.index(row)
             self._state.update_rows(torch.tensor([place], device=weights.device), weights[None])
 
 

@@ -93,6 +93,8 @@ class Finished:
     completion_tokens: int
     waited_s: float
     first_token_s: float | None
+    routing_s: float = 0.0
+    """Part of ``first_token_s`` that routing took: question, router and plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class Job:
     report: Callable[[Event], None]
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
+    question_s: float = 0.0
+    """Time that finding ``routed_text`` took, s."""
     number: int = field(default_factory=lambda: next(_numbers))
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False

@@ -22,6 +22,12 @@ class Metrics:
         self.routing = Histogram("dlplora_routing_seconds", "Time of a routing decision.", buckets=_SECONDS, registry=self.registry)
         self.waiting = Histogram("dlplora_wait_seconds", "Time in the queue.", buckets=_SECONDS, registry=self.registry)
         self.first_token = Histogram("dlplora_first_token_seconds", "Time to the first token.", buckets=_SECONDS, registry=self.registry)
+        self.first_routing = Histogram(
+            "dlplora_first_token_routing_seconds",
+            "Routing (question, router, plan) within the time to the first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         for name, text, value in (
             ("dlplora_requests_running", "Requests in a slot.", lambda: engine.num_running),
             ("dlplora_requests_waiting", "Requests in the queue.", lambda: engine.num_waiting),
@@ -40,6 +46,7 @@ class Metrics:
             self.waiting.observe(event.waited_s)
             if event.first_token_s is not None:
                 self.first_token.observe(event.first_token_s)
+                self.first_routing.observe(event.routing_s)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

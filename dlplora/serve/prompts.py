@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import learn_markers
 from dlplora.inference.question import question_text
+from dlplora.inference.text import render
 from dlplora.serve.jobs import BadRequestError
 from dlplora.serve.schemas import ChatRequest, CompletionRequest, Message
 
@@ -24,6 +25,8 @@ class Prompt:
     ids: tuple[int, ...]
     text: str
     routed_text: str
+    question_s: float = 0.0
+    """Time that finding ``routed_text`` took, s."""
 
 
 class PromptBuilder:
@@ -47,9 +50,9 @@ class PromptBuilder:
         Raises:
             BadRequestError: Without a chat template, or if the template refuses the messages.
         """
-        text, routed = self._rendered(request.messages), self.question(request.messages)
+        text = self._rendered(request.messages)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._checked(ids, text, routed, "messages")
+        return self._checked(ids, text, lambda: self.question(request.messages), "messages")
 
     def question(self, messages: Sequence[Message]) -> str:
         """What the router reads of a conversation: the last user message (for the embedded model in the form it was trained on)."""
@@ -67,12 +70,9 @@ class PromptBuilder:
             )
         plain = [{"role": message.role, "content": message.text} for message in messages]
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                plain, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, ValueError) as error:
-            raise BadRequestError(f"the chat template refuses these messages: {str(error).splitlines()[0]}", "messages") from error
-        return str(rendered)
+            return render(plain, self.tokenizer, self.chat_template)
+        except GenerationError as error:
+            raise BadRequestError(str(error), "messages") from error
 
     def completion(self, request: CompletionRequest) -> list[Prompt]:
         """One or several prompts.
@@ -87,16 +87,16 @@ class PromptBuilder:
         return [self._of_text(one) if isinstance(one, str) else self._of_tokens(one) for one in several]
 
     def _of_text(self, text: str) -> Prompt:
-        return self._checked(self.tokenizer(text)["input_ids"], text, self.routed_text(text), "prompt")
+        return self._checked(self.tokenizer(text)["input_ids"], text, lambda: self.routed_text(text), "prompt")
 
     def _of_tokens(self, ids: Sequence[int]) -> Prompt:
         wrong = next((one for one in ids if not 0 <= one < self.vocab_size), None)
         if wrong is not None:
             raise BadRequestError(f"token {wrong} does not exist; the vocabulary has {self.vocab_size} tokens.", "prompt")
         text = str(self.tokenizer.decode(list(ids)))
-        return self._checked(ids, text, self.routed_text(text), "prompt")
+        return self._checked(ids, text, lambda: self.routed_text(text), "prompt")
 
-    def _checked(self, ids: Sequence[int], text: str, routed: str, param: str) -> Prompt:
+    def _checked(self, ids: Sequence[int], text: str, question: Callable[[], str], param: str) -> Prompt:
         if not ids:
             raise BadRequestError(f"'{param}' is empty.", param)
         if len(ids) >= self.limit:
@@ -105,7 +105,9 @@ class PromptBuilder:
                 param,
                 "context_length_exceeded",
             )
-        return Prompt(tuple(ids), text, routed)
+        started = time.perf_counter()
+        routed = question()
+        return Prompt(tuple(ids), text, routed, time.perf_counter() - started)
 
     def room(self, prompt: Prompt, wanted: int | None, default: int) -> int:
         """Tokens that may be generated.

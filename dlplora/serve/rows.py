@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.inference.generation import view_text
+from dlplora.inference.generation import VocabularyTable, ended_sentences, view_text
 from dlplora.inference.question import routed_tail
-from dlplora.inference.sentences import decides_sentence, known_sentence_ends, may_end_sentence
 from dlplora.serve.jobs import Finished, FinishReason, Job, Piece
 from dlplora.serve.sampling import Chosen, Sampler
 from dlplora.serve.text import Detokenizer, StopTexts
@@ -23,14 +22,17 @@ class Row:
     """One job in a slot.
 
     Attributes:
+        vocabulary: Says which tokens can end a sentence.
         cached: Tokens whose keys and values are in the slot.
         pending: Tokens to process before the next one can be sampled; for a new job the prompt.
         resumes: Whether ``pending`` is a prefix that is processed again under new weights, behind which a token waits already.
         newest: The last sampled token, not processed yet.
+        routing_s: Time spent on routing before the first token, s: question, router and plan; shared with what was routed together.
     """
 
     job: Job
     tokenizer: Any
+    vocabulary: VocabularyTable
     device: torch.device
     pending: list[int] = field(default_factory=list)
     cached: int = 0
@@ -38,6 +40,7 @@ class Row:
     newest: int | None = None
     weights: Tensor | None = None
     num_sentences: int = 0
+    routing_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.pending = list(self.job.prompt_ids)
@@ -84,13 +87,12 @@ class Row:
     def ended_sentence(self, view: str) -> str | None:
         """What the router reads if the newest token ended a sentence, else None."""
         tokens = self.detokenizer.tokens
-        piece = str(self.tokenizer.decode(tokens[-1:]))
-        look = self._undecided or "\ufffd" in piece or decides_sentence(piece)
-        self._undecided = self._undecided or may_end_sentence(piece)
+        look = self._undecided or self.vocabulary.may_decide(tokens[-1])
+        self._undecided = self._undecided or self.vocabulary.holds_stop(tokens[-1])
         if not look:
             return None
         generated = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        count, self._undecided = known_sentence_ends(generated)
+        count, self._undecided = ended_sentences(self.job.routed_text, generated)
         if count <= self.num_sentences:
             return None
         self.num_sentences = count
@@ -104,4 +106,6 @@ class Row:
     def finish(self, reason: FinishReason) -> None:
         """Report the end of the answer."""
         waited = self.started - self.job.submitted
-        self.job.report(Finished(reason, len(self.job.prompt_ids), self.num_generated, waited, self.first_token_s))
+        self.job.report(
+            Finished(reason, len(self.job.prompt_ids), self.num_generated, waited, self.first_token_s, self.job.question_s + self.routing_s)
+        )

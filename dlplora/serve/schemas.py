@@ -32,7 +32,7 @@ _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"
 class DlploraOptions(BaseModel):
     """Options of this server, under the key ``dlplora``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     trace: bool = False
     """Return the routing weights of each sentence."""
@@ -40,6 +40,8 @@ class DlploraOptions(BaseModel):
 
 class StreamOptions(BaseModel):
     """As in the OpenAI API."""
+
+    model_config = ConfigDict(strict=True)
 
     include_usage: bool = False
 
@@ -70,9 +72,9 @@ Weight = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
 
 
 class GenerationRequest(BaseModel):
-    """What both kinds of completion have in common."""
+    """What both kinds of completion have in common; ``false`` is no number, and ``"5"`` neither."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str = "auto"
     stream: bool = False
@@ -155,3 +157,60 @@ class RouteRequest(BaseModel):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either 'prompt' or 'messages'.")
         return self
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every response with a status from 400 on."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """What the bodies of both kinds of completion have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["chat.completion", "text_completion"]
+    created: int
+    model: str
+    choices: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    usage: Usage
+
+
+class RouteDecision(BaseModel):
+    """Body of a response of ``POST /v1/route``."""
+
+    object: Literal["route"]
+    read: str
+    decision: Literal["routed", "base"]
+    adapter: str
+    confidence: float | None
+    weights: dict[str, float]
+    seconds: float
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be served."},
+    "5XX": {"model": ErrorBody, "description": "The server failed."},
+}
+COMPLETIONS: dict[int | str, dict[str, Any]] = {200: {"model": Completion, "content": {"text/event-stream": {}}}}
+ROUTES: dict[int | str, dict[str, Any]] = {200: {"model": RouteDecision}}
+"""Responses as the OpenAPI schema describes them."""

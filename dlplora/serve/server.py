@@ -67,6 +67,7 @@ class Server:
             job = Job(
                 prompt_ids=prompt.ids,
                 routed_text=prompt.routed_text,
+                question_s=prompt.question_s,
                 target=target,
                 sampling=_sampling(request, place),
                 max_tokens=limit,

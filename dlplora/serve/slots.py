@@ -51,14 +51,9 @@ class SlotLayer(CacheLayerMixin):
             self._grow()
         rows, length = key_states.shape[0], self.length
         keys, values = self.keys[self.first : self.first + rows], self.values[self.first : self.first + rows]
-        if key_states.shape[2] == 1:
-            index = torch.arange(rows, device=key_states.device)
-            keys[index, :, self.positions[:, 0]] = key_states[:, :, 0]
-            values[index, :, self.positions[:, 0]] = value_states[:, :, 0]
-        else:  # a prefill has one row
-            start = length - key_states.shape[2]
-            keys[:, :, start:length] = key_states
-            values[:, :, start:length] = value_states
+        index = torch.arange(rows, device=key_states.device)[:, None]
+        keys[index, :, self.positions] = key_states.transpose(1, 2)
+        values[index, :, self.positions] = value_states.transpose(1, 2)
         return keys[:, :, :length], values[:, :, :length]
 
     def _grow(self) -> None:
@@ -76,6 +71,14 @@ class SlotLayer(CacheLayerMixin):
             assert self.values is not None
             self.keys[target, :, :length] = self.keys[source, :, :length]
             self.values[target, :, :length] = self.values[source, :, :length]
+
+    def erase(self, slot: int) -> None:
+        """Fill a slot with zeros."""
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys[slot].zero_()
+            self.values[slot].zero_()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Not used: the engine passes a complete mask."""
@@ -95,7 +98,7 @@ class SlotCache(Cache):
 
     Args:
         config: Configuration of the base model.
-        slots: Requests that run at once.
+        slots: Rows; at least two.
         limit: Tokens of one request, prompt included.
 
     Raises:
@@ -111,6 +114,7 @@ class SlotCache(Cache):
                 f"the server needs full attention in every layer; this model has {', '.join(sorted(kinds))}"
                 + (f" and a sliding window of {window} tokens. Lower --max-model-len to it." if window else ".")
             )
+        self.slots = slots
         self.slot_layers = [SlotLayer(slots, limit) for _ in range(text.num_hidden_layers)]
         super().__init__(layers=list(self.slot_layers))
 
@@ -119,16 +123,23 @@ class SlotCache(Cache):
 
         Args:
             first: First slot of the batch.
-            positions: Position of each new token, int64 (B, T).
+            positions: Position of each new token, int64 (B, T). Padding is written where the row's next token will be written.
             length: Largest position plus one.
         """
         for layer in self.slot_layers:
             layer.first, layer.positions, layer.length = first, positions, length
 
+    @torch.inference_mode()  # as the forwards that made the buffers
     def move(self, source: int, target: int, length: int) -> None:
         """Copy one slot into another."""
         for layer in self.slot_layers:
             layer.move(source, target, length)
+
+    @torch.inference_mode()
+    def erase(self, slot: int) -> None:
+        """Fill a slot with zeros, so that no NaN in it reaches the next request: a mask hides numbers, but not NaN."""
+        for layer in self.slot_layers:
+            layer.erase(slot)
 
     def num_bytes(self) -> int:
         """Bytes that the buffers hold now."""

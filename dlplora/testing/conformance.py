@@ -180,12 +180,19 @@ def _check_weights(weights: Tensor, documented: str, num_experts: int, what: str
 
 @torch.no_grad()
 def check_t8_weights(case: Case) -> None:
-    """T8: weights are finite (in float16 too), not negative, and sum to what the method documents."""
+    """T8: weights are finite (in float16 too), not negative, and sum to what the method documents; so are those with a confidence."""
     with case.fused() as fused:
         documented = fused.method.weight_sum
         weights = weights_of(fused, case.prompts())
         if weights is not None:
             _check_weights(weights, documented, fused.bank.num_experts, "route")
+            again, confidence = fused.planner.route_with_confidence(case.prompts())
+            if again is None:
+                fail("T8: route_with_confidence: no weights, route has some")
+            require_close(again, weights, "T8: route_with_confidence against route")
+            sure = [1.0] * len(weights) if confidence is None else confidence.tolist()
+            if len(sure) != len(weights) or not all(0.0 < one < 1.0 + 1e-6 for one in sure):
+                fail(f"T8: route_with_confidence: confidence {sure} for {len(weights)} prompts, expected one in (0, 1] for each")
         routed_logits(fused, case.prompts())  # a gate may answer by what the forward pass left for it
         for layer in fused_linears(fused):
             if layer.gate is not None:

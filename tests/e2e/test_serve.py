@@ -26,6 +26,7 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
 from dlplora.serve.app import build_app
 from dlplora.serve.engine import Engine, EngineOptions
+from dlplora.serve.jobs import Target
 from dlplora.serve.prompts import NANO_TEMPLATE
 from dlplora.serve.server import ServerOptions
 
@@ -137,6 +138,16 @@ def test_a_route_without_an_answer(client: TestClient) -> None:
     assert body["read"] == f"{GATE}\nAnswer:"
 
 
+def test_a_decision_reads_the_router_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    router: Any = engine.fused.method.router
+    calls, real = [], router.probabilities
+    monkeypatch.setattr(router, "probabilities", lambda *given: calls.append(len(given[0])) or real(*given))  # type: ignore[func-returns-value]
+    decisions, weights = engine.decider.decide([Target(), Target()], [ZARGI, GATE])
+    assert calls == [2]
+    assert [decision.adapter for decision in decisions] == ["translate_zargi", "gate_colors"]
+    assert weights.sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
+
+
 BAD = [
     ({"model": "gate_color"}, 404, "model", "Did you mean 'gate_colors'?"),
     ({"messages": []}, 400, "messages", "at least 1"),
@@ -145,6 +156,8 @@ BAD = [
     ({"n": 17}, 400, "n", "16"),
     ({"n": 0}, 400, "n", ""),
     ({"temperature": -1}, 400, "temperature", ""),
+    ({"temperature": False}, 400, "temperature", ""),
+    ({"max_tokens": "5"}, 400, "max_tokens", ""),
     ({"temperature": float("nan")}, 400, "temperature", ""),
     ({"top_p": 0}, 400, "top_p", ""),
     ({"max_tokens": 0}, 400, "max_tokens", ""),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.methods.base import FusionMethod, MethodContext
+from dlplora.modules.lora_bank import AdapterBank
 
 
 @pytest.fixture
@@ -20,3 +27,15 @@ def talkative(tiny_llama: Any, tiny_tokenizer: Any) -> Any:
         tiny_llama.lm_head.weight.normal_(0, 1.5, generator=torch.Generator().manual_seed(9))
         tiny_llama.lm_head.bias.copy_(bias)
     return tiny_llama
+
+
+@pytest.fixture
+def fuse(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> Callable[..., FusedCausalLM]:
+    """Factory: a method on a copy of ``talkative`` with the tiny pool."""
+
+    def make(method: FusionMethod, backend: str = "auto") -> FusedCausalLM:
+        model = copy.deepcopy(talkative)
+        context = MethodContext(tokenizer=tiny_tokenizer, embedding=model.get_input_embeddings())
+        return FusedCausalLM(model, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), method, backend=backend, context=context)
+
+    return make

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,13 @@ from dlplora.baselines.meteora import MeteoRA
 from dlplora.cli.generate import _prompt_text
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.methods.references import AvgDelta
-from dlplora.modules.lora_bank import AdapterBank
+from tests.equivalence.by_length import by_length
 
 TEXT = "the cat sees the box. the cat sees two"
 TEXTS = ("the cat sees", "Mia likes the plum. Who likes it? Answer:", "a")
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
-
-
-class ByLength(FusionMethod):
-    """Routes by the number of characters it reads: every further sentence changes the weights."""
-
-    name = "by_length"
-    metadata = Metadata(title="By length", granularity="sentence")
-    policy, pieces = "stale", "whole"
-
-    def route(self, prompts: Any) -> Tensor:
-        turns = torch.tensor([len(text) % 7 for text in prompts.texts]).float()[:, None]
-        return torch.cat([turns / 10, 1 - turns / 10, (turns % 2) / 5], dim=1)
-
-    @property
-    def kv_policy(self) -> str:
-        return self.policy
-
-    @property
-    def prompt_routing(self) -> str:
-        return self.pieces
 
 
 class Second(FusionMethod):
@@ -57,18 +36,6 @@ class Second(FusionMethod):
 
     def route(self, prompts: Any) -> Tensor:
         return torch.tensor([[0.0, 1.0, 0.0]]).expand(len(prompts), 3)
-
-
-@pytest.fixture
-def fuse(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> Callable[..., FusedCausalLM]:
-    def make(method: FusionMethod, policy: str = "stale", pieces: str = "whole") -> FusedCausalLM:
-        if isinstance(method, ByLength):
-            method.policy, method.pieces = policy, pieces
-        model = copy.deepcopy(talkative)
-        context = MethodContext(tokenizer=tiny_tokenizer, embedding=model.get_input_embeddings())
-        return FusedCausalLM(model, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), method, context=context)
-
-    return make
 
 
 @pytest.fixture
@@ -133,14 +100,14 @@ def test_assisted_decoding_follows_gates_and_averages(fuse: Any) -> None:
 def test_loops_that_sentence_routing_cannot_follow_are_refused(option: dict[str, Any], in_config: bool, fuse: Any) -> None:
     given = {"generation_config": GenerationConfig(**option)} if in_config else option
     with pytest.raises(GenerationError) as caught:
-        fuse(ByLength()).generate(TEXT, max_new_tokens=4, do_sample=False, **given)
+        fuse(by_length()).generate(TEXT, max_new_tokens=4, do_sample=False, **given)
     assert "\n" not in str(caught.value)
     name = "beam search" if "num_beams" in option else next(iter(option))
     assert name in str(caught.value)
 
 
 def test_models_and_functions_that_decode_are_refused_too(fuse: Any, talkative: Any) -> None:
-    fused = fuse(ByLength())
+    fused = fuse(by_length())
     for option in ({"assistant_model": talkative}, {"custom_generate": first_token_loop}):
         with pytest.raises(GenerationError, match=f"{next(iter(option))}.*route once per prompt"):
             fused.generate(TEXT, max_new_tokens=4, do_sample=False, **option)
@@ -211,7 +178,7 @@ def turned_off(fused: FusedCausalLM, how: str) -> dict[str, Any]:
 @pytest.mark.parametrize("how", ["argument", "generation_config", "checkpoint"])
 @pytest.mark.parametrize("policy", ["stale", "recompute", "prompt_frozen"])
 def test_without_a_cache_a_policy_is_kept_or_refused(policy: str, how: str, fuse: Any) -> None:
-    fused = fuse(ByLength(), policy)
+    fused = fuse(by_length(policy))
     trace: list[dict[str, Any]] = []
     fused.generation_config.eos_token_id = None
     options = {"max_new_tokens": 24, "do_sample": False}
@@ -228,7 +195,7 @@ def test_without_a_cache_a_policy_is_kept_or_refused(policy: str, how: str, fuse
 
 
 def test_pieces_of_a_prompt_need_the_cache(fuse: Any) -> None:
-    fused = fuse(ByLength(), "recompute", "sentence")
+    fused = fuse(by_length("recompute", "sentence"))
     with pytest.raises(GenerationError, match="prompt_routing=whole"):
         fused.generate(TEXT, max_new_tokens=4, use_cache=False)
     with pytest.raises(GenerationError, match="prefill_chunk_size"):

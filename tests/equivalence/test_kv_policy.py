@@ -14,34 +14,13 @@ from transformers import DynamicCache
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.sentences import last_question, sentence_end_positions
-from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
+from tests.equivalence.by_length import ByLength, by_length
 from tests.equivalence.merged_truth import deltas
 
 TEXTS = ("the cat sees", "Mia likes the plum. Who likes it? Answer:", "a", "Tom and Ann and Leo in the tree . two three")
 STEPS = 24
-
-
-class ByLength(FusionMethod):
-    """Routes by the number of characters it reads, so that nearly every further sentence changes the weights."""
-
-    name = "by_length"
-    metadata = Metadata(title="By length", granularity="sentence")
-    policy = "stale"
-    pieces = "whole"
-
-    def route(self, prompts: PromptBatch) -> Tensor:
-        turns = torch.tensor([len(text) % 7 for text in prompts.texts]).float()[:, None]
-        return torch.cat([turns / 10, 1 - turns / 10, (turns % 2) / 5], dim=1)
-
-    @property
-    def kv_policy(self) -> str:
-        return self.policy
-
-    @property
-    def prompt_routing(self) -> str:
-        return self.pieces
 
 
 @pytest.fixture
@@ -51,9 +30,8 @@ def talkative(talkative: Any) -> Any:
 
 
 def fused_with(model: Any, tokenizer: Any, pool: Path, policy: str, pieces: str = "whole") -> FusedCausalLM:
-    method = ByLength()
-    method.policy, method.pieces = policy, pieces
-    return FusedCausalLM(model, tokenizer, AdapterBank.from_pool(pool, dtype=torch.float64), method, backend="reference")
+    bank = AdapterBank.from_pool(pool, dtype=torch.float64)
+    return FusedCausalLM(model, tokenizer, bank, by_length(policy, pieces), backend="reference")
 
 
 def merged(model: Any, pool: Path, weights: Tensor) -> Any:

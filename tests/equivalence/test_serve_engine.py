@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 
 from dlplora.errors import ConfigError, GenerationError
@@ -82,27 +83,67 @@ def test_answers_equal_slow_loops(policy: str, max_batch: int, double: Any, tiny
             assert turns - sentences in {0, 1}, "only a sentence that ends with the answer is not routed again"
 
 
-def test_base_and_pinned_rows_beside_routed_ones(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+@pytest.fixture
+def truths(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> dict[str, dict[str, list[int]]]:
+    """What the unpatched model, PEFT with ``beta`` and the slow loop say to each text."""
     prompts = {text: tiny_tokenizer(text, return_tensors="pt") for text in TEXTS}
     fixed = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    plain = {text: double.generate(**ids, **fixed)[0, ids["input_ids"].shape[1] :].tolist() for text, ids in prompts.items()}
     adapted = PeftModel.from_pretrained(copy.deepcopy(double), str(tiny_pool / "beta"), autocast_adapter_dtype=False).double()
-    pinned = {text: adapted.generate(**ids, **fixed)[0, ids["input_ids"].shape[1] :].tolist() for text, ids in prompts.items()}
+    found = {
+        name: {text: model.generate(**ids, **fixed)[0, ids["input_ids"].shape[1] :].tolist() for text, ids in prompts.items()}
+        for name, model in (("base", double), ("beta", adapted))
+    }
+    assert found["base"] != found["beta"]
+    return {**found, "auto": {text: slow(double, tiny_pool, tiny_tokenizer, text, "stale")[0] for text in TEXTS}}
+
+
+TARGETS = {"base": Target(kind="base"), "beta": Target(kind="pinned", weights={"beta": 1.0}), "auto": Target()}
+
+
+def test_base_and_pinned_rows_beside_routed_ones(truths: Any, double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=12))
     client = Client(engine)
-    targets = {"base": Target(kind="base"), "beta": Target(kind="pinned", weights={"beta": 1.0}), "auto": Target()}
     for text in TEXTS:
-        for name, target in targets.items():
+        for name, target in TARGETS.items():
             engine.submit(client.job((text, name), text, target))
-    client.wait(len(TEXTS) * len(targets))
+    client.wait(len(TEXTS) * len(TARGETS))
     engine.close()
     for text in TEXTS:
-        assert client.tokens((text, "base")) == plain[text]
-        assert client.tokens((text, "beta")) == pinned[text]
+        for name in TARGETS:
+            assert client.tokens((text, name)) == truths[name][text]
         first = client.events[text, "beta"][0]
         assert isinstance(first, Started)
         assert (first.decision.adapter, first.decision.kind, dict(first.decision.weights)) == ("beta", "pinned", {"beta": 1.0})
-    assert plain != pinned
+
+
+@pytest.mark.parametrize("budget", [7, 60, 1000])
+def test_prompts_of_unequal_length_are_processed_together(
+    budget: int, truths: Any, double: Any, tiny_tokenizer: Any, tiny_pool: Path, monkeypatch: Any
+) -> None:
+    """One is pinned, one gets the base model, two are routed; they wait together and are routed in one call of the router."""
+    fused = fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale")
+    engine = Engine(fused, EngineOptions(max_batch=4, prefill_chunk=budget))
+    client = Client(engine)
+    shapes: list[tuple[int, ...]] = []
+    routed: list[tuple[str, ...]] = []
+    forward, route = type(fused).forward, fused.method.route
+
+    def seen(self: Any, **given: Any) -> Any:
+        shapes.append(tuple(given["input_ids"].shape))
+        return forward(self, **given)
+
+    monkeypatch.setattr(type(fused), "forward", seen)
+    monkeypatch.setattr(fused.method, "route", lambda prompts: routed.append(prompts.texts) or route(prompts))  # type: ignore[func-returns-value]
+    names = ("base", "beta", "auto", "auto")
+    engine.submit(*(client.job(text, text, TARGETS[name]) for text, name in zip(TEXTS, names, strict=True)))
+    client.wait(4)
+    engine.close()
+    for text, name in zip(TEXTS, names, strict=True):
+        assert client.tokens(text) == truths[name][text]
+    assert routed[0] == TEXTS[2:]
+    prompts = [shape for shape in shapes if shape[1] > 1]
+    assert any(rows > 1 for rows, _ in prompts)
+    assert all(rows * tokens <= budget for rows, tokens in prompts)
 
 
 def test_a_sampled_answer_does_not_depend_on_its_neighbours(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
@@ -137,6 +178,33 @@ def test_cancelled_jobs_free_their_slots_and_others_go_on(double: Any, tiny_toke
     assert len(client.tokens("b")) == 200
     engine.close()
     assert engine.num_running == 0
+
+
+@pytest.mark.parametrize("policy", ["stale", "recompute"])
+def test_a_client_that_vanishes_while_it_decodes_harms_nobody(policy: str, double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """The last row takes over the freed slot, with its keys and values."""
+    expected = {text: slow(double, tiny_pool, tiny_tokenizer, text, policy)[0] for text in TEXTS[1:3]}
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, policy), EngineOptions(max_batch=4))
+    client = Client(engine)
+    gone = client.job("gone", TEXTS[0], Target(kind="base"), max_tokens=200)
+    others = [client.job(text, text) for text in expected]
+    decodes = threading.Event()
+    report = gone.report
+
+    def told(event: Any) -> None:
+        report(event)
+        if isinstance(event, Piece):
+            decodes.set()
+
+    gone.report = told
+    engine.submit(gone, *others)
+    assert decodes.wait(60)
+    engine.cancel(gone)
+    client.wait(3)
+    engine.close()
+    assert client.events["gone"][-1].reason == "cancelled"
+    for text, tokens in expected.items():
+        assert client.tokens(text) == tokens
 
 
 def test_too_many_requests_are_refused_together(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
@@ -233,6 +301,29 @@ def test_token_level_methods_are_refused() -> None:
     model = FusedCausalLM.from_pretrained(method="oracle")
     with pytest.raises(ConfigError, match="needs the task"):
         Engine(model)
+
+
+def test_no_nan_is_left_in_a_slot(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    """A short request in the slot of a failed long one reads the slot up to the length of its longest neighbour."""
+    long = " ".join(TEXTS) * 3
+    truth = FusedCausalLM(copy.deepcopy(double).float(), tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength())
+    ids = tiny_tokenizer([TEXTS[2], long])["input_ids"]
+    target = Target(kind="base")
+    zeros = torch.zeros(3)
+    wanted = {
+        row: truth.generate(input_ids=torch.tensor([row_ids]), routing=zeros, max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
+        for row, row_ids in enumerate(ids)
+    }
+    engine = Engine(FusedCausalLM(double.float(), tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength()), EngineOptions(max_batch=2))
+    client = Client(engine)
+    engine.submit(*(client.job(name, long, Target(kind="weights", weights={"alpha": 1e38})) for name in ("huge", "huge too")))
+    client.wait(2)
+    engine.submit(client.job("short", TEXTS[2], target), client.job("long", long, target))
+    client.wait(2)
+    engine.close()
+    assert isinstance(client.events["huge"][-1], Failed)
+    for row, name in enumerate(("short", "long")):
+        assert client.tokens(name) == wanted[row][0, -STEPS:].tolist()
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e38])

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlplora.inference.generation import VocabularyTable, ended_sentences
+from dlplora.serve.jobs import Job, Target
+from dlplora.serve.rows import Row
+from dlplora.serve.sampling import Chosen, SamplingOptions
 from dlplora.serve.text import Detokenizer, StopTexts
 
 
@@ -38,3 +44,24 @@ def test_the_first_stop_text_ends_the_answer_whatever_the_pieces(pieces: list[st
         shown += watcher.finish()
     assert found == bool(places)
     assert shown == (whole[: min(places)] if places else whole)
+
+
+@pytest.mark.parametrize("prompt", ["Who sees the cat?", "Who sees the cat?\n\nWho likes the box?\n\nAnswers:"])
+@pytest.mark.parametrize("answer", ["the cat. Mia sees", "\nthe box. two", "\n\n two 。 the cat! no", 'J. R. Smith sees. "the" cat'])
+def test_sentences_end_where_the_rule_sees_it(tiny_tokenizer: Any, prompt: str, answer: str) -> None:
+    """The rule on the whole text after every token, against rows that look only behind tokens of the vocabulary table."""
+    tokens = tiny_tokenizer(answer, add_special_tokens=False)["input_ids"]
+    job = Job(
+        prompt_ids=(1,), routed_text=prompt, target=Target(), sampling=SamplingOptions(), max_tokens=99, report=lambda event: None
+    )  # fmt: skip
+    row = Row(job, tiny_tokenizer, VocabularyTable(tiny_tokenizer, len(tiny_tokenizer)), torch.device("cpu"))
+    seen, expected, count = [], [], 0
+    for num, token in enumerate(tokens, 1):
+        row.take(Chosen(token), frozenset())
+        seen.append(row.ended_sentence("whole"))
+        text = tiny_tokenizer.decode(tokens[:num], skip_special_tokens=True)
+        ended = ended_sentences(prompt, text)[0]
+        expected.append(prompt + text if ended > count else None)
+        count = max(count, ended)
+    assert seen == expected
+    assert any(seen)
