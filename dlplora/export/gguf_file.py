@@ -1,7 +1,8 @@
 """Export as GGUF LoRA files, which llama.cpp and Ollama load beside a GGUF base model.
 
 A file holds ``general.type = adapter``, ``adapter.type = lora``, ``adapter.lora.alpha``, and ``NAME.lora_a``, ``NAME.lora_b`` for each
-adapted tensor of the base model. llama.cpp multiplies by ``scale * alpha / rank``; alpha is written as the rank, so a scale is a routing weight.
+adapted tensor of the base model. llama.cpp multiplies by ``scale * alpha / rank``; alpha is written as the
+rank, so a scale is a routing weight.
 
 llama.cpp rotates neighbouring values of a head where transformers rotates halves, so GGUF files of Llama models hold the rows of the query
 and key projections in another order, and the rows of B have to follow. Qwen models are rotated as in transformers.
