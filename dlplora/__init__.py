@@ -4,7 +4,7 @@ The public names are imported when they are first used, so that ``import dlplora
 
 >>> import dlplora
 >>> sorted(dlplora.__all__)[:3]
-['AdapterBank', 'DLPLoRAError', 'FusedCausalLM']
+['AdapterBank', 'DLPLoRAError', 'FusedAdapter']
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from dlplora.adapters.pool import load_pool
     from dlplora.errors import DLPLoRAError
     from dlplora.evaluation.api import evaluate
+    from dlplora.export.fused_adapter import FusedAdapter
+    from dlplora.export.gguf_file import export_gguf
+    from dlplora.export.merged_checkpoint import export_merged
+    from dlplora.export.peft_folder import export_peft
     from dlplora.inference.fused_model import FusedCausalLM
     from dlplora.methods.base import FusionMethod, Metadata, MethodContext
     from dlplora.modules.lora_bank import AdapterBank
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterBank",
     "DLPLoRAError",
+    "FusedAdapter",
     "FusedCausalLM",
     "FusionMethod",
     "Metadata",
@@ -37,12 +42,16 @@ __all__ = [
     "Router",
     "RouterConfig",
     "evaluate",
+    "export_gguf",
+    "export_merged",
+    "export_peft",
     "load_pool",
 ]
 
 _HOMES = {
     "AdapterBank": "modules.lora_bank",
     "DLPLoRAError": "errors",
+    "FusedAdapter": "export.fused_adapter",
     "FusedCausalLM": "inference.fused_model",
     "FusionMethod": "methods.base",
     "Metadata": "methods.base",
@@ -52,6 +61,9 @@ _HOMES = {
     "Router": "modules.router:MiniMLPRouter",
     "RouterConfig": "modules.router",
     "evaluate": "evaluation.api",
+    "export_gguf": "export.gguf_file",
+    "export_merged": "export.merged_checkpoint",
+    "export_peft": "export.peft_folder",
     "load_pool": "adapters.pool",
 }
 

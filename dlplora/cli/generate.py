@@ -8,7 +8,7 @@ from typing import Any
 from dlplora.errors import GenerationError
 
 
-def _prompt_text(arguments: argparse.Namespace) -> str:
+def prompt_text(arguments: argparse.Namespace) -> str:
     """The prompt as typed with ``--raw``. Otherwise a typed ``\\n`` is a line break, and nano prompts end with ``Answer:``.
 
     The embedded experts were trained on that form.
@@ -28,7 +28,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from dlplora.cli.terminal import quiet_loading
     from dlplora.inference.fused_model import FusedCausalLM
 
-    text = _prompt_text(arguments)
+    text = prompt_text(arguments)
     quiet_loading(arguments.pretrained)
     model = FusedCausalLM.from_pretrained(
         arguments.pretrained,

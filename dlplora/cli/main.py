@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dlplora import __version__
+from dlplora.cli.export import add_export
 from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
@@ -195,6 +196,10 @@ def _generation(commands: Any) -> None:
     _add_model_options(parser)
     add_device_options(parser)
     parser.set_defaults(run=_lazy("generate", "run_generate"))
+    parser = add_export(commands)
+    _add_model_options(parser)
+    add_device_options(parser)
+    parser.set_defaults(run=_lazy("export", "run_export"))
     parser = add_serve(commands)
     _add_model_options(parser)
     parser.set_defaults(run=_lazy("serve", "run_serve"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextvars
+import functools
 import ipaddress
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.pool import add_device_options
+from dlplora.cli.serve_upstream import add_upstream_options, check_upstream, run_upstream
 from dlplora.errors import ConfigError, DLPLoRAError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--api-key", help="key that clients must send (or DLPLORA_API_KEY); required unless the address is loopback")
     parser.add_argument("--admin-key", help="key of POST /admin/reload (or DLPLORA_ADMIN_KEY); without one it does not exist")
     parser.add_argument("--insecure", action="store_true", help="allow other addresses than loopback without a key")
+    add_upstream_options(parser)
     return parser
 
 
@@ -57,6 +60,7 @@ def _check(arguments: argparse.Namespace, api_key: str | None) -> None:
         raise ConfigError(f"--host {arguments.host} can be reached from other machines: set --api-key, or pass --insecure.")
     if not 0 <= arguments.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, got {arguments.port}.")
+    check_upstream(arguments)
 
 
 def _template(arguments: argparse.Namespace) -> str | None:
@@ -70,18 +74,23 @@ def _template(arguments: argparse.Namespace) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
+def _few_shot(arguments: argparse.Namespace) -> Callable[[str, int], Sequence[Any]] | None:
+    """Training items of a task, for methods that need examples; None without a suite."""
+    from dlplora.tasks.registry import get_suite
+
+    suite_name = arguments.suite or ("nano" if arguments.pretrained is None else None)
+    if suite_name is None:
+        return None
+    return lambda task, num: get_suite(suite_name, arguments.data_root).task(task).items("train", num)
+
+
 def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
     """A function that loads the model; called again for a reload."""
     from dlplora.cli.evaluate import parse_parameter
     from dlplora.inference.fused_model import FusedCausalLM
-    from dlplora.tasks.registry import get_suite
 
-    suite_name = arguments.suite or ("nano" if arguments.pretrained is None else None)
     options: dict[str, Any] = {key: value for key, value in (("dtype", arguments.dtype), ("device", arguments.device)) if value is not None}
     artifacts = {} if arguments.trained is None else {"trained": arguments.trained}
-
-    def few_shot(task: str, num: int) -> Sequence[Any]:
-        return () if suite_name is None else get_suite(suite_name, arguments.data_root).task(task).items("train", num)
 
     def load() -> FusedCausalLM:
         return FusedCausalLM.from_pretrained(
@@ -92,7 +101,7 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
             multitask=arguments.multitask,
             method_params=dict(map(parse_parameter, arguments.method_param)),
             artifacts=artifacts,
-            few_shot=few_shot if suite_name is not None else None,
+            few_shot=_few_shot(arguments),
             **options,
         )
 
@@ -143,6 +152,9 @@ def run_serve(arguments: argparse.Namespace) -> int:
     api_key = arguments.api_key or os.environ.get("DLPLORA_API_KEY") or None
     admin_key = arguments.admin_key or os.environ.get("DLPLORA_ADMIN_KEY") or None
     _check(arguments, api_key)
+    if arguments.upstream is not None:
+        listen = functools.partial(_listen, arguments.host, arguments.port)
+        return run_upstream(arguments, listen, _few_shot(arguments), _template(arguments), api_key)
     try:
         import uvicorn
 

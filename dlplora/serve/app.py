@@ -28,7 +28,9 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src {script
 """The page loads nothing, runs its own script only, and talks to this server only."""
 
 
-def _key_check(expected: str | None) -> Callable[[Request], None]:
+def key_check(expected: str | None) -> Callable[[Request], None]:
+    """A dependency that refuses requests without the expected API key; None asks for none."""
+
     def check(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if expected is not None and not secrets.compare_digest(given.encode(), f"Bearer {expected}".encode()):
@@ -45,14 +47,14 @@ def build_app(engine: Engine, options: ServerOptions | None = None) -> FastAPI:
     app.state.server = server
     app.add_middleware(BodyLimit, limit=options.max_body_bytes)
     app.add_middleware(CountResponses, counter=server.metrics.responses)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     _add_completions(app, server)
     _add_information(app, server)
     return app
 
 
 def _add_completions(app: FastAPI, server: Server) -> None:
-    protected = [Depends(_key_check(server.options.api_key))]
+    protected = [Depends(key_check(server.options.api_key))]
 
     @app.post("/v1/chat/completions", dependencies=protected, responses=COMPLETIONS)
     async def chat(http: Request, request: ChatRequest) -> Response:
@@ -76,7 +78,7 @@ def _add_completions(app: FastAPI, server: Server) -> None:
 
 
 def _add_information(app: FastAPI, server: Server) -> None:
-    protected = [Depends(_key_check(server.options.api_key))]
+    protected = [Depends(key_check(server.options.api_key))]
     page = (resources.files("dlplora.serve") / "page.html").read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0].encode()
     policy = PAGE_POLICY.format(script=f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'")
@@ -110,7 +112,7 @@ def _add_information(app: FastAPI, server: Server) -> None:
     if server.options.admin_key is not None and server.options.reload is not None:
         reload = server.options.reload
 
-        @app.post("/admin/reload", dependencies=[Depends(_key_check(server.options.admin_key))])
+        @app.post("/admin/reload", dependencies=[Depends(key_check(server.options.admin_key))])
         async def reload_pool() -> dict[str, Any]:
             try:
                 return {"adapters": list(await asyncio.to_thread(reload))}
@@ -118,7 +120,9 @@ def _add_information(app: FastAPI, server: Server) -> None:
                 raise BadRequestError(f"the pool was not reloaded: {error}", status=409) from error
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form."""
+
     @app.exception_handler(DLPLoRAError)
     async def known(_: Request, error: DLPLoRAError) -> JSONResponse:
         status, body = error_body(error)

@@ -178,7 +178,7 @@ def _sse(body: dict[str, Any]) -> str:
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and body of an error, in OpenAI's form; internal errors are not described to clients."""
     if isinstance(error, BadRequestError):
-        kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+        kind = "authentication_error" if error.status == 401 else "server_error" if error.status >= 500 else "invalid_request_error"
         return error.status, error_of(str(error), kind, error.param, error.code)
     if isinstance(error, QueueFullError):
         return 429, error_of(str(error), "rate_limit_error", None, "queue_full")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dlplora.baselines.meteora import MeteoRA
-from dlplora.cli.generate import _prompt_text
+from dlplora.cli.generate import prompt_text
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod, Metadata
@@ -274,7 +274,7 @@ def test_arguments_that_do_not_fit_together_are_refused(fuse: Any) -> None:
 
 
 def typed(prompt: str, *, raw: bool, pretrained: str | None = None) -> str:
-    return _prompt_text(Namespace(prompt=prompt, raw=raw, pretrained=pretrained, chat=False))
+    return prompt_text(Namespace(prompt=prompt, raw=raw, pretrained=pretrained, chat=False))
 
 
 def test_raw_prompts_are_taken_as_typed() -> None:

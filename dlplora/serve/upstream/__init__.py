@@ -1,0 +1,1 @@
+"""The same front door before another inference server: routing here, generation there."""
