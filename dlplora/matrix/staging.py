@@ -91,7 +91,8 @@ class Staging:
                     os.rename(source, target) if source.is_dir() else os.link(source, target)
             if not target.exists():
                 _copy_without_links(source, target)
-        for left in (self.folder / READY).glob(f"{cell}.*"):  # also of attempts that came second
+        second = (self.folder / STAGE).glob(f"{cell}.*")  # whatever attempts that came second still write
+        for left in (*(self.folder / READY).glob(f"{cell}.*"), *second):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def publish_all(self, done: set[str]) -> None:
