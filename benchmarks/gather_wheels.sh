@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 USUAL = """torch transformers lightning pytorch-lightning lightning-utilities torchmetrics peft accelerate numpy scipy pandas pyarrow scikit-learn
 matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing tensorboard tensorboard-data-server grpcio protobuf markdown werkzeug absl-py
 tokenizers safetensors huggingface-hub hf-xet regex requests urllib3 certifi idna charset-normalizer tqdm filelock fsspec packaging pyyaml click
-typing-extensions jinja2 markupsafe networkx sympy mpmath setuptools six psutil httpx httpcore h11 anyio aiohttp aiohappyeyeballs aiosignal attrs
+jinja2 markupsafe networkx sympy mpmath setuptools six psutil httpx httpcore h11 anyio aiohttp aiohappyeyeballs aiosignal attrs
 frozenlist multidict propcache yarl xxhash joblib threadpoolctl sacrebleu portalocker tabulate colorama lxml python-dateutil typer shellingham rich
 pygments markdown-it-py mdurl pytest iniconfig pluggy hypothesis sortedcontainers triton"""
 
