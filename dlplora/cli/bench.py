@@ -21,7 +21,7 @@ def add_latency(inner: Any) -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="NAME", help="plan in configs/bench, or a YAML file; excludes the options of one group")
     parser.add_argument("--shape", help="qwen2-0.5b, qwen2-1.5b, qwen2-7b, llama2-7b, llama3-8b, nano or tiny (default: nano)")
     parser.add_argument("--contenders", metavar="A,B", help="presets, base, peft_single, peft_mixed, peft_xlora, peft_arrow, "
-                        "released_loop, or all; NAME@E has a pool of its own size")  # fmt: skip
+                        "released_loop, or all; NAME@E has a pool of its own size, NAME:BACKEND a kernel backend: ties:merged")  # fmt: skip
     parser.add_argument("--experts", metavar="N,N", help="pool sizes (default: 26)")
     parser.add_argument("--kept", metavar="N,N", help="force top-k experts per sequence (default: what each method keeps)")
     parser.add_argument("--batch", metavar="N,N", help="rows, all different (default: 1)")
@@ -32,7 +32,7 @@ def add_latency(inner: Any) -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", default=None, help="compile the decoding step (GPU)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="recorded rounds (default: 7)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="recorded rounds, an even number (default: 8)")
     parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them (default: 2)")
     parser.add_argument("--out", metavar="PATH", help="folder, or file ending in .json (default: results/bench; results/scratch/bench "
                         "while code is not committed)")  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from dlplora import __version__
 from dlplora.cli.export import add_export
+from dlplora.cli.matrix import add_matrix
 from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
@@ -213,6 +214,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in (("fit", "train from a configuration"), ("validate", "validate a checkpoint"), ("test", "test a checkpoint")):
         commands.add_parser(name, help=text, add_help=False)
     _evaluation(commands)
+    add_matrix(commands)
+    commands.choices["matrix"].set_defaults(run=_lazy("matrix", "run_matrix"))
     _reports(commands)
     _benchmarks(commands)
     _information(commands)

@@ -203,7 +203,7 @@ def resolve(
     """
     name, profile = load_profile(backbone)
     protocol = load_protocol(profile.protocol, overrides)
-    if profile.without_rows is not None and not _has_rows(protocol) and not _hub_answers(protocol):
+    if profile.without_rows is not None and not has_rows(protocol) and not _hub_answers(protocol):
         profile = dataclasses.replace(profile, protocol=profile.without_rows)
         protocol = load_protocol(profile.protocol, overrides)
     chosen = list(methods or profile.methods)
@@ -239,10 +239,10 @@ def announced(job: PaperJob) -> Iterator[str]:
         yield from job_over(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
     else:
         yield from _roles(job)
-    training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := _budget(job, setting, kind))["runs"]}
-    rows, count = _rows_at_hand(job)
+    training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := budget(job, setting, kind))["runs"]}
+    rows, count = rows_at_hand(job)
     lora = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]
-    shape = estimate.shape_of(source, _known_shape(job), rank=lora["rank"], targets=lora["target_modules"])
+    shape = estimate.shape_of(source, known_shape(job), rank=lora["rank"], targets=lora["target_modules"])
     wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
     yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
 
@@ -254,14 +254,14 @@ def _roles(job: PaperJob) -> Iterator[str]:
     yield f"evaluate {', '.join(job.methods)} with seed(s) {', '.join(map(str, job.seeds))}; finished cells are reused"
 
 
-def _known_shape(job: PaperJob) -> ModelShape | None:
+def known_shape(job: PaperJob) -> ModelShape | None:
     """Sizes of the backbone that are known without looking at it: the profile's, or those of the one that is pretrained here."""
     if job.profile.shape is not None:
         return find_shape(job.profile.shape)
     if not job.profile.train_backbone:
         return None
     config = load_yaml(artifacts.config_path("backbone", job.setting))
-    model = _overridden(config["model"]["init_args"], job.setting.extra("backbone"), "--model.init_args.")
+    model = overridden(config["model"]["init_args"], job.setting.extra("backbone"), "--model.init_args.")
     return ModelShape(
         model_type="llama",
         vocab_size=config["data"]["init_args"].get("vocab_size", 4096),
@@ -274,24 +274,24 @@ def _known_shape(job: PaperJob) -> ModelShape | None:
     )
 
 
-def _overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -> dict[str, Any]:
+def overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -> dict[str, Any]:
     """Whole numbers of a configuration after the options that change them."""
     given = dict(option.removeprefix(prefix).split("=", 1) for option in options if option.startswith(prefix))
     return {**values, **{key: int(value) for key, value in given.items() if value.isdigit()}}
 
 
-def _budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
+def budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
     """Steps and rows of one kind of training, and how many of it there are."""
     data = load_yaml(artifacts.config_path(kind, setting))["data"]["init_args"]
-    data = _overridden(data, setting.extra(kind), "--data.init_args.")
+    data = overridden(data, setting.extra(kind), "--data.init_args.")
     roles = [role for role in roles_of(job.methods) if artifacts.kind_of(role) == kind]
-    runs = len(roles) * len(job.seeds) * (_rows_at_hand(job)[1] if kind == "pool" else 1)
+    runs = len(roles) * len(job.seeds) * (rows_at_hand(job)[1] if kind == "pool" else 1)
     rank = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]["rank"]
     size = RANKS.get(kind, rank) // rank
     return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs, "size": size}
 
 
-def _has_rows(protocol: Protocol) -> bool:
+def has_rows(protocol: Protocol) -> bool:
     """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
     return protocol.suite in {"paper_local", "real26_skills"} or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
 
@@ -311,7 +311,7 @@ def _require_tasks(protocol: Protocol) -> None:
     Raises:
         TaskError: With the nearest name.
     """
-    if _has_rows(protocol):
+    if has_rows(protocol):
         get_suite(protocol.suite, protocol.data_root).select(protocol.tasks)
         return
     known = suite_names(protocol.suite)
@@ -320,9 +320,9 @@ def _require_tasks(protocol: Protocol) -> None:
             raise TaskError(f"suite '{protocol.suite}' has no task '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
 
 
-def _rows_at_hand(job: PaperJob) -> tuple[list[int], int]:
+def rows_at_hand(job: PaperJob) -> tuple[list[int], int]:
     """Characters of the training rows under the data root, none if they would have to come from the hub; and the number of tasks."""
-    if not _has_rows(job.protocol):
+    if not has_rows(job.protocol):
         return [], len(job.protocol.tasks or suite_names(job.protocol.suite))
     suite = job.setting.chosen()
     return [len(item.prompt) + len(item.answer) for task in suite.tasks for item in task.rows.get("train", ())], len(suite.tasks)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
 def _end_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends, however it ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # A scheduler sends the signal before a preemption to a whole process group; the parent passes it on as a wish for a checkpoint.
+    for announced in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(announced, signal.SIG_IGN)
 
 
 def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -127,13 +130,43 @@ def _train_pool(setting: Setting, folder: Path, resume: Path, seeded: Sequence[s
         command = _command("pool", setting, resume / f"part{i}", resume / f"run{i}", extra)
         started.append(_start(command, env=environment, stdout=output, stderr=output))
     _wait("the pool", started)
+    assemble_pool({name: resume / f"part{i}" for i, shard in enumerate(shards) for name in shard}, folder, names)
+
+
+def train_experts(names: Sequence[str], folder: Path, resume: Path, *, seed: int = 0, setting: Setting = NANO) -> None:
+    """Train some experts of a pool in one process; resumes after an interruption.
+
+    Args:
+        names: Their tasks.
+        folder: Where they go; ``assemble_pool`` makes a pool of several such folders.
+        resume: For resume files.
+        seed: Of the training.
+        setting: Backbone and tasks.
+
+    Raises:
+        ConfigError: If training failed; its own message stands above.
+        KeyboardInterrupt: If it was interrupted.
+    """
+    extra = [*([f"--seed_everything={seed}"] if seed else []), f"--data.init_args.tasks={','.join(names)}"]
+    _wait("experts", [_start(_command("pool", setting, folder, resume, extra))])
+
+
+def assemble_pool(parts: Mapping[str, Path], folder: Path, names: Sequence[str]) -> None:
+    """Make a pool folder of experts that were trained apart.
+
+    Args:
+        parts: Expert -> the folder it was trained into.
+        folder: Of the pool.
+        names: The experts in the order of the tasks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for i, shard in enumerate(shards):
-        for name in shard:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            shutil.copytree(resume / f"part{i}" / name, folder / name)
-    notes = [read_json(resume / f"part{i}" / "training.json") for i in range(count)]
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(parts[name] / name, folder / name)
+    folders = list(dict.fromkeys(parts.values()))
+    notes = [read_json(part / "training.json") for part in folders]
     tokens = {"training_tokens": sum(part["training_tokens"] for part in notes)}
     write_atomically(folder / "training.json", json.dumps(notes[0] | {"metrics": {}} | tokens, indent=2) + "\n")
-    described = {task.name: task.description for task in setting.chosen().tasks}
-    write_manifest(folder, names, read_json(resume / "part0" / MANIFEST_NAME)["base_model"], descriptions=described)
+    manifests = [read_json(part / MANIFEST_NAME) for part in folders]
+    described = {row["name"]: row.get("description") for manifest in manifests for row in manifest["adapters"]}
+    write_manifest(folder, names, manifests[0]["base_model"], descriptions=described)

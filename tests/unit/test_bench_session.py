@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dlplora.bench import session as latency_bench
+from dlplora.bench import session
 from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
+from dlplora.bench.rounds import round_orders
 from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_workload, run_plan
 from dlplora.bench.setup import BenchSetup, Entry
 from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems
@@ -22,7 +24,7 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.sentences import last_question
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import available_presets, build_method
-from dlplora.reporting.latency.records import read_latency, reroutes_in
+from dlplora.reporting.latency.records import LatencyRecord, read_latency, reroutes_in
 from dlplora.types import PromptBatch
 
 CPU = torch.device("cpu")
@@ -178,30 +180,70 @@ def test_shipped_plans_load(name: str) -> None:
     assert load_bench_config(name).groups
 
 
-def test_rounds_alternate_and_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def timed_in_order(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[list[str], LatencyRecord]:
+    """A plan of three systems with a clock that counts the turns; who took them, and the record."""
     order: list[str] = []
 
     def timed(contender: Any, workload: Any) -> tuple[float, float]:
         order.append(contender.entry.contender)
         return 2.0 * len(order), 1.0 * len(order)
 
-    monkeypatch.setattr(latency_bench, "_once", timed)
-    plan = BenchConfig(
-        shape="tiny", groups={"a": Group(contenders=("base", "peft_single"), prompt=(4,), new_tokens=2, repeats=3, warmup=1)}
-    )
-    record = run_plan(plan)
-    # a warm-up and a run for the memory each; then rounds forth, back, forth
-    assert order == ["base", "base", "peft_single", "peft_single", *"base peft_single peft_single base base peft_single".split()]
-    assert record.measurements[0].tpot_s == [5.0, 8.0, 9.0]
-    assert record.measurements[1].ttft_s == [12.0, 14.0, 20.0]
-    row = record.summary[1]
-    assert row["tpot_over_base"]["median"] == pytest.approx(10 / 9)  # of 6/5, 7/8 and 10/9
-    assert (record.weights, record.shape, record.measurements[0].warmup) == ("random", "tiny", 1)
+    monkeypatch.setattr(session, "time_once", timed)
+    group = Group(contenders=("base", "peft_single", "avg_delta"), experts=(2,), prompt=(4,), new_tokens=2, repeats=4, warmup=1)
+    return order, run_plan(BenchConfig(shape="tiny", seed=seed, groups={"a": group}))
+
+
+def test_rounds_are_random_backwards_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, record = timed_in_order(monkeypatch)
+    names = [one.contender for one in record.measurements]
+    # a warm-up and a run for the memory each; then four rounds of a generation off the clock, by who comes last, and three on it
+    assert order[:6] == ["base", "base", "peft_single", "peft_single", "avg_delta", "avg_delta"]
+    rounds = [order[start : start + 4] for start in range(6, len(order), 4)]
+    assert len(rounds) == 4
+    for number, (off_the_clock, *turns) in enumerate(rounds):
+        assert off_the_clock == turns[-1]
+        assert sorted(turns) == sorted(names)
+        assert turns == sorted(names, key=lambda name: record.measurements[names.index(name)].positions[number])
+        if number % 2:
+            assert turns == rounds[number - 1][:0:-1]
+    for one in record.measurements:  # the clock counts turns: a sample of round r at position p is turn 6 + 4 r + 1 (off the clock) + p + 1
+        assert one.tpot_s == [8.0 + 4 * number + position for number, position in enumerate(one.positions)]
+        assert one.ttft_s == [2 * value for value in one.tpot_s]
+    base, single = (next(one for one in record.measurements if one.contender == name) for name in ("base", "peft_single"))
+    row = next(row for row in record.summary if row["contender"] == "peft_single")
+    ratios = [a / b for a, b in zip(single.tpot_s, base.tpot_s, strict=True)]
+    assert row["tpot_over_base"]["median"] == pytest.approx(statistics.median(ratios))
+    assert row["tpot_over_base"]["of_minima"] == pytest.approx(min(single.tpot_s) / min(base.tpot_s))
+    assert row["tpot_s"]["min"] == min(single.tpot_s)
+    assert (record.weights, record.shape, record.seed, record.measurements[0].warmup) == ("random", "tiny", 0, 1)
+    assert timed_in_order(monkeypatch)[0] == order
+    assert timed_in_order(monkeypatch, seed=1)[0] != order
+
+
+def test_every_position_is_taken_equally_often() -> None:
+    orders = round_orders(5, 4000, 0)
+    for index in range(5):
+        places = [order.index(index) for order in orders]
+        assert sum(places) == 2 * len(orders)  # exactly, by the pairs
+        # by chance: each place 800 times of 4000, standard deviation below 36
+        assert all(abs(places.count(place) - 800) < 180 for place in range(5))
+
+
+def test_a_contender_has_a_backend_of_its_own(setup: BenchSetup) -> None:
+    entries = Group(contenders=("base", "avg_delta:merged", "dlp@3:dense", "dlp"), experts=(4,)).entries()
+    assert [(one.contender, one.experts, one.backend) for one in entries[1:]] == [
+        ("avg_delta", 4, "merged"), ("dlp", 3, "dense"), ("dlp", 4, "auto"),
+    ]  # fmt: skip
+    workload = make_workload(setup.tokenizer, CPU, 2, 9, 4)
+    merged = build_system(setup, entries[1])
+    assert merged.backend(workload) == "merged"
+    plain = build_system(setup, Entry(contender="avg_delta", experts=4, backend="reference"))
+    assert torch.equal(merged.generate(workload), plain.generate(workload))
 
 
 def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--shape tiny --contenders base,peft_single,released_loop,dlp,meteora_gate,multitask_r64 --experts 3 --kept 2 --batch 1,2"
-    arguments += f" --prompt 8 --new-tokens 4 --reroute-every 2 --repeats 1 --warmup 0 --out {tmp_path}/it.json"
+    arguments += f" --prompt 8 --new-tokens 4 --reroute-every 2 --repeats 2 --warmup 0 --out {tmp_path}/it.json"
     assert main(["bench", "latency", *arguments.split()]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("Shape `tiny`")
@@ -231,6 +273,8 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
         ("--reroute-every 1", "'reroute_every' must be at least 2"),
         ("--new-tokens 1", "'new_tokens' must be at least 2"),
         ("--repeats 0", "'repeats' must be at least 1"),
+        ("--repeats 5", "'repeats' must be even, got 5"),
+        ("--contenders base:merged", "'base' has no kernel backend"),
         ("--backends fast", "unknown backend 'fast'"),
         ("--dtype float8", "unknown dtype 'float8'"),
         ("--device gpu", "unknown device 'gpu'"),

@@ -72,6 +72,8 @@ class Measurement:
     """Memory one generation needed on top of that; a lower bound on a CPU."""
     floor_s: float
     """Time in which the memory moves what a decode step of the bare backbone must read."""
+    positions: list[int] = field(default_factory=list)
+    """The place in the order of each round, from 0; empty in records made before orders were random."""
 
     @property
     def workload(self) -> tuple[str, int, int, int, bool]:
@@ -101,8 +103,10 @@ class LatencyRecord:
     created: str
     kind: str = "latency"
     schema_version: int = BENCH_VERSION
+    seed: int | None = None
+    """Of the order of turns; None in records made before it was random."""
     summary: list[dict[str, Any]] = field(default_factory=list)
-    """Medians and ratios for readers of the file; nobody reads them back."""
+    """Minima, medians and ratios for readers of the file; nobody reads them back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,12 @@ def ratio_to(record: LatencyRecord, one: Measurement, name: str, quantity: Quant
     return None if other is None else paired_ratio(getattr(one, quantity), getattr(other, quantity))
 
 
+def ratio_of_minima(record: LatencyRecord, one: Measurement, name: str, quantity: Quantity) -> float | None:
+    """A contender's fastest round over a reference's, on which other processes weigh least; None if the reference was not measured."""
+    other = reference_of(record, one, name)
+    return None if other is None else min(getattr(one, quantity)) / min(getattr(other, quantity))
+
+
 def plain_of(record: LatencyRecord, forced: Measurement) -> Measurement | None:
     """The same contender without forced re-routing."""
     key = ("contender", "experts", "kept", "backend_asked", "workload")
@@ -179,7 +189,7 @@ def reroute_cost(record: LatencyRecord, forced: Measurement) -> Ratio | None:
 
 
 def summarise(record: LatencyRecord) -> list[dict[str, Any]]:
-    """Medians, quartile distances and ratios of every measurement."""
+    """Minima, medians, quartile distances and ratios of every measurement; ``of_minima`` is the ratio of the fastest rounds."""
     rows = []
     for one in record.measurements:
         row: dict[str, Any] = {
@@ -189,11 +199,13 @@ def summarise(record: LatencyRecord) -> list[dict[str, Any]]:
         quantity: Quantity
         for quantity in ("ttft_s", "tpot_s", "router_s"):
             samples = getattr(one, quantity)
-            row[quantity] = {"median": statistics.median(samples), "iqr": iqr(samples)} if samples else None
+            row[quantity] = {"min": min(samples), "median": statistics.median(samples), "iqr": iqr(samples)} if samples else None
         for name in (SINGLE, BASE):
             for quantity in ("ttft_s", "tpot_s"):
                 ratio = ratio_to(record, one, name, quantity)
-                row[f"{quantity[:-2]}_over_{name}"] = None if ratio is None else dataclasses.asdict(ratio)
+                row[f"{quantity[:-2]}_over_{name}"] = (
+                    None if ratio is None else {**dataclasses.asdict(ratio), "of_minima": ratio_of_minima(record, one, name, quantity)}
+                )
         cost = reroute_cost(record, one)
         row["reroute_in_steps"] = None if cost is None else dataclasses.asdict(cost)
         row["tpot_over_floor"] = statistics.median(one.tpot_s) / one.floor_s
