@@ -17,7 +17,7 @@ from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.cli.serve import add_serve
-from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.errors import ConfigError, DLPLoRAError, one_line
 from dlplora.interruption import exit_code, raising_on_sigterm
 
 Command = Callable[[argparse.Namespace], int]
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with raising_on_sigterm():
             return _run(list(sys.argv[1:] if argv is None else argv))
     except DLPLoRAError as error:
-        print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dlplora: error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -55,14 +55,17 @@ def prompt_tensors(
     mask: Tensor | None,
     prompts: PromptBatch | None,
     infer_mask: Callable[[Tensor], Tensor] = torch.ones_like,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, PromptBatch]:
     """Left-padded ids (B, T) and mask, and the prompts a router reads; the arguments are those of ``FusedCausalLM.generate``.
 
     Args:
         infer_mask: The mask of ``input_ids`` that come without one.
+        vocab_size: Tokens that the model knows; None does not ask.
 
     Raises:
-        GenerationError: If nothing or several things are given, they do not fit together, or a prompt is empty.
+        GenerationError: If nothing or several things are given, they do not fit together, a prompt is empty, or a token is not one of the
+            model's.
     """
     if given is not None:
         if prompts is not None or input_ids is not None:
@@ -84,6 +87,8 @@ def prompt_tensors(
     for i, row in enumerate(rows):
         if not any(token not in special for token in row):
             raise GenerationError(f"prompt {i} is empty: it holds no token besides special ones.")
+        if vocab_size is not None and not (0 <= min(row) and max(row) < vocab_size):
+            raise GenerationError(f"prompt {i} holds a token that the model does not know: ids are from 0 to {vocab_size - 1}.")
     if prompts is None:
         prompts = PromptBatch.from_ids(rows, tokenizer, device=device)
         markers = learn_markers(tokenizer)

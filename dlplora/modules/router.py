@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dlplora.adapters.files import write_tensors
-from dlplora.atomic import replacing, write_json
+from dlplora.atomic import filling, write_json
 from dlplora.config import build, short
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
@@ -303,15 +303,13 @@ class MiniMLPRouter(nn.Module):
         return torch.tensor([position[name] for name in names], dtype=torch.long)
 
     def save(self, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None) -> None:
-        """Write ``router.safetensors`` and ``router.json``, each atomically.
+        """Write ``router.safetensors`` and ``router.json``, atomically together.
 
         Args:
             folder: Made if it does not exist.
             metrics: What was measured on held-out data (JSON values); for readers and for the warning of ``router_confidence``, never read
                 back into routing.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if metrics is not None:
             self.metrics = dict(metrics)
         description = {
@@ -324,9 +322,9 @@ class MiniMLPRouter(nn.Module):
             "metrics": self.metrics,
         }
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
-        with replacing(folder / "router.safetensors") as temporary:
-            write_tensors(temporary, tensors)
-        write_json(folder / "router.json", description)
+        with filling(folder, "router.json") as temporary:
+            write_tensors(temporary / "router.safetensors", tensors)
+            write_json(temporary / "router.json", description)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], embedding: nn.Module | None = None) -> MiniMLPRouter:

@@ -42,6 +42,13 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do not read hyper-parameters from checkpoints."""
 
+    def _set_seed(self) -> None:
+        """As Lightning does; a seed that numpy does not take is the user's error, also one in ``PL_GLOBAL_SEED``."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}.") from error
+
     def before_instantiate_classes(self) -> None:
         """Give the run's seed to every part that has none of its own; add progress, loggers and resume files."""
         config = self.config[self.subcommand] if self.subcommand else self.config
