@@ -58,7 +58,7 @@ class RecordError(DLPLoRAError):
     """A results record is malformed."""
 
 
-MAX_LINE = 2000
+MAX_LINE = 1500
 """Characters of an error on the terminal."""
 
 

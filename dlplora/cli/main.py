@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _refuse_empty(arguments: argparse.Namespace) -> None:
     """An empty value, usually an unset shell variable, must not mean the default or the working folder."""
     for name, value in vars(arguments).items():
-        if name != "prompt" and isinstance(value, str) and not value.strip(" ,"):
+        if name != "prompt" and isinstance(value, str) and not value.replace(",", " ").strip():
             raise ConfigError(f"the value of '{name.replace('_', '-')}' is empty (got {value!r}); give one, or leave the option out.")
 
 
@@ -239,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"dlplora: error: {error.strerror or error}: {error.filename2 or error.filename or ''}".rstrip(": "), file=sys.stderr)
+        text = f"{error.strerror or error}: {error.filename2 or error.filename or ''}"
+        print(f"dlplora: error: {one_line(text.rstrip(': '))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("dlplora: interrupted; the same command continues where this one stopped.", file=sys.stderr)

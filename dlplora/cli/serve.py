@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.pool import add_device_options
+from dlplora.documents import read_text
 from dlplora.errors import ConfigError, DLPLoRAError
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def _check(arguments: argparse.Namespace, api_key: str | None) -> None:
         raise ConfigError(f"--host {arguments.host} can be reached from other machines: set --api-key, or pass --insecure.")
     if not 0 <= arguments.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, got {arguments.port}.")
+    if arguments.default_max_tokens < 1:
+        raise ConfigError(f"--default-max-tokens must be at least 1, got {arguments.default_max_tokens}.")
 
 
 def _template(arguments: argparse.Namespace) -> str | None:
@@ -67,7 +70,7 @@ def _template(arguments: argparse.Namespace) -> str | None:
     path = Path(arguments.chat_template)
     if not path.is_file():
         raise ConfigError(f"chat template not found: {path}.")
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
 def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:

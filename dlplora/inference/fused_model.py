@@ -323,9 +323,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))
         given_as = (texts, input_ids, attention_mask, prompts)
         size = self.config.get_text_config().vocab_size
-        ids, mask, prompts = prompt_tensors(
-            self.tokenizer, self.device, *given_as, infer_mask=options.mask_from_padding, vocab_size=size
-        )
+        ids, mask, prompts = prompt_tensors(self.tokenizer, self.device, *given_as, infer_mask=options.mask_from_padding, vocab_size=size)
         options.require_served()
         kwargs["logits_processor"] = with_finite_check(kwargs.get("logits_processor"))
         new_tokens = options.new_tokens(ids.shape[1])

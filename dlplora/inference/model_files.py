@@ -12,6 +12,7 @@ from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.inference.backbones import near_name
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+MAX_JSON_BYTES = 128_000_000
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MAX_LAYERS = 10_000
 """Of a base model; making one takes time for every layer, long before its weights are missed."""
@@ -32,6 +33,9 @@ class ReadingModel:
         self.source, self.revision = source, revision
 
     def __enter__(self) -> ReadingModel:
+        for path in Path(self.source).glob("*.json"):  # transformers reads them whole, whatever their size
+            if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
+                raise ConfigError(f"backbone '{self.source}': {path.name} is no file, or longer than {MAX_JSON_BYTES:,} bytes.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -104,7 +108,7 @@ def check_settings(model: Any, tokenizer: Any, source: str) -> None:
     for name in _TOKENS:
         value = getattr(found, name, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(not isinstance(one, int) or isinstance(one, bool) for one in ids):
+        if any(not isinstance(one, int) or isinstance(one, bool) or abs(one) >= 2**63 for one in ids):
             raise ConfigError(f"backbone '{source}': '{name}' of its generation settings must be a token id, got {value!r:.60}.")
     for name in _SWITCHES:
         value = getattr(found, name, None)
@@ -112,4 +116,6 @@ def check_settings(model: Any, tokenizer: Any, source: str) -> None:
             raise ConfigError(f"backbone '{source}': '{name}' of its generation settings must be true or false, got {value!r:.60}.")
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 1:
-        raise ConfigError(f"backbone '{source}': 'model_max_length' in tokenizer_config.json must be a number of tokens, got {length!r:.60}.")
+        raise ConfigError(
+            f"backbone '{source}': 'model_max_length' in tokenizer_config.json must be a number of tokens, got {length!r:.60}."
+        )

@@ -87,7 +87,7 @@ def prompt_tensors(
     for i, row in enumerate(rows):
         if not any(token not in special for token in row):
             raise GenerationError(f"prompt {i} is empty: it holds no token besides special ones.")
-        if vocab_size is not None and not (0 <= min(row) and max(row) < vocab_size):
+        if vocab_size is not None and (min(row) < 0 or max(row) >= vocab_size):
             raise GenerationError(f"prompt {i} holds a token that the model does not know: ids are from 0 to {vocab_size - 1}.")
     if prompts is None:
         prompts = PromptBatch.from_ids(rows, tokenizer, device=device)

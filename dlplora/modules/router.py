@@ -43,6 +43,11 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 FILE_FORMAT = 2
 
 
+MAX_WIDTH = 1 << 16
+MAX_TABLE = 1 << 30
+"""Values of an own table: 4 GB. Sizes are checked before memory is taken, since a file may ask for any."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """Shape of the router."""
@@ -67,14 +72,16 @@ class RouterConfig:
         hidden = DEFAULT_HIDDEN[self.variant] if self.hidden is None else tuple(self.hidden)
         object.__setattr__(self, "hidden", hidden)
         object.__setattr__(self, "pooling", self.pooling or DEFAULT_POOLING[self.variant])
-        if len(hidden) != 3 or any(width < 1 for width in hidden):
+        if len(hidden) != 3 or any(not 1 <= width <= MAX_WIDTH for width in hidden):
             raise ConfigError(f"router: 'hidden' must be three positive widths (four linear layers), got {list(hidden)}.")
-        if self.max_tokens < 2:
+        if not 2 <= self.max_tokens < 2**31:
             raise ConfigError(f"router: 'max_tokens' must be at least 2, got {self.max_tokens}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"router: 'dropout' must be in [0, 1), got {self.dropout}.")
-        if self.table_rows < 1 or self.table_width < 1:
-            raise ConfigError(f"router: the table must have rows and columns, got {self.table_rows} x {self.table_width}.")
+        if self.table_rows < 1 or not 1 <= self.table_width <= MAX_WIDTH or self.table_rows * self.table_width > MAX_TABLE:
+            raise ConfigError(
+                f"router: a table has rows, columns and at most {MAX_TABLE:,} values, got {self.table_rows} x {self.table_width}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,10 @@ from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 log = logging.getLogger(__name__)
 
 
+MAX_ROWS = 1 << 16
+"""Of a batch or a queue; the cache of a batch is made when the engine starts."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
     """Bounds of the engine."""
@@ -51,8 +55,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MAX_ROWS:
+                raise ConfigError(f"'{name}' must be from 1 to {MAX_ROWS}, got {getattr(self, name)}.")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"'max_model_len' must be at least 2, a token of the prompt and one of the answer, got {self.max_model_len}.")
         if not 0.0 <= self.min_confidence <= 1.0:
             raise ConfigError(f"'min_confidence' must be between 0 and 1, got {self.min_confidence}.")
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
             return 2
         except OSError as error:  # a full disk, above all; what TensorBoard raises names no file
             where = error.filename2 or error.filename or "a file of the run, under trainer.default_root_dir"
-            _say(f"error: {error.strerror or error}: {where}")
+            _say(f"error: {one_line(f'{error.strerror or error}: {where}')}")
             return 2
         except KeyboardInterrupt as error:
             return _interrupted(exit_code(error))

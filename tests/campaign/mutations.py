@@ -96,7 +96,9 @@ def spoilt_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     if kind == "cut":
         return content[:position], f"cut at {position}"
     if kind == "flip":
-        return content[:position] + bytes([content[position] ^ (1 << rng.randrange(8))]) + content[position + 1 :], f"bit of byte {position}"
+        return content[:position] + bytes([content[position] ^ (1 << rng.randrange(8))]) + content[
+            position + 1 :
+        ], f"bit of byte {position}"
     if kind == "zero":
         return content[:position] + b"\0" * 8 + content[position + 8 :], f"zeros at {position}"
     if kind == "repeat":

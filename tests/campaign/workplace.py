@@ -27,7 +27,7 @@ LIMIT_S = 10
 """No command that is refused takes longer."""
 EXECUTED = "EXECUTED"
 """The file that code in a document would make."""
-ERROR = re.compile(r"(^|\s)(dlplora|lightning|fit|dlplora \w+): error: |^error: ")
+ERROR = re.compile(r"^((dlplora|lightning)( [\w-]+)*: )?error: ")
 
 
 class TooLongError(BaseException):
@@ -61,11 +61,22 @@ def make_workplace(root: Path) -> Path:
 
 
 def _write_configurations(root: Path) -> None:
-    protocol = {"suite": "local:all", "data_root": "rows", "backbone": "model", "dtype": "float32", "batch_size": 4, "seeds": [0], "tasks": ["alpha"]}
+    protocol = {
+        "suite": "local:all",
+        "data_root": "rows",
+        "backbone": "model",
+        "dtype": "float32",
+        "batch_size": 4,
+        "seeds": [0],
+        "tasks": ["alpha"],
+    }
     (root / "protocol.yaml").write_text(yaml.safe_dump(protocol))
     (root / "method.yaml").write_text((configs_root() / "method" / "dlp.yaml").read_text())
     (root / "average.yaml").write_text((configs_root() / "method" / "avg_delta.yaml").read_text())
-    bench = {"shape": "tiny", "groups": {"g": {"contenders": ["base", "dlp"], "experts": [2], "prompt": [4], "new_tokens": 2, "repeats": 1, "warmup": 0}}}
+    bench = {
+        "shape": "tiny",
+        "groups": {"g": {"contenders": ["base", "dlp"], "experts": [2], "prompt": [4], "new_tokens": 2, "repeats": 1, "warmup": 0}},
+    }
     (root / "bench.yaml").write_text(yaml.safe_dump(bench))
     for name in ("expert", "router"):
         content = yaml.safe_load((configs_root() / "train" / f"{name}.yaml").read_text())
