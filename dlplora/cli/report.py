@@ -21,14 +21,21 @@ from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
 
 def _require_results(root: Path, suite: str | None = None) -> None:
-    if suite is not None and (Path(suite).name != suite or set(suite) & set("*?[\\") or suite in {".", ".."}):
-        raise RecordError(f"'{suite}' is not the name of a suite; the records of a suite are a folder in {root / 'runs'}.")
+    if suite is not None:
+        _require_suite_name(suite, root)
     folder = root / "runs" / suite if suite else root / "runs"
     if not folder.is_dir():
         raise RecordError(f"{root} holds no results{f' of suite {suite!r}' if suite else ''}: folder {folder} not found.")
 
 
+def _require_suite_name(suite: str, root: Path) -> None:
+    """Refuse paths and patterns, which would read and write elsewhere."""
+    if Path(suite).name != suite or set(suite) & set("*?[\\") or suite == "..":
+        raise RecordError(f"'{suite}' is not the name of a suite; the records of a suite are a folder in {root / 'runs'}.")
+
+
 def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
+    _require_suite_name(arguments.suite, Path(arguments.out))
     records, problems = store.load_all(Path(arguments.out), arguments.suite)
     for problem in problems:
         print(f"dlplora: error: {one_line(problem)}", file=sys.stderr)

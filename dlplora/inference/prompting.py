@@ -47,6 +47,17 @@ def texts_or_ids(given: Any) -> tuple[list[str] | None, Tensor | None]:
     return texts, None
 
 
+def require_text(texts: Sequence[str]) -> None:
+    """Refuse text that no tokenizer takes.
+
+    Raises:
+        GenerationError: If one holds half of a surrogate pair.
+    """
+    for index, text in enumerate(texts):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise GenerationError(f"prompt {index} holds half of a surrogate pair, which is no text; decode it as UTF-8.")
+
+
 def prompt_tensors(
     tokenizer: Any,
     device: torch.device,
@@ -72,6 +83,7 @@ def prompt_tensors(
             raise GenerationError("give texts, or input_ids, or prompts; not several of them.")
         texts, input_ids = texts_or_ids(given)
         if texts is not None:
+            require_text(texts)
             prompts = PromptBatch.from_texts(texts, tokenizer, device=device)
     if input_ids is None:
         if prompts is None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, DLPLoRAError, GenerationError
+from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, one_line
 from dlplora.inference.finite import require_finite
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.serve.deciding import Decider, require_servable
@@ -34,6 +34,8 @@ from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 log = logging.getLogger(__name__)
 
 
+FAILURES = (DLPLoRAError, RuntimeError, OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""Errors of a step or a call. None of them may end the thread, which serves everybody."""
 MAX_ROWS = 1 << 16
 """Of a batch or a queue; the cache of a batch is made when the engine starts."""
 
@@ -200,13 +202,13 @@ class Engine:
                     break
             try:
                 self._advance()
-            except (DLPLoRAError, RuntimeError) as error:  # the model's own errors: out of memory, a shape that does not fit
+            except FAILURES as error:  # the model's own errors: out of memory, a shape that does not fit
                 log.exception("a step failed; its requests are reported as failed")
                 self._fail_all(error)
         self._fail_all(GenerationError("the server is shutting down."))
 
     def _fail_all(self, error: Exception) -> None:
-        shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {str(error).splitlines()[0]}")
+        shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {one_line(error)[:200]}")
         jobs = [row.job for row in (*self._rows, *self._again, *([self._prefill] if self._prefill else []))]
         self._rows, self._prefill, self._state = [], None, None
         self._again.clear()
@@ -383,5 +385,5 @@ class Engine:
 def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
     try:
         future.set_result(function())
-    except (DLPLoRAError, RuntimeError, OSError) as error:
+    except FAILURES as error:  # its caller's; other requests go on
         future.set_exception(error)

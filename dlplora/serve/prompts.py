@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from dlplora.errors import one_line
 from dlplora.inference.chat_formats import learn_markers
 from dlplora.inference.question import question_text
 from dlplora.serve.jobs import BadRequestError
@@ -70,8 +71,8 @@ class PromptBuilder:
             rendered = self.tokenizer.apply_chat_template(
                 plain, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError) as error:
-            raise BadRequestError(f"the chat template refuses these messages: {str(error).splitlines()[0]}", "messages") from error
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise BadRequestError(f"the chat template refuses these messages: {one_line(error)[:300]}", "messages") from error
         return str(rendered)
 
     def completion(self, request: CompletionRequest) -> list[Prompt]:

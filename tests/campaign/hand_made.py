@@ -11,6 +11,9 @@ from pathlib import Path
 
 GENERATE = ("generate", "the cat sees", "--raw", "--max-new-tokens", "2")
 TINY = ("--pretrained", "model", "--pool", "pool", "--method", "avg_delta")
+PICKLE = b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x0etouch EXECUTED\x94\x85\x94R\x94."
+"""Would run ``touch EXECUTED``."""
+GGUF = (*GENERATE, "--pretrained", "m.gguf", "--pool", "pool", "--method", "avg_delta")
 EVAL = ("eval", "--protocol", "protocol.yaml", "--pool", "pool", "--method", "avg_delta", "--limit", "1", "--out", "out")
 
 
@@ -178,15 +181,20 @@ def _options() -> list[Case]:
             Case(f"serve --chat-template {shown}", ("serve", "--port", "0", *given("--chat-template"))),
             Case(f"serve --host {shown}", ("serve", "--port", "0", *given("--host"))),
             Case(f"serve --method {shown}", ("serve", "--port", "0", *given("--method"))),
-        ]  # fmt: skip
+        ]
     for option in ("--max-batch", "--max-queue", "--max-model-len", "--default-max-tokens", "--min-confidence", "--port"):
         cases += [
             Case(f"serve {option} {one!r}", ("serve", "--port", "0", f"{option}={one}"))
             for one in ("-1", "x", "", "nan", "9" * 30, "-inf", "1e400")
         ]
     for option in ("--experts", "--kept", "--batch", "--prompt", "--reroute-every", "--new-tokens", "--repeats", "--warmup"):
-        cases += [Case(f"bench {option} {one!r}", ("bench", "latency", "--shape", "tiny", "--contenders", "base", f"{option}={one}", "--out", "out"))
-                  for one in ("-1", "x", "", "1.5", "1,,x", "9" * 30)]  # fmt: skip
+        cases += [
+            Case(
+                f"bench {option} {one!r}",
+                ("bench", "latency", "--shape", "tiny", "--contenders", "base", f"{option}={one}", "--out", "out"),
+            )
+            for one in ("-1", "x", "", "1.5", "1,,x", "9" * 30)
+        ]
     cases += [
         Case("no command", ()),
         Case("unknown command", ("generat", "x")),
@@ -212,7 +220,7 @@ def _options() -> list[Case]:
         Case("new method in a file", ("new-method", "mine", "--dir", "protocol.yaml")),
         Case("serve to everybody", ("serve", "--port", "0", "--host", "0.0.0.0")),
         Case("serve with a template that is binary", ("serve", "--port", "0", "--chat-template", "model/model.safetensors")),
-    ]  # fmt: skip
+    ]
     return cases
 
 
@@ -248,23 +256,33 @@ def _files() -> list[Case]:
             "a device": _link(path, "/dev/zero"),
             "a pipe": _fifo(path),
             "UTF-16": lambda root, path=path: (root / path).write_bytes((root / path).read_bytes().decode("latin-1").encode("utf-16")),
-            "a pickle": _replace(path, b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x0etouch EXECUTED\x94\x85\x94R\x94."),
+            "a pickle": _replace(path, PICKLE),
             "a zip": _replace(path, b"PK\x03\x04" + b"\0" * 100),
             "huge": _sparse(path, 200_000_000 if path.endswith("safetensors") else 3_000_000_000),
-        }  # fmt: skip
+        }
         cases += [Case(f"{path} is {what}", command, spoil) for what, spoil in spoilt.items()]
     gguf = struct.pack("<4sIQQ", b"GGUF", 3, 2**60, 2**60)
     key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8) + struct.pack("<Q", 2**62) + b"llama"
     cases += [
-        Case("GGUF without content", (*GENERATE, "--pretrained", "m.gguf", "--pool", "pool", "--method", "avg_delta"), _replace("m.gguf", b"")),
-        Case("GGUF of another kind", (*GENERATE, "--pretrained", "m.gguf", "--pool", "pool", "--method", "avg_delta"), _replace("m.gguf", b"x" * 99)),
-        Case("GGUF of huge counts", (*GENERATE, "--pretrained", "m.gguf", "--pool", "pool", "--method", "avg_delta"), _replace("m.gguf", gguf)),
-        Case("GGUF of a huge text", (*GENERATE, "--pretrained", "m.gguf", "--pool", "pool", "--method", "avg_delta"), _replace("m.gguf", gguf + key)),
-        Case("GGUF that is a link", (*GENERATE, "--pretrained", "m.gguf", "--pool", "pool", "--method", "avg_delta"), lambda root: os.symlink("/dev/zero", root / "m.gguf")),
-        Case("a checkpoint that is a pickle", ("fit", "--config", "fit_expert.yaml", "--ckpt_path", "bad.ckpt"), _replace("bad.ckpt", b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x0etouch EXECUTED\x94\x85\x94R\x94.")),
+        Case("GGUF without content", GGUF, _replace("m.gguf", b"")),
+        Case("GGUF of another kind", GGUF, _replace("m.gguf", b"x" * 99)),
+        Case("GGUF of huge counts", GGUF, _replace("m.gguf", gguf)),
+        Case("GGUF of a huge text", GGUF, _replace("m.gguf", gguf + key)),
+        Case("GGUF that is a link", GGUF, lambda root: os.symlink("/dev/zero", root / "m.gguf")),
+        Case(
+            "a checkpoint that is a pickle", ("fit", "--config", "fit_expert.yaml", "--ckpt_path", "bad.ckpt"), _replace("bad.ckpt", PICKLE)
+        ),
         Case("a checkpoint that is empty", ("fit", "--config", "fit_expert.yaml", "--ckpt_path", "bad.ckpt"), _replace("bad.ckpt", b"")),
-        Case("a template that calls", ("serve", "--port", "0", "--chat-template", "t.jinja"), _replace("t.jinja", "\xff{{ ''.__class__.__mro__ }}".encode("latin-1"))),
-        Case("adapter outside of the pool", ("pool", "check", "pool"), _edit("pool/pool.json", adapters=[{"name": "alpha", "path": "../delta", "sha256": "0" * 64}])),
+        Case(
+            "a template that calls",
+            ("serve", "--port", "0", "--chat-template", "t.jinja"),
+            _replace("t.jinja", "\xff{{ ''.__class__.__mro__ }}".encode("latin-1")),
+        ),
+        Case(
+            "adapter outside of the pool",
+            ("pool", "check", "pool"),
+            _edit("pool/pool.json", adapters=[{"name": "alpha", "path": "../delta", "sha256": "0" * 64}]),
+        ),
         Case("DLPLORA_DATA is a file", ("eval", "--suite", "local:all", "--out", "out"), None, {"DLPLORA_DATA": "protocol.yaml"}),
         Case("DLPLORA_POOLS is a file", ("pool", "list", "nano"), None, {"DLPLORA_POOLS": "protocol.yaml"}),
         Case("PL_GLOBAL_SEED is text", ("fit", "--config", "fit_expert.yaml", "--seed_everything=null"), None, {"PL_GLOBAL_SEED": "x"}),
@@ -279,8 +297,10 @@ def _files() -> list[Case]:
         Case("page into a folder", ("report", "html", "--out", "results", "--page", "pool")),
         Case("accept without results", ("report", "accept", "--reason", "x", "--out", "nowhere")),
         Case("check without results", ("report", "check", "--out", "nowhere")),
-        Case("counters without a golden file", ("bench", "counters", "--shape", "tiny", "--methods", "base", "--check", "--out", "nowhere")),
-    ]  # fmt: skip
+        Case(
+            "counters without a golden file", ("bench", "counters", "--shape", "tiny", "--methods", "base", "--check", "--out", "nowhere")
+        ),
+    ]
     return cases
 
 

@@ -25,10 +25,22 @@ from tests.campaign.workplace import make_workplace
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SEED = 20261126
 IMPORTED = (
-    "dlplora.training.launch", "dlplora.training.expert", "dlplora.training.router", "dlplora.training.fusion", "dlplora.data.datamodule",
-    "dlplora.training.checkpoints", "dlplora.training.expert_pool", "dlplora.lm_eval.evaluate", "dlplora.cli.report", "dlplora.reproduce.pipeline",
-    "dlplora.reporting.drawing", "torch._dynamo", "lm_eval.evaluator", "lm_eval.tasks", "scipy.stats",
-)  # fmt: skip
+    "dlplora.training.launch",
+    "dlplora.training.expert",
+    "dlplora.training.router",
+    "dlplora.training.fusion",
+    "dlplora.data.datamodule",
+    "dlplora.training.checkpoints",
+    "dlplora.training.expert_pool",
+    "dlplora.lm_eval.evaluate",
+    "dlplora.cli.report",
+    "dlplora.reproduce.pipeline",
+    "dlplora.reporting.drawing",
+    "torch._dynamo",
+    "lm_eval.evaluator",
+    "lm_eval.tasks",
+    "scipy.stats",
+)
 
 
 @pytest.fixture(scope="module")

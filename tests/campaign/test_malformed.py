@@ -42,9 +42,24 @@ class Door:
 
 
 DOORS = (
-    Door("pool/pool.json", "json", (("pool", "list", "pool"), ("pool", "check", "pool"), ("pool", "add", "pool", "delta"), (*GENERATE, *TINY)), 40),
-    Door("pool/alpha/adapter_config.json", "json", (("pool", "list", "pool"), ("pool", "check", "pool", "--pretrained", "model"), ("pool", "inspect", "pool")), 40),
-    Door("pool/alpha/adapter_model.safetensors", "safetensors", (("pool", "check", "pool"), ("pool", "inspect", "pool"), (*GENERATE, *TINY)), 40),
+    Door(
+        "pool/pool.json",
+        "json",
+        (("pool", "list", "pool"), ("pool", "check", "pool"), ("pool", "add", "pool", "delta"), (*GENERATE, *TINY)),
+        40,
+    ),
+    Door(
+        "pool/alpha/adapter_config.json",
+        "json",
+        (("pool", "list", "pool"), ("pool", "check", "pool", "--pretrained", "model"), ("pool", "inspect", "pool")),
+        40,
+    ),
+    Door(
+        "pool/alpha/adapter_model.safetensors",
+        "safetensors",
+        (("pool", "check", "pool"), ("pool", "inspect", "pool"), (*GENERATE, *TINY)),
+        40,
+    ),
     Door("delta/adapter_config.json", "json", (("pool", "add", "pool", "delta"),), 40),
     Door("delta/adapter_model.safetensors", "safetensors", (("pool", "add", "pool", "delta"), ("pool", "inspect", "delta")), 40),
     Door("model/config.json", "json", ((*GENERATE, *TINY), ("pool", "check", "pool", "--pretrained", "model")), 60),
@@ -63,7 +78,7 @@ DOORS = (
     Door("fit_expert.yaml", "json", (("fit", "--config", "fit_expert.yaml"),), 40),
     Door("fit_router.yaml", "json", (("fit", "--config", "fit_router.yaml"),), 40),
     Door("results/runs/toy/dlp.json", "json", REPORTS, 60),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +141,7 @@ def check_case(case: hand_made.Case, sound: Path, place: Path) -> str | None:
     """What is wrong with how a hand-made case is answered."""
     if case.spoil is not None:
         case.spoil(place)
-    with mock.patch.dict(os.environ, dict(case.environment)), mock.patch("uvicorn.Server.run", lambda self, sockets=None: None):
+    with mock.patch.dict(os.environ, dict(case.environment)), mock.patch("uvicorn.Server.run", return_value=None):
         outcome = run(main, case.command, place)
     if case.spoil is not None:
         shutil.rmtree(place)
@@ -170,8 +185,8 @@ def test_a_short_sample(sound: Path, place: Path) -> None:
     for door in DOORS:
         if not door.path.startswith(("bench", "fit", "mole", "protocol")):
             check_door(Door(door.path, door.kind, door.commands[:1], 2), 2, sound, place)
-    cheap = [case for case in hand_made.CASES if not case.command[:1] == ("bench",)]
-    found = [wrong for case in random.Random(SEED).sample(cheap, 16) if (wrong := check_case(case, sound, place))]
+    cheap = [case for case in hand_made.CASES if case.command[:1] != ("bench",)]
+    found = [wrong for case in random.Random(SEED).sample(cheap, 10) if (wrong := check_case(case, sound, place))]
     assert not found, "\n".join(found)
 
 
@@ -190,4 +205,3 @@ def test_every_kind_of_mutation_is_made() -> None:
     assert len({text for text, _ in made}) > 200
     for part in ("root =", "b.c.1 =", "removed", "rename", "add", "twice", "cut at"):
         assert any(part in what for _, what in made), part
-    assert not any(os.path.lexists("EXECUTED") for _ in (0,))

@@ -1,4 +1,4 @@
-"""A thousand generations in one process: memory stays where it was after the first two hundred."""
+"""A thousand generations in one process: memory does not grow after the first two hundred."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def soak(calls: int, warm_up: int) -> None:
                 model.generate("", max_new_tokens=2)
         else:
             model.generate(texts, max_new_tokens=3 + call % 5, do_sample=False, trace=[] if call % 2 else None)
-    assert live_tensors(model) == tensors
+    assert live_tensors(model) <= tensors
     if Path("/proc/self/statm").exists():
         assert resident_bytes() - resident <= GROWTH_BYTES
 
