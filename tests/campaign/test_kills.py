@@ -194,7 +194,10 @@ def reproduce(root: Path) -> int:
         backbone="model",
         suite="local:alpha,beta,gamma",
         data_root="rows",
-        options={"all": [*sizes, resume, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false"]},
+        options={
+            "all": [*sizes, resume, "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false"],
+            "pool": ["--data.init_args.num_steps=6"],
+        },
         processes=1,
     )
     job = pipeline.make_job(["avg_delta", "dlp"], [0], Path("runs"), fresh=False, setting=setting)
