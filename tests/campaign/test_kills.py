@@ -213,7 +213,7 @@ def numbers(root: Path) -> Mapping[str, Any]:
     records = [json.loads(path.read_text()) for path in sorted((root / "out").rglob("*.json"))]
     found: dict[str, Any] = {record["method_name"]: (record["cell"], record["tasks"], record["pool_hash"]) for record in records}
     for path in sorted((root / "runs").rglob("*.safetensors")):
-        if "training" not in str(path):
+        if not any(part.startswith(".") or "training" in part for part in path.relative_to(root).parts):
             found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
