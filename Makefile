@@ -5,6 +5,7 @@
 # make report      tables, figures and page from the records
 # make docs        the documentation site, in site/
 # make wheel       wheel and source distribution, in dist/, checked
+# make campaign    hundreds of malformed inputs, kills at random points, random batches, a soak (a quarter of an hour)
 # make packaging   the wheel and every door of lm-eval in throw-away environments (half an hour; needs the package index)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.packaging
 
-.PHONY: reproduce test lint report docs wheel packaging clean
+.PHONY: reproduce test campaign lint report docs wheel packaging clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +33,9 @@ reproduce: $(READY)
 # The tests use one thread each; a file's tests stay in one worker, which shares its fixtures.
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+campaign: $(READY)
+	$(BIN)/python -m pytest tests/campaign -m "campaign or not campaign" -n 2 --dist load $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -62,6 +62,23 @@ class RecordError(DLPLoRAError):
     """A results record is malformed."""
 
 
+MAX_LINE = 1500
+"""Characters of an error on the terminal."""
+
+
+def one_line(error: object) -> str:
+    """An error as one line for a terminal: white space folded, control characters escaped, and what is too long cut in the middle.
+
+    >>> one_line("cannot read\n  'a\x1b[2Jb'")
+    "cannot read 'a\\\\x1b[2Jb'"
+    """
+    text = " ".join(str(error).split())
+    if not text.isprintable():  # a name out of a file must not reach the terminal as a command, nor turn the line around
+        text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+    half = MAX_LINE // 2
+    return text if len(text) <= MAX_LINE else f"{text[:half]} [...] {text[-half:]}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A ``did you mean`` hint with the leading space, or an empty string.
 

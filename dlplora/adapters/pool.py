@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dlplora.adapters.config import load_config
+from dlplora.adapters.config import MAX_CONFIG_BYTES, load_config
 from dlplora.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, file_sha256, read_adapter
 from dlplora.adapters.hub import find_pool
 from dlplora.atomic import write_json
@@ -120,6 +120,8 @@ def _from_manifest(root: Path) -> Pool:
 def _check_file(manifest: Path, file: Path, name: str, expected: str | None) -> None:
     if not file.is_file():
         raise PoolError(f"{manifest} lists adapter '{name}', but {file} is missing.")
+    if file.name == CONFIG_NAME and file.stat().st_size > MAX_CONFIG_BYTES:
+        raise PoolError(f"adapter '{name}': {file} is longer than {MAX_CONFIG_BYTES:,} bytes, which is more than any such file needs.")
     found = file_sha256(file) if expected is not None else None
     if found != expected:
         raise PoolError(
@@ -140,8 +142,11 @@ def load_pool(folder: str | Path) -> Pool:
     if not root.is_dir():
         here = "" if root == Path(folder).expanduser() else f" (and no folder {folder} here)"
         raise PoolError(f"pool folder not found: {root}{here}. Pass the path of a folder of PEFT LoRA folders.")
-    if (root / MANIFEST_NAME).is_file():
+    manifest = root / MANIFEST_NAME
+    if manifest.is_file():
         return _from_manifest(root)
+    if manifest.is_symlink() or manifest.exists():  # its order and checksums must not be passed over
+        raise PoolError(f"{manifest} is no file that can be read: a folder, a device, or a link to nowhere. Put the manifest there.")
     names = sorted(path.name for path in root.iterdir() if (path / CONFIG_NAME).is_file() and not path.name.startswith("."))
     if not names:
         hint = " It looks like a single adapter; pass its parent folder." if (root / CONFIG_NAME).is_file() else ""

@@ -47,6 +47,10 @@ Progress = Callable[[str], None]
 POOL_TEXT = f"rank {LORA.rank}, alpha {LORA.lora_alpha}, {' and '.join(LORA.target_modules)}"
 
 
+MAX_NUMBER = 1_000_000
+"""Of experts, rows, tokens and rounds: what is beyond would run for years, or not fit into any memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Contenders that take turns, and the workloads they do so under."""
@@ -83,6 +87,9 @@ class Group:
             small = [value for value in getattr(self, name) if value < least]
             if small:
                 raise ConfigError(f"'{name}' must be at least {least}, got {small[0]}.")
+        numbers = [*self.experts, *self.kept, *self.reroute_every, *self.batch, *self.prompt, self.new_tokens, self.repeats, self.warmup]
+        if max(numbers) > MAX_NUMBER:
+            raise ConfigError(f"a benchmark is made with numbers up to {MAX_NUMBER:,}, got {max(numbers)}.")
         if max(self.kept, default=0) > min(self.experts):
             raise ConfigError(
                 f"'kept' asks for {max(self.kept)} experts of a pool of {min(self.experts)}; name larger pools or keep fewer."

@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted_help = any(argument in {"--help", "-h"} for argument in arguments)
         print(USAGE, file=sys.stdout if wanted_help else sys.stderr, end="")
         return 0 if wanted_help else 2
-    from dlplora.errors import DLPLoRAError
+    from dlplora.errors import DLPLoRAError, one_line
     from dlplora.training.command import main as train
 
     try:
         found = with_config_files(arguments)
     except DLPLoRAError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return train(["--help" if argument == "--help-all" else argument for argument in found])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.errors import ConfigError, DLPLoRAError, one_line
 
 USAGE = """usage: lightning run [OPTIONS] CONFIG [--KEY VALUE ...]
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning: error: {' '.join(error.format_message().split())} See `lightning run --help`.", file=sys.stderr)
         return 2
     except DLPLoRAError as error:
-        print(f"lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lightning: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

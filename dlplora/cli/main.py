@@ -20,7 +20,7 @@ from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
 from dlplora.cli.serve import add_serve
 from dlplora.cli.tune import add_tune
-from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.errors import ConfigError, DLPLoRAError, one_line
 from dlplora.interruption import exit_code, raising_on_sigterm
 
 Command = Callable[[argparse.Namespace], int]
@@ -226,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _refuse_empty(arguments: argparse.Namespace) -> None:
     """An empty value, usually an unset shell variable, must not mean the default or the working folder."""
     for name, value in vars(arguments).items():
-        if name != "prompt" and isinstance(value, str) and not value.strip(" ,"):
+        if name != "prompt" and isinstance(value, str) and not value.replace(",", " ").strip():
             raise ConfigError(f"the value of '{name.replace('_', '-')}' is empty (got {value!r}); give one, or leave the option out.")
 
 
@@ -248,13 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with raising_on_sigterm():
             return _run(list(sys.argv[1:] if argv is None else argv))
     except DLPLoRAError as error:
-        print(f"dlplora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dlplora: error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"dlplora: error: {error.strerror or error}: {error.filename2 or error.filename or ''}".rstrip(": "), file=sys.stderr)
+        text = f"{error.strerror or error}: {error.filename2 or error.filename or ''}"
+        print(f"dlplora: error: {one_line(text.rstrip(': '))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("dlplora: interrupted; the same command continues where this one stopped.", file=sys.stderr)

@@ -109,7 +109,7 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
     """Read every adapter; exit 2 if one cannot be fused, after naming all that cannot."""
     from dlplora.adapters.inspect import inspect_adapter
     from dlplora.adapters.pool import load_pool, unlisted
-    from dlplora.errors import DLPLoRAError
+    from dlplora.errors import DLPLoRAError, one_line
     from dlplora.modules.lora_bank import AdapterBank
 
     pool = load_pool(arguments.folder)
@@ -121,7 +121,7 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
             AdapterBank.from_peft({name: pool.folders[name]})
         except DLPLoRAError as error:
             failed += 1
-            _note(f"dlplora: error: {error}")
+            _note(f"dlplora: error: {one_line(error)}")
     if failed:
         _note(f"{failed} of {len(pool.names)} adapters cannot be fused")
         return 2

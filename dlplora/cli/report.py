@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.atomic import write_atomically
-from dlplora.errors import DLPLoRAError, RecordError
+from dlplora.documents import read_text
+from dlplora.errors import DLPLoRAError, RecordError, one_line
 from dlplora.reporting import store, tables
 from dlplora.reporting.groups import Group, group, latest
 from dlplora.reporting.schema import Record, json_schema
@@ -20,15 +21,24 @@ from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
 
 def _require_results(root: Path, suite: str | None = None) -> None:
+    if suite is not None:
+        _require_suite_name(suite, root)
     folder = root / "runs" / suite if suite else root / "runs"
     if not folder.is_dir():
         raise RecordError(f"{root} holds no results{f' of suite {suite!r}' if suite else ''}: folder {folder} not found.")
 
 
+def _require_suite_name(suite: str, root: Path) -> None:
+    """Refuse paths and patterns, which would read and write elsewhere."""
+    if Path(suite).name != suite or set(suite) & set("*?[\\") or suite == "..":
+        raise RecordError(f"'{suite}' is not the name of a suite; the records of a suite are a folder in {root / 'runs'}.")
+
+
 def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
+    _require_suite_name(arguments.suite, Path(arguments.out))
     records, problems = store.load_all(Path(arguments.out), arguments.suite)
     for problem in problems:
-        print(f"dlplora: error: {problem}", file=sys.stderr)
+        print(f"dlplora: error: {one_line(problem)}", file=sys.stderr)
     return records, problems
 
 
@@ -50,7 +60,7 @@ def _groups(records: Sequence[Record], reader: store.OutcomeReader, problems: li
             store.check_samples(store.record_path(record, reader.root), record)
         except RecordError as error:
             problems.append(str(error))
-            print(f"dlplora: error: {error}", file=sys.stderr)
+            print(f"dlplora: error: {one_line(error)}", file=sys.stderr)
         else:
             sound.append(record)
     return group(sound, reader)
@@ -111,14 +121,14 @@ def run_list(arguments: argparse.Namespace) -> int:
 def _all_records(root: Path) -> tuple[list[Record], list[str]]:
     records, problems = store.load_all(root)
     for problem in problems:
-        print(f"dlplora: error: {problem}", file=sys.stderr)
+        print(f"dlplora: error: {one_line(problem)}", file=sys.stderr)
     return records, problems
 
 
 def _sweeps(suite: str, root: Path, problems: list[str]) -> list[SweepFile]:
     found, wrong = load_sweeps(suite, root)
     for problem in wrong:
-        print(f"dlplora: error: {problem}", file=sys.stderr)
+        print(f"dlplora: error: {one_line(problem)}", file=sys.stderr)
     problems += wrong
     return found
 
@@ -157,7 +167,7 @@ def _write_page(target: Path, groups: Sequence[Group], reader: store.OutcomeRead
     sweeps = {suite: _sweeps(suite, reader.root, problems) for suite in {one.suite for one in groups}}
     drawn_here = tuple(f"{one.suite}_" for one in groups)
     files = sorted(path for path in (reader.root / "figures").glob("*.svg") if not path.stem.startswith(drawn_here))
-    others = {path.stem: path.read_text(encoding="utf-8") for path in files}
+    others = {path.stem: read_text(path, error=RecordError) for path in files}
     write_atomically(target, page(groups, reader, _test_items, sweeps, others))
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
@@ -209,7 +219,7 @@ def run_validate(arguments: argparse.Namespace) -> int:
             store.load_samples(store.record_path(record, Path(arguments.out)), record)
         except RecordError as error:
             problems.append(str(error))
-            print(f"dlplora: error: {error}", file=sys.stderr)
+            print(f"dlplora: error: {one_line(error)}", file=sys.stderr)
     count = sum(1 for _ in store.iterate(Path(arguments.out), arguments.suite))
     print(f"{count - len(problems)} of {count} records are valid")
     return 1 if problems else 0

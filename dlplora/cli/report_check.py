@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.atomic import write_atomically
+from dlplora.documents import read_text
 from dlplora.errors import ConfigError
 from dlplora.reporting import goldens
 
@@ -50,7 +51,7 @@ def run_accept(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"changelog not found: {changelog}. Run in the repository, or pass --changelog FILE.")
     path = goldens.golden_path("nano", Path(arguments.out))
     known = goldens.read_golden(path) if path.is_file() else {}
-    text = changelog.read_text(encoding="utf-8")
+    text = read_text(changelog)
     observed = _observe(arguments)
     findings = goldens.compare(known, observed)
     noted = goldens.note_in_changelog(text, arguments.reason, findings)

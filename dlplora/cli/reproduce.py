@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dlplora.cli.evaluate import chosen_methods, say
 from dlplora.cli.terminal import split_names
 from dlplora.config import require_writable
+from dlplora.documents import read_text
 from dlplora.errors import ConfigError
 from dlplora.progress import duration
 
@@ -136,7 +137,7 @@ def _write_tables(suite: str, records: Sequence[Record], root: Path) -> None:
         return
     readme = Path("README.md")
     published = suite == "nano" and root == Path("results")
-    has_block = published and readme.is_file() and tables.BEGIN in readme.read_text(encoding="utf-8")
+    has_block = published and readme.is_file() and tables.BEGIN in read_text(readme)
     for path in pipeline.refresh_tables(suite, root, readme if has_block else None):
         say(f"wrote {path}")
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.serve_upstream import add_upstream_options, check_upstream, run_upstream
+from dlplora.documents import read_text
 from dlplora.errors import ConfigError, DLPLoRAError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def _check(arguments: argparse.Namespace, api_key: str | None) -> None:
     if not 0 <= arguments.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, got {arguments.port}.")
     check_upstream(arguments)
+    if arguments.default_max_tokens < 1:
+        raise ConfigError(f"--default-max-tokens must be at least 1, got {arguments.default_max_tokens}.")
 
 
 def _template(arguments: argparse.Namespace) -> str | None:
@@ -71,7 +74,7 @@ def _template(arguments: argparse.Namespace) -> str | None:
     path = Path(arguments.chat_template)
     if not path.is_file():
         raise ConfigError(f"chat template not found: {path}.")
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
 def _few_shot(arguments: argparse.Namespace) -> Callable[[str, int], Sequence[Any]] | None:

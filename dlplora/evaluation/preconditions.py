@@ -13,11 +13,14 @@ from dlplora.tasks.types import Suite, Task
 MAX_SEEDS = 2**32
 """Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""
 
+MAX_LIMIT = 10**9
+"""Questions a task; lm-eval cannot count further than a machine word."""
+
 
 def require_limit(limit: int | None) -> None:
-    """Refuse a limit below one question a task."""
-    if limit is not None and limit < 1:
-        raise TaskError(f"limit must be at least 1 question a task, got {limit}.")
+    """Refuse a limit that is no number of questions."""
+    if limit is not None and not 1 <= limit <= MAX_LIMIT:
+        raise TaskError(f"limit must be from 1 to {MAX_LIMIT} questions a task, got {limit}.")
 
 
 def require_seed(seed: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import regex
 
+from dlplora.errors import one_line
+
 USER, INPUT, OTHER = "user", "input", "other"
 """Roles that matter: whose words are routed, what belongs to them (Alpaca's ``### Input:``), and all others."""
 
@@ -134,8 +136,8 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat_templat
     plain = [dict(message) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(plain, chat_template=chat_template, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError) as error:
-        raise ValueError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(one_line(error)[:300]) from error
 
 
 def _role(name: str) -> str:

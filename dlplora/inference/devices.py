@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlplora.adapters.headers import read_tensor_headers
+from dlplora.documents import read_text
 from dlplora.errors import AdapterError, ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -108,7 +109,7 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
     if found is None:
         return torch.float32
     try:
-        config = json.loads(Path(found).read_text(encoding="utf-8"))  # transformers' own file, in which infinities may stand
+        config = json.loads(read_text(found))  # transformers' own file, in which infinities may stand
     except (ValueError, RecursionError):  # load_backbone says what is wrong with the file
         return torch.float32
     if not isinstance(config, dict):

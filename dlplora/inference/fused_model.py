@@ -320,9 +320,9 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
         texts = kwargs.pop("inputs", None) if texts is None else texts
         kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))
-        ids, mask, prompts = prompt_tensors(
-            self.tokenizer, self.device, texts, input_ids, attention_mask, prompts, infer_mask=options.mask_from_padding
-        )
+        given_as = (texts, input_ids, attention_mask, prompts)
+        size = self.config.get_text_config().vocab_size
+        ids, mask, prompts = prompt_tensors(self.tokenizer, self.device, *given_as, infer_mask=options.mask_from_padding, vocab_size=size)
         options.require_served()
         kwargs["logits_processor"] = with_finite_check(kwargs.get("logits_processor"))
         new_tokens = options.new_tokens(ids.shape[1])

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dlplora.adapters.hub import hub_failure
 from dlplora.errors import ConfigError
-from dlplora.inference.backbones import nano_asset, near_name, resolve_backbone
+from dlplora.inference.backbones import nano_asset, resolve_backbone
 from dlplora.inference.devices import resolve_dtype
+from dlplora.inference.model_files import ReadingModel, check_settings, check_sizes
 from dlplora.inference.quantization import bitsandbytes_config, check_widths, is_quantized
 
 _KEPT: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("kept backbones", default=None)
@@ -88,7 +88,6 @@ def read_backbone(
     Raises:
         ConfigError: As ``load_backbone``.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     quantised = bitsandbytes_config(torch_dtype, **bits)
@@ -98,14 +97,13 @@ def read_backbone(
     found: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({} if Path(source).is_dir() else {"revision": revision})}
     options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "quantization_config": quantised}
     options = {key: value for key, value in options.items() if value is not None}
-    try:
+    with ReadingModel(source, revision):
         stored, _ = PreTrainedConfig.get_config_dict(source, **found)
+        check_sizes(stored, source)
         if quantised is not None or "quantization_config" in stored:
             options["device_map"] = {"": torch.device(device)}  # quantised weights are made where they stay
         tokenizer = AutoTokenizer.from_pretrained(source, **found)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **found, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(_why_not(source, revision, error)) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -115,6 +113,7 @@ def read_backbone(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_settings(model, tokenizer, source)
     check_widths(model)
     model.hub_commit = hub_commit(source, revision)
     return (model if is_quantized(model) else model.to(torch.device(device))).eval(), tokenizer
@@ -130,28 +129,6 @@ def hub_commit(source: str, revision: str | None) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None
 
 
-def _why_not(source: str, revision: str | None, error: Exception) -> str:
-    """One line for what transformers says over several."""
-    from huggingface_hub import constants
-
-    text = str(error).strip()
-    reason = text.split("\n")[0] or type(error).__name__
-    if "trust_remote_code" in text:
-        return (
-            f"backbone '{source}' brings Python code of its own (auto_map in config.json), which is not run unless asked for: "
-            "pass trust_remote_code=True if you trust its author, or a model of an architecture that transformers knows."
-        )
-    if Path(source).is_dir():
-        return f"cannot load backbone '{source}': {reason}"
-    if isinstance(error, OSError):
-        looked = hub_failure(source, revision, constants.HF_HUB_OFFLINE, reason)
-        return (
-            f"cannot load backbone '{source}': there is no such folder, and {looked}{near_name(source)} "
-            f"Pass a local model folder, or fetch it once with a connection: hf download {source}."
-        )
-    return f"cannot load backbone '{source}': {reason}"
-
-
 def empty_backbone(source: str, revision: str | None = None) -> Any:
     """The architecture of a backbone without its weights (on the ``meta`` device), from its ``config.json``.
 
@@ -160,9 +137,8 @@ def empty_backbone(source: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with ReadingModel(source, revision):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **({} if Path(source).is_dir() else {"revision": revision}))
+        check_sizes(config.to_dict(), source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(_why_not(source, revision, error)) from error

@@ -47,6 +47,17 @@ def texts_or_ids(given: Any) -> tuple[list[str] | None, Tensor | None]:
     return texts, None
 
 
+def require_text(texts: Sequence[str]) -> None:
+    """Refuse text that no tokenizer takes.
+
+    Raises:
+        GenerationError: If one holds half of a surrogate pair.
+    """
+    for index, text in enumerate(texts):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise GenerationError(f"prompt {index} holds half of a surrogate pair, which is no text; decode it as UTF-8.")
+
+
 def prompt_tensors(
     tokenizer: Any,
     device: torch.device,
@@ -55,20 +66,24 @@ def prompt_tensors(
     mask: Tensor | None,
     prompts: PromptBatch | None,
     infer_mask: Callable[[Tensor], Tensor] = torch.ones_like,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, PromptBatch]:
     """Left-padded ids (B, T) and mask, and the prompts a router reads; the arguments are those of ``FusedCausalLM.generate``.
 
     Args:
         infer_mask: The mask of ``input_ids`` that come without one.
+        vocab_size: Tokens that the model knows; None does not ask.
 
     Raises:
-        GenerationError: If nothing or several things are given, they do not fit together, or a prompt is empty.
+        GenerationError: If nothing or several things are given, they do not fit together, a prompt is empty, or a token is not one of the
+            model's.
     """
     if given is not None:
         if prompts is not None or input_ids is not None:
             raise GenerationError("give texts, or input_ids, or prompts; not several of them.")
         texts, input_ids = texts_or_ids(given)
         if texts is not None:
+            require_text(texts)
             prompts = PromptBatch.from_texts(texts, tokenizer, device=device)
     if input_ids is None:
         if prompts is None:
@@ -84,6 +99,8 @@ def prompt_tensors(
     for i, row in enumerate(rows):
         if not any(token not in special for token in row):
             raise GenerationError(f"prompt {i} is empty: it holds no token besides special ones.")
+        if vocab_size is not None and (min(row) < 0 or max(row) >= vocab_size):
+            raise GenerationError(f"prompt {i} holds a token that the model does not know: ids are from 0 to {vocab_size - 1}.")
     if prompts is None:
         prompts = PromptBatch.from_ids(rows, tokenizer, device=device)
         markers = learn_markers(tokenizer)

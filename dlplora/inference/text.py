@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, overload
 
 from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import learn_markers, rendered
+from dlplora.inference.prompting import require_text
 from dlplora.inference.question import question_of_messages, question_text
 from dlplora.inference.streaming import stream
 from dlplora.types import PromptBatch
@@ -176,6 +177,7 @@ def prompt_batch(
         GenerationError: If a conversation is malformed, or the tokenizer has no chat template.
     """
     texts = [prompt if isinstance(prompt, str) else render(prompt, tokenizer) for prompt in prompts]
+    require_text(texts)
     rows = [tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"] for text, prompt in zip(texts, prompts, strict=True)]
     markers = learn_markers(tokenizer)
     asked = [question_text(one, markers) if isinstance(one, str) else question_of_messages(one) for one in prompts]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.documents import parse_yaml, read_text
-from dlplora.errors import ConfigError, DLPLoRAError, nearest
+from dlplora.errors import ConfigError, DLPLoRAError, nearest, one_line
 from dlplora.lm_eval import CACHE_REFUSAL
 from dlplora.lm_eval.task_index import MODEL_NAME, task_index
 from dlplora.lm_eval.versions import untested_version
@@ -22,7 +22,7 @@ class Refused(SystemExit):
 
     def __init__(self, message: str) -> None:
         super().__init__(2)
-        sys.stderr.write(f"lm_eval: {' '.join(message.split())}\n")
+        sys.stderr.write(f"lm_eval: {one_line(message)}\n")
 
 
 def guarded(arguments: Any, execute: Callable[[], None]) -> None:

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dlplora.adapters.files import write_tensors
-from dlplora.atomic import replacing, write_json
+from dlplora.atomic import filling, write_json
 from dlplora.config import build, short
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
@@ -41,6 +41,11 @@ DEFAULT_HIDDEN: dict[str, tuple[int, ...]] = {"backbone": (256, 512, 256), "tabl
 DEFAULT_POOLING: dict[str, Literal["embeddings", "tokens"]] = {"backbone": "tokens", "table": "embeddings"}
 TEMPERATURE_RANGE = (0.05, 20.0)
 FILE_FORMAT = 2
+
+
+MAX_WIDTH = 1 << 16
+MAX_TABLE = 1 << 30
+"""Values of an own table: 4 GB. Sizes are checked before memory is taken, since a file may ask for any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +72,16 @@ class RouterConfig:
         hidden = DEFAULT_HIDDEN[self.variant] if self.hidden is None else tuple(self.hidden)
         object.__setattr__(self, "hidden", hidden)
         object.__setattr__(self, "pooling", self.pooling or DEFAULT_POOLING[self.variant])
-        if len(hidden) != 3 or any(width < 1 for width in hidden):
+        if len(hidden) != 3 or any(not 1 <= width <= MAX_WIDTH for width in hidden):
             raise ConfigError(f"router: 'hidden' must be three positive widths (four linear layers), got {list(hidden)}.")
-        if self.max_tokens < 2:
+        if not 2 <= self.max_tokens < 2**31:
             raise ConfigError(f"router: 'max_tokens' must be at least 2, got {self.max_tokens}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"router: 'dropout' must be in [0, 1), got {self.dropout}.")
-        if self.table_rows < 1 or self.table_width < 1:
-            raise ConfigError(f"router: the table must have rows and columns, got {self.table_rows} x {self.table_width}.")
+        if self.table_rows < 1 or not 1 <= self.table_width <= MAX_WIDTH or self.table_rows * self.table_width > MAX_TABLE:
+            raise ConfigError(
+                f"router: a table has rows, columns and at most {MAX_TABLE:,} values, got {self.table_rows} x {self.table_width}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,15 +310,13 @@ class MiniMLPRouter(nn.Module):
         return torch.tensor([position[name] for name in names], dtype=torch.long)
 
     def save(self, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None) -> None:
-        """Write ``router.safetensors`` and ``router.json``, each atomically.
+        """Write ``router.safetensors`` and ``router.json``, atomically together.
 
         Args:
             folder: Made if it does not exist.
             metrics: What was measured on held-out data (JSON values); for readers and for the warning of ``router_confidence``, never read
                 back into routing.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if metrics is not None:
             self.metrics = dict(metrics)
         description = {
@@ -324,9 +329,9 @@ class MiniMLPRouter(nn.Module):
             "metrics": self.metrics,
         }
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
-        with replacing(folder / "router.safetensors") as temporary:
-            write_tensors(temporary, tensors)
-        write_json(folder / "router.json", description)
+        with filling(folder, "router.json") as temporary:
+            write_tensors(temporary / "router.safetensors", tensors)
+            write_json(temporary / "router.json", description)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], embedding: nn.Module | None = None) -> MiniMLPRouter:

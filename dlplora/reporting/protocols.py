@@ -128,7 +128,7 @@ def build(root: Path = RESULTS, *, check: bool = False) -> list[Path]:
     if not (root / ROOM).is_dir():
         return []
     text = page(root)
-    if target.is_file() and target.read_text(encoding="utf-8") == text:
+    if target.is_file() and target.read_bytes() == text.encode():
         return []
     if not check:
         write_atomically(target, text)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlplora.atomic import write_atomically
+from dlplora.documents import read_text
 from dlplora.errors import RecordError
 from dlplora.reporting.columns import (
     ACCURACY,
@@ -294,8 +295,8 @@ def build(
         wanted[tables / f"{suite}.tex"] = "\n".join(latex)
         wanted[tables / f"{suite}_pairs.csv"] = pairs_csv(groups)
     if readme is not None:
-        wanted[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(groups[0] if groups else None), str(readme))
-    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+        wanted[readme] = with_block(read_text(readme, error=RecordError), readme_block(groups[0] if groups else None), str(readme))
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_bytes() != text.encode()]
     if not check:
         for path in stale:
             write_atomically(path, wanted[path])

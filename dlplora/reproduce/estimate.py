@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlplora.errors import ConfigError
+from dlplora.inference.model_files import ReadingModel
 from dlplora.inference.shapes import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,10 +49,8 @@ def shape_of(source: str | None, given: ModelShape | None, *, rank: int, targets
     if given is not None:
         config = given.config()
     elif source is not None:
-        try:
+        with ReadingModel(source):
             config = AutoConfig.from_pretrained(source)
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration of '{source}': {str(error).splitlines()[0]}") from error
     if config is None:
         raise ConfigError("neither a backbone nor its sizes are known; nothing can be estimated.")
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, RoutingError
+from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, RoutingError, one_line
 from dlplora.inference.finite import NOT_FINITE as NOT_FINITE_LOGITS
 from dlplora.inference.finite import is_finite
 from dlplora.inference.fused_model import FusedCausalLM
@@ -35,6 +35,12 @@ from dlplora.serve.sampling import Chosen
 from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 
 log = logging.getLogger(__name__)
+
+
+FAILURES = (DLPLoRAError, RuntimeError, OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""Errors of a step or a call. None of them may end the thread, which serves everybody."""
+MAX_ROWS = 1 << 16
+"""Of a batch or a queue; the cache of a batch is made when the engine starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +60,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MAX_ROWS:
+                raise ConfigError(f"'{name}' must be from 1 to {MAX_ROWS}, got {getattr(self, name)}.")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"'max_model_len' must be at least 2, a token of the prompt and one of the answer, got {self.max_model_len}.")
         if not 0.0 <= self.min_confidence <= 1.0:
             raise ConfigError(f"'min_confidence' must be between 0 and 1, got {self.min_confidence}.")
 
@@ -195,13 +203,13 @@ class Engine:
                     break
             try:
                 self._advance()
-            except (DLPLoRAError, RuntimeError) as error:  # the model's own errors: out of memory, a shape that does not fit
+            except FAILURES as error:  # the model's own errors: out of memory, a shape that does not fit
                 log.exception("a step failed; its requests are reported as failed")
                 self._fail_all(error)
         self._fail_all(GenerationError("the server is shutting down."))
 
     def _fail_all(self, error: Exception) -> None:
-        shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {str(error).splitlines()[0]}")
+        shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {one_line(error)[:200]}")
         jobs = [row.job for row in self._batch.clear()]
         self._state = None
         if self._closed:
@@ -393,5 +401,5 @@ class Engine:
 def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
     try:
         future.set_result(function())
-    except (DLPLoRAError, RuntimeError, OSError) as error:
+    except FAILURES as error:  # its caller's; other requests go on
         future.set_exception(error)

@@ -29,6 +29,24 @@ UNSUPPORTED = (
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"}, ["text"])
 
 
+class Body(BaseModel):
+    """A request body: text that no tokenizer and no answer can hold is refused at any depth."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_pairs(cls, value: Any) -> Any:
+        pending = [value]
+        while pending:
+            one = pending.pop()
+            if isinstance(one, dict):
+                pending += [*one.keys(), *one.values()]
+            elif isinstance(one, list):
+                pending += one
+            elif isinstance(one, str) and not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
+                raise ValueError("a text holds half of a surrogate pair, which is no text; send UTF-8.")
+        return value
+
+
 class DlploraOptions(BaseModel):
     """Options of this server, under the key ``dlplora``."""
 
@@ -71,7 +89,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Body):
     """What both kinds of completion have in common; ``false`` is no number, and ``"5"`` neither."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -146,7 +164,7 @@ class CompletionRequest(GenerationRequest):
         return self.max_tokens
 
 
-class RouteRequest(BaseModel):
+class RouteRequest(Body):
     """Body of ``POST /v1/route``: either a prompt or messages."""
 
     prompt: str | None = None

@@ -59,23 +59,32 @@ def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
     for key in ("question", "answer"):
         if key not in row:
             raise TaskError(f"{where}: field '{key}' is missing; a row needs question, answer and, for multiple choice, choices.")
-    question = str(row["question"]).rstrip()
+    question = str(_plain(row["question"], "question", where)).rstrip()
     if not question:
         raise TaskError(f"{where}: 'question' is empty.")
     choices = row.get("choices")
     if choices is None:
-        if not isinstance(row["answer"], (str, int, float)):
-            raise TaskError(f"{where}: 'answer' must be text, got {json.dumps(row['answer'])[:60]}.")
-        return Item(task, question, str(row["answer"]).strip())
+        return Item(task, question, str(_plain(row["answer"], "answer", where)).strip())
     gold = row["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise TaskError(f"{where}: 'choices' must be a list of at least two options.")
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         raise TaskError(f"{where}: 'answer' must be an index from 0 to {len(choices) - 1}, got {json.dumps(gold)[:60]}.")
-    options = tuple(str(choice).strip() for choice in choices)
+    options = tuple(str(_plain(choice, f"choices[{number}]", where)).strip() for number, choice in enumerate(choices))
     if not all(options):
         raise TaskError(f"{where}: option {options.index('')} of 'choices' is empty; nothing can be scored for it.")
     return Item(task, question, options[gold], options, gold)
+
+
+def _plain(value: Any, name: str, where: str) -> str | int | float:
+    """A text or a number; ``null``, a list or an object would be scored as Python writes it.
+
+    Raises:
+        TaskError: For anything else.
+    """
+    if not isinstance(value, (str, int, float)):
+        raise TaskError(f"{where}: '{name}' must be text or a number, got {json.dumps(value)[:60]}.")
+    return value
 
 
 def read_rows(path: Path, task: str) -> list[Item]:
@@ -131,12 +140,30 @@ def readable_tasks(root: str | None) -> list[str]:
     return names
 
 
+def _in_our_schema(path: Path) -> bool:
+    """Whether the first row of a file has our fields; one that cannot be read as an object is ours to complain about."""
+    with path.open("rb") as handle:
+        first = next((line for line in handle if line.strip()), b"{}")
+    try:
+        row = parse_json(first, str(path), error=TaskError, max_digits=MAX_DIGITS)
+    except TaskError:
+        return True
+    return not isinstance(row, dict) or bool({"question", "answer", "choices"} & row.keys())
+
+
 def local_suite(names: Sequence[str], root: str | None) -> Suite:
-    """A suite of local tasks in the order named; ``all`` takes every folder with a ``test.jsonl``, sorted."""
+    """A suite of local tasks in the order named.
+
+    ``all`` takes every folder with a ``test.jsonl``, sorted, without those whose rows are of another schema. A damaged row is an error: a
+    mean over the tasks that are left would be another number under the same name.
+
+    Raises:
+        TaskError: If a task is not there, named twice, or one of its rows is malformed.
+    """
     folder = data_root(root)
     wanted = list(names)
     if wanted == ["all"]:
-        wanted = readable_tasks(root)
+        wanted = [path.parent.name for path in sorted(folder.glob("*/test.jsonl")) if _in_our_schema(path)]
     if len(set(wanted)) != len(wanted):
         raise TaskError(f"duplicate task names: {', '.join(wanted)}.")
     return Suite("local", tuple(_local_task(folder, name) for name in wanted))

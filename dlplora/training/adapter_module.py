@@ -150,7 +150,7 @@ class AdapterModule(ResumableModule):
 
     def describe_run(self, folder: Path) -> None:
         """Write ``training.json``: what was trained, on what, for how long, and the last validation metrics."""
-        metrics = {key: round(float(value), 6) for key, value in self.trainer.callback_metrics.items()}
+        metrics = self.final_metrics()
         description = {
             "module": type(self).__name__,
             "backbone": self.base_model_name or self.backbone,

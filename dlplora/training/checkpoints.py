@@ -83,14 +83,21 @@ class ResumableModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False  # the frozen tensors are absent by design; on_load_checkpoint checks the others
+        self._earlier_metrics: dict[str, float] = {}
+
+    def final_metrics(self) -> dict[str, float]:
+        """The trainer's metrics; those of the resume file where this process has measured none, as after a kill before the export."""
+        now = {key: round(float(value), 6) for key, value in self.trainer.callback_metrics.items()}
+        return {**self._earlier_metrics, **now}
 
     def trained_names(self) -> tuple[str, ...]:
         """Names of the tensors a checkpoint holds."""
         return tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop the frozen tensors."""
+        """Drop the frozen tensors; keep the metrics."""
         state = checkpoint["state_dict"]
+        checkpoint["metrics"] = self.final_metrics()
         checkpoint["state_dict"] = {name: state[name] for name in self.trained_names()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -99,6 +106,7 @@ class ResumableModule(L.LightningModule):
         Raises:
             ConfigError: If its tensors are not the ones this run trains, or have other shapes.
         """
+        self._earlier_metrics = dict(checkpoint.get("metrics") or {})
         saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         state = self.state_dict()
         expected = {name: tuple(state[name].shape) for name in self.trained_names()}
@@ -126,15 +134,26 @@ class ResumeCheckpoint(L.Callback):
         self.folder = folder
         self.keep = keep
         self._saved_step = -1
-        self._ended = False
+        self._due = self._ended = False
 
     def directory(self, trainer: L.Trainer) -> Path:
         """The folder of the files."""
         return Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "checkpoints"
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save after every ``every_n_steps``-th optimizer step."""
+        """Save after every ``every_n_steps``-th optimizer step; after an epoch's last one wait for its validation.
+
+        A run that is resumed behind the last step of an epoch does not validate that epoch any more.
+        """
         if trainer.global_step % self.every_n_steps == 0 and self._between_steps(trainer):
+            self._due = bool(trainer.is_last_batch)
+            if not self._due:
+                self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what had to wait."""
+        if self._due:
+            self._due = False
             self._save(trainer)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dlplora.errors import DLPLoRAError
+from dlplora.errors import DLPLoRAError, one_line
 from dlplora.interruption import TERMINATED, exit_code, raising_on_sigterm
 
 
@@ -34,11 +34,11 @@ def main(arguments: Sequence[str]) -> int:
                     raise
                 return _interrupted(exit_code(error.__context__))
         except DLPLoRAError as error:
-            _say(f"error: {' '.join(str(error).split())}")
+            _say(f"error: {one_line(error)}")
             return 2
         except OSError as error:  # a full disk, above all; what TensorBoard raises names no file
             where = error.filename2 or error.filename or "a file of the run, under trainer.default_root_dir"
-            _say(f"error: {error.strerror or error}: {where}")
+            _say(f"error: {one_line(f'{error.strerror or error}: {where}')}")
             return 2
         except KeyboardInterrupt as error:
             return _interrupted(exit_code(error))

@@ -10,6 +10,7 @@ import torch
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import ConfigError
 from dlplora.inference.backbones import resolve_backbone
+from dlplora.inference.model_files import ReadingModel, check_sizes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,12 +37,17 @@ def load_tokenizer(backbone: str | None) -> Any:
     """The backbone's tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(backbone_source(backbone))
+    source = backbone_source(backbone)
+    with ReadingModel(source):
+        return AutoTokenizer.from_pretrained(source)
 
 
 def load_frozen(backbone: str | None, dtype: str = "float32") -> Any:
     """The backbone in evaluation mode, with no parameter that trains."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-    model = AutoModelForCausalLM.from_pretrained(backbone_source(backbone), dtype=DTYPES[dtype])
+    source = backbone_source(backbone)
+    with ReadingModel(source):
+        check_sizes(PreTrainedConfig.get_config_dict(source)[0], source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     return model.requires_grad_(False).eval()

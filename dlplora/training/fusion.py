@@ -223,6 +223,6 @@ class LitFusion(ResumableModule):
             "seed": self.seed,
             "steps": self.trainer.global_step,
             "training_tokens": datamodule.training_tokens(batches),
-            "metrics": {key: round(float(value), 6) for key, value in self.trainer.callback_metrics.items()},
+            "metrics": self.final_metrics(),
         }
         write_json(Path(self.export_folder) / "training.json", description)

@@ -22,12 +22,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dlplora.config import require_writable
 from dlplora.errors import ConfigError
-from dlplora.training.checkpoints import AtomicCheckpointIO, ResumeCheckpoint, find_latest
+from dlplora.training.checkpoints import AtomicCheckpointIO, ResumableModule, ResumeCheckpoint, find_latest
 from dlplora.training.config_check import check_command_line, first_reason
 from dlplora.training.failures import configuration_error, writers_without_tracebacks
 from dlplora.training.progress_callback import TrainingProgress
 
 COMMANDS = ("fit", "validate", "test")
+CHECKPOINT_WORDS = (None, "last", "best", "hpc")
+"""Values of ``ckpt_path`` that name no file."""
 
 
 class TrainingCLI(LightningCLI):
@@ -42,9 +44,19 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do not read hyper-parameters from checkpoints."""
 
+    def _set_seed(self) -> None:
+        """As Lightning does; a seed that numpy does not take is the user's error, also one in ``PL_GLOBAL_SEED``."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}.") from error
+
     def before_instantiate_classes(self) -> None:
         """Give the run's seed to every part that has none of its own; add progress, loggers and resume files."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        given = config.get("ckpt_path")
+        if given not in CHECKPOINT_WORDS and not str(given).startswith("registry") and not Path(str(given)).is_file():
+            raise ConfigError(f"checkpoint not found: {given}. Pass an existing file, or 'last'.")
         if self.subcommand == "fit":
             require_writable(config.get("trainer.default_root_dir") or ".", "trainer.default_root_dir")
             require_writable(config.get("model.init_args.export_folder") or ".", "model.init_args.export_folder")
@@ -161,7 +173,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def summary(cli: TrainingCLI) -> dict[str, Any]:
     """What a finished command reports: steps, metrics averaged over tasks, and where things were written."""
-    metrics = {key: round(float(value), 6) for key, value in cli.trainer.callback_metrics.items() if "/" not in key}
+    found = cli.model.final_metrics() if isinstance(cli.model, ResumableModule) else cli.trainer.callback_metrics
+    metrics = {key: round(float(value), 6) for key, value in found.items() if "/" not in key}
     export = getattr(cli.model, "export_folder", None)
     return {
         "command": cli.subcommand,

@@ -190,7 +190,10 @@ class LitRouter(ResumableModule):
             changed = self.disturbed({"input_ids": ids, "attention_mask": mask, "labels": labels})
             ids, mask = changed["input_ids"], changed["attention_mask"]
         chunks = [self.router(ids[i : i + 512].to(self.device), mask[i : i + 512].to(self.device)) for i in range(0, len(ids), 512)]
-        return torch.cat(chunks).cpu(), labels
+        logits = torch.cat(chunks).cpu()
+        if not torch.isfinite(logits).all():
+            raise ConfigError(f"the router's logits on {split} are not finite: the training diverged. Lower the learning rate.")
+        return logits, labels
 
     def _quality(self, logits: Tensor, labels: Tensor) -> dict[str, Any]:
         """Accuracy, that of the worst task, calibrated loss and expected calibration error of one split."""

@@ -20,7 +20,8 @@ from dlplora.reporting import schema
 from dlplora.reporting.markdown import table
 
 ROOMS = (
-    "inference", "methods", "modules", "adapters", "kernels", "lm_eval", "evaluation", "tuning", "reproduce", "bench", "serve", "export", "testing",
+    "inference", "methods", "modules", "adapters", "kernels", "lm_eval", "evaluation", "tuning", "reproduce", "bench", "serve", "export",
+    "testing",
     "tasks", "data", "training", "reporting",
 )  # fmt: skip
 LEFT_OUT = {"index.md", "record.md"}

@@ -100,11 +100,14 @@ def test_a_run_that_was_stopped_before_its_export_exports_when_it_is_resumed(com
     assert fit(short) == 0
     exported = tmp_path / "export" / "adapter_model.safetensors"
     before = load_file(exported)
+    metrics = json.loads((exported.parent / "training.json").read_text())["metrics"]
+    assert {"val_loss", "val_accuracy"} <= metrics.keys()
     for path in sorted((tmp_path / "export").iterdir()):
         path.unlink()
     assert fit(short) == 0
     after = load_file(exported)
     assert all(bool((after[key] == before[key]).all()) for key in before)
+    assert json.loads((exported.parent / "training.json").read_text())["metrics"] == metrics
 
 
 def test_sigterm_is_raised_in_the_block_only() -> None:
