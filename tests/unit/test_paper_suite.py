@@ -76,7 +76,9 @@ def test_options_are_listed_where_the_task_shows_them() -> None:
     listed = Item("goal_step_wikihow", "Q: Which?\n  choice: a\n  choice: b\nA:", "b", ("a", "b"), 1)
     assert with_options(source, listed).prompt == "Q: Which?\nchoice: a\nchoice: b\nA:"
     plain = Item("winowhy", "The above reasoning is", "correct", ("correct", "incorrect"), 0)
-    assert with_options(source_of("winowhy"), plain) == plain
+    shown = with_options(source_of("winowhy"), plain)
+    assert (shown.prompt, shown.answer, set(shown.choices or ())) == (plain.prompt, "correct", {"correct", "incorrect"})
+    assert (shown.choices or ())[shown.gold or 0] == "correct"
 
 
 def questions(splits: Splits, split: str) -> set[str]:
