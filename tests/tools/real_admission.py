@@ -123,6 +123,7 @@ def measure(task: Task, setting: Setting, runs: Path, model: Any, tokenizer: Any
     return row | {
         "base": base,
         "expert": expert,
+        "steps": note["steps"],
         "tokens": note["training_tokens"],
         "train_s": round(trained - start, 1),
         "score_s": round(time.monotonic() - trained, 1),
@@ -165,7 +166,7 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The evidence as Markdown: public candidates, then generated ones."""
     scores = ["chance", "majority", "base", "expert", "ROUGE-L base", "ROUGE-L expert"]
-    header = ["task", "kind", "test items", *scores, "gain", "p", "admitted"]
+    header = ["task", "kind", "test items", "steps", *scores, "gain", "p", "admitted"]
 
     def cells(row: Mapping[str, Any]) -> list[str]:
         found, num = verdict(row), row["num_test"]
@@ -175,7 +176,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         guesses = [f"{100 * row['chance']:.0f}", f"{100 * row['majority']:.0f}"]
         scores = [f"{base:.1f}", f"{expert:.1f} ({low:.0f}–{high:.0f})", *rouge]
         verdict_cells = [f"{found.gain:+.1f}", f"{found.p:.1g}", "yes" if found.admitted else "no"]
-        return [row["task"], row["kind"], str(num), *guesses, *scores, *verdict_cells]
+        return [row["task"], row["kind"], str(num), str(row["steps"]), *guesses, *scores, *verdict_cells]
 
     parts = []
     for block in ("public", "skills"):
