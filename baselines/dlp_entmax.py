@@ -22,7 +22,6 @@ from torch import Tensor
 from dlplora.errors import ConfigError
 from dlplora.methods.base import WeightSum
 from dlplora.methods.dlp import DLP
-from dlplora.types import PromptBatch
 
 HALVINGS = 60
 
@@ -105,15 +104,8 @@ class DLPEntmax(DLP):
 
     def select(self, probs: Tensor) -> Tensor:
         """Experts with a weight, (B, E); the logarithm of calibrated probabilities serves as logits."""
-        return self._weights(probs.clamp_min(torch.finfo(torch.float32).tiny).log()) > 0
+        return self.weigh(probs, probs.clamp_min(torch.finfo(torch.float32).tiny).log()) > 0
 
-    def _weights(self, logits: Tensor) -> Tensor:
+    def weigh(self, probs: Tensor, logits: Tensor) -> Tensor:
+        """Sparse weights (B, E) of the logits (B, E), float32."""
         return entmax(logits / (1.0 - self.config.sparsity), self.config.alpha)
-
-    @torch.no_grad()
-    def route(self, prompts: PromptBatch) -> Tensor:
-        """Sparse weights (B, E), float32, on the device of the prompts."""
-        probs, logits = self.probabilities(prompts)
-        if self._confidence is not None:
-            self._confidence.add(probs)
-        return self._weights(logits).to(prompts.input_ids.device)

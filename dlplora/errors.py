@@ -42,6 +42,10 @@ class MethodError(DLPLoRAError):
     """A fusion method is unknown, misconfigured, or asked for something it cannot do."""
 
 
+class UnavailableMethodError(MethodError):
+    """A method lacks an optional package, or a folder that was neither given nor is shipped."""
+
+
 class TaskError(DLPLoRAError):
     """A task or suite is unknown, or one of its rows is malformed."""
 

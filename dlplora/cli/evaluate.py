@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dlplora.cli.terminal import split_names
 from dlplora.config import require_writable, short
 from dlplora.documents import parse_yaml, refuse_resolvers
-from dlplora.errors import ConfigError
+from dlplora.errors import ConfigError, UnavailableMethodError
 
 if TYPE_CHECKING:
     from dlplora.evaluation.cache import EvalCache
@@ -67,7 +67,7 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
 
 
 def _runs(arguments: argparse.Namespace) -> list[Run]:
-    """One run a method, all checked before the first one starts."""
+    """One run a method, all checked before the first one starts; ``all`` leaves out what lacks a package or a folder, and says so."""
     from dlplora.evaluation.runner import Artifacts, prepare
 
     methods = list(dict.fromkeys(chosen_methods(arguments.method)))
@@ -80,7 +80,15 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
     params = dict(parse_parameter(text) for text in arguments.method_param)
     protocol, artifacts = chosen_protocol(arguments), Artifacts(**folders)
     common: dict[str, Any] = {"method_params": params, "limit": arguments.limit, "device": arguments.device, "artifacts": artifacts}
-    return [prepare(protocol, Path(arguments.protocol).stem, method, arguments.seed, **common) for method in methods]
+    runs = []
+    for method in methods:
+        try:
+            runs.append(prepare(protocol, Path(arguments.protocol).stem, method, arguments.seed, **common))
+        except UnavailableMethodError as error:
+            if arguments.method != "all":
+                raise
+            say(f"left out: {error}")
+    return runs
 
 
 def run_eval(arguments: argparse.Namespace) -> int:

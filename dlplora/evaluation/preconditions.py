@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from dlplora.errors import ConfigError, MethodError, TaskError, nearest
+from dlplora.errors import ConfigError, MethodError, TaskError, UnavailableMethodError, nearest
 from dlplora.inference.saving import untrained_method
 from dlplora.methods.base import FusionMethod
 from dlplora.tasks.composite import CompositeTask
@@ -48,14 +48,16 @@ def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str])
         roles: Roles of the folders at hand.
 
     Raises:
-        MethodError: Naming the role, and how to get it.
+        UnavailableMethodError: Naming the role, and how to get it.
     """
     for role in method.artifact_roles:
         if role not in roles:
             if role == "trained":
                 raise untrained_method(preset)
             option = f"--{role}" if role in {"router", "multitask"} else f"--artifact {role}=FOLDER"
-            raise MethodError(f"method '{method.name}' needs a {role}; none was given. Pass {role}=FOLDER (`dlplora eval`: {option}).")
+            raise UnavailableMethodError(
+                f"method '{preset}' needs a {role}; none was given. Pass {role}=FOLDER (`dlplora eval`: {option})."
+            )
 
 
 def require_task_facts(method: FusionMethod, suite: Suite, names: Sequence[str], experts: Sequence[str] | None) -> None:

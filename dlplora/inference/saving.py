@@ -13,7 +13,7 @@ from typing import Any
 from dlplora.adapters.pool import write_manifest
 from dlplora.config import build, short
 from dlplora.documents import read_json
-from dlplora.errors import ConfigError, MethodError
+from dlplora.errors import ConfigError, MethodError, UnavailableMethodError
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
@@ -128,9 +128,9 @@ def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) ->
     return cls.load(saved.method_folder, bank, context)
 
 
-def untrained_method(name: str) -> MethodError:
+def untrained_method(name: str) -> UnavailableMethodError:
     """What to say of a method without its trained gates."""
-    return MethodError(
+    return UnavailableMethodError(
         f"method '{name}' has to be trained first: dlplora fit --config configs/train/fusion.yaml "
         f"--model.init_args.method={name}. Then pass trained=FOLDER."
     )

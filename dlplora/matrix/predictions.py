@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from dlplora.config import load_yaml
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
+from dlplora.matrix.subject import Subject
 from dlplora.reproduce import artifacts, estimate, paper, pipeline
-
-if TYPE_CHECKING:
-    from dlplora.matrix.profiles import Subject
 
 FORWARD, TRAINING = 2, 4
 """Operations a parameter and token: a forward pass, and one with gradients through frozen weights."""

@@ -2,89 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dlplora.config import config_hash, load_yaml
-from dlplora.errors import ConfigError
 from dlplora.evaluation.preconditions import require_limit, require_seed
-from dlplora.evaluation.protocol import Protocol, load_protocol
+from dlplora.evaluation.protocol import load_protocol
 from dlplora.matrix.plan import Cell, Kind, Request
 from dlplora.matrix.predictions import Predictions
-from dlplora.methods.registry import hashed_params, load_method_spec
+from dlplora.matrix.subject import Subject, method_facts
 from dlplora.reproduce import artifacts, paper, pipeline
-from dlplora.reproduce.recipe import NANO, Setting
+from dlplora.reproduce.recipe import NANO
 from dlplora.tasks.registry import get_suite
 
 NANO_PROFILE = "nano"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One profile of a plan, resolved as far as is possible before anything is trained."""
-
-    name: str
-    protocol: Protocol
-    protocol_name: str
-    setting: Setting
-    """Tasks and options; of a profile with a backbone of its own without it yet, see ``over_backbone``."""
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    runs: Path
-    """Folder of the artifacts."""
-    job: paper.PaperJob | None
-    """None for the nano suite."""
-    limit: int | None
-
-    @property
-    def trains_backbone(self) -> bool:
-        """Whether a backbone has to be made before all else."""
-        artifact = None if self.job is None else self.job.backbone_artifact()
-        return artifact is not None and not artifact.ready
-
-    def over_backbone(self) -> tuple[Protocol, Setting]:
-        """Protocol and setting with the backbone, which must be there or on a hub.
-
-        Raises:
-            ConfigError: If it is not.
-        """
-        if self.job is None:
-            return self.protocol, self.setting
-        artifact = self.job.backbone_artifact()
-        if artifact is not None and not artifact.ready:
-            raise ConfigError(f"the backbone is not in {artifact.folder}; was it removed? Plan again.")
-        return self.job.over(*paper.backbone_folder(self.job))
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What decides the numbers of all cells: backbone, protocol, tasks, rows where they are at hand, options."""
-        given = None if self.job is None else dataclasses.asdict(self.job.profile)
-        at_hand = self.job is None or paper.has_rows(self.protocol)
-        return {
-            "profile": given,
-            "protocol": self.protocol.hash(),
-            "rows": self.setting.facts("backbone")["tasks"] if at_hand else self.protocol.suite,
-        }
-
-    @property
-    def roles(self) -> list[str]:
-        """Artifacts of all methods."""
-        return pipeline.roles_of(self.methods)
-
-    def hash(self) -> str:
-        """Changes whenever a number of the profile may."""
-        configs = {role: load_yaml(artifacts.config_path(role, self.setting)) for role in self.roles}
-        specs = {method: _spec_facts(method) for method in self.methods}
-        return config_hash([self.facts, configs, specs, self.limit])
-
-
-def _spec_facts(method: str) -> list[Any]:
-    spec = load_method_spec(method)
-    return [spec.method, hashed_params(spec)]
 
 
 def subjects_of(request: Request, folder: Path) -> list[Subject]:
@@ -153,7 +85,7 @@ class _Planner:
             for method in subject.methods:
                 after = [made[role] for role in artifacts.roles_of(method) if role in made] or first
                 configs = [self._config(role) for role in artifacts.roles_of(method)]
-                yield self._cell("evaluate", method, seed, after, [_spec_facts(method), configs, subject.limit])
+                yield self._cell("evaluate", method, seed, after, [method_facts(method), configs, subject.limit])
 
     def _ready(self, role: str, seed: int) -> bool:
         if self.setting is None:
@@ -165,7 +97,7 @@ class _Planner:
         if role != "pool":
             gates = role.startswith(artifacts.TRAINED)
             after = [made["pool"]] if gates and "pool" in made else list(first)
-            over = [_spec_facts(role.removeprefix(artifacts.TRAINED)), self._config("pool")] if gates else []
+            over = [method_facts(role.removeprefix(artifacts.TRAINED)), self._config("pool")] if gates else []
             yield self._cell("artifact", role, seed, after, [config, *over])
             return
         names, size = self.subject.setting.chosen().names, self.request.experts_per_cell

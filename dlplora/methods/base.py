@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dlplora.adapters.files import write_tensors
 from dlplora.atomic import filling
-from dlplora.errors import MethodError
+from dlplora.errors import MethodError, UnavailableMethodError
 from dlplora.methods.fused_protocol import FusedModel
 from dlplora.modules.precision import keeping_dtype
 from dlplora.types import PromptBatch
@@ -197,11 +197,11 @@ class FusionMethod(nn.Module):
         """Look for the optional packages, without importing one.
 
         Raises:
-            MethodError: If one is missing; says how to get or avoid it.
+            UnavailableMethodError: If one is missing; says how to get or avoid it.
         """
         for package, how in self.optional_packages.items():
             if importlib.util.find_spec(package) is None:
-                raise MethodError(f"method '{self.name}' needs the package {package}, which is not installed: {how}.")
+                raise UnavailableMethodError(f"method '{self.name}' needs the package {package}, which is not installed: {how}.")
 
     @property
     def reported(self) -> Mapping[str, float | int | None]:

@@ -208,6 +208,10 @@ class DLP(FusionMethod):
             return threshold_mask(probs, config.threshold, min_keep=config.min_keep)
         return top_k_mask(probs, 1 if config.selector == "argmax" else min(config.top_k, probs.shape[-1]))
 
+    def weigh(self, probs: Tensor, logits: Tensor) -> Tensor:
+        """Routing weights (B, E) of calibrated probabilities and their logits, each float32 (B, E)."""
+        return renormalize(probs, self.select(probs), self.config.renormalize, logits=logits)
+
     @torch.no_grad()
     def route(self, prompts: PromptBatch) -> Tensor:
         """Routing weights (B, E), float32, on the device of the prompts.
@@ -222,9 +226,8 @@ class DLP(FusionMethod):
         probs, logits = self.probabilities(prompts)
         if self._confidence is not None:
             self._confidence.add(probs)
-        weights = renormalize(probs, self.select(probs), self.config.renormalize, logits=logits)
         device = prompts.input_ids.device
-        return weights.to(device), probs.max(dim=-1).values.to(device)
+        return self.weigh(probs, logits).to(device), probs.max(dim=-1).values.to(device)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross-entropy of the task of each prompt; reads ``prompts`` and ``expert_idx`` only."""

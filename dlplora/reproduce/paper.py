@@ -95,10 +95,10 @@ def load_profile(name: str) -> tuple[str, Profile]:
     """
     known = list_configs("reproduce")
     if Path(name).suffix in {".yaml", ".yml"}:
-        return Path(name).stem, build(Profile, load_yaml(name), name)
+        return Path(name).stem, _read_profile(Path(name))
     path = configs_root() / "reproduce" / f"{name}.yaml"
     if name in known and name != "any":
-        return name, build(Profile, load_yaml(path), str(path))
+        return name, _read_profile(path)
     local = is_local_name(name)
     if name == "any" or not (local or name.count("/") == 1):
         profiles = [*(one for one in known if one != "any"), *NAMED]
@@ -106,9 +106,19 @@ def load_profile(name: str) -> tuple[str, Profile]:
             f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
             "or give a model folder, a GGUF file, a hub id, or a profile's file."
         )
-    path = configs_root() / "reproduce" / "any.yaml"
-    backbone = resolve_backbone(name) if local else name
-    return Path(name).name, dataclasses.replace(build(Profile, load_yaml(path), str(path)), backbone=backbone)
+    profile = dataclasses.replace(_read_profile(configs_root() / "reproduce" / "any.yaml"), backbone=name)
+    return Path(name).name, _found(profile)
+
+
+def _read_profile(path: Path) -> Profile:
+    return _found(build(Profile, load_yaml(path), str(path)))
+
+
+def _found(profile: Profile) -> Profile:
+    """The profile with the folder of a backbone that needs no hub: GGUF files and packaged models are converted once."""
+    if profile.backbone is None or not is_local_name(profile.backbone):
+        return profile
+    return dataclasses.replace(profile, backbone=resolve_backbone(profile.backbone))
 
 
 def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | None]:
@@ -233,7 +243,8 @@ def announced(job: PaperJob) -> Iterator[str]:
         yield f"backbone: {artifact.source} ({artifact.folder})"
         source = str(artifact.folder) if artifact.ready else None
     else:
-        yield f"backbone: {source} (revision {job.profile.revision or 'newest; the records say which'})"
+        here = source is not None and Path(source).is_dir()
+        yield f"backbone: {source}" + ("" if here else f" (revision {job.profile.revision or 'newest; the records say which'})")
     if artifact is None or artifact.ready:
         known = source is not None and Path(source).is_dir()
         yield from job_over(job, job.over(str(source), None)[1]).lines() if known else _roles(job)

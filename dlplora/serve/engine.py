@@ -22,23 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, RoutingError, one_line
+from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, RoutingError
 from dlplora.inference.finite import NOT_FINITE as NOT_FINITE_LOGITS
 from dlplora.inference.finite import is_finite
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.modules.routing_state import NOT_FINITE
 from dlplora.serve.batch import Batch
 from dlplora.serve.deciding import Decider, require_servable
+from dlplora.serve.failures import FAILURES, settle, shown
 from dlplora.serve.jobs import Decision, Failed, Finished, Job, QueueFullError, Sentence, Started
 from dlplora.serve.rows import Row
 from dlplora.serve.sampling import Chosen
 from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 
 log = logging.getLogger(__name__)
-
-
-FAILURES = (DLPLoRAError, RuntimeError, OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""Errors of a step or a call. None of them may end the thread, which serves everybody."""
 MAX_ROWS = 1 << 16
 """Of a batch or a queue; the cache of a batch is made when the engine starts."""
 
@@ -209,7 +206,7 @@ class Engine:
         self._fail_all(GenerationError("the server is shutting down."))
 
     def _fail_all(self, error: Exception) -> None:
-        shown = error if isinstance(error, DLPLoRAError) else GenerationError(f"the model failed: {one_line(error)[:200]}")
+        failure = shown(error)
         jobs = [row.job for row in self._batch.clear()]
         self._state = None
         if self._closed:
@@ -217,19 +214,19 @@ class Engine:
                 jobs += self._waiting
                 self._waiting.clear()
                 for _, future in (*self._calls, *self._tasks):
-                    future.set_exception(shown)
+                    future.set_exception(failure)
         for job in jobs:
-            job.report(Failed(shown))
+            job.report(Failed(failure))
 
     def _advance(self) -> None:
         for row in [row for row in self._batch.everyone if row.job.cancelled]:
             row.finish("cancelled")
             self._leave(row)
         while self._calls:
-            _settle(*self._calls.popleft())
+            settle(*self._calls.popleft())
         if self._tasks:
             if not len(self._batch):
-                _settle(*self._tasks.popleft())
+                settle(*self._tasks.popleft())
                 return
         else:
             self._admit()
@@ -396,10 +393,3 @@ class Engine:
         elif self._state is not None:
             place = self._batch.rows.index(row)
             self._state.update_rows(torch.tensor([place], device=weights.device), weights[None])
-
-
-def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(function())
-    except FAILURES as error:  # its caller's; other requests go on
-        future.set_exception(error)

@@ -41,18 +41,18 @@ def run(fused: FusedCausalLM, **options: Any) -> tuple[list[str], float]:
     from lm_eval import simple_evaluate
 
     read: list[str] = []
-    route = fused.method.route
+    route = fused.method.route_with_confidence
 
-    def recording(prompts: Any) -> torch.Tensor:
+    def recording(prompts: Any) -> Any:
         read.extend(prompts.texts)
         return route(prompts)
 
-    fused.method.route = recording  # type: ignore[method-assign]
+    fused.method.route_with_confidence = recording  # type: ignore[method-assign]
     try:
         lm = DLPLoRALM(fused=fused, batch_size=8)
         simple_evaluate(lm, tasks=TASKS, limit=4, bootstrap_iters=0, task_manager=fast_task_manager(), **options)
     finally:
-        del fused.method.route
+        del fused.method.route_with_confidence
     return read, lm.routing_statistics()["router_accuracy"] or 0.0
 
 

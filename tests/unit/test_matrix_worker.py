@@ -272,7 +272,7 @@ def test_what_changed_since_the_plan_is_refused(profile: Path, tmp_path: Path, c
         ("nano --out x.txt", "must end in .jsonl"),
         ("nano,nano --out x.jsonl", "each once"),
         ("nano --out x.jsonl --lease 0", "'lease_s' must be at least 1"),
-        ("nano --out x.jsonl --limit 0", "limit must be at least 1"),
+        ("nano --out x.jsonl --limit 0", "limit must be from 1 to"),
         ("nano --out x.jsonl --methods dpl", "Did you mean 'dlp'"),
         ("nano --out x.jsonl --tasks pick_foot", "Did you mean 'pick_food'"),
         ("nano --out /proc/x.jsonl", "cannot write in"),

@@ -1,0 +1,29 @@
+"""What goes wrong in the engine's thread, which serves everybody and may not end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from dlplora.errors import DLPLoRAError, GenerationError, one_line
+
+FAILURES = (DLPLoRAError, RuntimeError, OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""Errors of a step or a call."""
+_SHOWN = 200
+
+
+def shown(error: Exception) -> DLPLoRAError:
+    """What a client reads of an error: ours as it is, of others the first line, which names no place in the code."""
+    if isinstance(error, DLPLoRAError):
+        return error
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return GenerationError(f"the model failed: {one_line(first)[:_SHOWN]}")
+
+
+def settle(function: Callable[[], Any], future: Future[Any]) -> None:
+    """Call a function and hand its result, or its error, to whoever waits for it."""
+    try:
+        future.set_result(function())
+    except FAILURES as error:  # its caller's; other requests go on
+        future.set_exception(error)
