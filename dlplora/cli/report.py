@@ -67,10 +67,10 @@ def _groups(records: Sequence[Record], reader: store.OutcomeReader, problems: li
 
 
 def _build(arguments: argparse.Namespace, suite: str, groups: Sequence[Group], check: bool = False) -> list[Path]:
-    """The README of the working directory belongs to its own results and nano; others touch it only when it is named."""
+    """The README of the working directory belongs to its own results and ``README_SUITE``; others touch it only when it is named."""
     root = Path(arguments.out)
     readme = Path(arguments.readme or "README.md")
-    own = (arguments.readme is not None and suite == arguments.suite) or (root == store.RESULTS and suite == "nano")
+    own = (arguments.readme is not None and suite == arguments.suite) or (root == store.RESULTS and suite == tables.README_SUITE)
     return tables.build([], suite, root, readme if own and readme.is_file() else None, check=check, groups=groups)
 
 

@@ -56,7 +56,9 @@ README_COLUMNS = tuple(
     for key in ("mcq_acc", "gen_exact_match", "gen_rougeL", "training_tokens", DECODE)
 )
 REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
-"""First rows of every table, and the only ones in the README."""
+"""First rows of every table."""
+README_ROWS = (*REFERENCE_ROWS, "lorauter", "tfidf_linear")
+"""The only rows in the README: the references, a method without a trained router, and an ordinary classifier."""
 Trials = Mapping[str, Sequence[Trial]]
 """Preset -> its trials."""
 GATED = "†"

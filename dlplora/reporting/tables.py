@@ -15,9 +15,10 @@ from dlplora.errors import RecordError
 from dlplora.reporting.columns import (
     ACCURACY,
     COLUMNS,
+    DECODE,
     GATED,
     README_COLUMNS,
-    REFERENCE_ROWS,
+    README_ROWS,
     Column,
     Rows,
     Trials,
@@ -40,6 +41,8 @@ from dlplora.reporting.store import OutcomeReader
 from dlplora.reporting.tuning import chosen_table, questions_note
 
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
+README_SUITE = "real26"
+"""The suite whose table stands in the README of the working directory."""
 TIE = "°"
 """Mark of a primary score that is not significantly below the best."""
 LATEX = str.maketrans(
@@ -190,19 +193,22 @@ def readme_block(one: Group | None) -> str:
     """The text between the README's markers: the reference rows of a group in a few columns, and where the rest is."""
     if one is None:
         return f"{BEGIN}\n{main_table(())}\n{END}"
-    shown = [record for record in one.records if record.method_name in REFERENCE_ROWS]
+    shown = [record for record in one.records if record.method_name in README_ROWS]
     if not shown:
         return f"{BEGIN}\n{main_table(())}\n{END}"
+    timed = one.latency is not None
+    columns = [column for column in README_COLUMNS if timed or column.key != DECODE]
     seeds = sorted({record.seed for record in shown})
     text = (
         f"{len(shown[0].suite_tasks)} tasks × {questions_a_task(shown)} questions, {_named(seeds)}; ± one standard "
         "error over questions and seeds. Bold: best of these rows. "
     )
-    text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "
-    others = len({record.method_name for record in one.records} - set(REFERENCE_ROWS))
+    if timed:
+        text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "
+    others = len({record.method_name for record in one.records} - set(README_ROWS))
     rest = f"Tests, all columns{f' and {others} more methods' if others else ''}"
     text += f"{rest}: [results/tables/{one.suite}.md](results/tables/{one.suite}.md)."
-    return f"{BEGIN}\n{main_table(shown, None, one.latency, README_COLUMNS)}\n\n{text}\n{END}"
+    return f"{BEGIN}\n{main_table(shown, None, one.latency, columns)}\n\n{text}\n{END}"
 
 
 def task_table(records: Sequence[Record]) -> str:
