@@ -136,7 +136,7 @@ def _write_tables(suite: str, records: Sequence[Record], root: Path) -> None:
         say(f"records: {root / 'scratch' / suite} (limited runs and runs of uncommitted code are in no table)")
         return
     readme = Path("README.md")
-    published = suite == "nano" and root == Path("results")
+    published = suite == tables.README_SUITE and root == Path("results")
     has_block = published and readme.is_file() and tables.BEGIN in read_text(readme)
     for path in pipeline.refresh_tables(suite, root, readme if has_block else None):
         say(f"wrote {path}")
@@ -157,7 +157,7 @@ def _reproduce_over_backbone(arguments: argparse.Namespace) -> int:
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
     job = paper.resolve(
-        arguments.backbone or ("real" if arguments.suite == "real" else "local-small"),
+        arguments.backbone or ("real26" if arguments.suite == "real" else "local-small"),
         overrides,
         split_names(arguments.methods) if arguments.methods else None,
         chosen_seeds(arguments.seeds) if arguments.seeds else None,

@@ -162,7 +162,8 @@ class PaperJob:
     def protocol_name(self) -> str:
         """Of the records: one protocol over several backbones is as many protocols."""
         stem = Path(self.profile.protocol).stem
-        return stem if self.profile.train_backbone or stem == self.name else f"{stem}_{self.name}"
+        own = stem == self.name or stem.startswith(f"{self.name}_")
+        return stem if own or self.profile.train_backbone else f"{stem}_{self.name}"
 
     @property
     def setting(self) -> Setting:
