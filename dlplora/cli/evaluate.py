@@ -44,7 +44,7 @@ def _parse_folder(text: str) -> tuple[str, Path]:
 def chosen_methods(text: str) -> list[str]:
     """Methods of a comparison: ``all`` presets, the reference rows first, or names separated by commas."""
     from dlplora.methods.registry import available_presets
-    from dlplora.reporting.tables import REFERENCE_ROWS
+    from dlplora.reporting.columns import REFERENCE_ROWS
 
     return list(dict.fromkeys([*REFERENCE_ROWS, *available_presets()])) if text == "all" else split_names(text)
 

@@ -20,7 +20,7 @@ from dlplora.evaluation.protocol import Protocol, load_protocol
 from dlplora.inference.backbones import NAMED, is_local_name, resolve_backbone
 from dlplora.inference.shapes import ModelShape, find_shape
 from dlplora.methods.registry import available_presets
-from dlplora.reporting import tables
+from dlplora.reporting.columns import REFERENCE_ROWS
 from dlplora.reproduce import artifacts, estimate
 from dlplora.reproduce.pipeline import ReproduceJob, make_job, roles_of
 from dlplora.reproduce.recipe import Setting
@@ -53,7 +53,7 @@ class Profile:
     """Commit of a hub id; None takes the newest, and the records say which it was."""
     train_backbone: bool = False
     """Whether the backbone is pretrained here, on the training rows."""
-    methods: list[str] = field(default_factory=lambda: list(tables.REFERENCE_ROWS))
+    methods: list[str] = field(default_factory=lambda: list(REFERENCE_ROWS))
     """Methods of the comparison unless others are named."""
     options: dict[str, dict[str, Any] | list[str]] = field(default_factory=dict)
     """Kind of training (or ``all``) -> what changes in its configuration, as a mapping; options of ``dlplora fit`` are read as well."""
@@ -219,7 +219,7 @@ def resolve(
         protocol = load_protocol(profile.protocol, overrides)
     chosen = list(methods or profile.methods)
     if chosen == ["all"]:
-        chosen = list(dict.fromkeys([*tables.REFERENCE_ROWS, *available_presets()]))
+        chosen = list(dict.fromkeys([*REFERENCE_ROWS, *available_presets()]))
     roles_of(chosen)
     _require_tasks(protocol)
     job = PaperJob(

@@ -13,6 +13,7 @@ from dlplora.evaluation.protocol import Protocol
 from dlplora.evaluation.runner import Artifacts, Run, execute, finished, prepare
 from dlplora.progress import Progress, duration
 from dlplora.reporting import tables
+from dlplora.reporting.columns import REFERENCE_ROWS
 from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.store import RESULTS, load_all
 from dlplora.reproduce import artifacts
@@ -20,7 +21,7 @@ from dlplora.reproduce.recipe import NANO, Setting
 from dlplora.reproduce.training import train
 
 NANO_METHODS = (
-    *tables.REFERENCE_ROWS,
+    *REFERENCE_ROWS,
     "dlp_top1",
     "ties",
     "arrow_out",
