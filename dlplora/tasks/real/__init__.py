@@ -20,8 +20,36 @@ NUM_TEST = 60
 """Test questions of a task, of both blocks."""
 SPLITS = SplitSettings(num_train=480, num_validation=40, num_test=NUM_TEST, max_prompt_chars=1600)
 """Of the public block; 1600 characters are about 400 tokens."""
-PUBLIC: tuple[str, ...] = ()
-SKILLS: tuple[str, ...] = ()
+PUBLIC = (
+    "hyperbaton",
+    "epistemic_reasoning",
+    "disambiguation_qa",
+    "movie_recommendation",
+    "temporal_sequences",
+    "geometric_shapes",
+    "tense",
+    "object_counting",
+)
+SKILLS = (
+    "ticket_desk",
+    "ticket_queue",
+    "review_grade",
+    "review_aisle",
+    "parcel_note",
+    "tag_color",
+    "visit_day",
+    "visit_hour",
+    "roster_day",
+    "roster_night",
+    "tray_next",
+    "folder_next",
+    "date_archive",
+    "mail_sender",
+    "mail_receiver",
+    "price_tag",
+    "price_ledger",
+    "invoice_item",
+)
 
 
 def source_of(name: str) -> Source | None:
