@@ -30,7 +30,7 @@ from torch import Tensor
 from dlplora.atomic import write_atomically
 from dlplora.config import config_hash
 from dlplora.data.encoding import encode_pairs
-from dlplora.evaluation.runner import TEST_ITEMS, Run, blank_record, open_model
+from dlplora.evaluation.runner import Run, blank_record, open_model
 from dlplora.reporting.protocols import record_path
 from dlplora.reporting.schema import Record, TaskResult, read_record, to_json
 from dlplora.reporting.statistics import mean_stderr
@@ -164,7 +164,7 @@ def evaluate_released(run: Run, fused: FusedCausalLM) -> tuple[dict[str, TaskRes
     max_length = min(fused.max_length, run.protocol.max_length or fused.max_length)
     for name in run.task_names:
         task = run.suite.task(name)
-        items = task.items("test", len(task.rows["test"]) if task.rows else TEST_ITEMS)[: run.limit]
+        items = task.items("test", run.suite.num_test(task))[: run.limit]
         values: dict[str, list[float]] = {}
         for repeat_last in (False, True):
             rows, cut = rows_of(items, fused.tokenizer, max_length, repeat_last=repeat_last)

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 RESULTS_VERSION = "0.1.0"
 """Part of every cell hash; raised only by a release that moves numbers, so that others leave the records of earlier ones in use."""
-TEST_ITEMS = 100
-"""Questions that a generated task has; a local one has the rows of its file."""
 DISAGREEMENT = 0.1
 
 
@@ -184,7 +182,7 @@ def prepare(
 def power_note(run: Run) -> str:
     """The smallest difference between two methods that the questions of a run can show, in words."""
     tasks = [run.suite.task(name) for name in run.task_names]
-    counts = [len(task.rows["test"]) if task.rows else TEST_ITEMS for task in tasks]
+    counts = [run.suite.num_test(task) for task in tasks]
     num = sum(min(count, run.limit or count) for count in counts)
     smallest = detectable_difference(num, DISAGREEMENT)
     what = f"two methods that disagree on {100 * DISAGREEMENT:.0f} % of {num} questions"

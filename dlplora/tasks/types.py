@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dlplora.errors import TaskError, nearest
@@ -127,6 +127,7 @@ class Suite:
         name: Also of the folder of its records.
         tasks: In order.
         prefix: What lm-eval's names of the tasks have before the suite's; None is ``dlplora_<name>_``.
+        num_generated: Test questions of a task whose rows are generated.
     """
 
     name: str
@@ -134,6 +135,11 @@ class Suite:
     source: Suite | None = None
     """The suite that composites are made of; its tasks are those that adapters and methods are trained on."""
     prefix: str | None = None
+    num_generated: int = 100
+
+    def num_test(self, task: Task) -> int:
+        """Test questions of one of the tasks."""
+        return len(task.rows["test"]) if task.rows else self.num_generated
 
     @property
     def lm_eval_prefix(self) -> str:
@@ -160,4 +166,4 @@ class Suite:
         """The same suite with only the named tasks, in the order given (None keeps all)."""
         if names is None:
             return self
-        return Suite(self.name, tuple(self.task(name) for name in names), self.source, self.prefix)
+        return replace(self, tasks=tuple(self.task(name) for name in names))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlplora.errors import TaskError
+from dlplora.tasks.lm_eval.real26.docs import real_dataset
 from dlplora.tasks.paper import with_options
 from dlplora.tasks.paper.sources import source_of as paper_source
 from dlplora.tasks.paper.splits import SplitSettings, draw_splits
@@ -113,3 +114,10 @@ def test_an_unknown_task_names_the_near_one() -> None:
 def test_missing_rows_of_the_public_block_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="no rows of task"):
         real_suite("real26_public", str(tmp_path))
+
+
+def test_questions_are_counted_as_the_harness_gets_them() -> None:
+    suite = get_suite("real26_skills").select(("date_archive", "ticket_desk"))
+    assert suite.lm_eval_prefix == PREFIX
+    for task in suite.tasks:
+        assert suite.num_test(task) == len(real_dataset(task.name)["test"])

@@ -80,4 +80,4 @@ def real_suite(name: str, root: str | None = None) -> Suite:
     Raises:
         TaskError: If rows of a public task are missing or malformed.
     """
-    return Suite(name, tuple(real_task(task, root) for task in real_names(name)), prefix=PREFIX)
+    return Suite(name, tuple(real_task(task, root) for task in real_names(name)), prefix=PREFIX, num_generated=NUM_TEST)
