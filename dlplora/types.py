@@ -73,11 +73,8 @@ class PromptBatch:
         """Right-pad rows of token ids; the texts are decoded unless given."""
         width = max(1, max((len(row) for row in rows), default=1))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.full((len(rows), width), int(pad), dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.long)
-            mask[i, : len(row)] = 1
+        ids = torch.tensor([[*row, *[int(pad)] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
+        mask = (torch.arange(width) < torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]).long()
         if texts is None:
             texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
         names = None if task_names is None else tuple(task_names)

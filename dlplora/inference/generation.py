@@ -144,7 +144,7 @@ class SentenceRerouter(StoppingCriteria):
 
     Args:
         state: The routing state of this generation; updated in place.
-        route: Texts -> routing weights (N, E); with ``task_names`` it is called with a task name for each text as well.
+        route: Texts -> routing weights (N, E); it is called with a task name for each text as well, or None, and with the ids of ``encode``.
         prompts: What is routed of each row's prompt (``question_text``).
         tokenizer: Decodes generated tokens.
         table: Vocabulary table of the tokenizer.
@@ -154,6 +154,7 @@ class SentenceRerouter(StoppingCriteria):
         names: Expert names, for the trace.
         task_names: The protocol's name of each row's task, one a question for composite prompts; None where it has none.
         refresh: Called with rows, weights and tokens before the plans change, to bring the cache in line.
+        encode: Rows and their texts -> token ids; None leaves it to ``route``.
     """
 
     def __init__(
@@ -170,12 +171,13 @@ class SentenceRerouter(StoppingCriteria):
         *,
         task_names: Sequence[str | None] | None = None,
         refresh: Callable[[Sequence[int], Tensor, Tensor], None] | None = None,
+        encode: Callable[[Sequence[int], Sequence[str]], list[list[int]]] | None = None,
     ) -> None:
         self.state, self.route, self.prompts, self.tokenizer, self.table = state, route, list(prompts), tokenizer, table
         self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
         self._finished = [0] * len(self.prompts)
         self._tail = functools.cache(routed_tail)
-        self.task_names, self.refresh = task_names, refresh
+        self.task_names, self.refresh, self.encode = task_names, refresh, encode
         self.num_reroutes = 0
         self.deferred = False
         """Whether the caller promises to call ``reroute_before_forward`` before the next forward."""
@@ -243,13 +245,14 @@ class SentenceRerouter(StoppingCriteria):
         return ended, undecided
 
     def _weights(self, rows: list[int], views: list[str], texts: list[str]) -> Tensor:
+        ids = () if self.encode is None else (self.encode(rows, views),)
         if self.task_names is None:
-            return self.route(views)
+            return self.route(views, None, *ids) if ids else self.route(views)
         indices = [
             answer_index(asked_questions(self.prompts[row]), text, self._finished[row]) for row, text in zip(rows, texts, strict=True)
         ]
         names = [segment_task(self.task_names[row], index) for row, index in zip(rows, indices, strict=True)]
-        return self.route(views, names)
+        return self.route(views, names, *ids)
 
     def _note(self, rows: list[int], views: list[str], texts: list[str], weights: Tensor) -> None:
         if self.trace is None:

@@ -18,6 +18,7 @@ from dlplora.inference.generation import RoutedCriterion, SentenceRerouter, Voca
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
 from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, routed_questions, segment_task
 from dlplora.inference.request import Request
+from dlplora.inference.row_tokens import PieceEncoder, RowTokens
 from dlplora.methods.base import FusedModel, FusionMethod
 from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
@@ -39,6 +40,11 @@ class RoutedModel(FusedModel, Protocol):
     @property
     def vocabulary(self) -> VocabularyTable:
         """Which tokens can end a sentence."""
+        ...
+
+    @property
+    def piece_encoder(self) -> PieceEncoder | None:
+        """Encodes parts of texts, where the tokenizer allows it."""
         ...
 
     @property
@@ -130,10 +136,15 @@ class RoutedGeneration:
                 entry["prompt_pieces"] = [{"text": text, "weights": kept_experts(chosen, self.fused.bank.names)} for text, chosen in parts]
         return self.fused.planner.state(weights.to(self.fused.device))
 
-    def _route(self, texts: Sequence[str], task_names: Sequence[str | None] | None = None) -> Tensor:
-        weights = self.fused.planner.route(
-            PromptBatch.from_texts(texts, self.fused.tokenizer, device=self.fused.device, task_names=task_names)
-        )
+    def _route(
+        self, texts: Sequence[str], task_names: Sequence[str | None] | None = None, ids: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        tokenizer, device = self.fused.tokenizer, self.fused.device
+        if ids is None:
+            prompts = PromptBatch.from_texts(texts, tokenizer, device=device, task_names=task_names)
+        else:
+            prompts = PromptBatch.from_ids(ids, tokenizer, device=device, task_names=task_names, texts=texts)
+        weights = self.fused.planner.route(prompts)
         assert weights is not None
         return weights
 
@@ -160,4 +171,5 @@ class RoutedGeneration:
             fused.bank.names,
             task_names=None if names is None else [name for name in names for _ in range(self.copies)],
             refresh=refresher,
+            encode=RowTokens(fused.tokenizer, fused.piece_encoder),
         )

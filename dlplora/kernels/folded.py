@@ -30,9 +30,8 @@ def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return order, weights.gather(1, order)
 
 
-def gather(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row; see ``FoldedPlan``."""
-    order, kept = kept_first(weights, width)
+def gather(lora_a: Tensor, lora_b: Tensor, order: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedPlan``."""
     kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32))
     b_sel = (lora_b.mT[order] * kept[:, :, None, None]).to(lora_b.dtype)
     return lora_a[order].flatten(1, 2), b_sel.flatten(1, 2)
@@ -86,21 +85,28 @@ class FoldedPlan(nn.Module):
         a_sel, b_sel = self.a_sel[:, :inner].mT, self.b_sel[:, :inner]
         return (a_sel[0], b_sel[0]) if a_sel.shape[0] == 1 else (a_sel, b_sel)
 
-    def write(self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
+    def write(
+        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Write the plan of all rows, or of some, in place.
 
         Args:
             lora_a: (E, R, I). lora_b: (E, O, R).
             weights: Routing weight times scaling (N, E) with at most ``width`` non-zero entries a row.
-            rows: Row indices (N,); None for all.
+            rows: Row indices (N,), which keep at most ``used`` experts; None for all.
+            chosen: ``kept_first`` of the weights, if the caller has it.
         """
-        a_rows, b_rows = gather(lora_a, lora_b, weights, self.width)
+        order, kept = kept_first(weights, self.width) if chosen is None else chosen
         if rows is None:
+            a_rows, b_rows = gather(lora_a, lora_b, order, kept)
             self.a_sel.copy_(a_rows)
             self.b_sel.copy_(b_rows)
-        else:
-            self.a_sel[rows] = a_rows
-            self.b_sel[rows] = b_rows
+            return
+        # Behind the experts in use, B is zero before and after.
+        a_rows, b_rows = gather(lora_a, lora_b, order[:, : self.used], kept[:, : self.used])
+        inner = a_rows.shape[1]
+        self.a_sel[:, :inner].index_copy_(0, rows, a_rows)
+        self.b_sel[:, :inner].index_copy_(0, rows, b_rows)
 
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.
