@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,13 +74,16 @@ class PromptBatch:
         """Right-pad rows of token ids; the texts are decoded unless given."""
         width = max(1, max((len(row) for row in rows), default=1))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[*row, *[int(pad)] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
-        mask = (torch.arange(width) < torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]).long()
+        ids = np.full((len(rows), width), int(pad), dtype=np.int64)  # small tensors are slower to fill
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
         if texts is None:
             texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
         names = None if task_names is None else tuple(task_names)
         known = None if questions is None else tuple(questions)
-        return cls(ids.to(device), mask.to(device), tuple(texts), names, known)
+        return cls(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), tuple(texts), names, known)
 
     @classmethod
     def from_texts(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import regex
@@ -24,6 +23,8 @@ _SPLITS = frozenset(
     )
 )
 """Patterns whose matches begin at such a space and never reach across it."""
+_LONG = 48
+"""Characters that are encoded again rather than cut."""
 _SAMPLE = "Who came, and when? It's 3 o'clock.\nAnswer: Mia and Tom saw 42 plums"
 
 
@@ -33,14 +34,17 @@ class PieceEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, piece: str) -> list[int] | None:
-        """Ids of a piece; None while somebody has made the tokenizer cut or pad what it encodes."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether nobody has made the tokenizer cut or pad what it encodes."""
         backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None or backend.padding is not None:
-            return None
-        if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
-            return None
-        return list(backend.encode(piece, add_special_tokens=False).ids)
+        plain = backend.truncation is None and backend.padding is None
+        return plain and bool(backend.encode_special_tokens == self.tokenizer.split_special_tokens)
+
+    def __call__(self, piece: str) -> list[int]:
+        """Ids of a piece."""
+        found: list[int] = self.tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
+        return found
 
 
 def piece_encoder(tokenizer: Any) -> PieceEncoder | None:
@@ -102,43 +106,32 @@ class RowTokens:
 
     def __call__(self, rows: Sequence[int], texts: Sequence[str]) -> list[list[int]]:
         """The ids of one text a row (N), special tokens included."""
-        found = self._by_parts(rows, texts)
-        return [list(ids) for ids in self.tokenizer(list(texts))["input_ids"]] if found is None else found
+        encode = self._encode
+        if encode is not None and encode.is_plain:
+            if self._around is None:
+                self._around = self._special_tokens(encode)
+            if self._around is not None:
+                begin, end = self._around
+                return [[*begin, *self._ids(encode, row, text), *end] for row, text in zip(rows, texts, strict=True)]
+        return [list(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
 
-    def _by_parts(self, rows: Sequence[int], texts: Sequence[str]) -> list[list[int]] | None:
-        if self._around is None:
-            self._around = self._special_tokens()
-        found = []
-        for row, text in zip(rows, texts, strict=True):
-            parts = None if self._around is None else self._parts(row, text)
-            if parts is None or self._around is None:
-                self._encode = None
-                return None
-            found.append([*self._around[0], *chain.from_iterable(parts), *self._around[1]])
-        return found
-
-    def _special_tokens(self) -> tuple[list[int], list[int]] | None:
-        """What the tokenizer writes before and behind a text; None if it does anything else to a text."""
-        sample = None if self._encode is None else self._encode(_SAMPLE)
-        if sample is None:
-            return None
-        whole = list(self.tokenizer(_SAMPLE)["input_ids"])
+    def _special_tokens(self, encode: PieceEncoder) -> tuple[list[int], list[int]] | None:
+        """What the tokenizer writes before and behind a text; None if it does anything else to a text, and then nothing is cut."""
+        sample, whole = encode(_SAMPLE), list(self.tokenizer(_SAMPLE)["input_ids"])
         begin = next((i for i in range(len(whole)) if whole[i : i + len(sample)] == sample), None)
-        return None if begin is None else (whole[:begin], whole[begin + len(sample) :])
-
-    def _parts(self, row: int, text: str) -> tuple[list[int], list[int]] | None:
-        """The ids up to the last safe cut, which are kept for the row's next text, and those behind it."""
-        if self._encode is None:
+        if begin is None:
+            self._encode = None
             return None
+        return whole[:begin], whole[begin + len(sample) :]
+
+    def _ids(self, encode: PieceEncoder, row: int, text: str) -> list[int]:
+        """The ids of a text; those up to its last safe cut are kept for the row's next text."""
         before, ids = self._known.get(row, ("", []))
         if not text.startswith(before):
             before, ids = "", []
-        cut = _CUT.search(text, len(before) + 1)
-        place = len(before) if cut is None else cut.start()
-        middle = [] if place == len(before) else self._encode(text[len(before) : place])
-        rest = self._encode(text[place:])
-        if middle is None or rest is None:
-            return None
-        ids = [*ids, *middle]
-        self._known[row] = text[:place], ids
-        return ids, rest
+        start = len(before)
+        if len(text) - start > _LONG and (cut := _CUT.search(text, start + 1)) is not None:
+            ids = [*ids, *encode(text[start : cut.start()])]
+            start = cut.start()
+            self._known[row] = text[:start], ids
+        return [*ids, *encode(text[start:])]
