@@ -160,9 +160,11 @@ def routed_questions(prompts: PromptBatch, tokenizer: Any, markers: TurnMarkers 
     found = prompts.questions or tuple(question_text(text, markers) for text in prompts.texts)
     if found == prompts.texts:
         return prompts
+    parts = [question for text, question in zip(prompts.texts, found, strict=True) if question != text]
+    encoded = iter(tokenizer(parts)["input_ids"])  # one call: without padding or truncation, rows stay apart
     rows = []
     for ids, mask, text, question in zip(prompts.input_ids, prompts.attention_mask, prompts.texts, found, strict=True):
-        rows.append(ids[mask.bool()].tolist() if question == text else tokenizer(question)["input_ids"])
+        rows.append(ids[mask.bool()].tolist() if question == text else list(next(encoded)))
     device = prompts.input_ids.device
     return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=prompts.task_names, texts=found, questions=found)
 

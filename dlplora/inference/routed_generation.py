@@ -33,7 +33,7 @@ class RoutedModel(FusedModel, Protocol):
     method: FusionMethod
     planner: Planner
 
-    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
+    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates decide."""
         ...
 
@@ -90,11 +90,12 @@ class RoutedGeneration:
         self.fused, self.request, self.prompts, self.ids, self.mask, self.trace = fused, request, prompts, ids, mask, trace
         self.options, self.copies = options, options.copies()
         self.questions = routed_questions(prompts, fused.tokenizer, fused.chat_markers)
+        self.device = fused.device  # asking costs more than some of what follows
 
     def start(self, new_tokens: int) -> None:
         """Route the prompts and set up what follows the generation; nothing to do if gates decide."""
         method, names = self.fused.method, self.fused.bank.names
-        state = self.fused.plan(self.prompts, new_tokens=new_tokens)
+        state = self.fused.plan(self.prompts, new_tokens=new_tokens, questions=self.questions)
         if state is None:
             return
         sentences = self.options.is_sentence_level
@@ -134,12 +135,12 @@ class RoutedGeneration:
             entries = self.trace[-len(shown) :]
             for entry, parts in zip(entries, shown, strict=True):
                 entry["prompt_pieces"] = [{"text": text, "weights": kept_experts(chosen, self.fused.bank.names)} for text, chosen in parts]
-        return self.fused.planner.state(weights.to(self.fused.device))
+        return self.fused.planner.state(weights.to(self.device))
 
     def _route(
         self, texts: Sequence[str], task_names: Sequence[str | None] | None = None, ids: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
-        tokenizer, device = self.fused.tokenizer, self.fused.device
+        tokenizer, device = self.fused.tokenizer, self.device
         if ids is None:
             prompts = PromptBatch.from_texts(texts, tokenizer, device=device, task_names=task_names)
         else:

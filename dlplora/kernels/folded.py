@@ -32,9 +32,10 @@ def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def gather(lora_a: Tensor, lora_b: Tensor, order: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedPlan``."""
-    kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32))
-    b_sel = (lora_b.mT[order] * kept[:, :, None, None]).to(lora_b.dtype)
-    return lora_a[order].flatten(1, 2), b_sel.flatten(1, 2)
+    kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32)).reshape(-1, 1, 1)
+    order, rows = order.reshape(-1), len(order)
+    b_sel = (lora_b.mT.index_select(0, order) * kept).to(lora_b.dtype)
+    return lora_a.index_select(0, order).view(rows, -1, lora_a.shape[2]), b_sel.view(rows, -1, lora_b.shape[1])
 
 
 class FoldedPlan(nn.Module):
@@ -77,8 +78,10 @@ class FoldedPlan(nn.Module):
         return self
 
     def _lay_out(self) -> None:
-        """Keep the views that eager products read: taking them anew costs a small backbone 4 % of a decode step."""
-        self._eager = self._factors(self.used * self.rank)
+        """Keep the views that eager products read and re-routes write: taking them anew costs a small backbone 4 % of a decode step."""
+        inner = self.used * self.rank
+        self._eager = self._factors(inner)
+        self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
         """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for a plan that all rows share."""
@@ -104,9 +107,9 @@ class FoldedPlan(nn.Module):
             return
         # Behind the experts in use, B is zero before and after.
         a_rows, b_rows = gather(lora_a, lora_b, order[:, : self.used], kept[:, : self.used])
-        inner = a_rows.shape[1]
-        self.a_sel[:, :inner].index_copy_(0, rows, a_rows)
-        self.b_sel[:, :inner].index_copy_(0, rows, b_rows)
+        a_used, b_used = self._in_use
+        a_used.index_copy_(0, rows, a_rows)
+        b_used.index_copy_(0, rows, b_rows)
 
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.
