@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlplora.encoding import encode_texts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -96,5 +98,6 @@ class PromptBatch:
         questions: Sequence[str] | None = None,
     ) -> PromptBatch:
         """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad."""
-        rows = tokenizer(list(texts))["input_ids"] if texts else []  # one call: without padding or truncation, rows stay apart
-        return cls.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts, questions=questions)
+        return cls.from_ids(
+            encode_texts(tokenizer, texts), tokenizer, device=device, task_names=task_names, texts=texts, questions=questions
+        )

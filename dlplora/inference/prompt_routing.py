@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dlplora.encoding import encode_texts
 from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import TurnMarkers
 from dlplora.inference.question import question_text
@@ -161,10 +162,10 @@ def routed_questions(prompts: PromptBatch, tokenizer: Any, markers: TurnMarkers 
     if found == prompts.texts:
         return prompts
     parts = [question for text, question in zip(prompts.texts, found, strict=True) if question != text]
-    encoded = iter(tokenizer(parts)["input_ids"])  # one call: without padding or truncation, rows stay apart
+    encoded = iter(encode_texts(tokenizer, parts))
     rows = []
     for ids, mask, text, question in zip(prompts.input_ids, prompts.attention_mask, prompts.texts, found, strict=True):
-        rows.append(ids[mask.bool()].tolist() if question == text else list(next(encoded)))
+        rows.append(ids[mask.bool()].tolist() if question == text else next(encoded))
     device = prompts.input_ids.device
     return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=prompts.task_names, texts=found, questions=found)
 

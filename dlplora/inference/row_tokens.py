@@ -14,6 +14,8 @@ from typing import Any
 
 import regex
 
+from dlplora.encoding import encode_texts, is_plain
+
 _CUT = regex.compile(r"(?r)(?<=[!-~]) (?=[A-Za-z])")
 """A space behind a visible ASCII character and before a letter, the last one first."""
 _SPLITS = frozenset(
@@ -34,13 +36,6 @@ class PieceEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nobody has made the tokenizer cut or pad what it encodes."""
-        backend = self.tokenizer.backend_tokenizer
-        plain = backend.truncation is None and backend.padding is None
-        return plain and bool(backend.encode_special_tokens == self.tokenizer.split_special_tokens)
-
     def __call__(self, piece: str) -> list[int]:
         """Ids of a piece."""
         found: list[int] = self.tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
@@ -51,11 +46,8 @@ def piece_encoder(tokenizer: Any) -> PieceEncoder | None:
     """The encoder of a tokenizer; None if a text cannot be cut."""
     from transformers import PreTrainedTokenizerFast
 
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return None
-    plain = PreTrainedTokenizerFast
-    unchanged = all(getattr(type(tokenizer), name, None) is getattr(plain, name, None) for name in ("__call__", "_encode_plus"))
-    return PieceEncoder(tokenizer) if unchanged and _splits_into_words(tokenizer.backend_tokenizer) else None
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    return PieceEncoder(tokenizer) if fast and _splits_into_words(tokenizer.backend_tokenizer) else None
 
 
 def _splits_into_words(backend: Any) -> bool:
@@ -107,13 +99,13 @@ class RowTokens:
     def __call__(self, rows: Sequence[int], texts: Sequence[str]) -> list[list[int]]:
         """The ids of one text a row (N), special tokens included."""
         encode = self._encode
-        if encode is not None and encode.is_plain:
+        if encode is not None and is_plain(self.tokenizer):
             if self._around is None:
                 self._around = self._special_tokens(encode)
             if self._around is not None:
                 begin, end = self._around
                 return [[*begin, *self._ids(encode, row, text), *end] for row, text in zip(rows, texts, strict=True)]
-        return [list(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+        return encode_texts(self.tokenizer, texts)
 
     def _special_tokens(self, encode: PieceEncoder) -> tuple[list[int], list[int]] | None:
         """What the tokenizer writes before and behind a text; None if it does anything else to a text, and then nothing is cut."""
