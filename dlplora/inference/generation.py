@@ -34,6 +34,8 @@ from dlplora.modules.routing_state import RoutingState
 
 VIEWS = ("tail", "window", "whole", "segment")
 WINDOW_TOKENS = 64
+MAY_DECIDE, HOLDS_STOP = 1, 2
+"""Kinds of tokens; see ``VocabularyTable``."""
 
 
 def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokenizer: Any, tail: Callable[[str], str] = routed_tail) -> str:
@@ -63,35 +65,58 @@ def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokeni
     raise GenerationError(f"unknown view '{view}'; known: {', '.join(VIEWS)}.")
 
 
-def ended_sentences(prompt: str, generated: str) -> tuple[int, bool]:
-    """How many sentences have ended in a text that is still being generated, and whether a stop in it is undecided.
+class EndedSentences:
+    """How many sentences of a text have ended that is still being generated. Of a text that has grown only the end is read.
 
     Args:
         prompt: What is routed of the row's prompt.
-        generated: Text generated so far.
+
+    Attributes:
+        number: Sentences that have ended.
+        is_open: Whether a stop in the text is undecided.
     """
-    count, undecided = known_sentence_ends(generated)
-    blank = generated[: len(generated) - len(generated.lstrip())]
-    if "\n" in blank and answers_by_line(prompt):
-        count += 1  # the first answer was left empty: the line that ends it is an end all the same
-    return count, undecided
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+        self.number, self.is_open = 0, False
+        self._read, self._num_read = "", 0
+
+    def look(self, generated: str) -> bool:
+        """Whether another sentence has ended in the text generated so far."""
+        if not generated.startswith(self._read):
+            self._read, self._num_read = "", 0
+        ends, self.is_open = known_sentence_ends(generated, len(self._read))
+        if ends:
+            self._read, self._num_read = generated[: ends[-1]], self._num_read + len(ends)
+        count = self._num_read
+        blank = generated[: len(generated) - len(generated.lstrip())]
+        if "\n" in blank and answers_by_line(self.prompt):
+            count += 1  # the first answer was left empty: the line that ends it is an end all the same
+        another = count > self.number
+        self.number = max(count, self.number)
+        return another
 
 
 class VocabularyTable:
     """Which tokens hold a character that can end a sentence; computed once per tokenizer.
 
-    Attributes:
+    A token is of two kinds, or of none:
+
         stop: Tokens behind which the text is looked at with every further token until the sentence rule has decided.
         inner: Tokens that may decide an end themselves: with a line break, with a stop that is not their last character, or with part
             of a character that is spelt byte by byte (``。`` often is), of which only the text can tell what it is.
+
+    Attributes:
+        kinds: Of each token, uint8 (V,): ``MAY_DECIDE`` and ``HOLDS_STOP`` added up.
     """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         pieces = [str(tokenizer.decode([index])) for index in range(min(size, len(tokenizer)))]
         pad = [False] * (size - len(pieces))
-        self.stop = torch.tensor([may_end_sentence(piece) for piece in pieces] + pad)
-        self.inner = torch.tensor(["\ufffd" in piece or decides_sentence(piece) for piece in pieces] + pad)
-        self._stop, self._inner = (frozenset(flags.nonzero().flatten().tolist()) for flags in (self.stop, self.inner))
+        stop = torch.tensor([may_end_sentence(piece) for piece in pieces] + pad)
+        inner = torch.tensor(["\ufffd" in piece or decides_sentence(piece) for piece in pieces] + pad)
+        self._stop, self._inner = (frozenset(flags.nonzero().flatten().tolist()) for flags in (stop, inner))
+        self.kinds = inner.byte() * MAY_DECIDE + stop.byte() * HOLDS_STOP
 
     def holds_stop(self, token: int) -> bool:
         """``stop`` of a token that the host knows."""
@@ -102,35 +127,35 @@ class VocabularyTable:
         return token in self._inner
 
     def to(self, device: torch.device) -> VocabularyTable:
-        """Move the tables to a device in place."""
-        self.stop, self.inner = self.stop.to(device), self.inner.to(device)
+        """Move the table to a device in place."""
+        self.kinds = self.kinds.to(device)
         return self
 
 
 class _Look:
-    """Rows that may have ended a sentence, on their way to the host.
+    """The kinds of the newest tokens, on their way to the host.
 
     Args:
         input_ids: Prompt and tokens generated so far.
         width: Tokens of the padded prompt.
-        flags: Boolean (B,), on the device.
+        kinds: Of the newest tokens, uint8 (B,), on the device.
     """
 
-    def __init__(self, input_ids: Tensor, width: int, flags: Tensor) -> None:
+    def __init__(self, input_ids: Tensor, width: int, kinds: Tensor) -> None:
         self.input_ids, self.generated = input_ids, input_ids[:, width:]
         self._arrived: Any = None
-        self._flags = flags
-        if flags.device.type == "cuda":
-            self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-            self._flags.copy_(flags, non_blocking=True)
+        self._kinds = kinds
+        if kinds.device.type == "cuda":
+            self._kinds = torch.empty(kinds.shape, dtype=kinds.dtype, pin_memory=True)
+            self._kinds.copy_(kinds, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def rows(self) -> list[int]:
-        """Indices of the rows; waits only if the device has not got that far."""
+    def kinds(self) -> list[int]:
+        """One kind a row; waits only if the device has not got that far."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [row for row, flag in enumerate(self._flags.tolist()) if flag]
+        return self._kinds.tolist()
 
 
 class RoutedCriterion(StoppingCriteria):
@@ -144,7 +169,8 @@ class SentenceRerouter(StoppingCriteria):
 
     Args:
         state: The routing state of this generation; updated in place.
-        route: Texts -> routing weights (N, E); with ``task_names`` it is called with a task name for each text as well.
+        route: Texts -> routing weights (N, E); with ``task_names`` it is called with a task name for each text as well, and with ``encode``
+            with the texts' token ids.
         prompts: What is routed of each row's prompt (``question_text``).
         tokenizer: Decodes generated tokens.
         table: Vocabulary table of the tokenizer.
@@ -154,6 +180,7 @@ class SentenceRerouter(StoppingCriteria):
         names: Expert names, for the trace.
         task_names: The protocol's name of each row's task, one a question for composite prompts; None where it has none.
         refresh: Called with rows, weights and tokens before the plans change, to bring the cache in line.
+        encode: Rows and their texts -> token ids; None leaves it to ``route``.
     """
 
     def __init__(
@@ -170,18 +197,19 @@ class SentenceRerouter(StoppingCriteria):
         *,
         task_names: Sequence[str | None] | None = None,
         refresh: Callable[[Sequence[int], Tensor, Tensor], None] | None = None,
+        encode: Callable[[Sequence[int], Sequence[str]], list[list[int]]] | None = None,
     ) -> None:
         self.state, self.route, self.prompts, self.tokenizer, self.table = state, route, list(prompts), tokenizer, table
         self.width, self.view, self.trace, self.names = prompt_width, view, trace, tuple(names)
-        self._finished = [0] * len(self.prompts)
+        self._sentences = [EndedSentences(prompt) for prompt in self.prompts]
+        self._open: set[int] = set()
         self._tail = functools.cache(routed_tail)
-        self.task_names, self.refresh = task_names, refresh
+        self.task_names, self.refresh, self.encode = task_names, refresh, encode
         self.num_reroutes = 0
         self.deferred = False
         """Whether the caller promises to call ``reroute_before_forward`` before the next forward."""
         self._look: _Look | None = None
         self._go_on: Tensor | None = None
-        self._undecided: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         """Look at the newest token of each row; always returns False (B,).
@@ -194,13 +222,10 @@ class SentenceRerouter(StoppingCriteria):
                 "this decoding loop runs no forward pass between two tokens, so sentence-level routing cannot follow it; "
                 "use greedy decoding or sampling, or route once per prompt (dlp: reroute=prompt)."
             )
-        if self._go_on is None or self._undecided is None:
+        if self._go_on is None:
             self._go_on = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-            self._undecided = torch.zeros_like(self._go_on)
         if input_ids.shape[1] > self.width:
-            new = input_ids[:, -1]
-            self._look = _Look(input_ids, self.width, self._undecided | self.table.inner[new])
-            self._undecided = self._undecided | self.table.stop[new]
+            self._look = _Look(input_ids, self.width, self.table.kinds[input_ids[:, -1]])
             if not self.deferred:
                 self.reroute_before_forward()
         return self._go_on
@@ -213,49 +238,49 @@ class SentenceRerouter(StoppingCriteria):
     def reroute_before_forward(self) -> None:
         """Re-route the rows whose newest token ended a sentence, if that is still to be done."""
         look, self._look = self._look, None
-        candidates = [] if look is None else look.rows()
+        candidates = [] if look is None else self._candidates(look.kinds())
         if look is None or not candidates:
             return
-        rows, views, texts, undecided = [], [], [], []
+        rows, views, texts = [], [], []
         for row, tokens in zip(candidates, look.generated[candidates].tolist(), strict=True):
             text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            ended, is_open = self._ended(row, text)
-            undecided.append(is_open)
-            if ended:
+            sentences = self._sentences[row]
+            if sentences.look(text):
                 rows.append(row)
                 texts.append(text)
-                views.append(view_text(self.view, self.prompts[row], text, self._finished[row], self.tokenizer, self._tail))
-        assert self._undecided is not None
-        self._undecided[candidates] = torch.tensor(undecided, device=self._undecided.device)
+                views.append(view_text(self.view, self.prompts[row], text, sentences.number, self.tokenizer, self._tail))
+            if sentences.is_open:
+                self._open.add(row)
         if rows:
-            weights = self._weights(rows, views, texts)
+            weights = self._weights(rows, views, texts).to(self.state.weights)
             if self.refresh is not None:
-                self.refresh(rows, weights.to(self.state.weights), look.input_ids)
-            self.state.update_rows(torch.tensor(rows, device=self.state.weights.device), weights.to(self.state.weights))
+                self.refresh(rows, weights, look.input_ids)
+            self.state.update_rows(torch.tensor(rows, device=self.state.weights.device), weights)
             self.num_reroutes += len(rows)
             self._note(rows, views, texts, weights)
 
-    def _ended(self, row: int, text: str) -> tuple[bool, bool]:
-        """Whether a sentence has ended in the row's text since the last look, and whether a stop in it is still undecided."""
-        count, undecided = ended_sentences(self.prompts[row], text)
-        ended = count > self._finished[row]
-        self._finished[row] = max(count, self._finished[row])
-        return ended, undecided
+    def _candidates(self, kinds: Sequence[int]) -> list[int]:
+        """Rows whose text has to be looked at. From a token with a stop on, a row stays among them until the rule has decided."""
+        found = [row for row, kind in enumerate(kinds) if kind & MAY_DECIDE or row in self._open]
+        self._open = {row for row, kind in enumerate(kinds) if kind & HOLDS_STOP}.difference(found)
+        return found
 
     def _weights(self, rows: list[int], views: list[str], texts: list[str]) -> Tensor:
+        ids = () if self.encode is None else (self.encode(rows, views),)
         if self.task_names is None:
-            return self.route(views)
+            return self.route(views, None, *ids) if ids else self.route(views)
         indices = [
-            answer_index(asked_questions(self.prompts[row]), text, self._finished[row]) for row, text in zip(rows, texts, strict=True)
+            answer_index(asked_questions(self.prompts[row]), text, self._sentences[row].number)
+            for row, text in zip(rows, texts, strict=True)
         ]
         names = [segment_task(self.task_names[row], index) for row, index in zip(rows, indices, strict=True)]
-        return self.route(views, names)
+        return self.route(views, names, *ids)
 
     def _note(self, rows: list[int], views: list[str], texts: list[str], weights: Tensor) -> None:
         if self.trace is None:
             return
         for row, view, text, chosen in zip(rows, views, texts, weights, strict=True):
-            self.trace.append(trace_entry(row, self._finished[row], view, chosen, self.names, at=len(text)))
+            self.trace.append(trace_entry(row, self._sentences[row].number, view, chosen, self.names, at=len(text)))
 
 
 def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str], *, at: int = 0) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dlplora.encoding import encode_texts
 from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import TurnMarkers
 from dlplora.inference.question import question_text
@@ -160,9 +161,11 @@ def routed_questions(prompts: PromptBatch, tokenizer: Any, markers: TurnMarkers 
     found = prompts.questions or tuple(question_text(text, markers) for text in prompts.texts)
     if found == prompts.texts:
         return prompts
+    parts = [question for text, question in zip(prompts.texts, found, strict=True) if question != text]
+    encoded = iter(encode_texts(tokenizer, parts))
     rows = []
     for ids, mask, text, question in zip(prompts.input_ids, prompts.attention_mask, prompts.texts, found, strict=True):
-        rows.append(ids[mask.bool()].tolist() if question == text else tokenizer(question)["input_ids"])
+        rows.append(ids[mask.bool()].tolist() if question == text else next(encoded))
     device = prompts.input_ids.device
     return PromptBatch.from_ids(rows, tokenizer, device=device, task_names=prompts.task_names, texts=found, questions=found)
 

@@ -18,6 +18,7 @@ from dlplora.inference.generation import RoutedCriterion, SentenceRerouter, Voca
 from dlplora.inference.kv_policy import CacheRefresher, own_cache
 from dlplora.inference.prompt_routing import initial_router_input, piecewise_weights, routed_questions, segment_task
 from dlplora.inference.request import Request
+from dlplora.inference.row_tokens import PieceEncoder, RowTokens
 from dlplora.methods.base import FusedModel, FusionMethod
 from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
@@ -32,13 +33,18 @@ class RoutedModel(FusedModel, Protocol):
     method: FusionMethod
     planner: Planner
 
-    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0) -> RoutingState | None:
+    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates decide."""
         ...
 
     @property
     def vocabulary(self) -> VocabularyTable:
         """Which tokens can end a sentence."""
+        ...
+
+    @property
+    def piece_encoder(self) -> PieceEncoder | None:
+        """Encodes parts of texts, where the tokenizer allows it."""
         ...
 
     @property
@@ -84,11 +90,12 @@ class RoutedGeneration:
         self.fused, self.request, self.prompts, self.ids, self.mask, self.trace = fused, request, prompts, ids, mask, trace
         self.options, self.copies = options, options.copies()
         self.questions = routed_questions(prompts, fused.tokenizer, fused.chat_markers)
+        self.device = fused.device  # asking costs more than some of what follows
 
     def start(self, new_tokens: int) -> None:
         """Route the prompts and set up what follows the generation; nothing to do if gates decide."""
         method, names = self.fused.method, self.fused.bank.names
-        state = self.fused.plan(self.prompts, new_tokens=new_tokens)
+        state = self.fused.plan(self.prompts, new_tokens=new_tokens, questions=self.questions)
         if state is None:
             return
         sentences = self.options.is_sentence_level
@@ -128,12 +135,17 @@ class RoutedGeneration:
             entries = self.trace[-len(shown) :]
             for entry, parts in zip(entries, shown, strict=True):
                 entry["prompt_pieces"] = [{"text": text, "weights": kept_experts(chosen, self.fused.bank.names)} for text, chosen in parts]
-        return self.fused.planner.state(weights.to(self.fused.device))
+        return self.fused.planner.state(weights.to(self.device))
 
-    def _route(self, texts: Sequence[str], task_names: Sequence[str | None] | None = None) -> Tensor:
-        weights = self.fused.planner.route(
-            PromptBatch.from_texts(texts, self.fused.tokenizer, device=self.fused.device, task_names=task_names)
-        )
+    def _route(
+        self, texts: Sequence[str], task_names: Sequence[str | None] | None = None, ids: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        tokenizer, device = self.fused.tokenizer, self.device
+        if ids is None:
+            prompts = PromptBatch.from_texts(texts, tokenizer, device=device, task_names=task_names)
+        else:
+            prompts = PromptBatch.from_ids(ids, tokenizer, device=device, task_names=task_names, texts=texts)
+        weights = self.fused.planner.route(prompts)
         assert weights is not None
         return weights
 
@@ -160,4 +172,5 @@ class RoutedGeneration:
             fused.bank.names,
             task_names=None if names is None else [name for name in names for _ in range(self.copies)],
             refresh=refresher,
+            encode=RowTokens(fused.tokenizer, fused.piece_encoder),
         )

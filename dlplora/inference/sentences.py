@@ -227,18 +227,21 @@ def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
     return _scan(text, final)[0]
 
 
-def known_sentence_ends(text: str) -> tuple[int, bool]:
-    """Number of sentences that have ended in a text that is still being written, and whether a stop in it is still undecided."""
-    ends, undecided = _scan(text, False)
-    return len(ends), undecided
+def known_sentence_ends(text: str, begin: int = 0) -> tuple[list[int], bool]:
+    """Ends of sentences in a text that is still being written, as ``sentence_end_positions``, and whether a stop in it is still undecided.
+
+    Args:
+        text: What is written so far.
+        begin: A known end; only those behind it are given.
+    """
+    return _scan(text, False, begin)
 
 
-def _scan(text: str, final: bool) -> tuple[list[int], bool]:
+def _scan(text: str, final: bool, begin: int = 0) -> tuple[list[int], bool]:
     if not final:
         text = text.rstrip("\ufffd")  # a character of which not all bytes are there
     ends: list[int] = []
-    begin = 0
-    for match in _END.finditer(text):
+    for match in _END.finditer(text, begin):
         if match["line"]:
             if text[begin : match.start()].strip():
                 ends.append(begin := match.end())

@@ -30,12 +30,12 @@ def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return order, weights.gather(1, order)
 
 
-def gather(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row; see ``FoldedPlan``."""
-    order, kept = kept_first(weights, width)
-    kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32))
-    b_sel = (lora_b.mT[order] * kept[:, :, None, None]).to(lora_b.dtype)
-    return lora_a[order].flatten(1, 2), b_sel.flatten(1, 2)
+def gather(lora_a: Tensor, lora_b: Tensor, order: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedPlan``."""
+    kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32)).reshape(-1, 1, 1)
+    order, rows = order.reshape(-1), len(order)
+    b_sel = (lora_b.mT.index_select(0, order) * kept).to(lora_b.dtype)
+    return lora_a.index_select(0, order).view(rows, -1, lora_a.shape[2]), b_sel.view(rows, -1, lora_b.shape[1])
 
 
 class FoldedPlan(nn.Module):
@@ -78,29 +78,38 @@ class FoldedPlan(nn.Module):
         return self
 
     def _lay_out(self) -> None:
-        """Keep the views that eager products read: taking them anew costs a small backbone 4 % of a decode step."""
-        self._eager = self._factors(self.used * self.rank)
+        """Keep the views that eager products read and re-routes write: taking them anew costs a small backbone 4 % of a decode step."""
+        inner = self.used * self.rank
+        self._eager = self._factors(inner)
+        self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
         """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for a plan that all rows share."""
         a_sel, b_sel = self.a_sel[:, :inner].mT, self.b_sel[:, :inner]
         return (a_sel[0], b_sel[0]) if a_sel.shape[0] == 1 else (a_sel, b_sel)
 
-    def write(self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
+    def write(
+        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Write the plan of all rows, or of some, in place.
 
         Args:
             lora_a: (E, R, I). lora_b: (E, O, R).
             weights: Routing weight times scaling (N, E) with at most ``width`` non-zero entries a row.
-            rows: Row indices (N,); None for all.
+            rows: Row indices (N,), which keep at most ``used`` experts; None for all.
+            chosen: ``kept_first`` of the weights, if the caller has it.
         """
-        a_rows, b_rows = gather(lora_a, lora_b, weights, self.width)
+        order, kept = kept_first(weights, self.width) if chosen is None else chosen
         if rows is None:
+            a_rows, b_rows = gather(lora_a, lora_b, order, kept)
             self.a_sel.copy_(a_rows)
             self.b_sel.copy_(b_rows)
-        else:
-            self.a_sel[rows] = a_rows
-            self.b_sel[rows] = b_rows
+            return
+        # Behind the experts in use, B is zero before and after.
+        a_rows, b_rows = gather(lora_a, lora_b, order[:, : self.used], kept[:, : self.used])
+        a_used, b_used = self._in_use
+        a_used.index_copy_(0, rows, a_rows)
+        b_used.index_copy_(0, rows, b_rows)
 
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.

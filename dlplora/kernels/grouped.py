@@ -113,9 +113,11 @@ class GroupedPlan(nn.Module):
             self.register_buffer("scales", torch.zeros((rows, self.width), device=lora_a.device), persistent=False)
         self.eval()
 
-    def write(self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
-        """Write the plan of all rows, or of some, in place; weights times scaling (N, E). Nothing waits for the device."""
-        order, kept = kept_first(weights, self.width)
+    def write(
+        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Write the plan of all rows, or of some, in place; arguments as ``FoldedPlan.write``. Nothing waits for the device."""
+        order, kept = kept_first(weights, self.width) if chosen is None else chosen
         order = order.masked_fill(kept == 0, -1).to(torch.int32)
         if rows is None:
             self.experts.copy_(order)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dlplora.errors import RoutingError
 from dlplora.kernels.allocation import zeros
-from dlplora.kernels.folded import gather, kept_width
+from dlplora.kernels.folded import gather, kept_first, kept_width
 
 SHRINK_MERGED = "Use backend=folded or backend=dense, which keep no copy of the base weights."
 
@@ -36,7 +36,7 @@ def unreadable(base: Any) -> str | None:
 def delta_weight(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) -> Tensor:
     """``sum_e w_e B_e A_e`` of one row of weights (1, E) as a matrix (O, I); float32, or float64 if the factors are."""
     dtype = torch.promote_types(lora_a.dtype, torch.float32)
-    a_sel, b_sel = gather(lora_a.to(dtype), lora_b.to(dtype), weights, width)
+    a_sel, b_sel = gather(lora_a.to(dtype), lora_b.to(dtype), *kept_first(weights, width))
     return b_sel[0].T @ a_sel[0]
 
 
@@ -67,8 +67,10 @@ class MergedPlan(nn.Module):
         self.register_buffer("weight", copy, persistent=False)
         self.eval()
 
-    def write(self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
-        """Write the plan (1, E), weights times scaling, in place; ``rows`` can only be the one there is."""
+    def write(
+        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Write the plan (1, E), weights times scaling, in place; ``rows`` can only be the one there is, ``chosen`` is not needed."""
         original: Any = self._base[0].weight
         delta = delta_weight(lora_a, lora_b, weights[:1], self.width)
         delta = delta.T if self.transposed else delta

@@ -109,6 +109,7 @@ class DLP(FusionMethod):
         super().__init__(config)
         self.router: MiniMLPRouter | None = None
         self._columns: Tensor | None = None
+        self._in_order = False
         self._confidence: ConfidenceMonitor | None = None
 
     @property
@@ -180,6 +181,7 @@ class DLP(FusionMethod):
             self.router = MiniMLPRouter.load(folder, context.embedding)
         self.router.to(context.device).eval()
         self._columns = self.router.column_order(bank.names).to(context.device)
+        self._in_order = self.router.names == tuple(bank.names)
         self._confidence = ConfidenceMonitor(self.router.metrics)
         return super().prepare(bank, context)
 
@@ -197,7 +199,7 @@ class DLP(FusionMethod):
         """Calibrated ``(probabilities, logits)`` of the experts, in the bank's order, each float32 (B, E)."""
         router, columns = self._ready()
         probs, logits = router.probabilities(prompts.input_ids, prompts.attention_mask)
-        return probs[:, columns], logits[:, columns]
+        return (probs, logits) if self._in_order else (probs[:, columns], logits[:, columns])
 
     def select(self, probs: Tensor) -> Tensor:
         """Boolean mask (B, E) of the kept experts."""

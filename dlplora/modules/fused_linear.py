@@ -18,7 +18,7 @@ from dlplora.kernels import dense, factor, reference
 from dlplora.kernels.folded import FoldedPlan
 from dlplora.kernels.merged import MergedPlan
 from dlplora.modules.input_layout import InputGrid, Layout
-from dlplora.modules.layer_buffers import BufferKind
+from dlplora.modules.layer_buffers import BufferKind, Choice
 from dlplora.modules.lora_bank import BankEntry
 from dlplora.modules.precision import dtype_name
 from dlplora.modules.routing_slot import RoutingSlot, current_state
@@ -138,25 +138,30 @@ class FusedLinear(nn.Module):
 
         return GroupedPlan(kind.rows, kind.width, self.lora_a, self.lora_b)
 
-    def write_plan(self, plan: Any, weights: Tensor, rows: Tensor | None, kept: int) -> None:
-        """Write a plan into buffers of this layer.
-
-        Args:
-            plan: From ``new_plan``.
-            weights: Routing weights (N, E), without scaling.
-            rows: Only these rows (N,); None for all.
-            kept: Experts that the fullest row keeps.
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Routing weights (N, E) times scaling, on the layer's device.
 
         Raises:
             RoutingError: If the weights are for another number of experts.
         """
         if weights.shape[-1] != self.lora_a.shape[0]:
             raise RoutingError(self._wrong_experts(weights.shape[-1]))
+        return weights.to(self.scaling.device) * self.scaling
+
+    def write_plan(self, plan: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
+        """Write a plan into buffers of this layer.
+
+        Args:
+            plan: From ``new_plan``.
+            choice: The experts of the rows, under this layer's scaling.
+            rows: Only these rows (N,); None for all.
+            kept: Experts that the fullest row keeps.
+        """
         if plan is None:
             return
-        plan.write(self.lora_a, self.lora_b, weights.to(self.scaling.device) * self.scaling, rows)
         if isinstance(plan, FoldedPlan):
             plan.use(kept)
+        plan.write(self.lora_a, self.lora_b, choice.weights, rows, choice.kept)
 
     def _wrong_experts(self, number: int) -> str:
         return f"routing weights are for {number} experts, the bank has {self.lora_a.shape[0]}."

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dlplora.kernels.folded import kept_first
+
 
 @dataclass(frozen=True, slots=True)
 class BufferKind:
@@ -38,14 +40,32 @@ class PlannedLayer(Protocol):
     """What buffers need of a fused layer."""
 
     key: str
+    scaling: Tensor
 
     def new_plan(self, kind: BufferKind) -> Any:
         """Empty buffers of one layer; None for a layer that reads none."""
         ...
 
-    def write_plan(self, plan: Any, weights: Tensor, rows: Tensor | None, kept: int) -> None:
-        """Write routing weights (N, E) of some rows, or of all."""
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Routing weights (N, E) times the layer's scaling, on the layer's device."""
         ...
+
+    def write_plan(self, plan: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
+        """Write the plan of some rows, or of all."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The experts of some rows, for all layers of one scaling.
+
+    Args:
+        weights: Routing weights times scaling (N, E).
+        kept: Of ``kernels.folded.kept_first``, indices and weights (N, K).
+    """
+
+    weights: Tensor
+    kept: tuple[Tensor, Tensor]
 
 
 class LayerBuffers:
@@ -59,17 +79,40 @@ class LayerBuffers:
         self.kind = kind
         self._layers = list(layers)
         self.plans = {layer.key: layer.new_plan(kind) for layer in self._layers}
+        self._groups: list[list[PlannedLayer]] = []
+        self._grouped_by: list[tuple[int, int]] = []
 
     def write(self, weights: Tensor, rows: Tensor | None, kept: int) -> None:
-        """Write a plan in place.
+        """Write a plan in place. Layers of equal scaling keep the same experts in the same order, which is found once for all of them.
 
         Args:
             weights: Routing weights (N, E) without scaling.
             rows: Row indices (N,); None for all rows.
             kept: Experts that the fullest row keeps.
         """
+        if rows is None:
+            self._group()
+        for layers in self._groups:
+            scaled = layers[0].scaled(weights)
+            choice = Choice(scaled, kept_first(scaled, min(self.kind.width, scaled.shape[-1])))
+            for layer in layers:
+                layer.write_plan(self.plans[layer.key], choice, rows, kept)
+
+    def _group(self) -> None:
+        """Put layers of equal scaling together; values are compared only where a tensor is another one, or changed, since the last time."""
+        seen = [(id(layer.scaling), 0 if layer.scaling.is_inference() else layer.scaling._version) for layer in self._layers]
+        if seen == self._grouped_by and self._groups:
+            return
+        groups: list[list[PlannedLayer]] = []
         for layer in self._layers:
-            layer.write_plan(self.plans[layer.key], weights, rows, kept)
+            for group in groups:
+                one = group[0].scaling
+                if one is layer.scaling or (one.device == layer.scaling.device and torch.equal(one, layer.scaling)):
+                    group.append(layer)
+                    break
+            else:
+                groups.append([layer])
+        self._groups, self._grouped_by = groups, seen
 
 
 class Lease:

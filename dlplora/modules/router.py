@@ -32,7 +32,9 @@ from dlplora.atomic import filling, write_json
 from dlplora.config import build, short
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
+from dlplora.modules.known_tokens import KnownTokens
 from dlplora.modules.precision import keeping_dtype
+from dlplora.modules.token_pooling import max_of_rows, mean_of_rows, select_tokens
 
 MAX_TRAINED_PARAMETERS = 5_000_000
 """The paper's size of the router, taken as an upper bound."""
@@ -97,54 +99,6 @@ class _Description:
     metrics: dict[str, Any] | None = None
 
 
-def select_tokens(attention_mask: Tensor, max_tokens: int) -> Tensor:
-    """Which real tokens are read: all, or the first and the last half of ``max_tokens`` of a longer row.
-
-    Positions are counted over real tokens, so the answer depends neither on the side nor on the amount of padding.
-
-    Args:
-        attention_mask: (B, T), non-zero for real tokens.
-        max_tokens: Most tokens kept in a row.
-
-    Returns:
-        Boolean mask (B, T).
-    """
-    real = attention_mask != 0
-    position = real.long().cumsum(dim=1) - 1
-    length = real.sum(dim=1, keepdim=True)
-    head = (max_tokens + 1) // 2
-    tail = max_tokens - head
-    in_window = (length <= max_tokens) | (position < head) | (position >= length - tail)
-    return real & in_window
-
-
-def mean_of_rows(features: Tensor, lengths: Tensor, places: Tensor | None = None) -> Tensor:
-    """Mean token feature of each row of a packed list.
-
-    Padding is absent rather than multiplied by zero and every row is summed on its own, in token order, so neither the
-    padding nor the other rows can change the last bit of the result.
-
-    Args:
-        features: Features of all real tokens of all rows, one after another, (sum of lengths, D).
-        lengths: Number of tokens of each row, int64 (B,), all positive.
-        places: Which of ``features`` each token has, int64 (sum of lengths,), if equal tokens share them; None: one each.
-
-    Returns:
-        (B, D).
-    """
-    places = torch.arange(features.shape[0], device=features.device) if places is None else places
-    return F.embedding_bag(places, features, lengths.cumsum(0) - lengths, mode="mean")
-
-
-def max_of_rows(features: Tensor, lengths: Tensor, places: Tensor | None = None) -> Tensor:
-    """Largest value of each feature over the tokens of each row of a packed list; arguments and shape as ``mean_of_rows``."""
-    if places is not None:
-        return F.embedding_bag(places, features, lengths.cumsum(0) - lengths, mode="max")
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=features.device), lengths)
-    start = features.new_full((len(lengths), features.shape[1]), -torch.inf)
-    return start.scatter_reduce(0, rows[:, None].expand_as(features), features, "amax")
-
-
 class MiniMLPRouter(nn.Module):
     """Token ids -> logits over experts.
 
@@ -186,6 +140,7 @@ class MiniMLPRouter(nn.Module):
         self.token_layer = nn.Sequential(nn.Linear(width, first), nn.GELU()) if by_token else None
         self.mlp = self._build_mlp(2 * first, 1) if by_token else self._build_mlp(width, 0)
         self.register_buffer("temperature", torch.ones(()))
+        self._known = KnownTokens()
         self.metrics: dict[str, Any] = {}
         if self.num_trained_parameters > MAX_TRAINED_PARAMETERS:
             raise ConfigError(
@@ -195,6 +150,7 @@ class MiniMLPRouter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MiniMLPRouter:
         """A router computes in float32, whatever the model that it belongs to is cast to."""
+        self._known = KnownTokens()
         return super()._apply(keeping_dtype(fn), recurse)
 
     def _build_mlp(self, width: int, start: int) -> nn.Sequential:
@@ -227,25 +183,43 @@ class MiniMLPRouter(nn.Module):
         if int(lengths.min()) == 0:
             row = int(lengths.argmin())
             raise RoutingError(f"router: prompt {row} of the batch has no tokens; a prompt needs at least one, for instance the bos token.")
-        packed = input_ids[keep]
         device = self.temperature.device
-        places = None
-        if self.token_layer is not None and not self.training:  # the first layer sees a token once, however often the rows repeat it
-            packed, places = torch.unique(packed.to(device), return_inverse=True)
-        if self.table is not None:
-            tokens = self.table(packed.to(device) % self.config.table_rows)
-        else:
-            embedding = self._borrowed[0]
-            weight: Any = embedding.weight
-            with torch.no_grad():
-                tokens = embedding(packed.to(weight.device)).to(device=device, dtype=torch.float32)
-        lengths = lengths.to(device)
+        packed, lengths = input_ids[keep].to(device), lengths.to(device)
         if self.token_layer is None:
+            tokens = self._embedded(packed)
             pooled = mean_of_rows(tokens, lengths)
             return pooled if self.table is not None else F.layer_norm(pooled, pooled.shape[-1:])
-        normal = tokens if self.table is not None else F.layer_norm(tokens, tokens.shape[-1:])
-        hidden = self.token_layer(normal)
+        places = None
+        if self.training:
+            hidden = self._hidden(packed)
+        elif torch.is_grad_enabled():  # the first layer sees a token once, however often the rows repeat it
+            packed, places = torch.unique(packed, return_inverse=True)
+            hidden = self._hidden(packed)
+        else:
+            places, hidden = self._remembered(packed)
         return torch.cat([mean_of_rows(hidden, lengths, places), max_of_rows(hidden, lengths, places)], dim=-1)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Embeddings (N, D) of token ids (N,), float32, on the device of the router."""
+        if self.table is not None:
+            return self.table(ids % self.config.table_rows)  # type: ignore[no-any-return]
+        embedding = self._borrowed[0]
+        weight: Any = embedding.weight
+        with torch.no_grad():
+            return embedding(ids.to(weight.device)).to(device=self.temperature.device, dtype=torch.float32)  # type: ignore[no-any-return]
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """What the first layer makes of token ids (N,)."""
+        assert self.token_layer is not None
+        tokens = self._embedded(ids)
+        return self.token_layer(tokens if self.table is not None else F.layer_norm(tokens, tokens.shape[-1:]))  # type: ignore[no-any-return]
+
+    def _remembered(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of tokens that may have been seen before: places (N,) in a table (M, D)."""
+        embedding: Any = self._borrowed[0] if self.table is None else self.table
+        assert self.token_layer is not None
+        ids = ids if self.table is None else ids % self.config.table_rows
+        return self._known.look_up(ids, len(embedding.weight), [embedding.weight, *self.token_layer.parameters()], self._hidden)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, E) in the order of ``names``, before the temperature."""

@@ -46,6 +46,8 @@ def nucleus_mask(probs: Tensor, p: float, min_keep: int = 1) -> Tensor:
 
 def threshold_mask(probs: Tensor, p: float, min_keep: int = 1) -> Tensor:
     """Experts with probability at least ``p``, and the ``min_keep`` best in any case; boolean (..., E)."""
+    if min_keep <= 1:  # the first of equal ones is the best, here as in a stable order
+        return (probs >= p).scatter(-1, probs.argmax(dim=-1, keepdim=True), True)
     _, order = _ranked(probs)
     return _keep_at_least(probs >= p, order, min_keep)
 

@@ -130,19 +130,19 @@ class RoutingState:
             )
         weights = weights.to(self.weights)
         # One transfer for both checks and for the rows that change: a row that keeps one expert, with weight one, often keeps the same.
-        changed = (self.weights[rows] != weights).any(dim=-1).long()
-        finite, kept, *differs = torch.cat(
-            [torch.isfinite(weights).all().long()[None], (weights != 0).sum(-1).max()[None], changed]
-        ).tolist()
+        sound, differs = torch.isfinite(weights).all(dim=-1), (self.weights[rows] != weights).any(dim=-1)
+        facts = torch.cat([weights.count_nonzero(dim=-1), sound, differs]).tolist()
+        num = len(facts) // 3
+        kept, finite, changed = max(facts[:num], default=0), all(facts[num : 2 * num]), facts[2 * num :]
         if not finite:
             raise NotFiniteError(NOT_FINITE)
         fixed = self._options["width"]
         if fixed is not None and kept > self.width:
             raise RoutingError(_too_many(kept, fixed))
-        if not any(differs):
+        if not any(changed):
             return
-        if not all(differs) and not self.is_zero:  # of zero weights no plan was written
-            some = torch.tensor([place for place, differ in enumerate(differs) if differ], device=rows.device)
+        if not all(changed) and not self.is_zero:  # of zero weights no plan was written
+            some = torch.tensor([place for place, has_changed in enumerate(changed) if has_changed], device=rows.device)
             rows, weights = rows[some], weights[some.to(weights.device)]
         self.is_zero = False
         self.kept = max(self.kept, kept)

@@ -30,7 +30,7 @@ from dlplora.modules.routing_state import NOT_FINITE
 from dlplora.serve.batch import Batch
 from dlplora.serve.deciding import Decider, require_servable
 from dlplora.serve.failures import FAILURES, settle, shown
-from dlplora.serve.jobs import Decision, Failed, Finished, Job, QueueFullError, Sentence, Started
+from dlplora.serve.jobs import Failed, Finished, Job, QueueFullError, Sentence, Started
 from dlplora.serve.rows import Row
 from dlplora.serve.sampling import Chosen
 from dlplora.serve.slots import SlotCache, causal_mask, check_slots
@@ -377,19 +377,21 @@ class Engine:
         if not views:
             return
         decisions, weights = self.decider.decide([row.job.target for row, _ in views], [view for _, view in views])
-        for (row, _), decision, new in zip(views, decisions, weights, strict=True):
-            self._switch(row, decision, new)
+        for (row, _), decision in zip(views, decisions, strict=True):
+            row.job.report(Sentence(len(row.detokenizer.text), decision))
+        self._switch([row for row, _ in views], weights)
 
-    def _switch(self, row: Row, decision: Decision, weights: Tensor) -> None:
-        row.job.report(Sentence(len(row.detokenizer.text), decision))
-        assert row.weights is not None
-        if torch.equal(weights, row.weights):
-            return
-        row.weights = weights
+    def _switch(self, rows: Sequence[Row], weights: Tensor) -> None:
+        """Give rows new weights (N, E), and the running plan those of all of them at once."""
+        before = torch.stack([row.weights for row in rows if row.weights is not None])
+        changed = [place for place, differs in enumerate((before != weights).any(dim=-1).tolist()) if differs]
+        for place in changed:
+            rows[place].weights = weights[place]
         if self.fused.method.kv_policy == "recompute":
-            self._leave(row)
-            row.restart()
-            self._batch.join(row)
-        elif self._state is not None:
-            place = self._batch.rows.index(row)
-            self._state.update_rows(torch.tensor([place], device=weights.device), weights[None])
+            for row in [rows[place] for place in changed]:
+                self._leave(row)
+                row.restart()
+                self._batch.join(row)
+        elif changed and self._state is not None:
+            places = [self._batch.rows.index(rows[place]) for place in changed]
+            self._state.update_rows(torch.tensor(places, device=weights.device), weights[changed])

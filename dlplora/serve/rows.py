@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.inference.generation import VocabularyTable, ended_sentences, view_text
+from dlplora.inference.generation import EndedSentences, VocabularyTable, view_text
 from dlplora.inference.question import routed_tail
 from dlplora.serve.jobs import Finished, FinishReason, Job, Piece
 from dlplora.serve.sampling import Chosen, Sampler
@@ -39,7 +39,6 @@ class Row:
     resumes: bool = False
     newest: int | None = None
     weights: Tensor | None = None
-    num_sentences: int = 0
     routing_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -50,6 +49,7 @@ class Row:
         self.shown: list[Chosen] = []
         self.started = time.monotonic()
         self.first_token_s: float | None = None
+        self._sentences = EndedSentences(self.job.routed_text)
         self._undecided = False
         self._tail = functools.cache(routed_tail)
 
@@ -92,11 +92,11 @@ class Row:
         if not look:
             return None
         generated = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        count, self._undecided = ended_sentences(self.job.routed_text, generated)
-        if count <= self.num_sentences:
+        ended = self._sentences.look(generated)
+        self._undecided = self._sentences.is_open
+        if not ended:
             return None
-        self.num_sentences = count
-        return view_text(view, self.job.routed_text, generated, self.num_sentences, self.tokenizer, self._tail)
+        return view_text(view, self.job.routed_text, generated, self._sentences.number, self.tokenizer, self._tail)
 
     def restart(self) -> None:
         """Process prompt and answer again, for a policy that does not keep keys and values of other adapters."""

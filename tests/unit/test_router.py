@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlplora.errors import ConfigError, MethodError, RoutingError
-from dlplora.modules.router import MiniMLPRouter, RouterConfig, golden_section, max_of_rows, select_tokens
+from dlplora.modules.router import MiniMLPRouter, RouterConfig, golden_section
+from dlplora.modules.token_pooling import max_of_rows, select_tokens
 
 NAMES = ("alpha", "beta", "gamma")
 

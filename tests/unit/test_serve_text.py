@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlplora.inference.generation import VocabularyTable, ended_sentences
+from dlplora.inference.generation import EndedSentences, VocabularyTable
 from dlplora.serve.jobs import Job, Target
 from dlplora.serve.rows import Row
 from dlplora.serve.sampling import Chosen, SamplingOptions
@@ -60,7 +60,9 @@ def test_sentences_end_where_the_rule_sees_it(tiny_tokenizer: Any, prompt: str, 
         row.take(Chosen(token), frozenset())
         seen.append(row.ended_sentence("whole"))
         text = tiny_tokenizer.decode(tokens[:num], skip_special_tokens=True)
-        ended = ended_sentences(prompt, text)[0]
+        rule = EndedSentences(prompt)  # reads the whole text
+        rule.look(text)
+        ended = rule.number
         expected.append(prompt + text if ended > count else None)
         count = max(count, ended)
     assert seen == expected
