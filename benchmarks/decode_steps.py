@@ -85,7 +85,7 @@ def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
         for backend in CONTENDERS:
             if backend != "merged" or alike or rows == 1:
                 fused.backend = backend
-                calls[backend] = _step(fused, rows, lambda: fused.plan(prompts))
+                calls[backend] = _step(fused, rows, lambda: fused.route(prompts))
         weights = fused.planner.route(prompts)
         assert weights is not None
         # What is not the default: room for the five experts that dlp may keep, and B stored by output, which dense then copies.

@@ -25,8 +25,8 @@ from dlplora.atomic import write_atomically
 from dlplora.kernels import cost_model, dense
 from dlplora.kernels.backends import AUTOMATIC, triton_obstacle
 from dlplora.kernels.cost_model import LayerShape, Terms
-from dlplora.kernels.folded import FoldedPlan
-from dlplora.kernels.merged import MergedPlan
+from dlplora.kernels.folded import FoldedBuffers
+from dlplora.kernels.merged import MergedBuffers
 from dlplora.provenance import provenance
 
 LAYERS = 8
@@ -52,9 +52,9 @@ def _calls(point: dict[str, int], dtype: torch.dtype, device: str) -> dict[tuple
     lora_b = [torch.randn(e, RANK, point["d_out"], **options).mT for _ in range(LAYERS)]
     weights = torch.zeros(b, e, device=device).scatter_(1, torch.rand(b, e, device=device).topk(k).indices, 1.0 / k)
     scaling = torch.ones(e, device=device)
-    folded = [FoldedPlan(b, k, *factors) for factors in zip(lora_a, lora_b, strict=True)]
+    folded = [FoldedBuffers(b, k, *factors) for factors in zip(lora_a, lora_b, strict=True)]
     bases = [torch.nn.Linear(point["d_in"], point["d_out"], bias=False, **options) for _ in range(LAYERS)]
-    merged = [MergedPlan(base, k) for base in bases]
+    merged = [MergedBuffers(base, k) for base in bases]
     calls: dict[tuple[str, str], Callable[[int], Any]] = {
         ("dense", "step"): lambda i: dense.fused_delta(x, lora_a[i], lora_b[i], weights * scaling),
         ("folded", "step"): lambda i: folded[i].delta(x),
@@ -62,9 +62,9 @@ def _calls(point: dict[str, int], dtype: torch.dtype, device: str) -> dict[tuple
         ("merged", "plan"): lambda i: merged[i].write(lora_a[i], lora_b[i], weights),
     }
     if triton_obstacle(device) is None and device == "cuda":
-        from dlplora.kernels.grouped import GroupedPlan
+        from dlplora.kernels.grouped import GroupedBuffers
 
-        grouped = [GroupedPlan(b, k, *factors) for factors in zip(lora_a, lora_b, strict=True)]
+        grouped = [GroupedBuffers(b, k, *factors) for factors in zip(lora_a, lora_b, strict=True)]
         calls["triton", "plan"] = lambda i: grouped[i].write(lora_a[i], lora_b[i], weights)
         calls["triton", "step"] = lambda i: grouped[i].delta(x, lora_a[i], lora_b[i])
         for plan, factors in zip(grouped, zip(lora_a, lora_b, strict=True), strict=True):

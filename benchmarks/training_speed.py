@@ -31,7 +31,7 @@ import torch
 from dlplora.bench.hardware import ContentionMonitor
 from dlplora.bench.timing import synchronize
 from dlplora.cli.terminal import split_names
-from dlplora.data.batching import BatchPlan
+from dlplora.data.batching import BatchSchedule
 from dlplora.data.datamodule import ExpertPoolDataModule
 from dlplora.data.encoding import EncodedSet, collate, encode_items
 from dlplora.errors import DLPLoRAError
@@ -102,7 +102,7 @@ def one_by_one(options: argparse.Namespace, out: Path) -> Watch:
                     parameter.copy_(initial_lora_a((parameter.shape[0], parameter.shape[1]), generator))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         built = OPTIMIZER.build(parameters, options.num_steps)
-        plan = BatchPlan({name: encoded.lengths}, options.batch_size, 0)
+        plan = BatchSchedule({name: encoded.lengths}, options.batch_size, 0)
         synchronize(device)
         start = time.perf_counter()
         for step in range(options.num_steps):

@@ -22,7 +22,7 @@ from dlplora.errors import ConfigError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
 from dlplora.inference.shapes import find_shape
-from dlplora.kernels.backends import BACKENDS, GATE_BACKENDS, PlanFacts, obstacle
+from dlplora.kernels.backends import BACKENDS, GATE_BACKENDS, RoutingFacts, obstacle
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import build_method, load_method_spec, method_class
 from dlplora.modules.lora_bank import AdapterBank
@@ -168,12 +168,12 @@ def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = 
     found: Cells = {}
     with fused_stand_in(name, case, params) as fused, torch.no_grad():
         prompts = _prompts(fused, fused.method.expert_names)
-        fused.plan(prompts, new_tokens=NEW_TOKENS)  # a method may search or cache when it first meets a task
+        fused.route(prompts, new_tokens=NEW_TOKENS)  # a method may search or cache when it first meets a task
         weights = fused.planner.route(prompts)
         if weights is None:
             found[f"{name}/{fused.planner.gate_backend}"] = _phases(fused, prompts, None)
             return found
-        facts = PlanFacts.of(weights)
+        facts = RoutingFacts.of(weights)
         able = ["dense"] if fused.method.metadata.combine == "factor" else [b for b in COUNTED_BACKENDS if obstacle(b, facts) is None]
         if fused.planner.weighs_parts:
             able = [backend for backend in able if backend in GATE_BACKENDS]
@@ -187,7 +187,7 @@ def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = 
 
 def _phases(fused: FusedCausalLM, prompts: PromptBatch, weights: Tensor | None) -> dict[str, dict[str, int]]:
     def plan() -> RoutingState | None:
-        state = fused.plan(prompts, new_tokens=NEW_TOKENS)
+        state = fused.route(prompts, new_tokens=NEW_TOKENS)
         if state is not None and state.is_zero and fused.method.weight_sum != "zero":
             # A stand-in may have found that no adapter helps, which would leave the layers out.
             state = fused.planner.state(torch.full_like(state.weights, 1.0 / state.num_experts), own=True)

@@ -191,11 +191,11 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
         return model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, prompts=prompts, **fixed, **options)
 
     def plan(workload: Workload) -> Tensor | None:
-        state = model.plan(named(workload), new_tokens=workload.new_tokens)
+        state = model.route(named(workload), new_tokens=workload.new_tokens)
         return None if state is None else model.planner.per_expert(state.per_row())
 
     def backend(workload: Workload) -> str:
-        state = None if gated else model.plan(named(workload), new_tokens=workload.new_tokens)
+        state = None if gated else model.route(named(workload), new_tokens=workload.new_tokens)
         return model.backends_used() if state is None else state.backend
 
     def count(workload: Workload) -> int:

@@ -40,7 +40,7 @@ class TaskStream:
         return int(self._order[offset])
 
 
-class BatchPlan:
+class BatchSchedule:
     """Batches over one or several tasks, each task equally often.
 
     The stream of the plan runs through rounds: one row of every task a round, tasks in a new order each time. Batches are cut

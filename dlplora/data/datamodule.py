@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlplora.data.batching import BatchPlan, StepLoader
+from dlplora.data.batching import BatchSchedule, StepLoader
 from dlplora.data.encoding import EncodedItem, EncodedSet, collate, encode_items, encode_texts
 from dlplora.data.suite_data import SuiteDataModule, select_tasks
 from dlplora.data.wrappers import wrapped
@@ -116,10 +116,10 @@ class ExpertDataModule(SuiteDataModule):
         """Prompts of a split that had to be shortened."""
         return sum(one.num_truncated for one in self._sets[split].values())
 
-    def plan(self, names: Sequence[str]) -> BatchPlan:
+    def plan(self, names: Sequence[str]) -> BatchSchedule:
         """The batches over some of the tasks."""
         h = self.hparams
-        return BatchPlan({name: self._sets["train"][name].lengths for name in names}, h["batch_size"], self.seed, h["length_group"])
+        return BatchSchedule({name: self._sets["train"][name].lengths for name in names}, h["batch_size"], self.seed, h["length_group"])
 
     def training_tokens(self, num_batches: int) -> int:
         """Tokens, padding not counted, of the first ``num_batches`` training batches over all processes."""
@@ -129,7 +129,7 @@ class ExpertDataModule(SuiteDataModule):
         plan, lengths = self.plan(names), {name: self._sets["train"][name].lengths for name in names}
         return sum(lengths[name][row] for step in range(num_batches) for name, row in plan.batch(step))
 
-    def _steps_within(self, plan: BatchPlan) -> int:
+    def _steps_within(self, plan: BatchSchedule) -> int:
         """Batches of an epoch, as many as ``max_tokens`` has room for.
 
         Raises:
@@ -156,7 +156,7 @@ class ExpertDataModule(SuiteDataModule):
         """Tensors of some items; subclasses add what their module reads."""
         return collate(items, self.pad_id, weights)
 
-    def _step_rows(self, plan: BatchPlan, step: int, num_steps: int) -> list[EncodedItem]:
+    def _step_rows(self, plan: BatchSchedule, step: int, num_steps: int) -> list[EncodedItem]:
         """The rows of the whole optimiser step that batch ``step`` belongs to."""
         return [item for other in self._accumulated(step, num_steps) for item in self.rows(plan.batch(other))]
 
@@ -357,7 +357,7 @@ class RouterDataModule(SuiteDataModule):
         labels = self._tensors["train"][2]
         start = {name: int((labels < label).sum()) for label, name in enumerate(self.task_names)}
         lengths = {name: [1] * int((labels == label).sum()) for label, name in enumerate(self.task_names)}
-        plan = BatchPlan(lengths, self.hparams["batch_size"], self.seed, length_group=1)
+        plan = BatchSchedule(lengths, self.hparams["batch_size"], self.seed, length_group=1)
         return lambda step: [start[name] + row for name, row in plan.batch(step)]
 
     def training_tokens(self, num_batches: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dlplora.data.batching import BatchPlan, StepLoader
+from dlplora.data.batching import BatchSchedule, StepLoader
 from dlplora.errors import ConfigError
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Split
@@ -215,7 +215,7 @@ class RowsTextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches, each a pure function of seed and step."""
         ids, weights = self._blocks["train"]
-        plan = BatchPlan({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
+        plan = BatchSchedule({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
 
         def make(step: int) -> Any:
             rows = torch.tensor([row for _, row in plan.batch(step)])

@@ -88,7 +88,7 @@ def _probe(run: Run, lm: DLPLoRALM) -> dict[str, list[float]]:
     names = list(run.suite.names)
     texts = [run.suite.task(name).items("test", 1)[0].prompt for name in names]
     prompts = PromptBatch.from_texts(texts, fused.tokenizer, device=fused.device, task_names=names)
-    state = fused.plan(prompts)
+    state = fused.route(prompts)
     with nullcontext() if state is None else fused.routing(state):
         logits = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
     last = prompts.attention_mask.sum(dim=1) - 1

@@ -144,7 +144,7 @@ def predictions(fused: FusedCausalLM, rows: Sequence[Row]) -> list[list[int]]:
         texts=[row.text for row in rows],
     )
     batch = PromptBatch.from_ids([row.inputs for row in rows], fused.tokenizer, device=fused.device, texts=[row.text for row in rows])
-    state = fused.plan(prompts)
+    state = fused.route(prompts)
     with nullcontext() if state is None else fused.routing(state):
         logits: Tensor = fused(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits  # (B, T, V)
     chosen = logits.argmax(dim=-1).tolist()

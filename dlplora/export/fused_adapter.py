@@ -128,7 +128,7 @@ class FusedAdapter:
         name = fused.method.name
         if not prompt.strip():
             raise ConfigError("the prompt is empty; there is nothing to route.")
-        state = fused.plan(PromptBatch.from_texts([prompt], fused.tokenizer, device=fused.device))
+        state = fused.route(PromptBatch.from_texts([prompt], fused.tokenizer, device=fused.device))
         if state is None or state.weights.numel() != fused.bank.num_experts:
             raise MethodError(f"method '{name}' has no plan for a prompt; it decides inside the layers. Give the weights instead.")
         decided = {key: float(value) for key, value in zip(fused.bank.names, state.weights.flatten().tolist(), strict=True) if value}

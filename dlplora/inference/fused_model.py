@@ -220,14 +220,14 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
     # ------------------------------------------------------------------ routing
 
-    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
-        """Routing state for a batch of prompts, or None if gates inside the layers decide; it is the plan of the (first) answer.
+    def route(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
+        """Routing state for a batch of prompts, or None if gates inside the layers decide; it holds for the (first) answer.
 
         What is routed is the question of each prompt, without wrapper, system text and worked examples (``inference.question``).
 
         Args:
             prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
-            new_tokens: Tokens to be generated under the plan; 0 if the prompts are only read. A sentence-level method's plan then
+            new_tokens: Tokens to be generated under it; 0 if the prompts are only read. A sentence-level method's state then
                 has room for re-routing.
             questions: ``routed_questions`` of the prompts, if the caller has them.
 

@@ -33,7 +33,7 @@ class RoutedModel(FusedModel, Protocol):
     method: FusionMethod
     planner: Planner
 
-    def plan(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
+    def route(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates decide."""
         ...
 
@@ -95,7 +95,7 @@ class RoutedGeneration:
     def start(self, new_tokens: int) -> None:
         """Route the prompts and set up what follows the generation; nothing to do if gates decide."""
         method, names = self.fused.method, self.fused.bank.names
-        state = self.fused.plan(self.prompts, new_tokens=new_tokens, questions=self.questions)
+        state = self.fused.route(self.prompts, new_tokens=new_tokens, questions=self.questions)
         if state is None:
             return
         sentences = self.options.is_sentence_level

@@ -30,7 +30,7 @@ Kind = Literal["static", "row", "token"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanFacts:
+class RoutingFacts:
     """What decides whether a backend can serve a plan.
 
     Args:
@@ -63,7 +63,7 @@ class PlanFacts:
         return 1 if self.alike and not self.sized else self.rows
 
     @classmethod
-    def of(cls, weights: Tensor, *, width: int | None = None, reroutes: bool = False) -> PlanFacts:
+    def of(cls, weights: Tensor, *, width: int | None = None, reroutes: bool = False) -> RoutingFacts:
         """Facts of routing weights (E,), (B, E) or (B, T, E); ``reroutes`` says that rows may be routed again, each for itself.
 
         They are read from the device in one transfer.
@@ -89,7 +89,7 @@ class PlanFacts:
         )
 
 
-def obstacle(name: str, facts: PlanFacts) -> str | None:
+def obstacle(name: str, facts: RoutingFacts) -> str | None:
     """The property of a plan that a backend cannot serve, as a clause; None if it can."""
     if name in {"reference", "dense"}:
         return None
@@ -137,7 +137,7 @@ def require_gates_served(name: str, method: str) -> None:
         )
 
 
-def select_backend(name: str, facts: PlanFacts, work: Work | None = None) -> str:
+def select_backend(name: str, facts: RoutingFacts, work: Work | None = None) -> str:
     """Resolve ``auto`` and check that a named backend can serve the plan.
 
     Args:

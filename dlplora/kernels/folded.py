@@ -31,14 +31,14 @@ def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def gather(lora_a: Tensor, lora_b: Tensor, order: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedPlan``."""
+    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedBuffers``."""
     kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32)).reshape(-1, 1, 1)
     order, rows = order.reshape(-1), len(order)
     b_sel = (lora_b.mT.index_select(0, order) * kept).to(lora_b.dtype)
     return lora_a.index_select(0, order).view(rows, -1, lora_a.shape[2]), b_sel.view(rows, -1, lora_b.shape[1])
 
 
-class FoldedPlan(nn.Module):
+class FoldedBuffers(nn.Module):
     """Kept experts of each row, weights and scaling folded in. A module, so that compiled graphs see its buffers as fixed.
 
     Args:
@@ -71,7 +71,7 @@ class FoldedPlan(nn.Module):
         self._lay_out()
         self.eval()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> FoldedPlan:
+    def _apply(self, *args: Any, **kwargs: Any) -> FoldedBuffers:
         """Moving a module gives it other buffers, of which other views have to be taken."""
         super()._apply(*args, **kwargs)
         self._lay_out()
@@ -131,7 +131,7 @@ class FoldedPlan(nn.Module):
         return torch.bmm(torch.bmm(inner, a_sel), b_sel).to(x.dtype)
 
 
-def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = None) -> FoldedPlan:
+def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = None) -> FoldedBuffers:
     """Gather the kept experts of each row into new buffers.
 
     Args:
@@ -139,7 +139,7 @@ def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = No
         weights: Routing weight times scaling (B, E).
         width: K; None takes the largest number of kept experts in a row.
     """
-    plan = FoldedPlan(weights.shape[0], kept_width(weights) if width is None else width, lora_a, lora_b)
+    plan = FoldedBuffers(weights.shape[0], kept_width(weights) if width is None else width, lora_a, lora_b)
     plan.write(lora_a, lora_b, weights)
     return plan
 

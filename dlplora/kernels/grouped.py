@@ -81,7 +81,7 @@ def _expand(  # type: ignore[no-untyped-def]
     tl.store(out + where, total.to(out.dtype.element_ty), mask=(t < tokens)[:, None] & (o < d_out)[None, :])
 
 
-class GroupedPlan(nn.Module):
+class GroupedBuffers(nn.Module):
     """Kept experts of each row as indices, and the blocks of pairs the first kernel works through.
 
     Args:
@@ -116,7 +116,7 @@ class GroupedPlan(nn.Module):
     def write(
         self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the plan of all rows, or of some, in place; arguments as ``FoldedPlan.write``. Nothing waits for the device."""
+        """Write the plan of all rows, or of some, in place; arguments as ``FoldedBuffers.write``. Nothing waits for the device."""
         order, kept = kept_first(weights, self.width) if chosen is None else chosen
         order = order.masked_fill(kept == 0, -1).to(torch.int32)
         if rows is None:
@@ -181,6 +181,6 @@ class GroupedPlan(nn.Module):
 def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:
     """Plan and apply in one call, for (E,) and (B, E) weights; the same operation as ``reference.fused_delta``."""
     rows = weights.reshape(-1, weights.shape[-1])
-    plan = GroupedPlan(rows.shape[0], kept_width(rows), lora_a, lora_b)
+    plan = GroupedBuffers(rows.shape[0], kept_width(rows), lora_a, lora_b)
     plan.write(lora_a, lora_b, rows)
     return plan.delta(x, lora_a, lora_b)

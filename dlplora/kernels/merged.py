@@ -40,7 +40,7 @@ def delta_weight(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) ->
     return b_sel[0].T @ a_sel[0]
 
 
-class MergedPlan(nn.Module):
+class MergedBuffers(nn.Module):
     """A copy of a base weight with the plan of all rows added.
 
     Args:

@@ -153,7 +153,7 @@ class DLPLoRALM(HFLM):
         for start in range(0, len(new), PLANNED_TOGETHER):
             batch = new[start : start + PLANNED_TOGETHER]
             with torch.no_grad():
-                state = self.fused.plan(self._prompt_batch(batch))
+                state = self.fused.route(self._prompt_batch(batch))
             for row, prompt in enumerate(batch):
                 weights = None if state is None else state.weights[row]
                 if weights is not None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dlplora.errors import AdapterError, RoutingError
 from dlplora.kernels import dense, factor, reference
-from dlplora.kernels.folded import FoldedPlan
-from dlplora.kernels.merged import MergedPlan
+from dlplora.kernels.folded import FoldedBuffers
+from dlplora.kernels.merged import MergedBuffers
 from dlplora.modules.input_layout import InputGrid, Layout
 from dlplora.modules.layer_buffers import BufferKind, Choice
 from dlplora.modules.lora_bank import BankEntry
@@ -121,8 +121,8 @@ class FusedLinear(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def new_plan(self, kind: BufferKind) -> Any:
-        """Empty buffers for a plan; None if the layer sums factors and reads the weights themselves.
+    def new_buffers(self, kind: BufferKind) -> Any:
+        """Empty buffers; None if the layer sums factors and reads the weights themselves.
 
         Raises:
             RoutingError: If the base weight cannot be merged into.
@@ -131,12 +131,12 @@ class FusedLinear(nn.Module):
         if self.combine == "factor":
             return None
         if kind.backend == "folded":
-            return FoldedPlan(kind.rows, kind.width, self.lora_a, self.lora_b)
+            return FoldedBuffers(kind.rows, kind.width, self.lora_a, self.lora_b)
         if kind.backend == "merged":
-            return MergedPlan(self.base, kind.width)
-        from dlplora.kernels.grouped import GroupedPlan
+            return MergedBuffers(self.base, kind.width)
+        from dlplora.kernels.grouped import GroupedBuffers
 
-        return GroupedPlan(kind.rows, kind.width, self.lora_a, self.lora_b)
+        return GroupedBuffers(kind.rows, kind.width, self.lora_a, self.lora_b)
 
     def scaled(self, weights: Tensor) -> Tensor:
         """Routing weights (N, E) times scaling, on the layer's device.
@@ -148,20 +148,20 @@ class FusedLinear(nn.Module):
             raise RoutingError(self._wrong_experts(weights.shape[-1]))
         return weights.to(self.scaling.device) * self.scaling
 
-    def write_plan(self, plan: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
-        """Write a plan into buffers of this layer.
+    def write_buffers(self, buffers: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
+        """Write routing weights into buffers of this layer.
 
         Args:
-            plan: From ``new_plan``.
+            buffers: From ``new_buffers``.
             choice: The experts of the rows, under this layer's scaling.
             rows: Only these rows (N,); None for all.
             kept: Experts that the fullest row keeps.
         """
-        if plan is None:
+        if buffers is None:
             return
-        if isinstance(plan, FoldedPlan):
-            plan.use(kept)
-        plan.write(self.lora_a, self.lora_b, choice.weights, rows, choice.kept)
+        if isinstance(buffers, FoldedBuffers):
+            buffers.use(kept)
+        buffers.write(self.lora_a, self.lora_b, choice.weights, rows, choice.kept)
 
     def _wrong_experts(self, number: int) -> str:
         return f"routing weights are for {number} experts, the bank has {self.lora_a.shape[0]}."

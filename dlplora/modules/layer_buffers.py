@@ -25,7 +25,7 @@ class BufferKind:
 
     Args:
         backend: ``folded``, ``merged`` or ``triton``.
-        rows: Rows of the plan.
+        rows: Rows.
         width: Experts a row can keep.
         placement: Dtype and device of every layer's factors.
     """
@@ -36,13 +36,13 @@ class BufferKind:
     placement: frozenset[tuple[torch.dtype, torch.device]]
 
 
-class PlannedLayer(Protocol):
+class BufferedLayer(Protocol):
     """What buffers need of a fused layer."""
 
     key: str
     scaling: Tensor
 
-    def new_plan(self, kind: BufferKind) -> Any:
+    def new_buffers(self, kind: BufferKind) -> Any:
         """Empty buffers of one layer; None for a layer that reads none."""
         ...
 
@@ -50,8 +50,8 @@ class PlannedLayer(Protocol):
         """Routing weights (N, E) times the layer's scaling, on the layer's device."""
         ...
 
-    def write_plan(self, plan: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
-        """Write the plan of some rows, or of all."""
+    def write_buffers(self, buffers: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
+        """Write the routing weights of some rows, or of all."""
         ...
 
 
@@ -75,15 +75,15 @@ class LayerBuffers:
         AllocationError: If they do not fit into memory.
     """
 
-    def __init__(self, kind: BufferKind, layers: Iterable[PlannedLayer]) -> None:
+    def __init__(self, kind: BufferKind, layers: Iterable[BufferedLayer]) -> None:
         self.kind = kind
         self._layers = list(layers)
-        self.plans = {layer.key: layer.new_plan(kind) for layer in self._layers}
-        self._groups: list[list[PlannedLayer]] = []
+        self.plans = {layer.key: layer.new_buffers(kind) for layer in self._layers}
+        self._groups: list[list[BufferedLayer]] = []
         self._grouped_by: list[tuple[int, int]] = []
 
     def write(self, weights: Tensor, rows: Tensor | None, kept: int) -> None:
-        """Write a plan in place. Layers of equal scaling keep the same experts in the same order, which is found once for all of them.
+        """Write routing weights in place. Layers of equal scaling keep the same experts in the same order, which is found once for all of them.
 
         Args:
             weights: Routing weights (N, E) without scaling.
@@ -96,14 +96,14 @@ class LayerBuffers:
             scaled = layers[0].scaled(weights)
             choice = Choice(scaled, kept_first(scaled, min(self.kind.width, scaled.shape[-1])))
             for layer in layers:
-                layer.write_plan(self.plans[layer.key], choice, rows, kept)
+                layer.write_buffers(self.plans[layer.key], choice, rows, kept)
 
     def _group(self) -> None:
         """Put layers of equal scaling together; values are compared only where a tensor is another one, or changed, since the last time."""
         seen = [(id(layer.scaling), 0 if layer.scaling.is_inference() else layer.scaling._version) for layer in self._layers]
         if seen == self._grouped_by and self._groups:
             return
-        groups: list[list[PlannedLayer]] = []
+        groups: list[list[BufferedLayer]] = []
         for layer in self._layers:
             for group in groups:
                 one = group[0].scaling

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import RoutingError
-from dlplora.modules.layer_buffers import BufferKind, BufferPool, LayerBuffers, PlannedLayer
+from dlplora.modules.layer_buffers import BufferedLayer, BufferKind, BufferPool, LayerBuffers
 from dlplora.modules.per_thread import PerThread, nothing
 from dlplora.modules.routing_state import RoutingState
 
@@ -33,7 +33,7 @@ OUT_OF_ORDER = (
 )
 
 
-class SlottedLayer(PlannedLayer, Protocol):
+class SlottedLayer(BufferedLayer, Protocol):
     """What the slot needs of a fused layer."""
 
     lora_a: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dlplora.errors import NotFiniteError, RoutingError
-from dlplora.kernels.backends import PlanFacts, select_backend
+from dlplora.kernels.backends import RoutingFacts, select_backend
 from dlplora.kernels.cost_model import Work
 from dlplora.modules.layer_buffers import Lease
 
@@ -56,7 +56,7 @@ class RoutingState:
     ) -> None:
         if weights.ndim not in (1, 2, 3):
             raise RoutingError(f"routing weights must be (E,), (B, E) or (B, T, E), got shape {tuple(weights.shape)}.")
-        facts = PlanFacts.of(weights, width=width, reroutes=reroutes)
+        facts = RoutingFacts.of(weights, width=width, reroutes=reroutes)
         if not facts.finite:
             raise NotFiniteError(NOT_FINITE)
         if width is not None and facts.kind != "token" and facts.width > max(width, 1):

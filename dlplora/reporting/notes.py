@@ -4,11 +4,11 @@ from __future__ import annotations
 
 NOTES: dict[str, str] = {
     "real26": """\
-**An ordinary classifier is as good as the router here.** Every prompt of this suite belongs to one task without doubt: `dlp` keeps one adapter
-for every prompt and gives the answers of `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows what
-adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods share a prompt
-among three adapters, as their papers do, and lose by it. Gates were not trained on this suite. What happens to a task whose adapter is missing
-is another question: [unseen tasks](../../docs/unseen_task.md).""",
+**An ordinary classifier is as good as the router here.** Every prompt of this suite belongs to one task without doubt: `dlp` keeps one
+adapter for every prompt and gives the answers of `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
+what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods share a
+prompt among three adapters, as their papers do, and lose by it. Gates were not trained on this suite. What happens to a task whose adapter
+is missing is another question: [unseen tasks](../../docs/unseen_task.md).""",
     "paper_local": """\
 **These are not the paper's numbers, and they are not comparable with any others.** They show that the whole path of
 `dlplora reproduce paper` runs on real rows: the tasks whose rows were available locally, a Llama of about two million parameters

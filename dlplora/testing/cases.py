@@ -175,13 +175,13 @@ def logits_of(model: Any, prompts: PromptBatch) -> Tensor:
 
 def own_routing(fused: FusedCausalLM, prompts: PromptBatch) -> contextlib.AbstractContextManager[Any]:
     """Bind what the method itself decides for the prompts; nothing if gates decide inside."""
-    state = fused.plan(prompts)
+    state = fused.route(prompts)
     return contextlib.nullcontext() if state is None else fused.routing(state)
 
 
 def weights_of(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor | None:
     """Routing weights of the method's own plan, mean over layers where these differ; None if gates decide."""
-    state = fused.plan(prompts)
+    state = fused.route(prompts)
     return None if state is None else fused.planner.per_expert(state.weights)
 
 

@@ -339,5 +339,5 @@ def test_the_checklist_meets_prompts_that_keep_several_experts(case_of: Any, pre
     """If the stand-in router sent every prompt to one expert, the checks on batches and order would prove little."""
     case = case_of(preset)
     with case.fused() as fused:
-        weights = fused.plan(case.prompts()).weights
+        weights = fused.route(case.prompts()).weights
     assert set((weights > 0).sum(1).tolist()) == kept

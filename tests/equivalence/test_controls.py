@@ -42,7 +42,7 @@ def fuse(model: Any, tokenizer: Any, pool: Path, method: FusionMethod, names: Se
 
 
 def weights(fused: FusedCausalLM, queries: Sequence[str] = QUERIES) -> np.ndarray:
-    return fused.plan(PromptBatch.from_texts(queries, fused.tokenizer)).weights.double().numpy()  # type: ignore[union-attr]
+    return fused.route(PromptBatch.from_texts(queries, fused.tokenizer)).weights.double().numpy()  # type: ignore[union-attr]
 
 
 def embedded(model: Any, tokenizer: Any, text: str) -> np.ndarray:

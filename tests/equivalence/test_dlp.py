@@ -137,7 +137,7 @@ def test_weights_and_logits_from_files_alone(
     fused = fuse(dlp(**options), router=tmp_path)
     prompts = PromptBatch.from_texts(TEXTS, tiny_tokenizer)
     table = tiny_llama.get_input_embeddings().weight.detach().numpy()
-    state = fused.plan(prompts)
+    state = fused.route(prompts)
     with torch.no_grad(), fused.routing(state):
         logits = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
     kept_counts = set()
@@ -240,8 +240,8 @@ def test_classes_meet_adapters_by_name(fuse: Any, tiny_llama: Any, tiny_tokenize
     router.save(tmp_path / "plain")
     shuffled(router, order, embedding).save(tmp_path / "shuffled")
     prompts = PromptBatch.from_texts(TEXTS, tiny_tokenizer)
-    plain = fuse(dlp(), router=tmp_path / "plain").plan(prompts).weights
-    other = fuse(dlp(), router=tmp_path / "shuffled").plan(prompts).weights
+    plain = fuse(dlp(), router=tmp_path / "plain").route(prompts).weights
+    other = fuse(dlp(), router=tmp_path / "shuffled").route(prompts).weights
     assert (plain - other).abs().max() <= 1e-6
     assert len({tuple(row.gt(0).tolist()) for row in plain}) > 1
 
@@ -264,11 +264,11 @@ def test_a_sure_router_is_the_oracle(fuse: Any, tiny_llama: Any, tiny_tokenizer:
     one_hot = torch.tensor([[float(name == task) for name in NAMES] for task in tasks]) * 200.0
     monkeypatch.setattr(router, "forward", lambda ids, mask: one_hot)
     wanted = fuse(Oracle())
-    with torch.no_grad(), wanted.routing(wanted.plan(prompts)):
+    with torch.no_grad(), wanted.routing(wanted.route(prompts)):
         expected = wanted(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
     for preset in ({"selector": "threshold", "threshold": 0.2}, {"selector": "nucleus", "top_p": 0.6}, {"selector": "argmax"}):
         fused = fuse(dlp(router, **preset))
-        with torch.no_grad(), fused.routing(fused.plan(prompts)):
+        with torch.no_grad(), fused.routing(fused.route(prompts)):
             actual = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
         assert torch.equal(actual, expected), preset
 
@@ -292,7 +292,7 @@ def test_every_layer_of_a_deep_model_is_adapted(tiny_tokenizer: Any, tmp_path: P
     bank = AdapterBank.from_peft({"only": tmp_path / "only"})
     fused = FusedCausalLM(model, tiny_tokenizer, bank, method, context=MethodContext(tokenizer=tiny_tokenizer, embedding=embedding)).eval()
     assert sum(isinstance(module, FusedLinear) for module in fused.model.modules()) == 64
-    with torch.no_grad(), fused.routing(fused.plan(prompts)):
+    with torch.no_grad(), fused.routing(fused.route(prompts)):
         actual = fused(input_ids=prompts.input_ids).logits
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -302,12 +302,12 @@ def test_router_comes_from_the_configuration_or_the_context(fuse: Any, tiny_llam
     random_router(embedding, seed=1).save(tmp_path / "one")
     random_router(embedding, seed=2).save(tmp_path / "two")
     prompts = PromptBatch.from_texts(TEXTS, tiny_tokenizer)
-    one = fuse(dlp(), router=tmp_path / "one").plan(prompts).weights
-    two = fuse(dlp(), router=tmp_path / "two").plan(prompts).weights
+    one = fuse(dlp(), router=tmp_path / "one").route(prompts).weights
+    two = fuse(dlp(), router=tmp_path / "two").route(prompts).weights
     assert not torch.allclose(one, two)
-    assert torch.equal(fuse(dlp(router=None), router=tmp_path / "two").plan(prompts).weights, two)
+    assert torch.equal(fuse(dlp(router=None), router=tmp_path / "two").route(prompts).weights, two)
     method = DLP(DLP.Config(router=str(tmp_path / "one")))
-    assert torch.equal(fuse(method, router=tmp_path / "two").plan(prompts).weights, one)
+    assert torch.equal(fuse(method, router=tmp_path / "two").route(prompts).weights, one)
     method.save(tmp_path / "saved")
     context = MethodContext(tokenizer=tiny_tokenizer, embedding=embedding, artifacts={"router": tmp_path / "two"})
     loaded = DLP.load(tmp_path / "saved", AdapterBank.from_peft({name: fake_pool(tmp_path) / name for name in NAMES}), context)

@@ -91,7 +91,7 @@ def test_weights_come_from_the_routers_logits(tiny_llama: Any, tiny_tokenizer: A
     prompts = PromptBatch.from_texts(TEXTS, tiny_tokenizer)
     with torch.no_grad():
         logits = router(prompts.input_ids, prompts.attention_mask).double().numpy() / float(router.temperature) / 0.75
-    found = fused.plan(prompts).weights.double().numpy()  # type: ignore[union-attr]
+    found = fused.route(prompts).weights.double().numpy()  # type: ignore[union-attr]
     np.testing.assert_allclose(found, [simplex_projection(row) for row in logits], atol=1e-5)
     assert len({int(count) for count in (found > 0).sum(1)}) > 1
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_the_router_of_the_papers_size_by_hand(tiny_llama: Any, tiny_tokenizer: 
         probs /= probs.sum()
         kept = probs >= 0.2
         expected.append(np.where(kept, np.exp(probs), 0.0) / np.exp(probs)[kept].sum())
-    found = fused.plan(PromptBatch.from_texts(TEXTS, tiny_tokenizer)).weights  # type: ignore[union-attr]
+    found = fused.route(PromptBatch.from_texts(TEXTS, tiny_tokenizer)).weights  # type: ignore[union-attr]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=1e-5)
     assert len({tuple(row) for row in (found > 0).tolist()}) > 1
 

@@ -42,7 +42,7 @@ def fuse(model: Any, tokenizer: Any, pool: Path, method: FusionMethod, **options
 
 
 def planned(fused: FusedCausalLM) -> Tensor:
-    return fused.plan(PromptBatch.from_texts(TEXTS, fused.tokenizer)).weights  # type: ignore[union-attr]
+    return fused.route(PromptBatch.from_texts(TEXTS, fused.tokenizer)).weights  # type: ignore[union-attr]
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def test_the_likeliest_letter_wins(
     method = LLMChoice()
     fused = fuse(tiny_llama, tiny_tokenizer, described_pool, method)
     prompts = PromptBatch.from_texts(QUESTIONS, tiny_tokenizer)
-    found = fused.plan(prompts).weights  # type: ignore[union-attr]
+    found = fused.route(prompts).weights  # type: ignore[union-attr]
     lengths = 0
     for row, question in enumerate(QUESTIONS):
         prompt = menu(TEXTS, question)

@@ -105,7 +105,7 @@ def test_the_search_improves_repeats_and_changes_no_adapter(tiny_llama: Any, tin
         fused = fuse(tiny_llama, tiny_tokenizer, uniform_pool, spoken, leave_one_out=False, budget=60)
         checksum = fused.bank.checksum()
         prompts = PromptBatch.from_texts(["Mia", "two"], tiny_tokenizer, task_names=["beta", "gamma"])
-        plan = fused.plan(prompts)
+        plan = fused.route(prompts)
         assert plan is not None
         assert fused.bank.checksum() == checksum
         found.append(plan.weights)
@@ -139,7 +139,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 def test_leaving_one_out_leaves_out_exactly_that_one(tiny_llama: Any, tiny_tokenizer: Any, uniform_pool: Path) -> None:
     fused = fuse(tiny_llama, tiny_tokenizer, uniform_pool)
     prompts = PromptBatch.from_texts(["a", "b", "c", "d"], tiny_tokenizer, task_names=["alpha", "beta", "gamma", "beta"])
-    plan = fused.plan(prompts)
+    plan = fused.route(prompts)
     assert plan is not None
     assert all(float(plan.weights[row, own]) == 0.0 for row, own in enumerate((0, 1, 2, 1)))
     assert torch.equal(plan.weights[1], plan.weights[3])
@@ -156,7 +156,7 @@ def test_budget_and_number_of_searches_are_reported(tiny_llama: Any, tiny_tokeni
     """And the budget is what the search takes: the objective is asked that often and not once more."""
     fused = fuse(tiny_llama, tiny_tokenizer, uniform_pool)
     assert dict(fused.method.reported) == {"search_budget": 40, "search_examples": 5, "searched_tasks": 0}  # type: ignore[union-attr]
-    fused.plan(PromptBatch.from_texts(["a", "b"], tiny_tokenizer, task_names=["beta", "beta"]))
+    fused.route(PromptBatch.from_texts(["a", "b"], tiny_tokenizer, task_names=["beta", "beta"]))
     assert fused.method.reported["searched_tasks"] == 1  # type: ignore[union-attr]
     assert [LoRAHub(LoRAHubConfig()).budget(size) for size in (2, 8, 25, 26)] == [40, 40, 125, 130]
     asked: list[int] = []
@@ -171,12 +171,12 @@ def test_what_it_cannot_do_is_said(tiny_llama: Any, tiny_tokenizer: Any, tiny_po
         fuse(tiny_llama, tiny_tokenizer, tiny_pool)
     fused = fuse(tiny_llama, tiny_tokenizer, uniform_pool)
     with pytest.raises(MethodError, match=r"knows none called 'betta'.*beta"):
-        fused.plan(PromptBatch.from_texts(["a"], tiny_tokenizer, task_names=["betta"]))
+        fused.route(PromptBatch.from_texts(["a"], tiny_tokenizer, task_names=["betta"]))
     with pytest.raises(MethodError, match="none called None"):
-        fused.plan(PromptBatch.from_texts(["a"], tiny_tokenizer))
+        fused.route(PromptBatch.from_texts(["a"], tiny_tokenizer))
     without = fuse(tiny_llama, tiny_tokenizer, uniform_pool, few_shot=None)
     with pytest.raises(MethodError, match=r"needs 5 training examples a task, but no suite was given"):
-        without.plan(PromptBatch.from_texts(["a"], tiny_tokenizer, task_names=["beta"]))
+        without.route(PromptBatch.from_texts(["a"], tiny_tokenizer, task_names=["beta"]))
     with pytest.raises(ConfigError, match="'num_examples'"):
         LoRAHubConfig(num_examples=0)
 

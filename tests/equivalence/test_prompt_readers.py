@@ -40,7 +40,7 @@ def fuse(model: Any, tokenizer: Any, pool: Path, method: FusionMethod, names: Se
 
 
 def weights(fused: FusedCausalLM, tasks: Sequence[str] | None = None) -> np.ndarray:
-    return fused.plan(PromptBatch.from_texts(QUERIES, fused.tokenizer, task_names=tasks)).weights.double().numpy()  # type: ignore[union-attr]
+    return fused.route(PromptBatch.from_texts(QUERIES, fused.tokenizer, task_names=tasks)).weights.double().numpy()  # type: ignore[union-attr]
 
 
 def all_adapters(model: Any, pool: Path) -> Any:

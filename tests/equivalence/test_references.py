@@ -39,7 +39,7 @@ def prompts_of(tokenizer: Any, tasks: tuple[str | None, ...] | None = TASKS) -> 
 
 @torch.no_grad()
 def rows_of_logits(fused: FusedCausalLM, prompts: PromptBatch) -> list[torch.Tensor]:
-    with fused.routing(fused.plan(prompts)):
+    with fused.routing(fused.route(prompts)):
         logits = fused(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
     return [row[mask.bool()] for row, mask in zip(logits, prompts.attention_mask, strict=True)]
 
@@ -81,11 +81,11 @@ def test_oracle_is_pefts_mixed_batch(fuse: Any, tiny_llama: Any, tiny_tokenizer:
 def test_oracle_asks_for_the_task(fuse: Any, tiny_tokenizer: Any) -> None:
     fused = fuse(Oracle())
     with pytest.raises(MethodError, match=r"none was given\. Known tasks: alpha, beta, gamma"):
-        fused.plan(prompts_of(tiny_tokenizer, None))
+        fused.route(prompts_of(tiny_tokenizer, None))
     with pytest.raises(MethodError, match=r"prompt 1 has none\. Known tasks: alpha, beta, gamma"):
-        fused.plan(prompts_of(tiny_tokenizer, ("alpha", None, "beta")))
+        fused.route(prompts_of(tiny_tokenizer, ("alpha", None, "beta")))
     with pytest.raises(MethodError, match=r"no adapter for task 'bta'\. Did you mean 'beta'\? Known tasks: alpha, beta, gamma"):
-        fused.plan(prompts_of(tiny_tokenizer, ("alpha", "bta", "beta")))
+        fused.route(prompts_of(tiny_tokenizer, ("alpha", "bta", "beta")))
 
 
 def test_average_is_the_mean_of_deltas(fuse: Any, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
@@ -119,7 +119,7 @@ def test_multitask_is_its_one_adapter(fuse: Any, make_adapter: Any, tiny_llama: 
     folder = make_adapter(tmp_path / "all_tasks", seed=9, r=12, lora_alpha=24)
     fused = fuse(MultiTask(), multitask=folder)
     assert fused.bank.names == ("multitask",)
-    assert fused.plan(prompts_of(tiny_tokenizer)).weights.expand(3, -1).tolist() == [[1.0]] * 3
+    assert fused.route(prompts_of(tiny_tokenizer)).weights.expand(3, -1).tolist() == [[1.0]] * 3
     require_merged(fused, prompts_of(tiny_tokenizer), tiny_llama, tmp_path, [{"all_tasks": 1.0}] * 3)
 
 
@@ -138,5 +138,5 @@ def test_only_the_oracle_sees_task_names(fuse: Any, tiny_tokenizer: Any) -> None
             self.seen.append(prompts.task_names)
             return super().route(prompts)
 
-    fuse(Nosy()).plan(prompts_of(tiny_tokenizer))
+    fuse(Nosy()).route(prompts_of(tiny_tokenizer))
     assert Nosy.seen == [None]

@@ -105,7 +105,7 @@ def weights(preset: str, encoder: Path, model: Any, tokenizer: Any, pool: Path, 
     )
     method = build_method(preset, {"encoder": str(encoder), "num_samples": 3, **params})
     fused = FusedCausalLM(model, tokenizer, AdapterBank.from_pool(pool, NAMES), method, context=context)
-    plan = fused.plan(PromptBatch.from_texts(QUERIES, tokenizer))
+    plan = fused.route(PromptBatch.from_texts(QUERIES, tokenizer))
     assert plan is not None
     return plan.weights.numpy()
 

@@ -173,7 +173,7 @@ QUERIES = ("the cat sees", "Mia likes two", "three two", "a plum")
 def test_retriever_by_hand(top_k: int, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, RetrieverMixture(RetrieverConfig(top_k=top_k, num_samples=7)))
     index = [np.mean([embedded(tiny_llama, tiny_tokenizer, f"{WORDS[name]} {i}") for i in range(7)], axis=0) for name in NAMES]
-    weights = fused.plan(PromptBatch.from_texts(QUERIES, tiny_tokenizer)).weights.numpy()  # type: ignore[union-attr]
+    weights = fused.route(PromptBatch.from_texts(QUERIES, tiny_tokenizer)).weights.numpy()  # type: ignore[union-attr]
     for row, text in enumerate(QUERIES):
         scores = np.array([embedded(tiny_llama, tiny_tokenizer, text) @ center for center in index])
         best = np.argsort(-scores)[:top_k]
@@ -183,7 +183,7 @@ def test_retriever_by_hand(top_k: int, tiny_llama: Any, tiny_tokenizer: Any, tin
 def test_lorauter_by_hand(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, Lorauter(LorauterConfig(top_k=2, num_samples=5, temperature=0.2)))
     index = [np.mean([embedded(tiny_llama, tiny_tokenizer, f"{WORDS[name]} {i}") for i in range(5)], axis=0) for name in NAMES]
-    weights = fused.plan(PromptBatch.from_texts(QUERIES, tiny_tokenizer)).weights.numpy()  # type: ignore[union-attr]
+    weights = fused.route(PromptBatch.from_texts(QUERIES, tiny_tokenizer)).weights.numpy()  # type: ignore[union-attr]
     for row, text in enumerate(QUERIES):
         cosines = np.array([embedded(tiny_llama, tiny_tokenizer, text) @ center / np.linalg.norm(center) for center in index])
         np.testing.assert_allclose(weights[row], softmax_of_best(cosines, 2, 0.2), atol=1e-5)
@@ -192,7 +192,7 @@ def test_lorauter_by_hand(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path)
 def test_fusion_and_mixture_agree_when_one_expert_is_kept(tiny_llama: Any, tiny_tokenizer: Any, uniform_pool: Path) -> None:
     def answer(method: FusionMethod) -> Tensor:
         fused = fuse(tiny_llama, tiny_tokenizer, uniform_pool, method)
-        with fused.routing(fused.plan(PromptBatch.from_texts(QUERIES[:2], tiny_tokenizer))):  # type: ignore[arg-type]
+        with fused.routing(fused.route(PromptBatch.from_texts(QUERIES[:2], tiny_tokenizer))):  # type: ignore[arg-type]
             return logits(fused)
 
     one, two = RetrieverConfig(top_k=1), RetrieverConfig(top_k=2)
@@ -203,16 +203,16 @@ def test_fusion_and_mixture_agree_when_one_expert_is_kept(tiny_llama: Any, tiny_
 def test_a_saved_index_needs_no_inputs(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path, tmp_path: Path) -> None:
     fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, Lorauter())
     prompts = PromptBatch.from_texts(QUERIES, tiny_tokenizer)
-    expected = fused.plan(prompts).weights  # type: ignore[union-attr]
+    expected = fused.route(prompts).weights  # type: ignore[union-attr]
     fused.method.save(tmp_path / "it")
     bare = MethodContext(tokenizer=tiny_tokenizer, embedding=tiny_llama.get_input_embeddings())
     loaded = Lorauter.load(tmp_path / "it", AdapterBank.from_pool(tiny_pool, NAMES), bare)
     again = FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_pool(tiny_pool, NAMES), loaded, context=bare)
-    assert torch.equal(again.plan(prompts).weights, expected)  # type: ignore[union-attr]
+    assert torch.equal(again.route(prompts).weights, expected)  # type: ignore[union-attr]
     again.close()
     unknown = FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_pool(tiny_pool, NAMES), Lorauter(), context=bare)
     with pytest.raises(MethodError, match="needs 20 training inputs of every expert"):
-        unknown.plan(prompts)
+        unknown.route(prompts)
 
 
 TOO_MANY: list[tuple[Callable[[int], FusionMethod], int]] = [
@@ -229,7 +229,7 @@ def test_a_pool_of_two_keeps_both_by_default(
 
     def answer(k: int) -> Tensor:
         fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, make(k), NAMES[:2])
-        state = fused.plan(PromptBatch.from_ids(IDS.tolist(), tiny_tokenizer))
+        state = fused.route(PromptBatch.from_ids(IDS.tolist(), tiny_tokenizer))
         return logits(fused) if state is None else state.weights
 
     assert torch.equal(answer(default), answer(2))

@@ -118,7 +118,7 @@ def test_limits(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
 def test_frozen_weights_are_those_of_the_last_prompt_token(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     method = XLoRAFrozen()
     fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, method)
-    plan = fused.plan(PromptBatch.from_texts(TEXTS, tiny_tokenizer))
+    plan = fused.route(PromptBatch.from_texts(TEXTS, tiny_tokenizer))
     assert plan is not None
     for row, text in enumerate(TEXTS):
         ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])

@@ -91,18 +91,18 @@ class TestTriton:
 @pytest.mark.triton
 @pytest.mark.skipif(triton_obstacle("cpu") is not None, reason=f"triton backend: {triton_obstacle('cpu')}")
 def test_a_rewritten_grouped_plan_is_a_fresh_plan_at_the_same_addresses() -> None:
-    from dlplora.kernels.grouped import GroupedPlan
+    from dlplora.kernels.grouped import GroupedBuffers
 
     _, lora_a, lora_b, weights = draw((20, 1, 6, 2, 4, 4), 3, "row", zeros=0.7)
     new = draw((20, 1, 6, 2, 4, 4), 4, "row", zeros=0.7)[3]
     rows = torch.arange(0, 20, 3)
-    plan = GroupedPlan(20, 6, lora_a, lora_b)
+    plan = GroupedBuffers(20, 6, lora_a, lora_b)
     plan.write(lora_a, lora_b, weights)
     addresses = [buffer.data_ptr() for buffer in plan.buffers()]
     plan.write(lora_a, lora_b, new[rows], rows)
     mixed = weights.clone()
     mixed[rows] = new[rows]
-    fresh = GroupedPlan(20, 6, lora_a, lora_b)
+    fresh = GroupedBuffers(20, 6, lora_a, lora_b)
     fresh.write(lora_a, lora_b, mixed)
     assert [buffer.data_ptr() for buffer in plan.buffers()] == addresses
     for ours, theirs in zip(plan.buffers(), fresh.buffers(), strict=True):
@@ -325,7 +325,7 @@ def test_room_that_no_row_uses_is_left_out(tokens: int) -> None:
     torch.manual_seed(0)
     lora_a, lora_b, x = torch.randn(6, 4, 32), torch.randn(6, 16, 4), torch.randn(3, tokens, 32)
     weights = torch.tensor([[0.0, 1, 0, 0, 0, 0], [0.5, 0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0, 1]])
-    plan = folded.FoldedPlan(3, 5, lora_a, lora_b)
+    plan = folded.FoldedBuffers(3, 5, lora_a, lora_b)
     plan.write(lora_a, lora_b, weights)
     whole = plan.delta(x)
     plan.use(2)

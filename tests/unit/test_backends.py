@@ -15,10 +15,10 @@ from dlplora.errors import AllocationError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.kernels import cost_model
 from dlplora.kernels.allocation import zeros
-from dlplora.kernels.backends import BACKENDS, PlanFacts, select_backend
+from dlplora.kernels.backends import BACKENDS, RoutingFacts, select_backend
 from dlplora.kernels.cost_model import LayerShape, Work
-from dlplora.kernels.folded import FoldedPlan
-from dlplora.kernels.merged import MergedPlan
+from dlplora.kernels.folded import FoldedBuffers
+from dlplora.kernels.merged import MergedBuffers
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.methods.dlp import DLP
 from dlplora.methods.references import Oracle
@@ -31,8 +31,8 @@ ALIKE = torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 2)
 TOKENS = torch.rand(2, 3, 4)
 
 
-def facts(weights: Tensor, **options: Any) -> PlanFacts:
-    return PlanFacts.of(weights, **options)
+def facts(weights: Tensor, **options: Any) -> RoutingFacts:
+    return RoutingFacts.of(weights, **options)
 
 
 def test_facts_of_plans() -> None:
@@ -176,7 +176,7 @@ def test_merging_into_a_quantised_base_is_refused_and_the_others_serve_it(tiny_l
     with pytest.raises(RoutingError, match=r"'merged' cannot serve module 'model.layers.1.self_attn.v_proj'.*Packed.*can: reference"):
         FusedCausalLM(tiny_llama, tiny_tokenizer, bank, Fixed(), backend="merged")
     with pytest.raises(RoutingError, match="whose weight cannot be read"):
-        MergedPlan(attention.v_proj, 1)
+        MergedBuffers(attention.v_proj, 1)
     for backend in ("reference", "dense", "folded"):
         fused = FusedCausalLM(tiny_llama, tiny_tokenizer, bank, Fixed(), backend=backend)
         with fused.routing(torch.tensor([0.0, 1.0, 0.0])):
@@ -192,7 +192,7 @@ def test_the_backend_in_use_is_told(tiny_llama: Any, tiny_tokenizer: Any, tiny_p
         assert fused.backends_used() == backend
         fused.close()
     fused = FusedCausalLM(tiny_llama, tiny_tokenizer, bank, Fixed(), backend="merged")
-    fused.plan(PromptBatch.from_texts(["the cat"], tiny_tokenizer))
+    fused.route(PromptBatch.from_texts(["the cat"], tiny_tokenizer))
     assert fused.backends_used() == ""  # a plan that was never bound computed nothing
     fused.backend = "dense"
     fused.generate("the cat", max_new_tokens=2, do_sample=False)
@@ -257,7 +257,7 @@ def test_out_of_memory_names_the_tensor_its_size_and_what_shrinks_it() -> None:
 def test_a_bank_and_a_plan_that_do_not_fit_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     lora_a, lora_b = torch.zeros(3, 8, 64), torch.zeros(3, 64, 8)
     with pytest.raises(AllocationError, match=r"folded A of 1000000000000 rows with 2 experts each.*smaller batch.*backend=dense"):
-        FoldedPlan(10**12, 2, lora_a, lora_b)
+        FoldedBuffers(10**12, 2, lora_a, lora_b)
     huge = torch.zeros(1, 1).expand(2**30, 2**30)
     with pytest.raises(AllocationError, match=r"stacked A of module 'layer'.*Load fewer experts.*smaller rank.*dtype"):
         AdapterBank.from_tensors(("x",), {"layer": [(huge, torch.zeros(1, 1).expand(4, 2**30), 1.0)]})

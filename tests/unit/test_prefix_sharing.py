@@ -62,7 +62,7 @@ def one_by_one(lm: DLPLoRALM, pairs: list[tuple[str, str]]) -> list[float]:
     values = []
     for context, choice in pairs:
         ids, whole = lm.tok_encode(context), lm.tok_encode(context + choice)
-        state = lm.fused.plan(PromptBatch.from_ids([ids], lm.tokenizer))
+        state = lm.fused.route(PromptBatch.from_ids([ids], lm.tokenizer))
         with lm.fused.routing(state) if state is not None else torch.no_grad():
             logits = lm.fused.model(input_ids=torch.tensor([whole]), use_cache=False).logits[0].double()
         logprobs = logits.log_softmax(dim=-1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlplora.data.batching import BatchPlan, StepLoader, TaskStream
+from dlplora.data.batching import BatchSchedule, StepLoader, TaskStream
 from dlplora.data.encoding import collate, encode_items, encode_pairs
 from dlplora.errors import ConfigError, TaskError
 from dlplora.inference.backbones import NANO_ASSETS
@@ -35,12 +35,12 @@ def test_every_row_once_a_pass_and_the_same_in_any_company() -> None:
 
 def test_tasks_come_equally_often_whatever_their_size() -> None:
     lengths = {"small": [1] * 3, "large": list(range(1, 51))}
-    plan = BatchPlan(lengths, batch_size=6, seed=1, length_group=4)
+    plan = BatchSchedule(lengths, batch_size=6, seed=1, length_group=4)
     seen = Counter(name for step in range(40) for name, _ in plan.batch(step))
     assert seen["small"] == seen["large"] == 120
-    again = BatchPlan(lengths, batch_size=6, seed=1, length_group=4)
+    again = BatchSchedule(lengths, batch_size=6, seed=1, length_group=4)
     assert [again.batch(step) for step in (17, 3, 39)] == [plan.batch(step) for step in (17, 3, 39)]
-    other = BatchPlan(lengths, batch_size=6, seed=2, length_group=4)
+    other = BatchSchedule(lengths, batch_size=6, seed=2, length_group=4)
     assert [other.batch(step) for step in range(8)] != [plan.batch(step) for step in range(8)]
 
 
@@ -48,11 +48,11 @@ def test_length_groups_save_padding_and_lose_no_row() -> None:
     lengths = {"a": [int(x) for x in np.random.default_rng(0).integers(5, 60, size=96)]}
 
     def padding(group: int) -> int:
-        plan = BatchPlan(lengths, batch_size=8, seed=0, length_group=group)
+        plan = BatchSchedule(lengths, batch_size=8, seed=0, length_group=group)
         batches = [[lengths["a"][row] for _, row in plan.batch(step)] for step in range(12)]
         return sum(len(batch) * max(batch) - sum(batch) for batch in batches)
 
-    grouped = BatchPlan(lengths, batch_size=8, seed=0, length_group=12)
+    grouped = BatchSchedule(lengths, batch_size=8, seed=0, length_group=12)
     assert sorted(row for step in range(12) for _, row in grouped.batch(step)) == list(range(96))
     assert padding(12) < 0.3 * padding(1)
 
