@@ -83,7 +83,9 @@ class LayerBuffers:
         self._grouped_by: list[tuple[int, int]] = []
 
     def write(self, weights: Tensor, rows: Tensor | None, kept: int) -> None:
-        """Write routing weights in place. Layers of equal scaling keep the same experts in the same order, which is found once for all of them.
+        """Write routing weights in place.
+
+        Layers of equal scaling keep the same experts in the same order, which is found once for all of them.
 
         Args:
             weights: Routing weights (N, E) without scaling.
