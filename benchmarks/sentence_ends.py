@@ -92,17 +92,16 @@ def measure(case: str, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def summary(rounds: Sequence[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, list[float]]]:
-    """System -> time -> lower quartile, median and upper quartile of the ratio to one PEFT adapter, over the rounds of all processes."""
+    """Pair of systems -> time -> lower quartile, median and upper quartile of their ratio, over the rounds of all processes."""
+    pairs = [(name, "peft_single") for name in rounds[0] if name != "peft_single"]
+    if "dlp@2" in rounds[0]:
+        pairs.append(("dlp@1000", "dlp@2"))
     found: dict[str, dict[str, list[float]]] = {}
-    for name in rounds[0]:
-        if name == "peft_single":
-            continue
-        found[name] = {}
+    for ours, theirs in pairs:
+        found[f"{ours} / {theirs}"] = times = {}
         for key in TIMES:
-            ratios = [
-                ours / theirs for process in rounds for ours, theirs in zip(process[name][key], process["peft_single"][key], strict=True)
-            ]
-            found[name][key] = [round(value, 3) for value in statistics.quantiles(ratios, n=4)]
+            ratios = [one / other for process in rounds for one, other in zip(process[ours][key], process[theirs][key], strict=True)]
+            times[key] = [round(value, 3) for value in statistics.quantiles(ratios, n=4)]
     return found
 
 
@@ -129,14 +128,14 @@ def compare(before: Path, commit: str, turns: int, rounds: int, out: Path) -> No
         "threads": 1,
         "rounds": turns * rounds,
         "cases": {case: {"batch": rows, "prompt": prompt, "new_tokens": new} for case, (_, rows, prompt, new) in CASES.items()},
-        "ratio_to_peft_single": {version: {case: summary(rows) for case, rows in cases.items()} for version, cases in samples.items()},
+        "ratios": {version: {case: summary(rows) for case, rows in cases.items()} for version, cases in samples.items()},
         "quantiles": [0.25, 0.5, 0.75],
         "before_commit": commit,
         "warnings": watch.warnings(),
         "provenance": provenance(),
     }
     write_json(out, record)
-    print(json.dumps(record["ratio_to_peft_single"], indent=1))
+    print(json.dumps(record["ratios"], indent=1))
 
 
 def main() -> int:

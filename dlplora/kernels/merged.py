@@ -33,10 +33,10 @@ def unreadable(base: Any) -> str | None:
     return None
 
 
-def delta_weight(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int) -> Tensor:
-    """``sum_e w_e B_e A_e`` of one row of weights (1, E) as a matrix (O, I); float32, or float64 if the factors are."""
+def delta_weight(lora_a: Tensor, lora_b: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
+    """``sum_e w_e B_e A_e`` of the kept experts of one row (``kept_first``) as a matrix (O, I); float32, or float64 if the factors are."""
     dtype = torch.promote_types(lora_a.dtype, torch.float32)
-    a_sel, b_sel = gather(lora_a.to(dtype), lora_b.to(dtype), *kept_first(weights, width))
+    a_sel, b_sel = gather(lora_a.to(dtype), lora_b.to(dtype), *chosen)
     return b_sel[0].T @ a_sel[0]
 
 
@@ -70,9 +70,10 @@ class MergedBuffers(nn.Module):
     def write(
         self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the plan (1, E), weights times scaling, in place; ``rows`` can only be the one there is, ``chosen`` is not needed."""
+        """Write the plan (1, E), weights times scaling, in place; ``rows`` can only be the one there is."""
         original: Any = self._base[0].weight
-        delta = delta_weight(lora_a, lora_b, weights[:1], self.width)
+        order, kept = kept_first(weights[:1], self.width) if chosen is None else chosen
+        delta = delta_weight(lora_a, lora_b, (order[:1], kept[:1]))
         delta = delta.T if self.transposed else delta
         with torch.no_grad():
             self.weight.copy_(original.to(delta.dtype) + delta)
@@ -94,5 +95,5 @@ def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> T
     rows = weights.reshape(-1, weights.shape[-1])
     if not bool((rows == rows[:1]).all()):
         raise RoutingError("backend 'merged' cannot serve rows that are routed differently; use reference, dense, folded or triton.")
-    matrix = delta_weight(lora_a, lora_b, rows[:1], kept_width(rows))
+    matrix = delta_weight(lora_a, lora_b, kept_first(rows[:1], kept_width(rows)))
     return (x.to(matrix.dtype) @ matrix.T).to(x.dtype)
