@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suite": arguments.suite, "scores": {}}
     methods = arguments.methods.split(",")
     with eval_cache() as cache:
-        for task in setting.chosen().names:
+        for task in arguments.tasks.split(",") if arguments.tasks else setting.chosen().names:
             done = record["scores"].setdefault(task, {})
             missing = [method for method in methods if method not in done]
             if missing:
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--suite", default="nano", help="nano, or a profile such as real26")
     parser.add_argument("--pool", type=Path, help="default for nano: the embedded one")
     parser.add_argument("--data-root")
+    parser.add_argument("--tasks", help="some tasks, separated by commas; the record keeps those it has")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--runs", type=Path, default=Path("runs/unseen_task"))
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
