@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.docs_table import with_table
 from benchmarks.unseen_task import subject
 from dlplora.atomic import write_atomically
+from dlplora.cli.evaluate import parse_parameter
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.evaluation.identity import folder_hash
 from dlplora.evaluation.protocol import Protocol, load_protocol
@@ -30,7 +31,7 @@ from dlplora.evaluation.scope_metrics import detection, risk_coverage
 from dlplora.evaluation.scope_threshold import prompts_of
 from dlplora.inference.backbones import nano_asset, resolve_backbone
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.methods.registry import build_method
+from dlplora.methods.registry import build_method, load_method_spec
 from dlplora.modules.scope import choose_threshold
 from dlplora.provenance import provenance
 from dlplora.reporting import markdown
@@ -117,11 +118,14 @@ class Track:
 
     def _read(self, method: str) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         """Part -> score -> values, and the routing weights of the in-scope prompts."""
-        needs = build_method(method).artifact_roles
+        name, _, options = method.partition(":")
+        params = dict(map(parse_parameter, options.split(":"))) if options else {}
+        needs = build_method(load_method_spec(name, params)).artifact_roles
         fused = FusedCausalLM.from_pretrained(
             self.protocol.backbone,
             pool=self.pool,
-            method=method,
+            method=name,
+            method_params=params,
             artifacts={"router": self.router()} if "router" in needs else {},
             dtype=self.protocol.dtype,
             few_shot=lambda task, num: self.suite.task(task).items("train", num),
@@ -273,7 +277,7 @@ def main() -> int:
     parser.add_argument("--held-out", metavar="TASK,TASK", help="tasks taken out of the pool (default: six of nano, none of others)")
     parser.add_argument("--far", metavar="SUITE", help="suite of the far prompts (default: skills for nano, nano for others)")
     parser.add_argument("--data-root")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="presets, with other parameters as NAME:KEY=VALUE")
     parser.add_argument("--limit", type=int, default=100, help="prompts a task and split (default: 100)")
     parser.add_argument("--runs", type=Path, default=Path("runs/out_of_scope"))
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
