@@ -60,7 +60,7 @@ def routed(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path, tmp_path: Path
 
 
 def logits_of(fused: FusedCausalLM, prompts: PromptBatch) -> torch.Tensor:
-    with torch.no_grad(), fused.patched.slot.bind(fused.plan(prompts)):
+    with torch.no_grad(), fused.patched.slot.bind(fused.route(prompts)):
         return fused.model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask).logits
 
 
