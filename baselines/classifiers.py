@@ -22,6 +22,7 @@ from torch import Tensor
 from dlplora.errors import ConfigError, MethodError
 from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.modules.scope import scores_of
 from dlplora.types import PromptBatch
 
 from ._encoders import LearnsFromEncodings, LearnsFromPrompts
@@ -113,11 +114,20 @@ class NearestPrompts(LearnsFromEncodings):
         owners = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(points)])
         return {"points": torch.cat(points), "owners": owners}
 
+    def similarities(self, prompts: PromptBatch) -> Tensor:
+        """Cosines of prompts and training prompts (B, n)."""
+        encoded = self.encoded(prompts)
+        return encoded @ self.points.mT
+
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``similarity`` to the nearest training prompt."""
+        return {"similarity": self.similarities(prompts).amax(dim=-1)}
+
     def route(self, prompts: PromptBatch) -> Tensor:
         """Shares of the votes (B, E)."""
-        encoded = self.encoded(prompts)
+        similarities = self.similarities(prompts)
         voters = kept_of(self.config.k, len(self.points), self.name, "k")
-        nearest = (encoded @ self.points.mT).topk(voters, dim=-1).indices
+        nearest = similarities.topk(voters, dim=-1).indices
         votes = F.one_hot(self.owners[nearest], len(self.expert_names)).sum(dim=1)
         return (votes.float() / voters).to(prompts.input_ids.device)
 
@@ -128,6 +138,14 @@ class _Linear(LearnsFromPrompts):
     weight: Tensor
     bias: Tensor
     max_kept = 1
+
+    def values(self, prompts: PromptBatch) -> Tensor:
+        """What the hyperplanes give for prompts (B, E)."""
+        raise NotImplementedError
+
+    def route(self, prompts: PromptBatch) -> Tensor:
+        """One-hot rows (B, E)."""
+        return self._one_hot(self.values(prompts), prompts)
 
     def _one_hot(self, values: Tensor, prompts: PromptBatch) -> Tensor:
         return F.one_hot(values.argmax(dim=-1), len(self.expert_names)).float().to(prompts.input_ids.device)
@@ -168,9 +186,14 @@ class LogisticRegressionRouter(LearnsFromEncodings, _Linear):
         names = [name for name, texts in prompts.items() for _ in texts]
         return self._hyperplanes(LogisticRegression(C=self.config.c, max_iter=1000), features, names)
 
-    def route(self, prompts: PromptBatch) -> Tensor:
-        """One-hot rows (B, E)."""
-        return self._one_hot(self.encoded(prompts) @ self.weight.mT + self.bias, prompts)
+    def values(self, prompts: PromptBatch) -> Tensor:
+        """Logits (B, E)."""
+        return self.encoded(prompts) @ self.weight.mT + self.bias
+
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``max_probability`` and ``energy``, as of a router."""
+        logits = self.values(prompts)
+        return scores_of(logits.softmax(dim=-1), logits)
 
 
 class TfidfLinear(_Linear):
@@ -215,13 +238,16 @@ class TfidfLinear(_Linear):
         found = self._hyperplanes(LinearSVC(C=self.config.c, random_state=0), features, names)
         return {**found, "idf": torch.from_numpy(vectorizer.idf_).float(), "terms": terms}
 
-    def route(self, prompts: PromptBatch) -> Tensor:
-        """One-hot rows (B, E)."""
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``margin``: the largest value; below zero every hyperplane says no."""
+        return {"margin": self.values(prompts).amax(dim=-1)}
+
+    def values(self, prompts: PromptBatch) -> Tensor:
+        """Margins (B, E), float64."""
         self.require_learned()
         if self._vectorizer is None:
             vectorizer = self._new_vectorizer(bytes(self.terms.tolist()).decode().split("\n"))
             vectorizer.idf_ = self.idf.double().cpu().numpy()
             self._vectorizer = vectorizer
         features = self._vectorizer.transform(list(prompts.texts))
-        values = torch.from_numpy(features @ self.weight.double().mT.cpu().numpy()) + self.bias.double().cpu()
-        return self._one_hot(values, prompts)
+        return torch.from_numpy(features @ self.weight.double().mT.cpu().numpy()) + self.bias.double().cpu()

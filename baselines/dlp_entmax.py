@@ -81,6 +81,7 @@ class DLPEntmax(DLP):
                 raise ConfigError(f"'sparsity' must be less than 1, got {self.sparsity}.")
 
     config: Config  # type: ignore[assignment]
+    scope_mode = "off"  # type: ignore[assignment]
 
     @property
     def weight_sum(self) -> WeightSum:

@@ -111,6 +111,10 @@ class LoGo(FusionMethod):
             rows.append(self._shares(scores_of(outputs, self.config.score) * (entry.scaling != 0)))
         return torch.stack(rows).to(prompts.input_ids.device)
 
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``largest_share`` of an expert."""
+        return {"largest_share": self.route(prompts).amax(dim=-1)}
+
     def _read(self, model: FusedModel, ids: Tensor) -> Tensor:
         """What the adapters are applied to at the last of the tokens (1, T), with every adapter at weight one; (D,)."""
         seen: dict[str, Tensor] = {}

@@ -98,10 +98,17 @@ class Ariadne(LearnsFromEncodings):
         owners = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(found)])
         return {"centroids": torch.cat(found), "owners": owners}
 
+    def distances(self, prompts: PromptBatch) -> Tensor:
+        """Euclidean distances of prompts and centroids (B, n)."""
+        return torch.cdist(self.encoded(prompts), self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``closeness``: the negative distance to the nearest centroid."""
+        return {"closeness": -self.distances(prompts).amin(dim=-1)}
+
     def route(self, prompts: PromptBatch) -> Tensor:
         """One-hot rows (B, E)."""
-        distances = torch.cdist(self.encoded(prompts), self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
-        best = self.owners[distances.argmin(dim=-1)]
+        best = self.owners[self.distances(prompts).argmin(dim=-1)]
         return F.one_hot(best, len(self.expert_names)).float().to(prompts.input_ids.device)
 
 

@@ -120,6 +120,10 @@ class RetrieverMixture(FusionMethod):
             )
         return self._encoder(prompts).to(self.index.device) @ self.index.mT
 
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``similarity`` to the nearest expert."""
+        return {"similarity": self.similarities(prompts).amax(dim=-1)}
+
     def route(self, prompts: PromptBatch) -> Tensor:
         """``1 / k`` on the nearest experts, (B, E)."""
         scores = self.similarities(prompts)

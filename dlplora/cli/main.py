@@ -18,6 +18,7 @@ from dlplora.cli.matrix import add_matrix
 from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
+from dlplora.cli.scope import add_scope
 from dlplora.cli.serve import add_serve
 from dlplora.cli.tune import add_tune
 from dlplora.errors import ConfigError, DLPLoRAError, one_line
@@ -86,6 +87,9 @@ def _evaluation(commands: Any) -> None:
     _add_model_options(parser)
     add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
     parser.set_defaults(run=_lazy("tune", "run_tune"))
+
+    parser = add_scope(commands)
+    parser.set_defaults(run=_lazy("scope", "run_scope"))
 
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument("suite", choices=["nano", "paper", "real"])

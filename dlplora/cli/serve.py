@@ -40,7 +40,12 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; one more gets 429 (default: 64)")
     parser.add_argument("--max-model-len", type=int, help="tokens of a request, prompt included (default: the model's, at most 4096)")
     parser.add_argument("--default-max-tokens", type=int, default=512, help="tokens of a chat answer that sets no limit (default: 512)")
-    parser.add_argument("--min-confidence", type=float, default=0.0, help="below this probability the base model answers (default: 0)")
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        metavar="P",
+        help="below this probability the base model answers; 0 switches it off (default: the threshold beside the router, if there is one)",
+    )
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's)")
     parser.add_argument("--api-key", help="key that clients must send (or DLPLORA_API_KEY); required unless the address is loopback")
     parser.add_argument("--admin-key", help="key of POST /admin/reload (or DLPLORA_ADMIN_KEY); without one it does not exist")

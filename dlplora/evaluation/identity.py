@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,15 @@ NOTES = ("recipe.json", "training.json")
 """Files of an artifact that say how it was made, with times that differ between equal runs."""
 
 
-def folder_hash(folder: Path) -> str:
-    """Hash over the weights and JSON files of an artifact folder, names included; notes on how it was trained do not count."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name not in NOTES)
+def folder_hash(folder: Path, unread: Collection[str] = ()) -> str:
+    """Hash over the weights and JSON files of an artifact folder, names included; notes on how it was trained do not count.
+
+    Args:
+        folder: The artifact.
+        unread: Names of further files that do not count, since the method does not read them.
+    """
+    skipped = {*NOTES, *unread}
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".safetensors", ".json"} and path.name not in skipped)
     return config_hash([[str(path.relative_to(folder)), file_sha256(path)] for path in files])
 
 

@@ -125,7 +125,9 @@ class Run:
 
     def artifact_hashes(self) -> dict[str, str]:
         """Hashes of the artifacts the method reads, by role; the pool has its own checksum."""
-        return {role: folder_hash(self.folders[role]) for role in self.method.artifact_roles if role in self.folders}
+        return {
+            role: folder_hash(self.folders[role], self.method.unread_files) for role in self.method.artifact_roles if role in self.folders
+        }
 
     def cell(self) -> str:
         """Hash of ``description``."""

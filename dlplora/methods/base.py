@@ -21,6 +21,7 @@ from dlplora.atomic import filling
 from dlplora.errors import MethodError, UnavailableMethodError
 from dlplora.methods.fused_protocol import FusedModel
 from dlplora.modules.precision import keeping_dtype
+from dlplora.modules.scope import SCOPE_FILE, ScopeThreshold
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ class FusionMethod(nn.Module):
     """Parameters under which conformance checks and counts of operations run, where the preset's own need a package or much time: an
     encoder that needs nothing, for instance. What is checked, the routing, is the same."""
 
+    unread_files: tuple[str, ...] = (SCOPE_FILE,)
+    """Names of files in artifact folders that this configuration does not read, so that they are not part of a run's identity."""
+
     def __init__(self, config: Any = None) -> None:
         super().__init__()
         self.config = self.Config() if config is None else config
@@ -177,10 +181,7 @@ class FusionMethod(nn.Module):
 
     @property
     def max_kept(self) -> int | None:
-        """The most experts ``route`` may keep for a row; None if it says nothing about it, and then all of them.
-
-        Plans that are rewritten during generation get room for so many.
-        """
+        """The most experts ``route`` may keep for a row, for which plans have room; None if it says nothing about it, and then all."""
         return None
 
     @property
@@ -278,6 +279,15 @@ class FusionMethod(nn.Module):
         The confidence is None for methods that have no probabilities, as by default. A method that has some makes both from one pass.
         """
         return self.route(prompts), None
+
+    @property
+    def scope(self) -> ScopeThreshold | None:
+        """Threshold below which a prompt is of no task that the experts know, if one was chosen on validation prompts."""
+        return None
+
+    def scope_scores(self, prompts: PromptBatch) -> Mapping[str, Tensor]:
+        """Scores (B,), float, by name: the larger, the more a prompt looks like those of the experts' tasks. Default: none."""
+        return {}
 
     def attach(self, model: FusedModel) -> None:
         """Install token-level gates on the fused layers. Default: nothing to install."""

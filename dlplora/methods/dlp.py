@@ -45,6 +45,7 @@ from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.modules.router_confidence import ConfidenceMonitor
 from dlplora.modules.routing import nucleus_mask, renormalize, threshold_mask, top_k_mask
+from dlplora.modules.scope import SCOPE_FILE, ScopeThreshold, scores_of
 from dlplora.types import PromptBatch
 
 _SLACK = 1e-4
@@ -92,7 +93,20 @@ class DLP(FusionMethod):
         router: str | None = None
         """Folder of a trained router; None takes the one that came with the pool (the artifact ``router``)."""
 
+        scope: Literal["off", "router", "max_probability", "energy"] = field(default="off", metadata=OMIT_DEFAULT_FROM_HASH)
+        """Which prompts get no expert at all. ``router``: score and threshold that lie beside the router (`dlplora scope`); otherwise this
+        score, below ``scope_threshold``."""
+        scope_threshold: float | None = field(default=None, metadata=OMIT_DEFAULT_FROM_HASH)
+        """Threshold of the named score."""
+
         def __post_init__(self) -> None:
+            named = self.scope in {"max_probability", "energy"}
+            if named != (self.scope_threshold is not None):
+                raise ConfigError(
+                    f"'scope_threshold' goes with a named score; got scope {self.scope}, scope_threshold {self.scope_threshold}."
+                )
+            if self.scope_threshold is not None and not math.isfinite(self.scope_threshold):
+                raise ConfigError(f"'scope_threshold' must be a finite number, got {self.scope_threshold}.")
             for name in ("threshold", "top_p"):
                 if not getattr(self, name) >= 0.0:
                     raise ConfigError(f"'{name}' must be a probability of at least 0, got {getattr(self, name)}.")
@@ -111,6 +125,9 @@ class DLP(FusionMethod):
         self._columns: Tensor | None = None
         self._in_order = False
         self._confidence: ConfidenceMonitor | None = None
+        self._rejects: tuple[str, float] | None = None
+        if self.scope_mode == "router":
+            self.unread_files = ()
 
     @property
     def granularity(self) -> Granularity:
@@ -134,8 +151,8 @@ class DLP(FusionMethod):
 
     @property
     def weight_sum(self) -> WeightSum:
-        """One, unless probabilities are used as they are."""
-        return "at_most_one" if self.config.renormalize == "none" else "one"
+        """One, unless probabilities are used as they are, or prompts out of scope get no expert."""
+        return "at_most_one" if self.config.renormalize == "none" or self.config.scope != "off" else "one"
 
     @property
     def max_kept(self) -> int:
@@ -183,7 +200,34 @@ class DLP(FusionMethod):
         self._columns = self.router.column_order(bank.names).to(context.device)
         self._in_order = self.router.names == tuple(bank.names)
         self._confidence = ConfidenceMonitor(self.router.metrics)
+        self._rejects = self._chosen_scope()
         return super().prepare(bank, context)
+
+    def _chosen_scope(self) -> tuple[str, float] | None:
+        """Score and threshold of the configuration; None if every prompt gets experts."""
+        config, scope = self.config, self.scope
+        if self.scope_mode == "off":
+            return None
+        if self.scope_mode != "router":
+            return config.scope, float(config.scope_threshold or 0.0)
+        if scope is None:
+            raise MethodError(f"method '{self.name}' needs the router's threshold, and {SCOPE_FILE} is missing: run `dlplora scope` first.")
+        return scope.score, scope.threshold
+
+    @property
+    def scope_mode(self) -> str:
+        """``scope``, as configured."""
+        return self.config.scope
+
+    @property
+    def scope(self) -> ScopeThreshold | None:
+        """The threshold beside the router, whether this configuration uses it or not."""
+        return None if self.router is None else self.router.scope
+
+    @torch.no_grad()
+    def scope_scores(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """``max_probability`` and ``energy`` (B,), float32, on the device of the prompts."""
+        return {name: score.to(prompts.input_ids.device) for name, score in scores_of(*self.probabilities(prompts)).items()}
 
     def use_router(self, router: MiniMLPRouter) -> None:
         """Take a router from memory instead of a folder; call it before ``prepare``."""
@@ -229,7 +273,11 @@ class DLP(FusionMethod):
         if self._confidence is not None:
             self._confidence.add(probs)
         device = prompts.input_ids.device
-        return self.weigh(probs, logits).to(device), probs.max(dim=-1).values.to(device)
+        weights = self.weigh(probs, logits)
+        if self._rejects is not None:
+            score, threshold = self._rejects
+            weights = weights.masked_fill((scores_of(probs, logits)[score] < threshold)[:, None], 0.0)
+        return weights.to(device), probs.max(dim=-1).values.to(device)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross-entropy of the task of each prompt; reads ``prompts`` and ``expert_idx`` only."""
@@ -266,5 +314,6 @@ class DLP(FusionMethod):
             for parameter in router.parameters():  # no biases: they would favour the same expert for every prompt
                 scale = 2.0 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        router.scope = ScopeThreshold(score="max_probability", threshold=0.0, criterion="keep", keep=1.0)  # keeps every prompt
         router.save(folder / "router")
         return {"router": folder / "router"}

@@ -34,6 +34,7 @@ from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
 from dlplora.modules.known_tokens import KnownTokens
 from dlplora.modules.precision import keeping_dtype
+from dlplora.modules.scope import SCOPE_FILE, ScopeThreshold, read_scope, write_scope
 from dlplora.modules.token_pooling import max_of_rows, mean_of_rows, select_tokens
 
 MAX_TRAINED_PARAMETERS = 5_000_000
@@ -142,6 +143,8 @@ class MiniMLPRouter(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
         self._known = KnownTokens()
         self.metrics: dict[str, Any] = {}
+        self.scope: ScopeThreshold | None = None
+        """Below it a prompt is out of scope; None if it was never chosen (`dlplora scope`)."""
         if self.num_trained_parameters > MAX_TRAINED_PARAMETERS:
             raise ConfigError(
                 f"router: {self.num_trained_parameters:,} trained parameters, at most {MAX_TRAINED_PARAMETERS:,} are allowed "
@@ -284,7 +287,7 @@ class MiniMLPRouter(nn.Module):
         return torch.tensor([position[name] for name in names], dtype=torch.long)
 
     def save(self, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None) -> None:
-        """Write ``router.safetensors`` and ``router.json``, atomically together.
+        """Write ``router.safetensors``, ``router.json`` and, if there is a threshold, ``scope.json``, atomically together.
 
         Args:
             folder: Made if it does not exist.
@@ -303,8 +306,11 @@ class MiniMLPRouter(nn.Module):
             "metrics": self.metrics,
         }
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
+        (Path(folder) / SCOPE_FILE).unlink(missing_ok=True)  # of the router that was here
         with filling(folder, "router.json") as temporary:
             write_tensors(temporary / "router.safetensors", tensors)
+            if self.scope is not None:
+                write_scope(temporary, self.scope)
             write_json(temporary / "router.json", description)
 
     @classmethod
@@ -348,6 +354,7 @@ class MiniMLPRouter(nn.Module):
                 what = f"a temperature of {float(value)}" if key == "temperature" else f"values in '{key}' that are not finite"
                 raise MethodError(f"{folder / 'router.safetensors'} holds {what}. Train the router again.")
         router.metrics = dict(description.metrics or {})
+        router.scope = read_scope(folder)
         return router.eval()
 
 

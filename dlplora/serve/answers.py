@@ -16,6 +16,7 @@ def described(decision: Decision) -> dict[str, Any]:
     """A decision as JSON."""
     return {
         "decision": decision.kind,
+        "out_of_scope": decision.out_of_scope,
         "adapter": decision.adapter,
         "confidence": None if decision.confidence is None else round(decision.confidence, 6),
         "weights": dict(decision.weights),
@@ -25,7 +26,8 @@ def described(decision: Decision) -> dict[str, Any]:
 
 def headers_of(decision: Decision) -> dict[str, str]:
     """Response headers that name what was decided for the prompt."""
-    found = {"x-dlplora-decision": decision.kind, "x-dlplora-selected-adapter": decision.adapter.encode("ascii", "replace").decode()}
+    kind = "base: out of scope" if decision.out_of_scope else decision.kind
+    found = {"x-dlplora-decision": kind, "x-dlplora-selected-adapter": decision.adapter.encode("ascii", "replace").decode()}
     if decision.confidence is not None:
         found["x-dlplora-confidence"] = f"{decision.confidence:.6f}"
     return found

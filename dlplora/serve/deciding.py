@@ -39,22 +39,25 @@ class Decider:
 
     Args:
         fused: The model.
-        min_confidence: Below this probability a routed request is out of scope and gets the base model; 0 never does.
+        min_confidence: Below this probability a routed request is out of scope and gets the base model; 0 never does. None takes the
+            threshold that was chosen for the router (`dlplora scope`), if there is one.
     """
 
-    def __init__(self, fused: FusedCausalLM, min_confidence: float = 0.0) -> None:
+    def __init__(self, fused: FusedCausalLM, min_confidence: float | None = None) -> None:
         self.fused, self.min_confidence = fused, min_confidence
         self.names: tuple[str, ...] = tuple(fused.bank.names)
         self._zeros = torch.zeros(fused.bank.num_experts, device=fused.device)
         self._routes = fused.method.name != "base"
 
     @torch.no_grad()
-    def decide(self, targets: Sequence[Target], texts: Sequence[str]) -> tuple[list[Decision], Tensor]:
+    def decide(self, targets: Sequence[Target], texts: Sequence[str], *, prompts: bool = True) -> tuple[list[Decision], Tensor]:
         """Decisions and weights (B, E), float32; the router reads all texts in one batch.
 
         Args:
             targets: What each request asks for.
             texts: What the router reads for each.
+            prompts: Whether these are prompts, which may be out of scope. Thresholds are chosen on prompts; sentences of an answer are
+                not held against them.
         """
         started = time.perf_counter()
         weights = self._zeros.repeat(len(targets), 1)
@@ -62,10 +65,10 @@ class Decider:
         confidences: list[float | None] = [None] * len(targets)
         routed = [row for row, target in enumerate(targets) if target.kind == "routed" and self._routes]
         if routed:
-            found, sure = self._route([texts[row] for row in routed])
+            found, sure, rejected = self._route([texts[row] for row in routed], prompts)
             for place, row in enumerate(routed):
                 confidences[row] = None if sure is None else sure[place]
-                if sure is not None and sure[place] < self.min_confidence:
+                if rejected[place]:
                     kinds[row] = "base"
                 else:
                     weights[row] = found[place]
@@ -76,18 +79,39 @@ class Decider:
                 weights[row, self.names.index(name)] = value
         seconds = time.perf_counter() - started
         decisions = [
-            Decision(kind=kind, weights=self._kept(values), confidence=confidence, seconds=seconds)
-            for kind, values, confidence in zip(kinds, weights.tolist(), confidences, strict=True)
+            Decision(
+                kind=kind,
+                weights=self._kept(values),
+                confidence=confidence,
+                seconds=seconds,
+                out_of_scope=kind == "base" and target.kind == "routed" and self._routes,
+            )
+            for kind, values, confidence, target in zip(kinds, weights.tolist(), confidences, targets, strict=True)
         ]
         return decisions, weights
 
-    def _route(self, texts: Sequence[str]) -> tuple[Tensor, list[float] | None]:
+    def _route(self, texts: Sequence[str], prompts: bool) -> tuple[Tensor, list[float] | None, list[bool]]:
+        """Weights (B, E), confidences, and which texts are out of scope."""
         fused = self.fused
         batch = PromptBatch.from_texts(texts, fused.tokenizer, device=fused.device)
         weights, confidence = fused.planner.route_with_confidence(batch)
         if weights is None:
             raise ConfigError(f"method '{fused.method.name}' returned no routing weights.")
-        return weights.to(fused.device), None if confidence is None else confidence.tolist()
+        rejected = self._rejected(batch, confidence) if prompts else None
+        return (
+            weights.to(fused.device),
+            None if confidence is None else confidence.tolist(),
+            [False] * len(texts) if rejected is None else rejected.tolist(),
+        )
+
+    def _rejected(self, batch: PromptBatch, confidence: Tensor | None) -> Tensor | None:
+        """Which prompts are out of scope, bool (B,); None without a threshold."""
+        scope = self.fused.method.scope
+        if self.min_confidence is not None or scope is None:
+            return None if confidence is None else confidence < (self.min_confidence or 0.0)
+        if scope.score == "max_probability" and confidence is not None:  # no second pass of the router
+            return confidence < scope.threshold
+        return self.fused.method.scope_scores(batch)[scope.score] < scope.threshold
 
     def _kept(self, values: Sequence[float]) -> dict[str, float]:
         return {name: round(value, 6) for name, value in zip(self.names, values, strict=True) if value != 0}

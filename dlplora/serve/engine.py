@@ -52,7 +52,7 @@ class EngineOptions:
     """Tokens of one request, prompt included; None takes the context of the base model, at most 4096."""
     prefill_chunk: int = 256
     """Prompt tokens, of one or several prompts and padding included, processed between two decode steps."""
-    min_confidence: float = 0.0
+    min_confidence: float | None = None
     """See ``Decider``."""
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class EngineOptions:
                 raise ConfigError(f"'{name}' must be from 1 to {MAX_ROWS}, got {getattr(self, name)}.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"'max_model_len' must be at least 2, a token of the prompt and one of the answer, got {self.max_model_len}.")
-        if not 0.0 <= self.min_confidence <= 1.0:
+        if self.min_confidence is not None and not 0.0 <= self.min_confidence <= 1.0:
             raise ConfigError(f"'min_confidence' must be between 0 and 1, got {self.min_confidence}.")
 
 
@@ -260,6 +260,7 @@ class Engine:
         decisions, weights = self.decider.decide([job.target for job in jobs], [job.routed_text for job in jobs])
         for job, decision, own in zip(jobs, decisions, weights, strict=True):
             row = Row(job, self.fused.tokenizer, self.fused.vocabulary, self.fused.device, weights=own, routing_s=decision.seconds)
+            row.out_of_scope = decision.out_of_scope
             job.report(Started(decision))
             if bool(own.isfinite().all()):
                 self._batch.join(row)
@@ -372,11 +373,11 @@ class Engine:
         method = self.fused.method
         if method.granularity != "sentence":
             return
-        routed = [row for row in rows if row.job.target.kind == "routed"]
+        routed = [row for row in rows if row.job.target.kind == "routed" and not row.out_of_scope]
         views = [(row, view) for row in routed if (view := row.ended_sentence(method.view)) is not None]
         if not views:
             return
-        decisions, weights = self.decider.decide([row.job.target for row, _ in views], [view for _, view in views])
+        decisions, weights = self.decider.decide([row.job.target for row, _ in views], [view for _, view in views], prompts=False)
         for (row, _), decision in zip(views, decisions, strict=True):
             row.job.report(Sentence(len(row.detokenizer.text), decision))
         self._switch([row for row, _ in views], weights)

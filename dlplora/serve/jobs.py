@@ -54,6 +54,8 @@ class Decision:
     """Largest probability of the router; None without a router."""
     seconds: float = 0.0
     """Time of the decision, s; shared by the requests that were decided together."""
+    out_of_scope: bool = False
+    """Whether the base model answers because the prompt is of no task that the experts know."""
 
     @property
     def adapter(self) -> str:

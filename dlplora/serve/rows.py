@@ -27,6 +27,7 @@ class Row:
         pending: Tokens to process before the next one can be sampled; for a new job the prompt.
         resumes: Whether ``pending`` is a prefix that is processed again under new weights, behind which a token waits already.
         newest: The last sampled token, not processed yet.
+        out_of_scope: Whether the prompt is; then the base model answers to the end.
         routing_s: Time spent on routing before the first token, s: question, router and plan; shared with what was routed together.
     """
 
@@ -40,6 +41,7 @@ class Row:
     newest: int | None = None
     weights: Tensor | None = None
     routing_s: float = 0.0
+    out_of_scope: bool = False
 
     def __post_init__(self) -> None:
         self.pending = list(self.job.prompt_ids)

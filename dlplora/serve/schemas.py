@@ -219,6 +219,7 @@ class RouteDecision(BaseModel):
     object: Literal["route"]
     read: str
     decision: Literal["routed", "base"]
+    out_of_scope: bool
     adapter: str
     confidence: float | None
     weights: dict[str, float]

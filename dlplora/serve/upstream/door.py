@@ -75,7 +75,7 @@ class Door:
     upstream: Upstream
     client: UpstreamClient
     options: ServerOptions
-    min_confidence: float = 0.0
+    min_confidence: float | None = None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def __post_init__(self) -> None:
