@@ -20,8 +20,10 @@ from dlplora.reporting.schema import Record, aggregate
 
 TRACK = "unseen"
 NUM_FOLDS = 5
-WEIGHTED = ("mean_experts_kept", "mean_entropy_nats", "fraction_multi")
-"""Routing statistics that are means over prompts."""
+WEIGHTED = ("mean_experts_kept", "mean_entropy_nats", "fraction_multi", "num_merged")
+"""Routing statistics that are means over prompts, and the experts of a merge, which differ from fold to fold by one."""
+COUNTS = ("num_plans", "num_gated_prompts", "num_reroutes", "num_truncated_prompts")
+"""Those that are counts of prompts."""
 
 
 def unseen_name(name: str) -> str:
@@ -98,7 +100,8 @@ def joined(runs: Sequence[Run], records: Sequence[Record], pool_hash: str) -> Re
 def _routing(records: Sequence[Record]) -> dict[str, float | int | None]:
     """Means over prompts and counts; the right expert is in no pool, so nothing is said about a router's accuracy."""
     weights = [sum(task.num for task in record.tasks.values()) for record in records]
-    found: dict[str, float | int | None] = {name: _weighted((record.routing.get(name) for record in records), weights) for name in WEIGHTED}
+    known = [name for name in WEIGHTED if name in records[0].routing]
+    found: dict[str, float | int | None] = {name: _weighted((record.routing[name] for record in records), weights) for name in known}
     counts = [name for name in records[0].routing if name.startswith("num_")]
     return {
         **found,

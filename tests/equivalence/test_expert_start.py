@@ -59,7 +59,7 @@ def by_request(fused: FusedCausalLM, side: str) -> list[Tensor]:
     pads = [[0] * (width - len(row)) for row in PROMPTS]
     ids = torch.tensor([pad + row if side == "left" else row + pad for pad, row in zip(pads, PROMPTS, strict=True)])
     mask = (ids != 0).long()
-    state = fused.plan(PromptBatch(ids, mask, ("a", "b"), TASKS))
+    state = fused.route(PromptBatch(ids, mask, ("a", "b"), TASKS))
     cache = DynamicCache(config=fused.model.config)
     places = (mask.cumsum(dim=1) - 1).clamp_min(0)
     logits = fused(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, routing=state).logits

@@ -117,6 +117,7 @@ def test_folds_are_joined_task_by_task(tmp_path: Path) -> None:
     record = joined(runs, [_fold_record(run, kept) for run, kept in zip(runs, (1.0, 4.0), strict=True)], "checksum")
     assert record.routing["mean_experts_kept"] == pytest.approx((2 * 10 * 1.0 + 2 * 10 * 4.0) / 40)
     assert record.routing["num_plans"] == 14
+    assert record.routing["num_merged"] == 24
     assert "router_accuracy" not in record.routing
     assert record.timings_s == {"load": 3.0}
     assert record.training_tokens == 60
@@ -127,5 +128,12 @@ def _fold_record(run: Run, kept: float) -> Record:
     from dlplora.evaluation.runner import blank_record
 
     tasks = {name: TaskResult(kind="mcq", version="1", num=10, metrics={"acc": 0.5}, stderr={"acc": 0.1}) for name in run.task_names}
-    routing = {"mean_experts_kept": kept, "mean_entropy_nats": 0.0, "fraction_multi": 0.0, "num_plans": 7, "router_accuracy": 0.0}
+    routing = {
+        "mean_experts_kept": kept,
+        "mean_entropy_nats": 0.0,
+        "fraction_multi": 0.0,
+        "num_plans": 7,
+        "num_merged": 24,
+        "router_accuracy": 0.0,
+    }
     return dataclasses.replace(blank_record(run), tasks=tasks, routing=routing, timings_s={"load": 1.5}, training_tokens=60)
