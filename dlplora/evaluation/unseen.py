@@ -102,12 +102,8 @@ def _routing(records: Sequence[Record]) -> dict[str, float | int | None]:
     weights = [sum(task.num for task in record.tasks.values()) for record in records]
     known = [name for name in WEIGHTED if name in records[0].routing]
     found: dict[str, float | int | None] = {name: _weighted((record.routing[name] for record in records), weights) for name in known}
-    counts = [name for name in records[0].routing if name.startswith("num_")]
-    return {
-        **found,
-        **{name: sum(int(record.routing[name] or 0) for record in records) for name in counts},
-        **_searched(records[0].routing),
-    }
+    counts = {name: sum(int(record.routing.get(name) or 0) for record in records) for name in COUNTS}
+    return {**found, **counts, **_searched(records[0].routing)}
 
 
 def _weighted(values: Iterable[float | int | None], weights: Sequence[int]) -> float | None:
