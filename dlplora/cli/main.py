@@ -94,6 +94,13 @@ def _evaluation(commands: Any) -> None:
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument("suite", choices=["nano", "paper", "real"])
     parser.add_argument(
+        "--track",
+        choices=["in-pool", "unseen"],
+        default="in-pool",
+        help="unseen: tasks answered by a pool without their experts (nano, real)",
+    )
+    parser.add_argument("--folds", type=int, metavar="N", help="unseen: groups of tasks that are left out together (default: 5)")
+    parser.add_argument(
         "--backbone",
         metavar="NAME",
         help="paper: a profile of configs/reproduce, or a base model as in --pretrained (default: local-small)",

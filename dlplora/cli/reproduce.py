@@ -44,7 +44,17 @@ def chosen_seeds(text: str) -> list[int]:
 
 
 def run_reproduce(arguments: argparse.Namespace) -> int:
-    """Reproduce the nano suite, the paper's tasks or real26; exit code 1 if a nano method's results differ from the committed ones."""
+    """Reproduce the nano suite, the paper's tasks or real26; exit code 1 if a nano method's results differ from the committed ones.
+
+    Raises:
+        ConfigError: For ``--folds`` without ``--track unseen``, and whatever the track refuses.
+    """
+    if arguments.track == "unseen":
+        from dlplora.cli.reproduce_unseen import run_unseen
+
+        return run_unseen(arguments)
+    if arguments.folds is not None:
+        raise ConfigError("--folds belongs to --track unseen.")
     return _reproduce_nano(arguments) if arguments.suite == "nano" else _reproduce_over_backbone(arguments)
 
 

@@ -243,7 +243,7 @@ def measure(
         result = evaluate_run(run, lm, cache, progress)
         timings = {"load": ready - started, "evaluate": time.perf_counter() - ready}
         outcomes = outcomes_of(result, run.prefix, lm.statistics.routes)
-        return _record(run, lm, result, timings, standard_errors(outcomes, run.protocol.bootstrap_iters)), outcomes
+        return make_record(run, lm, result, timings, standard_errors(outcomes, run.protocol.bootstrap_iters)), outcomes
 
 
 @contextmanager
@@ -349,13 +349,20 @@ def _noted_tokens(path: Path) -> int | None:
     return notes.get("training_tokens") or notes.get("metrics", {}).get("training_tokens")  # type: ignore[no-any-return]
 
 
-def _record(
+def make_record(
     run: Run,
     lm: DLPLoRALM,
     result: HarnessResult,
     timings: dict[str, float],
     errors: Mapping[str, Mapping[str, float | None]],
 ) -> Record:
+    """The record of a finished evaluation.
+
+    Args:
+        run, lm, result: What was evaluated, by which model, with which outcome.
+        timings: Seconds by phase.
+        errors: Standard error of every metric of every task.
+    """
     tasks = {
         name.removeprefix(run.prefix): TaskResult(
             kind=run.suite.task(name.removeprefix(run.prefix)).kind,

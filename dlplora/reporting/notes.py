@@ -16,4 +16,15 @@ pretrained for minutes on the text of the training rows (prompts and answers sep
 hundred steps, all on two shared CPU cores. A model of this size cannot answer most of these questions. Compare an accuracy with chance,
 which differs from task to task, and expect ties. Prompts that are too long for the model are left out of all splits; the records contain
 their number and the checksum of the remaining rows (`provenance.data`). Latency was not measured.""",
+    "nano_unseen": """\
+Every task is answered by a pool without its expert. The 26 tasks are left out in five groups of five or six, so a pool holds 20 or 21
+experts; routers and classifiers were trained without the group. `adapter_soup` and `lorahub_leave_one_out` are told the task and set its
+expert aside themselves; their pool holds the other 25. There is no row `multitask`: it was not trained without the tasks. Not comparable
+with the table of `nano`, where the expert is in the pool. More: [docs/unseen_task.md](../../docs/unseen_task.md).""",
+    "nano_ceilings": """\
+What a router could reach if it knew the right expert from some token of the prompt on, and not before. The right expert is applied from
+the beginning (`oracle_whole`, the ceiling of routing by prompt and by sentence), from a quarter, the half or three quarters of the
+prompt's tokens on, from its last token on, or on the answer alone (`oracle_answer`). Tokens before have no expert, or in the rows `_mean`
+the average of all. `oracle_half_mean_upper` leaves the average in the first decoder layer, where a gate reads a bare token: the ceiling of
+gates a module. All rows are told the task. What they mean: [docs/ceilings.md](../../docs/ceilings.md).""",
 }
