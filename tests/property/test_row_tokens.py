@@ -56,7 +56,7 @@ def tokenizer_of(kind: str) -> Any:
     pattern = sorted(_SPLITS)[int(kind[-1])]
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of])
-    corpus = ["the cat's 123 Mia sees I'll naïve\n\nA b. x, 12? é"] * 4
+    corpus = ["  a  b   c    d  ", "the cat's 123 Mia sees I'll naïve\n\nA b. x, 12? é"] * 4  # runs of spaces are tokens of their own
     special = ["<s>", "</s>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
@@ -76,6 +76,16 @@ def test_ids_are_those_of_the_whole_text(kind: str, growth: list[str], other: li
     for one, two in zip(growth, other, strict=False):
         texts = [texts[0] + one, two if len(two) > 5 else texts[1] + two]  # the second row may begin anew
         assert encode([4, 7], texts) == tokenizer(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "split 0", "split 1"])
+def test_texts_that_end_in_the_middle_of_something(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    start = "Who sees the cat in the red box of Tom, and when does Mia see it"
+    for end in ("  ", " \n ", "   x", " 1", "'s ", " <s> x", "<s> x", " \u3000 b", "\t b", "\n\n  b", ". ", " e\u0301", " <|end|>"):
+        encode = RowTokens(tokenizer, piece_encoder(tokenizer))
+        for text in (start + end, start + end + " Mia", start + end + "b  c"):
+            assert encode([0], [text]) == tokenizer([text])["input_ids"]
 
 
 def test_which_tokenizers_are_read_in_parts() -> None:
