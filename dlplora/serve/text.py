@@ -45,7 +45,7 @@ class Detokenizer:
 
 
 class StopTexts:
-    """Holds back text that may be the beginning of a stop text, and finds the first one."""
+    """Holds back text that may be the beginning of a stop text, and finds the one that is complete first, in whatever pieces the text comes."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stop for stop in stops if stop)
@@ -54,9 +54,9 @@ class StopTexts:
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; returns what may be shown, and whether a stop text was found (and cut off with everything behind it)."""
         self._held += text
-        found = [place for place in (self._held.find(stop) for stop in self.stops) if place >= 0]
+        found = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown, True
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlplora.inference.generation import EndedSentences, VocabularyTable
@@ -27,13 +27,14 @@ def test_pieces_add_up_to_the_text(tiny_tokenizer: Any, text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@example(pieces=["ca", "b"], stops=["a", "cab"])
 @given(
     pieces=st.lists(st.text(alphabet="abc", max_size=4), max_size=8),
     stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=3),
 )
 def test_the_first_stop_text_ends_the_answer_whatever_the_pieces(pieces: list[str], stops: list[str]) -> None:
     whole = "".join(pieces)
-    places = [place for place in (whole.find(stop) for stop in stops) if place >= 0]
+    complete = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
     watcher, shown, found = StopTexts(stops), "", False
     for piece in pieces:
         text, found = watcher.push(piece)
@@ -42,8 +43,8 @@ def test_the_first_stop_text_ends_the_answer_whatever_the_pieces(pieces: list[st
             break
     if not found:
         shown += watcher.finish()
-    assert found == bool(places)
-    assert shown == (whole[: min(places)] if places else whole)
+    assert found == bool(complete)
+    assert shown == (whole[: min(complete)[1]] if complete else whole)
 
 
 @pytest.mark.parametrize("prompt", ["Who sees the cat?", "Who sees the cat?\n\nWho likes the box?\n\nAnswers:"])
