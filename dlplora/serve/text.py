@@ -45,7 +45,7 @@ class Detokenizer:
 
 
 class StopTexts:
-    """Holds back text that may be the beginning of a stop text, and finds the one that is complete first, in whatever pieces the text comes."""
+    """Holds back text that may be the beginning of a stop text, and finds the one that is complete first."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stop for stop in stops if stop)
