@@ -167,7 +167,7 @@ def _reproduce_over_backbone(arguments: argparse.Namespace) -> int:
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
     job = paper.resolve(
-        arguments.backbone or ("real26" if arguments.suite == "real" else "local-small"),
+        arguments.backbone or paper.PROFILES[arguments.suite],
         overrides,
         split_names(arguments.methods) if arguments.methods else None,
         chosen_seeds(arguments.seeds) if arguments.seeds else None,

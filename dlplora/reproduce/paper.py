@@ -41,6 +41,10 @@ RANKS = {"multitask_r64": 64, "multitask_r208": 208}
 """Adapters on all tasks of other ranks; otherwise they are trained as ``multitask`` is, with alpha twice the rank."""
 
 
+PROFILES = {"paper": "local-small", "real": "real26"}
+"""Suite of ``dlplora reproduce`` -> the profile that is taken if none is named."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """One file of ``configs/reproduce``."""

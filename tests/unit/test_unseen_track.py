@@ -9,6 +9,7 @@ import pytest
 
 from dlplora.adapters.pool import load_pool
 from dlplora.cli.main import main
+from dlplora.config import list_configs
 from dlplora.errors import MethodError, TaskError
 from dlplora.evaluation.cache import eval_cache
 from dlplora.evaluation.protocol import load_protocol
@@ -16,10 +17,15 @@ from dlplora.evaluation.runner import Run
 from dlplora.evaluation.unseen import folds_of, joined, leaves_itself_out, measure_folds
 from dlplora.inference.loading import nano_asset
 from dlplora.reporting.schema import Record, TaskResult
+from dlplora.reproduce import paper
 from dlplora.reproduce.recipe import NANO, Setting
 from dlplora.reproduce.unseen import UnseenTrack, pool_without, require_possible, runs_of, setting_without
 
 TASKS = ("object_counting", "pick_food", "translate_tepak", "translate_zargi")
+
+
+def test_the_profiles_that_are_taken_by_default_exist() -> None:
+    assert set(paper.PROFILES.values()) <= set(list_configs("reproduce"))
 
 
 def test_every_task_is_left_out_once() -> None:
