@@ -76,7 +76,7 @@ class DLPEntmax(DLP):
 
         def __post_init__(self) -> None:
             if not self.alpha > 1.0:
-                raise ConfigError(f"'alpha' must be larger than 1, got {self.alpha}; 1 would be the softmax, which drops nobody.")
+                raise ConfigError(f"'alpha' must be larger than 1, got {self.alpha}; 1 would be the softmax, which drops no adapter.")
             if not self.sparsity < 1.0:
                 raise ConfigError(f"'sparsity' must be less than 1, got {self.sparsity}.")
 

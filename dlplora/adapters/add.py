@@ -93,7 +93,7 @@ def place_adapter(
     if not _NAME.fullmatch(name):
         raise PoolError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '.', beginning with a letter or digit.")
     if root.is_symlink() and not root.exists():
-        raise PoolError(f"cannot make the folder {root}: it is a link to nowhere.")
+        raise PoolError(f"cannot make the folder {root}: it is a broken symbolic link.")
     if root.exists() and not root.is_dir():
         raise PoolError(f"{root} is a file; a pool is a folder.")
     options: dict[str, Any] = {"allow_pickle": allow_pickle, "allow_other_base": allow_other_base, "description": description}

@@ -171,7 +171,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         find_shape(self.shape)
         if not self.groups:
-            raise ConfigError("'groups' is empty; a plan needs at least one.")
+            raise ConfigError("'groups' is empty; a benchmark configuration needs at least one.")
         ready = {
             name: value if isinstance(value, Group) else build(Group, value or {}, f"groups.{name}") for name, value in self.groups.items()
         }

@@ -63,16 +63,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(commands: Any) -> None:
-    parser = commands.add_parser("eval", help="evaluate methods under a protocol and write a record each")
+    parser = commands.add_parser("eval", help="evaluate methods under a protocol; one record per method")
     parser.add_argument("--protocol", default="nano", help="name in configs/protocol, or a YAML file (default: nano)")
     parser.add_argument("--method", default="dlp", help="names in configs/method or YAML files, comma-separated, or 'all' (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
-    parser.add_argument("--artifact", action="append", default=[], metavar="ROLE=DIR", help="folder of another part that a method reads")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--artifact", action="append", default=[], metavar="ROLE=DIR", help="folder of another trained part of the method")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
     parser.add_argument("--suite", help="nano, skills, or local:TASK,TASK (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     parser.add_argument("--tasks", help="some tasks of the suite, comma-separated (default: all)")
-    parser.add_argument("--limit", type=int, help="questions a task; such records go to results/scratch")
+    parser.add_argument("--limit", type=int, help="questions per task; such records go to results/scratch")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--force", action="store_true", help="evaluate again even if a finished record exists")
     parser.add_argument(
@@ -108,9 +108,9 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
     parser.add_argument("--fresh", action="store_true", help="nano: train and evaluate everything again")
-    parser.add_argument("--methods", help="comma-separated, or 'all' (default for nano: fourteen of all families)")
+    parser.add_argument("--methods", help="comma-separated, or 'all' (default for nano: 14, some of each family)")
     parser.add_argument("--seeds", help="comma-separated; every seed has its own experts (default: the protocol's)")
-    parser.add_argument("--limit", type=int, help="questions a task; such records are in no table")
+    parser.add_argument("--limit", type=int, help="questions per task; such records are in no table")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/nano/results, or results for the paper)")
     parser.add_argument("--runs", metavar="DIR", help="folder of trained artifacts (default: runs/nano, or runs/paper/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and for the paper what it needs, and stop")
@@ -124,34 +124,34 @@ def _reports(commands: Any) -> None:
     )
     for name, text in (("build", "rewrite tables and README block"), ("list", "list records"), ("validate", "check every record file")):
         parser = inner.add_parser(name, help=text)
-        parser.add_argument("--out", default="results", metavar="DIR")
-        parser.add_argument("--suite", default="nano")
+        parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
+        parser.add_argument("--suite", default="nano", help="suite of the records (default: nano)")
         if name == "build":
             parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
             parser.add_argument("--readme", metavar="FILE", help="default: README.md, for the nano suite in results/")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
     for name, text in (("figures", "draw the figures (SVG and PNG)"), ("html", "write one page with tables, figures and questions")):
         parser = inner.add_parser(name, help=text)
-        parser.add_argument("--out", default="results", metavar="DIR")
+        parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
         if name == "html":
             parser.add_argument("--page", metavar="FILE", help="default: index.html in --out")
         else:
-            parser.add_argument("--suite", default="nano")
+            parser.add_argument("--suite", default="nano", help="suite of the records (default: nano)")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
     # `protocols` is the old name: still understood, not listed
     for name, listed in (("compare-protocols", {"help": "the table of two protocols side by side"}), ("protocols", {})):
         parser = inner.add_parser(name, **listed)
-        parser.add_argument("--out", default="results", metavar="DIR")
+        parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
         parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is stale")
         parser.set_defaults(run=_lazy("report", "run_compare_protocols"))
     parser = inner.add_parser("all", help="tables, figures and page of every suite, from records read once")
-    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--readme", metavar="FILE", help="as for build")
     parser.set_defaults(run=_lazy("report", "run_all"), suite="nano")
     inner.add_parser("schema", help="print the JSON Schema of a record").set_defaults(run=_lazy("report", "run_schema"))
-    for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept what they give now")):
+    for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept the new results")):
         parser = inner.add_parser(name, help=text)
-        parser.add_argument("--out", default="results", metavar="DIR")
+        parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
         parser.add_argument("--methods", metavar="A,B", help="some of the guarded methods only")
         if name == "accept":
             parser.add_argument("--reason", required=True, help="why the numbers move; written into the changelog")
@@ -169,7 +169,7 @@ def _benchmarks(commands: Any) -> None:
     parser.add_argument("--methods", metavar="A,B", help="presets (default: all)")
     parser.add_argument("--shape", default="nano", help="nano or tiny (default: nano)")
     parser.add_argument("--experts", type=int, metavar="N", help="another number of experts than the shape's")
-    parser.add_argument("--out", default="results", metavar="DIR")
+    parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--check", action="store_true", help="compare with results/golden/counters.json; exit 1 if anything differs")
     parser.add_argument("--accept", action="store_true", help="make what is counted now the golden state of the shape")
     parser.set_defaults(run=_lazy("bench_counters", "run_counters"))
@@ -195,8 +195,8 @@ def _information(commands: Any) -> None:
 def _generation(commands: Any) -> None:
     parser = commands.add_parser("generate", help="generate text; --trace prints the routing weights")
     parser.add_argument("prompt", help="a typed \\n is a line break unless --raw is given")
-    parser.add_argument("--method", default="dlp")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--method", default="dlp", help="name in configs/method, or a YAML file (default: dlp)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="most tokens to generate (default: 48)")
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message, through the tokenizer's chat template")
     parser.add_argument("--trace", action="store_true", help="print the routing weights of each sentence")
     parser.add_argument(
@@ -219,7 +219,7 @@ def _generation(commands: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; nothing heavy is imported."""
-    parser = _Parser(prog="dlplora", description="Train, route, fuse and compare LoRA adapters.", allow_abbrev=False)
+    parser = _Parser(prog="dlplora", description="Train, route, fuse and benchmark LoRA adapters on one base model.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dlplora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, text in (("fit", "train from a configuration"), ("validate", "validate a checkpoint"), ("test", "test a checkpoint")):

@@ -227,7 +227,7 @@ def add_device_options(parser: Any, device: str = "the best of this machine", dt
 
 def add_parser(commands: Any, lazy: Any) -> None:
     """Declare ``dlplora pool``; ``lazy(module, function)`` makes the command that imports when it runs."""
-    pool = commands.add_parser("pool", help="look at a folder of adapters, or add one to it")
+    pool = commands.add_parser("pool", help="list, check and inspect adapters, or add one to a pool")
     inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check,inspect,add}")
     where = "folder of the pool, or the name of one below DLPLORA_POOLS"
     formats = {"choices": ["md", "json", "csv"], "default": "md"}

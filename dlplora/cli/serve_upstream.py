@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_upstream_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of an upstream server."""
-    parser.add_argument("--upstream", metavar="URL", help="route here, generate on this server; no model is loaded but its embedding")
+    parser.add_argument("--upstream", metavar="URL", help="route here, generate on this server; only the embedding is loaded here")
     parser.add_argument("--upstream-kind", choices=["vllm", "sglang", "lorax", "llama.cpp"], help="what that server is")
     parser.add_argument("--upstream-model", metavar="NAME", help="its base model (default: the first that it lists)")
     parser.add_argument("--upstream-adapter", action="append", default=[], metavar="NAME=ID", help="name of an adapter on that server")

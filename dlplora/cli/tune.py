@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dlplora.evaluation.protocol import Protocol
     from dlplora.tuning.plans import Plan
 
-DESCRIPTION = """Try a small grid of settings on the validation split of a protocol, at most eight trials a method, and print the best. The
-grid of a method is configs/tune/METHOD.yaml, or --setting. Every trial is a record in results/tuning. A repeated command takes up what is
+DESCRIPTION = """Try a small grid of settings on the validation split of a protocol, at most eight trials per method, and print the best.
+The grid of a method is configs/tune/METHOD.yaml, or --setting. Every trial is a record in results/tuning. A repeated command reuses what is
 finished."""
 
 
@@ -25,8 +25,8 @@ def add_tune(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--setting", action="append", default=[], metavar="NAME=V,V", help="values of one setting, in place of the grid file; repeatable"
     )
-    parser.add_argument("--limit", type=int, default=50, help="validation questions a task (default: 50; 0 for all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=50, help="validation questions per task (default: 50; 0 for all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the trials (default: 0)")
     parser.add_argument("--suite", help="another suite than the protocol's")
     parser.add_argument("--tasks", help="some tasks of the suite, comma-separated (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")

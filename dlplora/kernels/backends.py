@@ -155,7 +155,7 @@ def select_backend(name: str, facts: RoutingFacts, work: Work | None = None) -> 
         if reason is None:
             return name
         able = [other for other in BACKENDS if obstacle(other, facts) is None]
-        raise RoutingError(f"backend '{name}' cannot serve this plan: {reason}. Backends that can: {', '.join(able)}; or auto.")
+        raise RoutingError(f"backend '{name}' cannot serve this request: {reason}. Backends that can: {', '.join(able)}; or auto.")
     able = [other for other in AUTOMATIC if obstacle(other, facts) is None]
     width = facts.kept if work is not None and work.eager and facts.device == "cpu" and facts.kept else facts.width
     times = {} if work is None else {other: predict(other, work, facts.rows, facts.plan_rows, width) for other in able}

@@ -58,7 +58,7 @@ def test_facts_of_plans() -> None:
     ],
 )
 def test_a_backend_that_cannot_serve_says_why_and_who_can(name: str, weights: Tensor, options: Any, reason: str, able: str) -> None:
-    with pytest.raises(RoutingError, match=rf"backend '{name}' cannot serve this plan: .*{reason}.*Backends that can: {able}"):
+    with pytest.raises(RoutingError, match=rf"backend '{name}' cannot serve this request: .*{reason}.*Backends that can: {able}"):
         RoutingState(weights, name, **options)
 
 
