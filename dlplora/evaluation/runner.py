@@ -304,7 +304,7 @@ def blank_record(run: Run) -> Record:
     return Record(
         suite=run.suite.name,
         protocol_name=run.protocol_name,
-        protocol=run.protocol.resolved(),
+        protocol={**run.protocol.resolved(), "data_root": None},  # rows are named by their checksums, not by a folder of this machine
         protocol_hash=run.protocol.hash(),
         method_name=run.spec.name,
         method={"method": run.spec.method, "params": resolved_params(run.spec)},

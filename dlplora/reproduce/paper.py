@@ -110,19 +110,12 @@ def load_profile(name: str) -> tuple[str, Profile]:
             f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
             "or give a model folder, a GGUF file, a hub id, or a profile's file."
         )
-    profile = dataclasses.replace(_read_profile(configs_root() / "reproduce" / "any.yaml"), backbone=name)
-    return Path(name).name, _found(profile)
+    profile = _read_profile(configs_root() / "reproduce" / "any.yaml")
+    return Path(name).name, dataclasses.replace(profile, backbone=resolve_backbone(name) if local and name not in NAMED else name)
 
 
 def _read_profile(path: Path) -> Profile:
-    return _found(build(Profile, load_yaml(path), str(path)))
-
-
-def _found(profile: Profile) -> Profile:
-    """The profile with the folder of a backbone that needs no hub: GGUF files and packaged models are converted once."""
-    if profile.backbone is None or not is_local_name(profile.backbone):
-        return profile
-    return dataclasses.replace(profile, backbone=resolve_backbone(profile.backbone))
+    return build(Profile, load_yaml(path), str(path))
 
 
 def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | None]:
@@ -131,9 +124,8 @@ def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | Non
     Raises:
         ConfigError: If it is neither here, nor in the cache, nor reachable.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return str(folder), None
+    if is_local_name(source):
+        return resolve_backbone(source), None
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from requests.exceptions import RequestException
@@ -196,9 +188,14 @@ class PaperJob:
 
     def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
         """The same over a backbone that is there."""
-        label = self.name if commit is None else str(self.profile.backbone)
-        protocol = dataclasses.replace(self.protocol, backbone=folder if commit is None else label, revision=commit)
-        return protocol, dataclasses.replace(self.setting, backbone=folder, base_model_name=label)
+        named = str(self.profile.backbone)
+        label = self.name if commit is None else named
+        # Hashes and records hold a short name rather than the folder that it stands for on this machine.
+        backbone = named if named in NAMED else folder if commit is None else label
+        base = NAMED[named].hub_id if named in NAMED else label
+        return dataclasses.replace(self.protocol, backbone=backbone, revision=commit), dataclasses.replace(
+            self.setting, backbone=folder, base_model_name=base
+        )
 
 
 def resolve(
@@ -248,8 +245,9 @@ def announced(job: PaperJob) -> Iterator[str]:
         yield f"backbone: {artifact.source} ({artifact.folder})"
         source = str(artifact.folder) if artifact.ready else None
     else:
-        here = source is not None and Path(source).is_dir()
+        here = source is not None and is_local_name(source)
         yield f"backbone: {source}" + ("" if here else f" (revision {job.profile.revision or 'newest; the records say which'})")
+        source = resolve_backbone(source) if here else source
     if artifact is None or artifact.ready:
         known = source is not None and Path(source).is_dir()
         yield from job_over(job, job.over(str(source), None)[1]).lines() if known else _roles(job)

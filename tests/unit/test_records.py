@@ -232,3 +232,15 @@ def test_csv_and_latex_say_what_the_table_says() -> None:
     hostile = tables.latex_table([make_record(method_name=r"\input{x} & a_b^2%")])
     assert r"\texttt{\textbackslash{}input\{x\} \& a\_b\textasciicircum{}2\%} & " in hostile
     assert "%" not in latex.replace(r"\%", "").split("\n", 1)[1]
+
+
+def test_committed_records_name_no_folder_of_the_machine_they_were_made_on() -> None:
+    found = []
+    for path in (Path(__file__).resolve().parents[2] / "results").rglob("*.json"):
+        pending: list[Any] = [json.loads(path.read_text(encoding="utf-8"))]
+        while pending:
+            one = pending.pop()
+            pending += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
+            if isinstance(one, str) and re.match(r"(/|~|[A-Za-z]:\\)[\w.-]+[/\\]", one):
+                found.append((path.name, one))
+    assert found == []
