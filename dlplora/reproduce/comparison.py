@@ -151,7 +151,7 @@ def with_other_seeds(records: Sequence[Record], committed: Sequence[Record]) -> 
 
 
 def table(comparisons: Sequence[Comparison], committed: Sequence[Record]) -> str:
-    """The outcome as text of at most 100 columns: scores of this machine, means over all seeds as in the README, and the verdict.
+    """The outcome as text of at most 100 columns: scores of this machine, means over all seeds as in the tables, and the verdict.
 
     Args:
         comparisons: One a record.
@@ -195,7 +195,7 @@ def legend(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(
         (
             f"changed: questions (of {num}) with another answer or score than in the committed record.",
-            "mean: this run's records and the committed ones of the other seeds, as in the README.",
+            "mean: this run's records and the committed ones of the other seeds, as in nano.md.",
             f"within the tolerance: at most {TOLERATED_SHARE:.0%} of the questions changed between right and wrong,",
             f"  and no score moved by more than {TOLERATED_POINTS:g} point. new: no committed record of this cell.",
         )
