@@ -6,29 +6,12 @@ from typing import Any
 
 import datasets
 
-from dlplora.tasks.registry import get_suite
-from dlplora.tasks.text_metrics import item_row, text_metrics
-from dlplora.tasks.types import Split
+from dlplora.tasks.generated import generated_dataset
+from dlplora.tasks.text_metrics import text_metrics
 
 __all__ = ["nano_dataset", "text_metrics"]
 
 
-def nano_dataset(
-    task: str, num_test: int = 100, num_train: int = 100, data_seed: int = 0, split: Split = "test", **_: Any
-) -> datasets.DatasetDict:
-    """Train rows (few-shot examples) and test rows of one nano task.
-
-    Args:
-        task: Task name in the suite.
-        num_test: Questions.
-        num_train: Rows of the train split, used for few-shot prompts only.
-        data_seed: Seed of both.
-        split: Where the questions come from; lm-eval calls them ``test`` in any case.
-    """
-    source = get_suite("nano").task(task)
-    return datasets.DatasetDict(
-        {
-            "train": datasets.Dataset.from_list([item_row(item) for item in source.items("train", num_train, data_seed)]),
-            "test": datasets.Dataset.from_list([item_row(item) for item in source.items(split, num_test, data_seed)]),
-        }
-    )
+def nano_dataset(**options: Any) -> datasets.DatasetDict:
+    """Rows of one task; options as of ``generated_dataset``."""
+    return generated_dataset("nano", **options)
