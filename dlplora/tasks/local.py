@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ ENV_ROOT = "DLPLORA_DATA"
 VALIDATION_SHARE = 0.1
 MAX_DIGITS = 4000
 """Of a number in a row: an answer may be a long one."""
+MAX_LINE = 1 << 24
+"""Bytes of a row; more is no row but a damaged file."""
 
 
 def data_root(given: str | None) -> Path:
@@ -87,6 +89,22 @@ def _plain(value: Any, name: str, where: str) -> str | int | float:
     return value
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not empty.
+
+    Raises:
+        TaskError: If it is no file, which may never end, or a line is longer than any row.
+    """
+    if not path.is_file():
+        raise TaskError(f"{path} is not a file.")
+    with path.open("rb") as handle:
+        for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE + 1), b""), start=1):
+            if len(line) > MAX_LINE:
+                raise TaskError(f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes.")
+            if line.strip():
+                yield number, line
+
+
 def read_rows(path: Path, task: str) -> list[Item]:
     """All rows of one JSONL file.
 
@@ -94,13 +112,10 @@ def read_rows(path: Path, task: str) -> list[Item]:
         TaskError: With file and line for text that is not JSON, a missing field, or an index out of range.
     """
     items: list[Item] = []
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            row = require_mapping(parse_json(line, where, error=TaskError, max_digits=MAX_DIGITS), where, error=TaskError)
-            items.append(parse_row(row, task, where))
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        row = require_mapping(parse_json(line, where, error=TaskError, max_digits=MAX_DIGITS), where, error=TaskError)
+        items.append(parse_row(row, task, where))
     if not items:
         raise TaskError(f"{path}: no rows.")
     return items
@@ -113,9 +128,8 @@ def _local_task(root: Path, name: str) -> Task:
     if not folder.is_dir():
         known = sorted(path.parent.name for path in root.glob("*/test.jsonl"))
         raise TaskError(f"no task '{name}' under {root}.{nearest(name, known)} Known: {', '.join(known) or 'none'}.")
-    rows = {
-        split: tuple(read_rows(folder / f"{split}.jsonl", name)) for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()
-    }
+    paths = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
+    rows = {split: tuple(read_rows(path, name)) for split, path in paths.items() if path.exists() or path.is_symlink()}
     if not rows:
         raise TaskError(f"{folder} has neither train.jsonl nor test.jsonl.")
     kinds = {item.choices is None for split in rows.values() for item in split}
@@ -142,9 +156,8 @@ def readable_tasks(root: str | None) -> list[str]:
 
 def _in_our_schema(path: Path) -> bool:
     """Whether the first row of a file has our fields; one that cannot be read as an object is ours to complain about."""
-    with path.open("rb") as handle:
-        first = next((line for line in handle if line.strip()), b"{}")
     try:
+        _, first = next(_lines(path), (0, b"{}"))
         row = parse_json(first, str(path), error=TaskError, max_digits=MAX_DIGITS)
     except TaskError:
         return True

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dlplora.config import require_writable
-from dlplora.errors import ConfigError
+from dlplora.errors import ConfigError, one_line
 from dlplora.training.checkpoints import AtomicCheckpointIO, ResumableModule, ResumeCheckpoint, find_latest
 from dlplora.training.config_check import check_command_line, first_reason
 from dlplora.training.failures import configuration_error, writers_without_tracebacks
@@ -81,7 +81,10 @@ class TrainingCLI(LightningCLI):
             callbacks.append(TrainingProgress())
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(f"trainer: {one_line(error)}") from error
 
     def before_fit(self) -> None:
         """Say that work has begun: making the rows and loading the backbone may take a minute."""
@@ -91,6 +94,8 @@ class TrainingCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and kwargs.get("ckpt_path") != "last":
+            if kwargs.get("ckpt_path"):  # before anything is written
+                AtomicCheckpointIO().load_checkpoint(kwargs["ckpt_path"])
             return kwargs
         if kwargs.get("ckpt_path") in (None, "last"):
             kwargs["ckpt_path"] = self._latest(subcommand)

@@ -77,18 +77,14 @@ DOORS = (
     Door("bench.yaml", "json", (("bench", "latency", "--config", "bench.yaml", "--out", "out"),), 15),
     Door("fit_expert.yaml", "json", (("fit", "--config", "fit_expert.yaml"),), 40),
     Door("fit_router.yaml", "json", (("fit", "--config", "fit_router.yaml"),), 40),
-    Door("results/runs/toy/dlp.json", "json", REPORTS, 60),
+    Door("results/runs/toy/dlp-dlp0-s0.json", "json", REPORTS, 60),
 )
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workplace that stays as it is."""
-    root = make_workplace(tmp_path_factory.mktemp("sound"))
-    (record,) = (root / "results" / "runs" / "toy").glob("dlp*.json")
-    for path in (record, record.with_suffix(".parquet")):
-        path.rename(path.with_stem("dlp"))
-    return root
+    return make_workplace(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from dlplora.inference.fused_model import FusedCausalLM
 
 GROWTH_BYTES = 24_000_000
 """Allocator noise; one leaked key-value cache of these prompts a call would be more than ten times as much."""
+FEW_TENSORS = 32
+"""What tables and threads of the last requests hold differs a little from time to time; one leaked tensor a call would be hundreds."""
 PROMPTS = (
     "Please write in Zargi: the cat sees the hat.\nAnswer:",
     "Tom is at the gate with a brown glove. Does Tom pass?\nAnswer:",
@@ -46,7 +48,7 @@ def soak(calls: int, warm_up: int) -> None:
                 model.generate("", max_new_tokens=2)
         else:
             model.generate(texts, max_new_tokens=3 + call % 5, do_sample=False, trace=[] if call % 2 else None)
-    assert live_tensors(model) <= tensors
+    assert live_tensors(model) <= tensors + FEW_TENSORS
     if Path("/proc/self/statm").exists():
         assert resident_bytes() - resident <= GROWTH_BYTES
 
