@@ -28,6 +28,7 @@ LIMIT_S = 10
 EXECUTED = "EXECUTED"
 """The file that code in a document would make."""
 ERROR = re.compile(r"^((dlplora|lightning)( [\w-]+)*: )?error: ")
+FAILED_RECORD = re.compile(r"/out(/scratch(/.*)?)?$")
 
 
 class TooLongError(BaseException):
@@ -203,8 +204,10 @@ def complaint(outcome: Outcome, *, must_fail: bool, may_write: bool = False, cod
         return f"says {len(errors)} errors"
     if len(errors[0]) > 1_600:
         return f"says an error of {len(errors[0])} characters"
-    if not may_write and outcome.written:
-        return f"writes {outcome.written}"
+    # an evaluation that fails after it has begun leaves a record of the failure
+    written = [path for path in outcome.written if not FAILED_RECORD.search(path)]
+    if not may_write and written:
+        return f"writes {written}"
     return f"takes {outcome.seconds:.0f} s" if outcome.seconds > LIMIT_S else None
 
 
