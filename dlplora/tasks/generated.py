@@ -12,9 +12,11 @@ from dlplora.tasks.types import Split
 
 
 def generated_dataset(
-    suite: str, task: str, num_test: int = 100, num_train: int = 100, data_seed: int = 0, split: Split = "test", **_: Any
+    suite: str, /, task: str, num_test: int = 100, num_train: int = 100, data_seed: int = 0, split: Split = "test", **_: Any
 ) -> datasets.DatasetDict:
     """Train rows (few-shot examples) and test rows of one task.
+
+    Whatever else the harness tells a task (its ``metadata``, which may name a suite too) is ignored.
 
     Args:
         suite: Name of the suite.
