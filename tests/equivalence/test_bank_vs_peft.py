@@ -53,11 +53,12 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
 
 
 def fuse(model: Any, tokenizer: Any, folders: dict[str, Path]) -> FusedCausalLM:
-    return FusedCausalLM(copy.deepcopy(model), tokenizer, AdapterBank.from_peft(folders), Base())
+    return FusedCausalLM(copy.deepcopy(model), tokenizer, AdapterBank.from_peft(folders, dtype=model.dtype), Base())
 
 
 def peft_logits(model: Any, folder: Path) -> Tensor:
-    return logits(PeftModel.from_pretrained(copy.deepcopy(model), str(folder), autocast_adapter_dtype=False).eval())
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), str(folder), autocast_adapter_dtype=False).eval()
+    return logits(adapted.to(model.dtype))
 
 
 def one_hot(index: int, count: int) -> Tensor:
@@ -70,9 +71,11 @@ def test_one_adapter_is_pefts(
     kind: str, backend: str, tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     folders = {"it": make_adapter(tmp_path / "it", seed=1, **KINDS[kind]), "other": make_adapter(tmp_path / "other", seed=2, r=3)}
-    expected = peft_logits(tiny_llama, folders["it"])
-    assert float((expected - logits(tiny_llama)).abs().max()) > 0.05
-    fused = fuse(tiny_llama, tiny_tokenizer, folders)
+    # Sums in float32 differ by more than the bound from one processor to the next; scalings are float32 in any case.
+    model = tiny_llama if backend == "triton" else tiny_llama.double()
+    expected = peft_logits(model, folders["it"])
+    assert float((expected - logits(model)).abs().max()) > 0.05
+    fused = fuse(model, tiny_tokenizer, folders)
     fused.backend = backend
     with fused.routing(one_hot(0, 2)) as state:
         assert state.backend == backend
