@@ -15,7 +15,7 @@ from dlplora.atomic import write_atomically
 from dlplora.documents import read_text
 from dlplora.errors import DLPLoRAError, RecordError, one_line
 from dlplora.reporting import store, tables
-from dlplora.reporting.groups import Group, group, latest
+from dlplora.reporting.groups import Group, different_pools, group, latest
 from dlplora.reporting.schema import Record, json_schema
 from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
@@ -63,7 +63,11 @@ def _groups(records: Sequence[Record], reader: store.OutcomeReader, problems: li
             print(f"dlplora: error: {one_line(error)}", file=sys.stderr)
         else:
             sound.append(record)
-    return group(sound, reader)
+    groups = group(sound, reader)
+    for one in groups:
+        if mixed := different_pools(one.records):
+            print(f"dlplora: warning: {one.title}: {mixed}", file=sys.stderr)
+    return groups
 
 
 def _build(arguments: argparse.Namespace, suite: str, groups: Sequence[Group], check: bool = False) -> list[Path]:

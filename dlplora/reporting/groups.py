@@ -59,6 +59,20 @@ def by_setting(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Rec
     return dict(sorted(found.items(), key=lambda pair: (pair[0][0], pair[0][1] != pair[0][0], pair[0][1:])))
 
 
+def different_pools(records: Sequence[Record]) -> str:
+    """A sentence that names the methods of one seed whose experts are not the same adapters; empty if they all are."""
+    sentences = []
+    for seed in sorted({record.seed for record in records}):
+        pools: dict[str, set[str]] = {}
+        for record in records:
+            if record.seed == seed and record.method_name != "base":  # the base model has the same answers beside any pool
+                pools.setdefault(record.pool_hash, set()).add(record.method_name)
+        if len(pools) > 1:
+            named = "; ".join(f"{pool[:8]}: {', '.join(sorted(pools[pool]))}" for pool in sorted(pools))
+            sentences.append(f"Seed {seed} mixes pools of different experts; compare methods of one pool only ({named}).")
+    return " ".join(sentences)
+
+
 def group(records: Iterable[Record], reader: OutcomeReader) -> list[Group]:
     """The newest records in groups, their outcomes read once, and the latency columns of their suite.
 

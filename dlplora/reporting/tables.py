@@ -28,7 +28,7 @@ from dlplora.reporting.columns import (
     rows_of,
 )
 from dlplora.reporting.comparison import Scores, task_means
-from dlplora.reporting.groups import Group, group
+from dlplora.reporting.groups import Group, different_pools, group
 from dlplora.reporting.latency.join import LatencyColumns
 from dlplora.reporting.latency.tables import speed_page
 from dlplora.reporting.markdown import code, plain, table
@@ -162,7 +162,9 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
     short = sorted(name for name, rows in groups.items() if {record.seed for record in rows} != set(seeds))
     fewer = f" (not every seed: {', '.join(short)})" if short else ""
     over = "over questions and seeds" if len(seeds) > 1 else "over questions"
+    mixed = different_pools(records)
     parts = [
+        *([f"**{mixed}**"] if mixed else []),
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`: {len(records[0].suite_tasks)} tasks × "
         f"{questions_a_task(records)} questions, {_named(seeds)}{fewer}; code {', '.join(commits)}; "
         f"{', '.join(machines)}.",
@@ -205,6 +207,8 @@ def readme_block(one: Group | None) -> str:
     )
     if timed:
         text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "
+    mixed = different_pools(shown)
+    text = f"**{mixed}** {text}" if mixed else text
     others = len({record.method_name for record in one.records} - set(README_ROWS))
     rest = f"Tests, all columns{f' and {others} more methods' if others else ''}"
     text += f"{rest}: [results/tables/{one.suite}.md](results/tables/{one.suite}.md)."

@@ -90,3 +90,13 @@ def test_the_cost_of_searched_weights_is_said() -> None:
     text = caption([make_record(), *records])
     assert "training tokens; `in`, `in_twin`: 130 evaluations of 5 examples; `out`: 125 evaluations of 5 examples." in text
     assert "evaluations of" not in caption([make_record()])
+
+
+def test_a_table_says_that_it_mixes_pools() -> None:
+    one, other = make_record(pool_hash="a" * 64), make_record(pool_hash="b" * 64, method_name="ties")
+    assert "Seed 0 mixes pools of different experts; compare methods of one pool only (aaaaaaaa: dlp; bbbbbbbb: ties)." in caption(
+        [one, other]
+    )
+    assert "mixes pools" not in caption([one, make_record(method_name="ties", pool_hash="a" * 64)])
+    assert "mixes pools" not in caption([one, make_record(seed=1, pool_hash="b" * 64)])  # every seed has experts of its own
+    assert "mixes pools" not in caption([one, make_record(method_name="base", pool_hash="b" * 64)])

@@ -1,0 +1,155 @@
+"""One more expert: ``python -m benchmarks.added_task run --suite nano`` then ``report --suite nano``.
+
+A pool of all tasks but one gets the last expert. For each method the record holds the score of the old tasks before and after, the score of
+the new one after, and what the addition costs: seconds of training the router again, or of building the method where nothing is trained.
+``run`` writes its record after every task and goes on where it stopped; ``report`` writes the table into ``docs/unseen_task.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.docs_table import with_table
+from benchmarks.unseen_task import PAGE, subject
+from dlplora.atomic import write_atomically
+from dlplora.evaluation.cache import EvalCache, eval_cache
+from dlplora.evaluation.protocol import Protocol
+from dlplora.evaluation.runner import Artifacts, measure, prepare
+from dlplora.methods.registry import build_method
+from dlplora.provenance import provenance
+from dlplora.reporting import markdown
+from dlplora.reporting.store import RESULTS
+from dlplora.reproduce.recipe import Setting
+from dlplora.reproduce.training import train
+from dlplora.reproduce.unseen import pool_without, setting_without
+
+METHODS = ("dlp", "tfidf_linear", "logreg", "knn_minilm", "lorauter", "retriever_mixture")
+NEW_TASKS = 4
+"""Tasks that are added, one at a time, unless some are named: evenly spread over the suite."""
+
+
+class Addition:
+    """A task that is added to a pool of all others.
+
+    Args:
+        task: Its name.
+        protocol: Of the suite.
+        setting: What routers are trained over.
+        pool: With all experts.
+        folder: For both routers and the smaller pool.
+    """
+
+    def __init__(self, task: str, protocol: Protocol, setting: Setting, pool: Path, folder: Path) -> None:
+        self.task, self.protocol, self.setting, self.pool, self.folder = task, protocol, setting, pool, folder
+        self.old = [name for name in setting.chosen().names if name != task]
+
+    def costs(self, methods: Sequence[str], cache: EvalCache) -> dict[str, dict[str, Any]]:
+        """Method -> scores before and after, and seconds of training and of building after."""
+        before, after = self.folder / "before", self.folder / "after"
+        smaller = pool_without(self.pool, [self.task], before)
+        try:
+            return {method: self._cost(method, smaller, before, after, cache) for method in methods}
+        finally:
+            shutil.rmtree(smaller)
+
+    def _cost(self, method: str, smaller: Path, before: Path, after: Path, cache: EvalCache) -> dict[str, Any]:
+        routed = "router" in build_method(method).artifact_roles
+        seconds = None
+        if routed and not (before / "router" / "recipe.json").is_file():
+            train("router", before, setting=setting_without(self.setting, [self.task]))
+        if routed:
+            shutil.rmtree(after, ignore_errors=True)
+            start = time.perf_counter()
+            train("router", after, setting=self.setting)
+            seconds = time.perf_counter() - start
+        first, _ = self._scores(method, smaller, before / "router" if routed else None, self.old, cache)
+        second, build_s = self._scores(method, self.pool, after / "router" if routed else None, [*self.old, self.task], cache)
+        new = second.pop(self.task)
+        means = {name: sum(scores.values()) / len(scores) for name, scores in (("old_before", first), ("old_after", second))}
+        return {**means, "new_after": new, "train_s": seconds, "build_s": build_s}
+
+    def _scores(self, method: str, pool: Path, router: Path | None, tasks: list[str], cache: EvalCache) -> tuple[dict[str, float], float]:
+        """Score of each task, and seconds of building the method."""
+        protocol = dataclasses.replace(self.protocol, tasks=tasks)
+        record, _ = measure(prepare(protocol, "added_task", method, 0, artifacts=Artifacts(pool=pool, router=router)), cache)
+        return {name: row.metrics["acc" if row.kind == "mcq" else "exact_match"] for name, row in record.tasks.items()}, record.timings_s[
+            "load"
+        ]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the record lacks."""
+    protocol, setting, pool = subject(arguments.suite, arguments.data_root, arguments.pool)
+    path = record_path(arguments)
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suite": arguments.suite, "costs": {}}
+    names = list(setting.chosen().names)
+    chosen = arguments.tasks.split(",") if arguments.tasks else [names[i * len(names) // NEW_TASKS] for i in range(NEW_TASKS)]
+    for task in chosen:
+        done = record["costs"].setdefault(task, {})
+        missing = [method for method in arguments.methods.split(",") if method not in done]
+        if missing:
+            # A cache of its own: what one task has encoded or loaded must not make the next look cheap.
+            with eval_cache() as cache:
+                done |= Addition(task, protocol, setting, pool, arguments.runs / arguments.suite / task).costs(missing, cache)
+            record["provenance"] = provenance()
+            write_atomically(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+            print(task, done, file=sys.stderr, flush=True)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Means over the added tasks; scores in percent."""
+    costs = list(record["costs"].values())
+    rows = []
+    for method in METHODS:
+        found = [row[method] for row in costs if method in row]
+        if len(found) != len(costs):
+            continue
+
+        def mean(key: str, scale: float = 100.0, found: list[dict[str, Any]] = found) -> str:
+            values = [row[key] for row in found if row[key] is not None]
+            return f"{scale * sum(values) / len(values):.1f}" if values else ""
+
+        rows.append(
+            [markdown.code(method), mean("old_before"), mean("old_after"), mean("new_after"), mean("train_s", 1.0), mean("build_s", 1.0)]
+        )
+    head = ["method", "old tasks before", "old tasks after", "new task", "training again (s)", "building (s)"]
+    return markdown.table(head, rows, left=1)
+
+
+def record_path(arguments: argparse.Namespace) -> Path:
+    """Where the record of a suite lies."""
+    return Path(arguments.out) / "bench" / f"added_task-{arguments.suite}.json"
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the table into the page."""
+    text, record = PAGE.read_text(encoding="utf-8"), json.loads(record_path(arguments).read_text(encoding="utf-8"))
+    write_atomically(PAGE, with_table(text, f"added_task-{arguments.suite}", table(record)))
+    print(f"wrote {PAGE}")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("--suite", default="nano", help="nano, or a profile such as real26")
+    parser.add_argument("--pool", type=Path, help="default for nano: the embedded one")
+    parser.add_argument("--data-root")
+    parser.add_argument("--tasks", help=f"added one at a time, separated by commas; default: {NEW_TASKS} of the suite")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/added_task"))
+    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
+    arguments = parser.parse_args()
+    {"run": run, "report": report}[arguments.action](arguments)
+
+
+if __name__ == "__main__":
+    main()
