@@ -29,7 +29,7 @@ def plain(name): return re.sub(r"[-_.]+", "-", name).lower()
 
 have = set(USUAL.split())
 if sys.argv[1]:
-    have = {plain(re.split(r"[=@ ]", line)[0]) for line in open(sys.argv[1]) if line.strip()}
+    have = {plain(re.split(r"[=@ ]", line.strip())[0]) for line in open(sys.argv[1]) if line.strip()}
 seen, todo, wanted = set(), ["dlplora", "gguf", "pytest", "hypothesis"], []
 while todo:
     name = plain(todo.pop())
