@@ -1,7 +1,7 @@
 """One more expert: ``python -m benchmarks.added_task run --suite nano`` then ``report --suite nano``.
 
 A pool of all tasks but one gets the last expert. For each method the record holds the score of the old tasks before and after, the score of
-the new one after, and what the addition costs: seconds of training the router again, or of building the method where nothing is trained.
+the new one after, and what the addition costs: seconds of training the router again on all tasks, and of building the method.
 ``run`` writes its record after every task and goes on where it stopped; ``report`` writes the table into ``docs/unseen_task.md``.
 """
 
@@ -27,6 +27,7 @@ from dlplora.methods.registry import build_method
 from dlplora.provenance import provenance
 from dlplora.reporting import markdown
 from dlplora.reporting.store import RESULTS
+from dlplora.reproduce.artifacts import RECIPE
 from dlplora.reproduce.recipe import Setting
 from dlplora.reproduce.training import train
 from dlplora.reproduce.unseen import pool_without, setting_without
@@ -44,45 +45,40 @@ class Addition:
         protocol: Of the suite.
         setting: What routers are trained over.
         pool: With all experts.
-        folder: For both routers and the smaller pool.
+        router: Trained on all tasks.
+        folder: For the router without the task and the smaller pool.
     """
 
-    def __init__(self, task: str, protocol: Protocol, setting: Setting, pool: Path, folder: Path) -> None:
-        self.task, self.protocol, self.setting, self.pool, self.folder = task, protocol, setting, pool, folder
+    def __init__(self, task: str, protocol: Protocol, setting: Setting, pool: Path, router: Path, folder: Path) -> None:
+        self.task, self.protocol, self.setting, self.folder = task, protocol, setting, folder
+        self.pool, self.router = pool, router
         self.old = [name for name in setting.chosen().names if name != task]
 
     def costs(self, methods: Sequence[str], cache: EvalCache) -> dict[str, dict[str, Any]]:
-        """Method -> scores before and after, and seconds of training and of building after."""
-        before, after = self.folder / "before", self.folder / "after"
-        smaller = pool_without(self.pool, [self.task], before)
+        """Method -> scores before and after, and the seconds that building it took after."""
+        smaller = pool_without(self.pool, [self.task], self.folder)
         try:
-            return {method: self._cost(method, smaller, before, after, cache) for method in methods}
+            return {method: self._cost(method, smaller, cache) for method in methods}
         finally:
             shutil.rmtree(smaller)
 
-    def _cost(self, method: str, smaller: Path, before: Path, after: Path, cache: EvalCache) -> dict[str, Any]:
+    def _cost(self, method: str, smaller: Path, cache: EvalCache) -> dict[str, Any]:
         routed = "router" in build_method(method).artifact_roles
-        seconds = None
-        if routed and not (before / "router" / "recipe.json").is_file():
-            train("router", before, setting=setting_without(self.setting, [self.task]))
-        if routed:
-            shutil.rmtree(after, ignore_errors=True)
-            start = time.perf_counter()
-            train("router", after, setting=self.setting)
-            seconds = time.perf_counter() - start
-        first, _ = self._scores(method, smaller, before / "router" if routed else None, self.old, cache)
-        second, build_s = self._scores(method, self.pool, after / "router" if routed else None, [*self.old, self.task], cache)
-        new = second.pop(self.task)
-        means = {name: sum(scores.values()) / len(scores) for name, scores in (("old_before", first), ("old_after", second))}
-        return {**means, "new_after": new, "train_s": seconds, "build_s": build_s}
+        without = self.folder / "router" if routed else None
+        if without is not None and not (without / RECIPE).is_file():
+            train("router", self.folder, setting=setting_without(self.setting, [self.task]))
+        before, _ = self._scores(method, smaller, without, self.old, cache)
+        after, build_s = self._scores(method, self.pool, self.router if routed else None, [*self.old, self.task], cache)
+        new = after.pop(self.task)
+        means = {name: sum(scores.values()) / len(scores) for name, scores in (("old_before", before), ("old_after", after))}
+        return {**means, "new_after": new, "build_s": build_s, "trained": routed}
 
     def _scores(self, method: str, pool: Path, router: Path | None, tasks: list[str], cache: EvalCache) -> tuple[dict[str, float], float]:
         """Score of each task, and seconds of building the method."""
         protocol = dataclasses.replace(self.protocol, tasks=tasks)
         record, _ = measure(prepare(protocol, "added_task", method, 0, artifacts=Artifacts(pool=pool, router=router)), cache)
-        return {name: row.metrics["acc" if row.kind == "mcq" else "exact_match"] for name, row in record.tasks.items()}, record.timings_s[
-            "load"
-        ]
+        scores = {name: row.metrics["acc" if row.kind == "mcq" else "exact_match"] for name, row in record.tasks.items()}
+        return scores, record.timings_s["load"]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -90,6 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
     protocol, setting, pool = subject(arguments.suite, arguments.data_root, arguments.pool)
     path = record_path(arguments)
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suite": arguments.suite, "costs": {}}
+    folder = arguments.runs / arguments.suite
+    if "train_s" not in record or not (folder / "router" / RECIPE).is_file():
+        start = time.perf_counter()
+        train("router", folder, setting=setting)
+        record["train_s"] = time.perf_counter() - start
     names = list(setting.chosen().names)
     chosen = arguments.tasks.split(",") if arguments.tasks else [names[i * len(names) // NEW_TASKS] for i in range(NEW_TASKS)]
     for task in chosen:
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         if missing:
             # A cache of its own: what one task has encoded or loaded must not make the next look cheap.
             with eval_cache() as cache:
-                done |= Addition(task, protocol, setting, pool, arguments.runs / arguments.suite / task).costs(missing, cache)
+                done |= Addition(task, protocol, setting, pool, folder / "router", folder / task).costs(missing, cache)
             record["provenance"] = provenance()
             write_atomically(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
             print(task, done, file=sys.stderr, flush=True)
@@ -114,12 +115,10 @@ def table(record: dict[str, Any]) -> str:
             continue
 
         def mean(key: str, scale: float = 100.0, found: list[dict[str, Any]] = found) -> str:
-            values = [row[key] for row in found if row[key] is not None]
-            return f"{scale * sum(values) / len(values):.1f}" if values else ""
+            return f"{scale * sum(row[key] for row in found) / len(found):.1f}"
 
-        rows.append(
-            [markdown.code(method), mean("old_before"), mean("old_after"), mean("new_after"), mean("train_s", 1.0), mean("build_s", 1.0)]
-        )
+        trained = f"{record['train_s']:.1f}" if found[0]["trained"] else ""
+        rows.append([markdown.code(method), mean("old_before"), mean("old_after"), mean("new_after"), trained, mean("build_s", 1.0)])
     head = ["method", "old tasks before", "old tasks after", "new task", "training again (s)", "building (s)"]
     return markdown.table(head, rows, left=1)
 
