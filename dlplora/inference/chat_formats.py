@@ -18,7 +18,7 @@ from dlplora.errors import one_line
 USER, INPUT, OTHER = "user", "input", "other"
 """Roles that matter: whose words are routed, what belongs to them (Alpaca's ``### Input:``), and all others."""
 
-_USER_NAMES = frozenset("user human instruction question prompt inst user_token".split())
+_USER_NAMES = frozenset("user human instruction question prompt prompter inst user_token".split())
 _INPUT_NAMES = frozenset("input context".split())
 _ROLE = r"(?P<role>system|developer|user|human|assistant|model|bot|gpt|tool|ipython|observation|function|environment)"
 
@@ -33,6 +33,10 @@ _MARKED = tuple(
         rf"<\|start_of_role\|>{_ROLE}[^<\n]*<\|end_of_role\|>",  # Granite
         rf"<\|start\|>{_ROLE}[^<\n]*(?:<\|channel\|>\w+)?[^<\n]*<\|message\|>",  # gpt-oss
         rf"<[|｜]{_ROLE}[|｜]>",  # Phi-3, Zephyr, GLM, DeepSeek
+        r"<\|(?P<role>prompter|prompt|assistant|answer|system)\|>",  # OpenAssistant, H2O
+        rf"\[\|{_ROLE}\|\]",  # EXAONE
+        r"<(?P<role>human|bot)>:",  # RedPajama
+        r"GPT4 Correct (?P<role>User|Assistant):",  # OpenChat
         r"<\|START_OF_TURN_TOKEN\|><\|(?P<role>SYSTEM|USER|CHATBOT)_TOKEN\|>",  # Cohere
         r"\[(?P<role>/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS))\]",  # Llama 2, Mistral
     )
@@ -43,14 +47,14 @@ _PLAIN = tuple(
         r"(?mi)^#{2,3} ?(?P<role>instruction|input|context|question|prompt|response|answer|output|system|user|human|assistant|gpt)s?"
         r"(?: prompt| message)?(?::|[ \t]*$)",  # Alpaca
         r"(?:^|(?<=\s))(?P<role>USER|ASSISTANT|SYSTEM):(?=\s|$)",  # Vicuna
-        r"(?m)^(?P<role>System|User|Human|Assistant|AI|Bot):(?=\s|$)",
+        r"(?m)^(?P<role>System|User|Human|Assistant|AI|Bot|Falcon):(?=\s|$)",
         r"(?m)^(?P<role>system|user|assistant|model)[ \t]*$",  # ChatML and Gemma without their special tokens
     )
 )
-_ANSWERERS = frozenset("assistant response answer output gpt ai bot model".split())
+_ANSWERERS = frozenset("assistant response answer output gpt ai bot model falcon".split())
 _TURN_END = regex.compile(
     r"(?:\s|<\|im_end\|>|<\|eot_id\|>|<\|eot\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|end_of_turn\|>"
-    r"|<\|END_OF_TURN_TOKEN\|>|<\|return\|>|<｜end▁of▁sentence｜>|</s>|<s>|<eos>|<bos>)+"
+    r"|<\|END_OF_TURN_TOKEN\|>|<\|return\|>|<｜end▁of▁sentence｜>|\[\|endofturn\|\]|</s>|<s>|<eos>|<bos>)+"
 )
 _TOOL_ANSWER = regex.compile(r"\s*<tool_response>")
 

@@ -49,6 +49,13 @@ WRAPPERS = {
     "Phi-4": "<|im_start|>user<|im_sep|>{q}<|im_end|><|im_start|>assistant<|im_sep|>",
     "Vicuna": "A chat between a user and an assistant. USER: {q} ASSISTANT:",
     "Human and Assistant": "Human: {q}\n\nAssistant:",
+    "OpenChat": "GPT4 Correct User: Hello?<|end_of_turn|>GPT4 Correct Assistant: Yes?<|end_of_turn|>GPT4 Correct User: {q}<|end_of_turn|>"
+    "GPT4 Correct Assistant:",
+    "Falcon": "System: " + SYSTEM + "\nUser: {q}\nFalcon:",
+    "OpenAssistant": "<|prompter|>{q}<|endoftext|><|assistant|>",
+    "H2O": "<|prompt|>{q}</s><|answer|>",
+    "RedPajama": "<human>: {q}\n<bot>:",
+    "EXAONE": "[|system|]" + SYSTEM + "[|endofturn|]\n[|user|]{q}\n[|assistant|]",
     "Alpaca in ChatML": "<|im_start|>user\nBelow is it.\n\n### Instruction:\n{q}\n\n### Response:\n<|im_end|>\n<|im_start|>assistant\n",
 }  # fmt: skip
 
