@@ -39,6 +39,7 @@ _WORD = regex.compile(r"[\p{L}\p{M}]+")
 _NUMBER = regex.compile(r"\d{1,4}")
 _ACRONYM = regex.compile(r"(?:\p{L}\p{Ll}?\.)+\p{L}\p{Ll}?")
 _LIST_MARK = regex.compile(r"[ \t>*\-(]*")
+_EMOJI = regex.compile(r"\p{Emoji_Presentation}")
 _CONTINUES = frozenset(",;:،؛、，：；")
 _QUOTES = frozenset("\"'“”‘’»›«」』")
 _QUESTION_MARKS = tuple("?？؟⁇⁈⁉⸮፧꘏﹖")
@@ -201,6 +202,8 @@ def _run_ends(text: str, start: int, end: int, final: bool) -> bool | None:
     if any(char in _LINE_BREAKS for char in text[end:after]):
         return True
     if after == end:
+        if _EMOJI.match(text, end):
+            return True
         if stops[-1] in _NEEDS_SPACE or text[end] in _CONTINUES:
             return False
         return not (closing and text[end] in "とっ")  # a quotation goes on: 「…。」と

@@ -13,6 +13,7 @@ from dlplora.inference.sentences import last_question, questions, sentence_end_p
 from dlplora.modules.routing_state import RoutingState
 
 TEXTS = {
+    "an emoji without a space": ("Great!🎉 Done. It is 3.5.😀 Yes.", ["Great!", "🎉 Done.", "It is 3.5.", "😀 Yes."]),
     "plain": ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
     "abbreviations": ("Dr. Kim met Mr. Roy at 5 p.m. sharp, e.g. here. Bye.", ["Dr. Kim met Mr. Roy at 5 p.m. sharp, e.g. here.", "Bye."]),
     "initials": ("J. R. Smith wrote it. So did I. Really.", ["J. R. Smith wrote it.", "So did I.", "Really."]),
