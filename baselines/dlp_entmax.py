@@ -68,7 +68,7 @@ class DLPEntmax(DLP):
         view: Literal["tail", "window", "whole", "segment"] = "tail"
         """What the router reads at a sentence end."""
         prompt_routing: Literal["whole", "question", "sentence"] = "whole"
-        """With ``reroute: sentence``: the prompt under one plan, or each of its questions, or sentences, under its own."""
+        """With ``reroute: sentence``: one set of routing weights for the prompt, or one for each of its questions or sentences."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = "stale"
         """With ``reroute: sentence``: what becomes of cached keys and values after a re-route."""
         router: str | None = None

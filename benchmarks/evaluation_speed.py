@@ -89,7 +89,7 @@ def disagreements(one: HarnessResult, other: dict[str, HarnessResult]) -> list[s
 
 
 def measure(methods: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """All contenders in one process."""
+    """All systems in one process."""
     warm_up = run_of("oracle", 1)
     stock(1)
     ours(warm_up, None)
@@ -151,7 +151,7 @@ def main() -> None:
         **result["methods"],
         f"{methods[0]}, nothing shared": result["plain"],
     }
-    header = ["contender", "seconds", "questions / s", f"to stock (target {TARGET})", "to stock without report"]
+    header = ["system", "seconds", "questions / s", f"to stock (target {TARGET})", "to stock without report"]
     keys = ("wall_s", "questions_per_s", "to_stock", "to_stock_without_report")
     print(table(header, [[name, *(str(row.get(key, "")) for key in keys)] for name, row in rows.items()]))
     print(f"\n{len(methods)} methods together: {result['all_methods_s']} s (all 35: target {TARGET_ALL_S} s). {result['busy'] or ''}")

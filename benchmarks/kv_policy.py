@@ -65,15 +65,15 @@ def generate(fused: FusedCausalLM, docs: Sequence[dict[str, Any]], new_tokens: i
 
 def first_changes(fused: FusedCausalLM, trace: Sequence[dict[str, Any]], new: torch.Tensor) -> dict[int, int]:
     """Row -> tokens generated when its weights first changed."""
-    plans: dict[int, dict[str, float]] = {}
+    weights_of: dict[int, dict[str, float]] = {}
     found: dict[int, int] = {}
     for entry in trace:
         row = entry["row"]
-        if row not in found and row in plans and plans[row] != entry["weights"]:
+        if row not in found and row in weights_of and weights_of[row] != entry["weights"]:
             ids = new[row].tolist()
             ends = (len(fused.tokenizer.decode(ids[:k], skip_special_tokens=True)) for k in range(len(ids) + 1))
             found[row] = next(k for k, end in enumerate(ends) if end >= entry["at"])
-        plans[row] = entry["weights"]
+        weights_of[row] = entry["weights"]
     return found
 
 

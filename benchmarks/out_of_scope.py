@@ -132,7 +132,7 @@ class Track:
         )
         try:
             found = {part: _scores(fused, texts) for part, texts in self.prompts.items()}
-            weights = [fused.planner.per_expert(_routed(fused, batch)) for batch in _batches(fused, self.prompts["in_scope"])]
+            weights = [fused.request_router.per_expert(_routed(fused, batch)) for batch in _batches(fused, self.prompts["in_scope"])]
         finally:
             fused.close()
         return found, torch.cat(weights).cpu()
@@ -169,7 +169,7 @@ def _batches(fused: FusedCausalLM, texts: Sequence[str]) -> list[PromptBatch]:
 
 @torch.no_grad()
 def _routed(fused: FusedCausalLM, batch: PromptBatch) -> Tensor:
-    weights = fused.planner.route(batch)
+    weights = fused.request_router.route(batch)
     if weights is None:
         raise ConfigError(f"method '{fused.method.name}' has no weights of a prompt.")
     return weights

@@ -73,7 +73,7 @@ def measure(case: str, rounds: int) -> dict[str, dict[str, list[float]]]:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         setup = build_setup(BenchConfig(groups={"one": Group()}), model, tokenizer, max(pools), Path(folder))
         entries = [
-            Entry(contender=name.partition("@")[0], experts=1 if name == "peft_single" else size)
+            Entry(system=name.partition("@")[0], experts=1 if name == "peft_single" else size)
             for name, size in zip(names, pools, strict=True)
         ]
         systems = [build_system(setup, entry) for entry in entries]

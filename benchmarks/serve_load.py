@@ -47,7 +47,7 @@ class Load:
     first_token_s: tuple[float, ...]
     errors: int
     routing_share: float | None = None
-    """Routing (question, router, plan) in the time to the first token, sums over all requests, by the server's own clock."""
+    """Routing (question, router, buffers) in the time to the first token, sums over all requests, by the server's own clock."""
     server_cpu_s: float | None = None
     """Processor time of the server, over all threads; hardly depends on what else the machine does."""
 
@@ -139,11 +139,11 @@ async def _run(place: tuple[str, int], model: str, prompts: Sequence[str], clien
 
 def measure(place: tuple[str, int], prompts: Sequence[str], clients: int, requests: int, rounds: int) -> list[Load]:
     """Rounds of three loads: routed and base with many clients, routed with one; every other round in reverse order."""
-    plans = [("auto", clients, requests), ("base", clients, requests), ("auto", 1, max(4, requests // 8))]
+    loads = [("auto", clients, requests), ("base", clients, requests), ("auto", 1, max(4, requests // 8))]
     asyncio.run(_run(place, "auto", prompts, clients, clients))  # warm-up
     found = []
     for turn in range(rounds):
-        for model, count, num in plans if turn % 2 == 0 else plans[::-1]:
+        for model, count, num in loads if turn % 2 == 0 else loads[::-1]:
             found.append(asyncio.run(_run(place, model, prompts, count, num)))
     return found
 

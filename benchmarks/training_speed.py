@@ -102,11 +102,11 @@ def one_by_one(options: argparse.Namespace, out: Path) -> Watch:
                     parameter.copy_(initial_lora_a((parameter.shape[0], parameter.shape[1]), generator))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         built = OPTIMIZER.build(parameters, options.num_steps)
-        plan = BatchSchedule({name: encoded.lengths}, options.batch_size, 0)
+        schedule = BatchSchedule({name: encoded.lengths}, options.batch_size, 0)
         synchronize(device)
         start = time.perf_counter()
         for step in range(options.num_steps):
-            batch = collate([encoded.items[index] for _, index in plan.batch(step)], 0)
+            batch = collate([encoded.items[index] for _, index in schedule.batch(step)], 0)
             watch.count(batch)
             inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
             model(**inputs).loss.backward()

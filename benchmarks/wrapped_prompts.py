@@ -81,7 +81,7 @@ class _ReadsEverything:
 
 
 def scores(fused: FusedCausalLM, wrap: Callable[[str], str], per_task: int, *, read_everything: bool = False) -> dict[str, float | None]:
-    """Mean accuracy over the multiple-choice tasks, and the share of plans that prefer the task's own expert."""
+    """Mean accuracy over the multiple-choice tasks, and the share of prompts whose weights prefer the task's own expert."""
     model = DLPLoRALM(fused=fused, batch_size=32)
     if read_everything:
         model._routed = _ReadsEverything()  # type: ignore[assignment]

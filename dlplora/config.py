@@ -27,6 +27,9 @@ T = TypeVar("T")
 PACKAGE_ROOT = Path(__file__).resolve().parent
 ASSETS_ROOT = PACKAGE_ROOT / "assets"
 
+OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
+"""Metadata of a setting that was added later: omitted from records and hashes at its default, so that old records still match."""
+
 
 def configs_root() -> Path:
     """The folder of shipped configurations: beside the package in a clone, inside it in a wheel."""

@@ -40,7 +40,7 @@ def round_orders(num_systems: int, num_rounds: int, seed: int | str) -> list[lis
         num_rounds: An even number.
         seed: Equal seeds give equal orders, on every machine.
     """
-    assert num_rounds % 2 == 0, "the plan refuses odd numbers"
+    assert num_rounds % 2 == 0, "the configuration refuses odd numbers"
     draw = random.Random(seed)
     orders: list[list[int]] = []
     for _ in range(num_rounds // 2):
@@ -80,9 +80,9 @@ def take_turns(
             samples[index].ttft_s.append(first)
             samples[index].tpot_s.append(rest)
             samples[index].positions.append(position)
-            plan = systems[index].plan
-            if plan is not None:
-                samples[index].router_s.append(time_call(lambda plan=plan: plan(workload), device))  # type: ignore[misc]
+            route = systems[index].route
+            if route is not None:
+                samples[index].router_s.append(time_call(lambda route=route: route(workload), device))  # type: ignore[misc]
     return samples
 
 

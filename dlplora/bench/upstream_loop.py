@@ -87,7 +87,7 @@ class ReleasedLoop:
             layer = LoopedLoRALinear(model.get_submodule(path), pairs, entry.scaling.tolist(), self.kept)
             setattr(model.get_submodule(parent), leaf, layer)
 
-    def plan(self, prompts: PromptBatch) -> Tensor:
+    def route(self, prompts: PromptBatch) -> Tensor:
         """Route the only prompt and remember it; returns the routing weights (1, E)."""
         weights = self.method.route(prompts)
         assert weights is not None
@@ -96,5 +96,5 @@ class ReleasedLoop:
 
     def generate(self, prompts: PromptBatch, **options: Any) -> Tensor:
         """Route once, then generate; token ids (1, T)."""
-        self.plan(prompts)
+        self.route(prompts)
         return self.model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, **options)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""``dlplora export``: weighted adapters, or the plan of a prompt, for other software."""
+"""``dlplora export``: weighted adapters, or what a method routes a prompt to, for other software."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in adapter.weights.items())
     print(f"wrote {written}: {shown}; rank {adapter.rank}, {len(adapter.modules)} modules")
     if arguments.prompt is not None:
-        print("note: this is the plan of the prompt; later sentences would be routed again", file=sys.stderr)
+        print("note: these are the routing weights of the prompt; later sentences would be routed again", file=sys.stderr)
     return 0
 
 

@@ -215,10 +215,10 @@ class RowsTextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches, each a pure function of seed and step."""
         ids, weights = self._blocks["train"]
-        plan = BatchSchedule({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
+        schedule = BatchSchedule({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
 
         def make(step: int) -> Any:
-            rows = torch.tensor([row for _, row in plan.batch(step)])
+            rows = torch.tensor([row for _, row in schedule.batch(step)])
             return [ids[rows], weights[rows]]
 
         return StepLoader(make, self.hparams["num_steps"])

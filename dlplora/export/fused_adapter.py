@@ -117,20 +117,22 @@ class FusedAdapter:
     @classmethod
     @torch.no_grad()
     def from_prompt(cls, fused: FusedCausalLM, prompt: str, *, pool: Pool | None = None) -> FusedAdapter:
-        """Fuse what a model's method decides for a prompt; for a sentence-level method that is the plan of the first sentence.
+        """Fuse what a model's method decides for a prompt; for a sentence-level method these are the weights of the first sentence.
 
         Adapters that a cast to the model's dtype has rounded are read again from their folders.
 
         Raises:
-            MethodError: If gates inside the layers decide, so that there is no plan for a prompt.
-            ConfigError: If the prompt is empty, or the plan holds no adapter.
+            MethodError: If gates inside the layers decide, so that a prompt has no routing weights.
+            ConfigError: If the prompt is empty, or no adapter is kept.
         """
         name = fused.method.name
         if not prompt.strip():
             raise ConfigError("the prompt is empty; there is nothing to route.")
         state = fused.route(PromptBatch.from_texts([prompt], fused.tokenizer, device=fused.device))
         if state is None or state.weights.numel() != fused.bank.num_experts:
-            raise MethodError(f"method '{name}' has no plan for a prompt; it decides inside the layers. Give the weights instead.")
+            raise MethodError(
+                f"method '{name}' has no routing weights for a prompt; it decides inside the layers. Give the weights instead."
+            )
         decided = {key: float(value) for key, value in zip(fused.bank.names, state.weights.flatten().tolist(), strict=True) if value}
         state.release()
         if not decided:

@@ -60,16 +60,16 @@ class ExpertStart:
 
 @contextmanager
 def expert_start(fused: FusedCausalLM, setting: ExpertStart) -> Iterator[None]:
-    """Let all routing weights of a model hold by ``setting`` inside the block; its plans are then served by the dense backend.
+    """Let all routing weights of a model hold by ``setting`` inside the block; the weights are then served by the dense backend.
 
     Raises:
         ConfigError: If gates decide in the model's layers, or they weigh single ranks already.
     """
     layers = fused.patched.layers
-    if fused.planner.is_gated or any(layer.rank_gate is not None for layer in layers.values()):
+    if fused.request_router.is_gated or any(layer.rank_gate is not None for layer in layers.values()):
         raise ConfigError(f"method '{fused.method.name}' has gates of its own; give a method that routes prompts.")
     running = PerThread(holds=nothing)
-    weighed, fused.planner.weighs_parts = fused.planner.weighs_parts, True
+    weighed, fused.request_router.weighs_parts = fused.request_router.weighs_parts, True
     hook = fused.model.register_forward_pre_hook(partial(_note, setting, running), with_kwargs=True)
     first = next(iter(layers)).split(".layers.0.")[0] + ".layers.0."
     for path, layer in layers.items():
@@ -79,7 +79,7 @@ def expert_start(fused: FusedCausalLM, setting: ExpertStart) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        fused.planner.weighs_parts = weighed
+        fused.request_router.weighs_parts = weighed
         for layer in layers.values():
             layer.rank_gate = None
 

@@ -25,10 +25,10 @@ from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
 from dlplora.inference.loading import load_backbone
 from dlplora.inference.patching import patch
-from dlplora.inference.planning import Planner
 from dlplora.inference.prompt_routing import initial_router_input, routed_questions
 from dlplora.inference.prompting import fit_to_context, prompt_tensors
 from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
+from dlplora.inference.request_router import RequestRouter
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.inference.text import TextGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
@@ -93,11 +93,11 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         self.patched = patch(model, self.bank, self.slot, method.metadata.combine)
         method.attach(self)
         try:
-            self.planner = Planner(method, self.bank, self.patched.layers, backend)
+            self.request_router = RequestRouter(method, self.bank, self.patched.layers, backend)
         except RoutingError:
             self.close()
             raise
-        self.slot.gate_backend = self.planner.gate_backend
+        self.slot.gate_backend = self.request_router.gate_backend
         self.eval()
 
     @classmethod
@@ -185,12 +185,12 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
     @property
     def backend(self) -> str:
         """Kernel backend asked for; assigning another one checks that it can serve the method."""
-        return self.planner.backend
+        return self.request_router.backend
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self.planner = self.planner.with_backend(name)
-        self.slot.gate_backend = self.planner.gate_backend
+        self.request_router = self.request_router.with_backend(name)
+        self.slot.gate_backend = self.request_router.gate_backend
 
     def train(self, mode: bool = True) -> FusedCausalLM:
         """Switch the method's own modules; the backbone stays in eval mode, so no dropout is ever active in it."""
@@ -199,8 +199,8 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         return self
 
     def backends_used(self) -> str:
-        """Names of the kernel backends that plans and gates have used so far, sorted."""
-        return ", ".join(sorted(self.planner.used))
+        """Names of the kernel backends that routing weights and gates have used so far, sorted."""
+        return ", ".join(sorted(self.request_router.used))
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Run the decode steps of ``generate`` compiled from now on, under a static cache, as transformers does it.
@@ -216,7 +216,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
         self._compile_config = CompileConfig(**options)
         self._compile_config._compile_all_devices = True  # type: ignore[assignment]
-        self.planner.fixed_width = True
+        self.request_router.fixed_width = True
 
     # ------------------------------------------------------------------ routing
 
@@ -240,11 +240,11 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             prompts = routed_questions(prompts, self.tokenizer, self.chat_markers) if questions is None else questions
             if self.method.granularity == "sentence":
                 prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
-            weights = self.planner.route(prompts)
+            weights = self.request_router.route(prompts)
         if weights is None:
             return None
         reroutes = new_tokens > 0 and self.method.granularity == "sentence"
-        return self.planner.state(weights.to(self.device), own=True, reroutes=reroutes, prompt_tokens=tokens, new_tokens=new_tokens)
+        return self.request_router.state(weights.to(self.device), own=True, reroutes=reroutes, prompt_tokens=tokens, new_tokens=new_tokens)
 
     @contextmanager
     def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
@@ -256,7 +256,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         Raises:
             RoutingError: At the end of the block, if blocks are closed in another order than that in which they were opened.
         """
-        state = self.planner.given(weights, self.device)
+        state = self.request_router.given(weights, self.device)
         try:
             with self.slot.bind(state):
                 yield state
@@ -269,7 +269,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
         Args:
             routing: Weights as for ``routing``, for this call alone; None takes the bound ones. A loop that decodes token by token
-                passes a ``RoutingState`` (from ``plan``), which keeps its buffers from call to call.
+                passes a ``RoutingState`` (from ``route``), which keeps its buffers from call to call.
 
         Raises:
             RoutingError: If nothing is given or bound and no gate is installed.
@@ -277,7 +277,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         if routing is None:
             compiling = torch.compiler.is_compiling()
             return self.model(*args, **kwargs) if compiling else self.slot.run(self.slot.state, self.model, args, kwargs)
-        state = self.planner.given(routing, self.device, for_call=True)
+        state = self.request_router.given(routing, self.device, for_call=True)
         try:
             return self.slot.run(state, self.model, args, kwargs)
         finally:
@@ -307,7 +307,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             input_ids, attention_mask: tokens (B, T), padded on either side. A missing mask is inferred from the padding by the rule of
                 transformers: padding is masked unless its token also ends texts.
             prompts: What the router reads, if it differs from ``input_ids`` (longer, or with task names).
-            routing: Routing weights (E,) or (B, E), or a state from ``plan``.
+            routing: Routing weights (E,) or (B, E), or a state from ``route``.
             trace: A list that receives one dict per routed sentence.
             kwargs: Anything ``generate`` takes; what a sentence-level method cannot follow is refused (``generate_options``).
 
@@ -317,7 +317,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         Raises:
             GenerationError: For an empty prompt, no room for new tokens, an option that cannot be followed, or logits that are not finite.
         """
-        given = self.slot.state if routing is None else self.planner.given(routing, self.device, for_call=True)
+        given = self.slot.state if routing is None else self.request_router.given(routing, self.device, for_call=True)
         options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
         texts = kwargs.pop("inputs", None) if texts is None else texts
         kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))

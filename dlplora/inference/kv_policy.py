@@ -4,8 +4,8 @@ Every token's keys and values were computed under the routing weights of its tim
 
 * ``stale`` (default) keeps them all: nothing is computed again, old text is remembered as it was read;
 * ``recompute`` runs the row's whole prefix, prompt and generated text, again under the new weights and replaces its entries: the
-  model goes on as if the new plan had been there from the first token;
-* ``prompt_frozen`` keeps the keys and values of the *prompt* as its own plan made them, and computes those of the text generated since
+  model goes on as if the new weights had been there from the first token;
+* ``prompt_frozen`` keeps the keys and values of the *prompt* as its own routing weights made them, and computes those of the text generated since
   again under the new weights, reading the frozen prompt.
 
 The newest token has not been processed yet; under every policy it is processed under the new weights. Only rows that were re-routed are
@@ -72,7 +72,7 @@ class CacheRefresher:
         self.num_tokens = 0
 
     def __call__(self, rows: Sequence[int], weights: Tensor, input_ids: Tensor) -> None:
-        """Bring the cache in line with new plans.
+        """Bring the cache in line with new routing weights.
 
         Args:
             rows: Re-routed rows (N).

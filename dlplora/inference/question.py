@@ -1,6 +1,6 @@
 """What a router reads of a prompt: the question, not what it is wrapped in. Pure text.
 
-``question_text`` is the one rule for the first plan and for re-routes. In this order it leaves out
+``question_text`` is the one rule for the first routing and for re-routes. In this order it leaves out
 
 1. everything but the last message of the user, where the prompt is a rendered conversation: by the markers of the tokenizer's chat
    template, else by those of common formats (``chat_formats``); ``<think>`` blocks go too;

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dlplora.inference.planning import Planner
+    from dlplora.inference.request_router import RequestRouter
     from dlplora.modules.routing_slot import RoutingSlot
 
 Message: TypeAlias = Mapping[str, str]
@@ -33,7 +33,7 @@ class TextGeneration:
 
     if TYPE_CHECKING:
         tokenizer: Any
-        planner: Planner
+        request_router: RequestRouter
         slot: RoutingSlot
 
         @property
@@ -129,7 +129,7 @@ class TextGeneration:
         if not (isinstance(prompt, str) or is_conversation(prompt)) or kwargs.keys() & {"streamer", "prompts", "input_ids"}:
             raise GenerationError("stream_text takes one prompt, as text or as a conversation, and brings its own streamer.")
         bound = self.slot.state
-        if bound is not None and not self.planner.is_gated:
+        if bound is not None and not self.request_router.is_gated:
             kwargs.setdefault("routing", bound.weights.clone())  # the block may end before the answer does
         kwargs["max_new_tokens"] = self._text_tokens(max_new_tokens, kwargs)
         kwargs["prompts"] = prompt_batch([prompt], self.tokenizer, device=self.device)

@@ -1,4 +1,4 @@
 """One operation, the fused LoRA delta, in several backends that agree.
 
-Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts kept by a plan.
+Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts kept per row.
 """

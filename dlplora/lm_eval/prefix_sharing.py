@@ -11,7 +11,7 @@ only options with more tokens are read, behind a copy of their question's keys a
     . c c c c          one row a question, padded on the left
               x        one row an option of two tokens or more
 
-Both give the same numbers up to rounding (about 1e-6 in float32), for plans and for gates: nothing in a causal model looks ahead.
+Both give the same numbers up to rounding (about 1e-6 in float32), for routing weights and for gates: a causal model does not look ahead.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Prompt:
 
     @property
     def key(self) -> tuple[tuple[int, ...], str | None, str | None]:
-        """Requests of equal key share one plan."""
+        """Requests with equal keys share their routing weights."""
         return self.ids, self.task, self.question
 
 
@@ -55,7 +55,7 @@ class ScoringRequest:
     Args:
         context: Tokens conditioned on.
         continuation: Tokens scored, at least one.
-        prompt: What the plan is made from; equal to the context except for rolling windows.
+        prompt: What is routed; equal to the context except for rolling windows.
     """
 
     context: tuple[int, ...]

@@ -37,7 +37,7 @@ class Outcome:
     """For readers of the board."""
 
 
-class Workshop:
+class CellRunner:
     """Does cells of a plan in this process; what consecutive evaluations have in common is kept between them.
 
     Args:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dlplora.adapters.files import write_tensors
 from dlplora.atomic import filling
+from dlplora.config import OMIT_DEFAULT_FROM_HASH, build
 from dlplora.errors import MethodError, UnavailableMethodError
 from dlplora.methods.fused_protocol import FusedModel
 from dlplora.modules.precision import keeping_dtype
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
 WEIGHTS_NAME = "method.safetensors"
-OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
-"""Metadata of a parameter that was added later: omitted from records and hashes at its default, so that old records still match."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
 
 
@@ -181,7 +180,7 @@ class FusionMethod(nn.Module):
 
     @property
     def max_kept(self) -> int | None:
-        """The most experts ``route`` may keep for a row, for which plans have room; None if it says nothing about it, and then all."""
+        """The most experts ``route`` may keep for a row, for which buffers have room; None if not known, and then all."""
         return None
 
     @property
@@ -325,7 +324,6 @@ class FusionMethod(nn.Module):
         Raises:
             MethodError: If the folder is missing, or belongs to another method or to another pool.
         """
-        from dlplora.config import build
         from dlplora.documents import read_json
 
         file = Path(folder) / "method.json"
@@ -364,7 +362,7 @@ class FusionMethod(nn.Module):
     @classmethod
     def recorded_params(cls, config: Any) -> dict[str, Any]:
         """All parameters, those marked ``OMIT_DEFAULT_FROM_HASH`` only where they differ from their default."""
-        later = {one.name: one.default for one in fields(config) if one.metadata.get("omit_default_from_hash")}
+        later = {one.name: one.default for one in fields(config) if one.metadata == OMIT_DEFAULT_FROM_HASH}
         return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
 
     @classmethod

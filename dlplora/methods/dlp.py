@@ -39,8 +39,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dlplora.config import OMIT_DEFAULT_FROM_HASH
 from dlplora.errors import ConfigError, MethodError
-from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext, WeightSum
+from dlplora.methods.base import FusionMethod, Granularity, Metadata, MethodContext, WeightSum
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.modules.router_confidence import ConfidenceMonitor
@@ -85,7 +86,7 @@ class DLP(FusionMethod):
         """What the router reads at a sentence end. ``tail``: the prompt's last question and the text since; ``window``: the last 64
         tokens; ``whole``: prompt and text; ``segment``: the i-th question of the prompt for the i-th answer."""
         prompt_routing: Literal["whole", "question", "sentence"] = field(default="whole", metadata=OMIT_DEFAULT_FROM_HASH)
-        """With ``reroute: sentence``: the prompt under one plan, or each of its questions, or sentences, under its own."""
+        """With ``reroute: sentence``: one set of routing weights for the prompt, or one for each of its questions or sentences."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``reroute: sentence``: cached keys and values after a re-route are kept, all made again, or only those of generated text."""
         min_keep: int = 1

@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dlplora.config import OMIT_DEFAULT_FROM_HASH
 from dlplora.errors import MethodError, nearest
-from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext
+from dlplora.methods.base import FusionMethod, Granularity, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 

@@ -60,12 +60,12 @@ class FusedLinear(nn.Module):
     Attributes:
         gate: A token-level gate; if set, it decides and the slot is not read.
         block: Which of a row's routing weights are this layer's; None: all of them, in every layer the same. A method whose weights differ
-            from layer to layer answers with one block of E after another (``Planner``).
+            from layer to layer answers with one block of E after another (``RequestRouter``).
         rank_gate: Turns this layer's weights into weights of the adapters' single ranks; None: all ranks of an adapter alike.
         path: Module path in the backbone, for errors.
         layout: How the backbone hands rows and tokens to this layer.
         grid: Rows and tokens of the running forward pass; kept up to date for layers whose layout is ``flat``.
-        key: The name of this layer's buffers in ``RoutingState.plans``.
+        key: The name of this layer's buffers in ``RoutingState.buffers``.
     """
 
     def __init__(self, base: nn.Module, entry: BankEntry, slot: RoutingSlot, combine: Literal["delta", "factor"] = "delta") -> None:
@@ -192,13 +192,13 @@ class FusedLinear(nn.Module):
             return self._forward_any_shape(x, state)
         self._check(x, state)
         if state.backend == "merged":
-            return state.plans[self.key].output(x)
+            return state.buffers[self.key].output(x)
         return self.base(x) + self._delta(x, state)
 
     def _forward_any_shape(self, x: Tensor, state: RoutingState) -> Tensor:
         """As ``forward``, for inputs that are not (B, T, I)."""
         if state.backend == "merged":  # all rows are routed alike
-            return state.plans[self.key].output(x)
+            return state.buffers[self.key].output(x)
         y = self.base(x)
         rows = self._rows(x, state.num_rows)
         if rows is not None:
@@ -266,7 +266,7 @@ class FusedLinear(nn.Module):
 
     def _delta(self, x: Tensor, state: RoutingState) -> Tensor:
         if state.backend == "folded" and self.combine == "delta":
-            return state.plans[self.key].delta(x)
+            return state.buffers[self.key].delta(x)
         if state.backend == "triton" and self.combine == "delta":
-            return state.plans[self.key].delta(x, self.lora_a, self.lora_b)
+            return state.buffers[self.key].delta(x, self.lora_a, self.lora_b)
         return self._token_delta(x, self._own(state.weights), state.backend)

@@ -104,17 +104,17 @@ class RoutingSlot:
         self.buffers = BufferPool()
 
     def prepare(self, state: RoutingState) -> None:
-        """Lend a state its buffers and write its plan, unless it has them."""
+        """Lend a state its buffers and write its weights into them, unless it has them."""
         if state.is_ready_for(self):
             return
         state.release()
         lease = None
-        if state.is_planned:
+        if state.has_buffers:
             kind = BufferKind(
-                state.backend, state.plan_rows, state.width, frozenset((layer.lora_a.dtype, layer.lora_a.device) for layer in self.layers)
+                state.backend, state.weight_rows, state.width, frozenset((layer.lora_a.dtype, layer.lora_a.device) for layer in self.layers)
             )
             lease = self.buffers.lease(kind, partial(LayerBuffers, kind, self.layers))
-            lease.buffers.write(state.per_row()[: state.plan_rows], None, state.kept)
+            lease.buffers.write(state.per_row()[: state.weight_rows], None, state.kept)
         state.hold(self, lease)
 
     def rewrite(self, state: RoutingState, rows: Tensor, weights: Tensor) -> None:

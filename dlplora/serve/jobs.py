@@ -96,7 +96,7 @@ class Finished:
     waited_s: float
     first_token_s: float | None
     routing_s: float = 0.0
-    """Part of ``first_token_s`` that routing took: question, router and plan."""
+    """Part of ``first_token_s`` that routing took: question, router and buffers."""
 
 
 @dataclass(frozen=True, slots=True)

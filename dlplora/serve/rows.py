@@ -28,7 +28,7 @@ class Row:
         resumes: Whether ``pending`` is a prefix that is processed again under new weights, behind which a token waits already.
         newest: The last sampled token, not processed yet.
         out_of_scope: Whether the prompt is; then the base model answers to the end.
-        routing_s: Time spent on routing before the first token, s: question, router and plan; shared with what was routed together.
+        routing_s: Time spent on routing before the first token, s: question, router and buffers; shared with what was routed together.
     """
 
     job: Job

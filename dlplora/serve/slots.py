@@ -165,7 +165,7 @@ def check_slots(fused: FusedCausalLM, cache: SlotCache) -> None:
     zeros = torch.zeros(1, fused.bank.num_experts, device=fused.device)
     rows = [torch.tensor([ids], device=fused.device) for ids in texts]
     given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    with fused.routing(fused.planner.state(zeros)):
+    with fused.routing(fused.request_router.state(zeros)):
         wanted = torch.stack([fused(input_ids=row, use_cache=False).logits[0, -1] for row in rows])
         for slot, row in enumerate(rows):
             length = row.shape[1] - 1

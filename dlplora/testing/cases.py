@@ -180,9 +180,9 @@ def own_routing(fused: FusedCausalLM, prompts: PromptBatch) -> contextlib.Abstra
 
 
 def weights_of(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor | None:
-    """Routing weights of the method's own plan, mean over layers where these differ; None if gates decide."""
+    """The method's own routing weights, mean over layers where these differ; None if gates decide."""
     state = fused.route(prompts)
-    return None if state is None else fused.planner.per_expert(state.weights)
+    return None if state is None else fused.request_router.per_expert(state.weights)
 
 
 def routed_logits(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor:

@@ -186,10 +186,10 @@ def check_t8_weights(case: Case) -> None:
         weights = weights_of(fused, case.prompts())
         if weights is not None:
             _check_weights(weights, documented, fused.bank.num_experts, "route")
-            again, confidence = fused.planner.route_with_confidence(case.prompts())
+            again, confidence = fused.request_router.route_with_confidence(case.prompts())
             if again is None:
                 fail("T8: route_with_confidence: no weights, route has some")
-            require_close(fused.planner.per_expert(again), weights, "T8: route_with_confidence against route")
+            require_close(fused.request_router.per_expert(again), weights, "T8: route_with_confidence against route")
             sure = [1.0] * len(weights) if confidence is None else confidence.tolist()
             if len(sure) != len(weights) or not all(0.0 < one < 1.0 + 1e-6 for one in sure):
                 fail(f"T8: route_with_confidence: confidence {sure} for {len(weights)} prompts, expected one in (0, 1] for each")

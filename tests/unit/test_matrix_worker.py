@@ -21,7 +21,7 @@ from dlplora.cli.main import main
 from dlplora.errors import ConfigError
 from dlplora.matrix import slurm, worker
 from dlplora.matrix.board import Board
-from dlplora.matrix.cells import Outcome, Workshop, _one_node
+from dlplora.matrix.cells import CellRunner, Outcome, _one_node
 from dlplora.matrix.plan import Cell, Plan, Request, make_header, read_plan, write_plan
 from dlplora.matrix.worker import Limits, by_rank, work
 from dlplora.reporting.store import load_all
@@ -47,11 +47,11 @@ def doing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Doing], list[str]]:
     def install(do: Doing) -> list[str]:
         begun: list[str] = []
 
-        def noted(self: Workshop, one: Cell, folder: Path) -> Outcome:
+        def noted(self: CellRunner, one: Cell, folder: Path) -> Outcome:
             begun.append(one.id)
             return do(one, folder)
 
-        monkeypatch.setattr(Workshop, "do", noted)
+        monkeypatch.setattr(CellRunner, "do", noted)
         monkeypatch.setattr(worker, "subjects_of", lambda request, folder: [])
         monkeypatch.setattr(worker, "require_same_profiles", lambda plan, hashes: None)
         return begun

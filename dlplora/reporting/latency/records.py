@@ -1,6 +1,6 @@
 """Records of speed measurements: raw samples, their ratios with intervals, and where they are kept. No deep-learning package is imported.
 
-A latency record holds every contender of one process under every workload, round by round, so a ratio is taken inside a round: what else
+A latency record holds every system of one process under every workload, round by round, so a ratio is taken inside a round: what else
 the machine did hit both sides of it.
 """
 
@@ -31,7 +31,7 @@ Quantity = Literal["ttft_s", "tpot_s", "router_s"]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One contender under one workload."""
+    """One system under one workload."""
 
     group: str
     """Measurements of one group were taken in turns; only they are compared."""
@@ -145,19 +145,19 @@ def reference_of(record: LatencyRecord, one: Measurement, name: str) -> Measurem
 
 
 def ratio_to(record: LatencyRecord, one: Measurement, name: str, quantity: Quantity) -> Ratio | None:
-    """A contender's time over a reference's; None if the reference was not measured."""
+    """A system's time over a reference's; None if the reference was not measured."""
     other = reference_of(record, one, name)
     return None if other is None else paired_ratio(getattr(one, quantity), getattr(other, quantity))
 
 
 def ratio_of_minima(record: LatencyRecord, one: Measurement, name: str, quantity: Quantity) -> float | None:
-    """A contender's fastest round over a reference's, on which other processes weigh least; None if the reference was not measured."""
+    """A system's fastest round over a reference's, on which other processes weigh least; None if the reference was not measured."""
     other = reference_of(record, one, name)
     return None if other is None else min(getattr(one, quantity)) / min(getattr(other, quantity))
 
 
 def plain_of(record: LatencyRecord, forced: Measurement) -> Measurement | None:
-    """The same contender without forced re-routing."""
+    """The same system without forced re-routing."""
     key = ("contender", "experts", "kept", "backend_asked", "workload")
     wanted = [getattr(forced, name) for name in key]
     plain = (other for other in record.measurements if other.reroute_every is None)
@@ -174,7 +174,7 @@ def reroutes_in(new_tokens: int, every: int) -> int:
 
 
 def reroute_cost(record: LatencyRecord, forced: Measurement) -> Ratio | None:
-    """What one re-route of the whole batch costs, router included, in decode steps of the same contender.
+    """What one re-route of the whole batch costs, router included, in decode steps of the same system.
 
     The extra time of the forced run over all steps, divided by the re-routes in it and by a step of the plain run, round by round.
     None if the plain run is missing or nothing was re-routed.

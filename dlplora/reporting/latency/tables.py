@@ -22,7 +22,7 @@ from dlplora.reporting.latency.training import newest_training
 from dlplora.reporting.markdown import code, table
 
 TITLES = (
-    "contender", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
+    "system", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
     "router ms", "re-route ÷ step", "TPOT ÷ floor", "memory MB", "+ transient MB",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def _ratio(ratio: Ratio | None, *, interval: bool = False) -> str:
 
 
 def name_of(one: Measurement) -> str:
-    """How a row is called: the contender with what sets it apart from others of its name."""
+    """How a row is called: the system with what sets it apart from others of its name."""
     parts = [one.contender]
     if one.reroute_every is not None:
         parts.append(f"re-routed every {one.reroute_every}")

@@ -15,8 +15,8 @@ from dlplora.errors import ConfigError
 from dlplora.inference import saving
 from dlplora.inference.backbones import nano_asset, resolve_backbone
 from dlplora.inference.embedding_only import embedding_backbone
-from dlplora.inference.planning import Planner
 from dlplora.inference.prompting import context_length
+from dlplora.inference.request_router import RequestRouter
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 
@@ -88,7 +88,7 @@ class LocalRouter:
             )
         self.bank = AdapterBank(bank.names, {}, bank.specs)  # the factors have done their part
         self.patched = SimpleNamespace(hooks=[], layers={})
-        self.planner = Planner(self.method, self.bank, {}, "auto")
+        self.request_router = RequestRouter(self.method, self.bank, {}, "auto")
 
 
 def _require_layerless(method: FusionMethod) -> None:
