@@ -1,7 +1,7 @@
 """Strict configuration: YAML files to frozen dataclasses, without torch.
 
-A key nobody declared is an error with the nearest valid key; a missing value is never guessed. Method files and protocol
-files are separate, and a method file that names a protocol key is refused: that is how settings stay identical.
+An unknown key is an error that names the nearest valid key; missing values are not guessed. Method files and protocol files are separate,
+and a method file with a protocol key is refused, so all methods of a table have the same settings.
 """
 
 from __future__ import annotations

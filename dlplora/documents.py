@@ -1,8 +1,7 @@
-"""Reading JSON and YAML: one loader with limits on size, depth, numbers and text, for files of ours and of others.
+"""Read JSON and YAML through one loader with limits on size, depth, numbers and text, for our files and for others'.
 
-Whatever a file holds, the answer is plain data (mappings with text keys, lists, text, finite numbers, booleans, None) or one
-error on one line. Nothing is executed, and no environment variable is read: a configuration that somebody sends must not be able to
-print a secret.
+The result is plain data (mappings with text keys, lists, text, finite numbers, booleans, None), or an error on one line. Nothing is
+executed and no environment variable is read, so a configuration from somebody else cannot print a secret.
 """
 
 from __future__ import annotations

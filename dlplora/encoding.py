@@ -1,4 +1,4 @@
-"""Token ids of texts, as a tokenizer's own call gives them, without what that call costs for a few short texts."""
+"""Token ids of texts, as a tokenizer's own call returns them, but faster for a few short texts."""
 
 from __future__ import annotations
 

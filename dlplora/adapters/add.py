@@ -1,4 +1,4 @@
-"""Adding an adapter to a pool: everything is checked before a byte is written, and a failure leaves the pool as it was."""
+"""Add an adapter to a pool. Everything is checked before anything is written; a failure leaves the pool unchanged."""
 
 from __future__ import annotations
 

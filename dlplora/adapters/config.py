@@ -1,8 +1,8 @@
-"""Reading ``adapter_config.json``: which PEFT settings the bank understands, and what it refuses. No deep-learning package is imported.
+"""Read ``adapter_config.json``: which PEFT settings the bank supports and which it refuses. No deep-learning package is imported.
 
-The rule is an allow-list. A key is accepted when its effect is understood (it scales, it selects modules, or it only mattered
-during training), when it holds an empty value, or when it holds the default of the installed PEFT. Every other key may change
-the mathematics, so the adapter is refused with the key's name: a setting that a later PEFT invents is never ignored.
+Settings are checked against an allow-list. A key is accepted if its effect is known (it scales, it selects modules, or it only mattered
+during training), if its value is empty, or if its value is the default of the installed PEFT. Any other key may change the computation,
+so the adapter is refused and the error names the key. Settings that a later PEFT adds are therefore never ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Telling one backbone from another, and whether a pool was made for this one."""
+"""Fingerprints of base models, and the check that a pool was made for a given base model."""
 
 from __future__ import annotations
 

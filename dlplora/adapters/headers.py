@@ -1,4 +1,4 @@
-"""What an adapter folder holds, read from the header of its safetensors file: names, shapes and types, no tensor. No torch either.
+"""Contents of an adapter folder from its safetensors header: names, shapes and dtypes. No tensor is read and torch is not imported.
 
 A safetensors file is an 8-byte length (little-endian), that many bytes of JSON, then the tensors.
 Shapes: R rank, I inputs, O outputs.

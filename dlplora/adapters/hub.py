@@ -1,6 +1,6 @@
-"""Where an adapter named on the command line lies: a local folder, or a repository of the model hub.
+"""Find an adapter named on the command line: in a local folder, or in a repository of the model hub.
 
-A local folder wins over a hub id. ``hf://ORG/NAME[/SUB/FOLDER][@REVISION]`` asks the hub even where a folder of that name exists.
+A local folder has priority over a hub id. ``hf://ORG/NAME[/SUB/FOLDER][@REVISION]`` uses the hub even if a folder of that name exists.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Looking at hundreds of adapter folders before any of them is loaded. No deep-learning package is imported.
+"""Inspect hundreds of adapter folders without loading them. No deep-learning package is imported.
 
-Only configurations and safetensors headers are read, and the bytes of B factors until one is found that is not all zero (for
-an ordinary adapter that is one factor). Finite values, and whether the backbone has the modules, are left to ``dlplora pool check``.
+Configurations and safetensors headers are read, and B factors until one is found that is not all zero (usually the first).
+``dlplora pool check`` also checks that values are finite and that the base model has the modules.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An adapter pool: a folder of PEFT folders, usually with a manifest that fixes order, checksums and backbone.
+"""An adapter pool: a folder of PEFT folders, usually with a manifest that fixes order, checksums and base model.
 
-``pool.json`` (format 2) holds the backbone's fingerprint, if it is known, and one row an adapter: name, path inside the pool, source
-and its revision, SHA-256 of weights and configuration, base model, rank, alpha, rsLoRA, target modules, and a description, if there is one.
+``pool.json`` (format 2) holds the fingerprint of the base model, if known, and one row per adapter: name, path inside the pool, source
+and its revision, SHA-256 of weights and configuration, base model, rank, alpha, rsLoRA, target modules, and an optional description.
 Format 1, without ``revision`` and ``config_sha256``, is still read.
 """
 

@@ -1,6 +1,6 @@
-"""Operator counts of every method on every backend: routing (``plan`` in records), one prefill and one decode step of a small random model.
+"""Operator counts of every method on every backend: routing (``plan`` in records), prefill and one decode step of a small random model.
 
-Counts depend on sizes and not on values, so backbone, adapters and whatever a method must have learnt are stand-ins. Shapes: E experts.
+Counts depend on sizes and not on values, so base model, adapters and trained parts are random stand-ins. Shapes: E experts.
 """
 
 from __future__ import annotations

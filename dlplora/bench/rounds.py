@@ -1,8 +1,8 @@
-"""The order in which systems take turns, and their times.
+"""The order in which systems are timed, and their times.
 
-Whoever is timed right after a pause (a garbage collection, the start of a round) pays for caches that others find filled. So the orders
-are random, from a seed that the record keeps, and come in pairs, the second one backwards: within each pair every system has the same mean
-position. After the collection between two rounds one generation runs off the clock, so that everyone who is timed follows another system.
+The system that is timed right after a pause (garbage collection, start of a round) runs with cold caches. Orders are therefore random,
+from a seed stored in the record, and come in pairs of an order and its reverse, so that all systems have the same mean position. After the
+garbage collection between two rounds, one generation runs untimed, so that every timed run follows another system.
 """
 
 from __future__ import annotations

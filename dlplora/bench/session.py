@@ -1,7 +1,7 @@
-"""``dlplora bench latency``: many systems, one process, turn by turn, to one record.
+"""``dlplora bench latency``: time many systems, interleaved in one process, and write one record.
 
-Within a group every system generates the same number of tokens from the same prompts, in rounds whose order ``rounds`` draws.
-Warm-up rounds come first and memory is measured in a round of its own, outside the clock.
+Within a group all systems generate the same number of tokens from the same prompts, in rounds ordered by ``rounds``. Warm-up rounds come
+first. Memory is measured in a separate, untimed round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a timed system is, and what all of them are built from: one backbone, one pool, artifacts of true size.
+"""Definition of a timed system, and what all systems are built from: one base model, one pool, artifacts of realistic size.
 
 Shapes: B rows, T tokens, E experts.
 """

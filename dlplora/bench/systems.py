@@ -1,7 +1,7 @@
-"""Who is timed: the bare backbone, what PEFT offers, the released code's loop, and every method of ours.
+"""The timed systems: the base model, PEFT's own methods, the loop of the released code, and every method of this package.
 
-All systems of a process wrap module trees over one set of backbone weights, so that none pays for another's copy. Each is driven
-through ``generate``; after construction nothing depends on its name. Shapes: B rows, T tokens, E experts.
+All systems of a process share one set of base weights and wrap it in different modules. Each is run through ``generate``; after
+construction nothing depends on its name. Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``dlplora bench counters``: launches, floating point operations and bytes of one step, counted and compared."""
+"""``dlplora bench counters``: count launches, floating point operations and bytes of one step, and compare with the golden file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def run_counters(arguments: argparse.Namespace) -> int:
     for line in found:
         print(line)
     if found:
-        print("If the change is meant: dlplora bench counters --accept, for each shape", file=sys.stderr)
+        print("If the change is intended: dlplora bench counters --accept, for each shape", file=sys.stderr)
         return 1
-    print(f"{len(cells)} counts of shape {arguments.shape} are what was accepted")
+    print(f"{len(cells)} counts of shape {arguments.shape} equal the golden file")
     return 0
 
 

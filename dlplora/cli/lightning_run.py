@@ -1,7 +1,7 @@
-"""The ``lightning`` command: ``lightning run CONFIG`` trains what ``dlplora fit CONFIG`` does; everything else is Lightning's own.
+"""The ``lightning`` command: ``lightning run CONFIG`` trains like ``dlplora fit CONFIG``; everything else goes to Lightning's own command.
 
-With one device ``run`` is ``dlplora fit`` in this process; with several, Fabric's launcher starts one such process a device, and
-Lightning's trainer joins them. The options before the configuration are those of ``fabric run``.
+With one device ``run`` is ``dlplora fit`` in this process. With several, Fabric's launcher starts one such process per device, and
+Lightning's trainer connects them. The options before the configuration are those of ``fabric run``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``dlplora new-method``: the three files of a new method, which already run."""
+"""``dlplora new-method``: write the three files of a new method, which run as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dlplora report``: tables from records; no deep-learning package is imported."""
+"""``dlplora report``: write tables from records. No deep-learning package is imported."""
 
 from __future__ import annotations
 

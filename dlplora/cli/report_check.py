@@ -1,4 +1,4 @@
-"""``dlplora report check`` and ``accept``: the guarded runs against the golden file."""
+"""``dlplora report check`` and ``accept``: compare the guarded runs with the golden file."""
 
 from __future__ import annotations
 

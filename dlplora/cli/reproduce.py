@@ -1,4 +1,4 @@
-"""``dlplora reproduce``: the nano suite, compared with the committed records, and the paper's tasks."""
+"""``dlplora reproduce``: evaluate the nano suite and compare with the committed records; run the comparison on the paper's tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dlplora reproduce nano|real --track unseen``: every task answered by a pool without its expert."""
+"""``dlplora reproduce nano|real --track unseen``: answer every task with a pool without its expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other packages write to the terminal while a model loads."""
+"""Silence the output of other packages while a model loads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which rows make up which batch: a pure function of seed and step, so a run can be resumed at any step, bit for bit.
+"""Which rows form which batch: a pure function of seed and step, so a run can be resumed at any step, bit for bit.
 
-Nothing here keeps a random state. Row p of the endless stream of a task, and batch s of a schedule, can be computed alone.
+There is no random state. Row p of a task's endless stream, and batch s of a schedule, can each be computed directly.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Lightning data modules over the tasks of a suite: for experts, for pools of experts, for fusion methods and for routers.
+"""Lightning data modules over the tasks of a suite, for experts, pools of experts, fusion methods and routers.
 
-Items are drawn and encoded once, in ``setup``. Which rows make up a batch is a pure function of seed and step (``batching``);
-in a run of several processes every process takes its share of the same global batch, so their number changes nothing but the
-order of floating-point sums. The same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole
-optimiser step, so a step over several small batches has the gradient of one large batch.
+Items are drawn and encoded once, in ``setup``. Which rows form a batch is a pure function of seed and step (``batching``). With several
+processes, each takes its share of the same global batch, so the number of processes only changes the order of floating-point sums. The
+same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole optimiser step, so a step over several
+small batches has the gradient of one large batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packed, loss-weighted blocks of text and the tokenizer trained on them: the nano world's documents, or the training rows of a suite."""
+"""Packed, loss-weighted blocks of text and a tokenizer trained on them, from the nano documents or a suite's training rows."""
 
 from __future__ import annotations
 

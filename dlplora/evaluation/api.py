@@ -1,4 +1,4 @@
-"""``dlplora.evaluate``: one method under one protocol in one call."""
+"""``dlplora.evaluate``: evaluate one method under one protocol in one call."""
 
 from __future__ import annotations
 

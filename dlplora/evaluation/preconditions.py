@@ -1,4 +1,4 @@
-"""What a run needs and can be found out before anything is loaded; what is refused here leaves nothing behind."""
+"""Checks of a run before anything is loaded. A refused run leaves no files behind."""
 
 from __future__ import annotations
 

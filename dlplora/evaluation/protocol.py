@@ -1,4 +1,4 @@
-"""Evaluation protocols: everything that must be equal for two methods to be comparable, and nothing about a method."""
+"""Evaluation protocols: all settings that must be equal for two methods to be comparable. They hold nothing about a method."""
 
 from __future__ import annotations
 

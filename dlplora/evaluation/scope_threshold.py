@@ -1,4 +1,4 @@
-"""The threshold of a router from validation prompts; neither adapters nor the base model's layers are loaded. Shapes: n prompts."""
+"""Choose a router's threshold on validation prompts, without loading adapters or the layers of the base model. Shapes: n prompts."""
 
 from __future__ import annotations
 

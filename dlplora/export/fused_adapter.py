@@ -1,7 +1,7 @@
-"""One adapter that equals a weighted set of adapters.
+"""One adapter that equals a weighted sum of adapters.
 
-A sum of low-rank products is a low-rank product: ``sum_e w_e s_e B_e A_e = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]``. Ranks add up, and
-weights and scalings go into B, so that the scaling of the result is 1.
+A sum of low-rank products is a low-rank product: ``sum_e w_e s_e B_e A_e = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]``. Ranks add up.
+Weights and scalings are multiplied into B, so the result has scaling 1.
 
 Shapes: K rank of the result, I inputs, O outputs, E experts.
 """

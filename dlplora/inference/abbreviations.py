@@ -1,7 +1,7 @@
-"""Words that decide whether a full stop ends a sentence; see ``sentences``. All in lower case, without the last stop.
+"""Words that decide whether a full stop ends a sentence; see ``sentences``. Lower case, without the last stop.
 
-The lists cover the usual abbreviations of English, German, French, Spanish, Italian, Portuguese, Dutch, the Scandinavian languages and
-Russian. They are ours, written down from general knowledge of these languages.
+The lists cover common abbreviations of English, German, French, Spanish, Italian, Portuguese, Dutch, the Scandinavian languages and
+Russian. They were written for this package from general knowledge of these languages.
 """
 
 from __future__ import annotations

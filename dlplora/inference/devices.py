@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype, where the caller leaves it open: CUDA, then MPS, then the CPU; the checkpoint's own dtype."""
+"""Default device (CUDA, then MPS, then CPU) and default dtype (the checkpoint's, if it is fast here)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Routing weights that hold only from some token of the prompt on: what a router can reach that needs that much of the prompt to decide.
+"""Routing weights that apply only from some token of the prompt on: the best result of a router that needs that much of the prompt.
 
-Weights of token t may depend on tokens up to t only, so a router for tokens cannot know the task before the prompt shows it. Here the
-right weights are given, and set aside for the tokens before ``start``; those tokens keep the base model, or the mean of all experts.
+The weights of token t may depend on tokens up to t only, so a token-level router cannot know the task before the prompt shows it. Here the
+right weights are given, but not applied to the tokens before ``start``; those use the base model, or the mean of all experts.
 
-The first forward pass of a request reads the prompt; later ones read the answer. The last token of a prompt predicts the first token of the
+The first forward pass of a request reads the prompt, later ones read the answer. The last token of a prompt predicts the first token of the
 answer. Shapes: B rows, T tokens, I inputs, E experts, R ranks.
 """
 

@@ -1,4 +1,4 @@
-"""Answers are made of numbers: a check of the first logits of every generation."""
+"""Check that the first logits of every generation are finite."""
 
 from __future__ import annotations
 

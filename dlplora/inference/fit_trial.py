@@ -1,8 +1,8 @@
-"""Trying whether a model uses its fused layers as linear layers: a forward pass of two short rows when the layers are put in.
+"""Check, by a forward pass of two short rows, that a model uses its fused layers as linear layers.
 
-PEFT's rule is ``layer(x) = base(x) + scaling * B A x`` for every vector x of a row. It cannot hold where a model reads the weight of a
-layer instead of calling the layer, and rows can be routed apart only where it is known which vectors belong to which row. Both are found
-out by running the model, not by a list of architectures.
+PEFT's rule is ``layer(x) = base(x) + scaling * B A x`` for every vector x of a row. It cannot hold if a model reads the weight of a layer
+instead of calling the layer. Rows can be routed separately only if it is known which vectors belong to which row. Both are found by running
+the model when the layers are put in; there is no list of architectures.
 """
 
 from __future__ import annotations

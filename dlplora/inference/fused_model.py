@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM whose linear layers are fused with an adapter bank and routed by a method.
+"""A Hugging Face causal LM whose linear layers are fused with an adapter bank; a method decides the routing weights.
 
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """

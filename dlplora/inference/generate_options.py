@@ -1,6 +1,6 @@
-"""The options of a call of ``generate``, as transformers resolves them, and which of them a routed model can follow.
+"""Options of a ``generate`` call, as transformers resolves them, and which of them a routed model supports.
 
-Sentence-level routing follows greedy decoding and sampling, one token a step, with a cache. Everything else is refused by name.
+Sentence-level routing supports greedy decoding and sampling, one token per step, with a cache. Everything else is refused by name.
 """
 
 from __future__ import annotations

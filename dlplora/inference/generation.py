@@ -1,19 +1,18 @@
 """Sentence-level re-routing inside Hugging Face ``generate``.
 
-``SentenceRerouter`` is a stopping criterion that never stops anything: it is called when a token has been appended and before the
-next forward, so the first token of a new sentence is already processed under the new routing weights. A stop is known to end a
-sentence once the character behind it is known, and with BPE that comes with the next token, the first one of the new sentence.
-What becomes of keys and values already cached is ``kv_policy``'s business.
+``SentenceRerouter`` is a stopping criterion that never stops generation. It is called after a token was appended and before the next
+forward pass, so the first token of a new sentence is processed under the new routing weights. A stop is known to end a sentence once the
+character behind it is known; with BPE that comes with the next token, the first one of the new sentence. ``kv_policy`` decides what happens
+to the cached keys and values.
 
-The host must know that a sentence has ended before the next forward starts, and must not wait for the device to learn that none has.
-So the rows that may have ended one are found on the device, from a table over the vocabulary, and copied to the host without
-waiting; ``generate`` then waits for the device itself, to see whether all rows are finished; and the copy is read right after
-that, before the next forward. Only where the table says "perhaps" are tokens fetched and decoded, and the rule
-of ``sentences`` decides on the text. From a token with a stop on, a row stays a candidate until the rule has decided, so rows are
-re-routed exactly where the rule sees an end in the text so far, whatever the tokenizer.
+The host must know before the next forward pass whether a sentence has ended, without waiting for the device at every token. So a table over
+the vocabulary finds on the device which rows may have ended a sentence, and the result is copied to the host asynchronously. ``generate``
+itself then waits for the device to see whether all rows are finished; the copy is read right after that. Only for rows that may have ended
+a sentence are tokens fetched and decoded, and the rule of ``sentences`` decides on the text. A row stays a candidate from a token with a
+stop until the rule has decided. Rows are thus re-routed exactly where the rule sees an end in the text so far, whatever the tokenizer.
 
-A line break is known to end a sentence as it is generated, so the first token of the next sentence is already predicted under the new
-weights; behind other stops that token is what decides, and it is the first to be processed under them.
+A line break is known to end a sentence as soon as it is generated, so the first token of the next sentence is already predicted under the
+new weights. For other stops the next token decides, and it is the first one processed under them.
 """
 
 from __future__ import annotations

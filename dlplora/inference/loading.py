@@ -1,4 +1,4 @@
-"""Loading base models: a folder, a hub id, or the embedded one; as they are or quantised."""
+"""Load base models: a folder, a hub id, or the embedded one; quantised or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers and tokenizers raise over the files of a base model, as one line; and settings that they read without a check."""
+"""One-line errors for damaged files of a base model, and checks of settings that transformers reads unchecked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put fused layers into a Hugging Face model, and take them out again without a trace."""
+"""Put fused layers into a Hugging Face model, and remove them without changing the model."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Prompts of several questions: which questions they ask, and how a prompt itself is routed.
+"""Prompts of several questions: which questions they contain, and how the prompt itself is routed.
 
 ``prompt_routing`` says which routing weights each token of the prompt is processed under:
 
-* ``whole`` (default): one set of weights for all of it;
-* ``question``: every question is routed by itself, on its own text;
+* ``whole`` (default): one set of weights for the whole prompt;
+* ``question``: each question is routed separately, on its own text;
 * ``sentence``: the same for every sentence.
 
-The last two give routing weights that are constant piece by piece over the prefill, (B, T, E). The last token of a prompt predicts the
-first token of the answer, so it is processed under the weights of the answer, as the token that ends a generated sentence is.
-Everything is read from the context; a prompt of one question has one piece under ``question``, which then equals ``whole``.
+The last two give routing weights (B, T, E) that are piecewise constant over the prefill. The last token of a prompt predicts the first
+token of the answer, so it is processed under the weights of the answer, like the token that ends a generated sentence. Everything is read
+from the context. A prompt of one question has one piece under ``question``, which then equals ``whole``.
 
 Shapes: B rows, T tokens of the left-padded prompt, E experts.
 """

@@ -1,6 +1,6 @@
-"""What ``generate`` is given, as tensors: texts, token ids or prompts become left-padded ids and what a router reads.
+"""Inputs of ``generate`` as tensors: texts, token ids or prompts become left-padded ids and the text that a router reads.
 
-Token ids are taken as transformers takes them: a tensor (B, T) as the first argument or as ``input_ids``. Mappings and lists of ids are
+Token ids have the form that transformers expects: a tensor (B, T) as the first argument or as ``input_ids``. Mappings and lists of ids are
 refused.
 """
 

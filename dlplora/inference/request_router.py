@@ -1,6 +1,6 @@
 """From prompts to a routing state: call the method, check its weights, choose the backend, size the buffers.
 
-Shapes: B rows, E experts, K experts a row can keep.
+Shapes: B rows, E experts, K experts per row at most.
 """
 
 from __future__ import annotations

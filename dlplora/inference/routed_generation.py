@@ -1,4 +1,4 @@
-"""From prompts to a running generation: the first routing weights, how the prompt itself is routed, and who watches for sentence ends.
+"""From prompts to a running generation: first routing weights, routing of the prompt itself, and detection of sentence ends.
 
 Shapes: B rows, T tokens of the left-padded prompt, E experts.
 """

@@ -1,9 +1,8 @@
-"""Tokens of texts that grow at their end, without reading again what has been read.
+"""Token ids of a growing text, without tokenising its unchanged beginning again.
 
-At every sentence end the router reads the prompt's last question and all the text generated since; only the end of it is new. Where a
-tokenizer splits a text into words before anything else, a text can be cut in front of a space between two words and its parts encoded
-apart: nothing before the cut depends on what follows it, and the other way round. ``piece_encoder`` knows for which tokenizers that holds;
-texts of others are encoded whole.
+At every sentence end the router reads the prompt's last question and all text generated since; only the end of it is new. If a tokenizer
+splits text into words first, a text can be cut before a space between two words and its parts encoded separately, because neither part
+depends on the other. ``piece_encoder`` knows which tokenizers do so; for others the whole text is encoded.
 """
 
 from __future__ import annotations

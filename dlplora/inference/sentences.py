@@ -1,21 +1,21 @@
-"""Where sentences end, and the questions of a prompt. Pure text, no tokenizer.
+"""Sentence ends, and the questions of a prompt. Pure text, no tokenizer.
 
 A sentence ends
 
 * at a line break, if the line holds anything;
 * at a character that Unicode lists as ``Sentence_Terminal`` (``.``, ``!``, ``?``, ``。``, ``؟``, ``।`` and those of the other scripts)
-  or at an ellipsis, closing quotes, brackets and emphasis included. ASCII stops and the ellipsis need white space behind them, the
-  others do not.
+  or at an ellipsis, including closing quotes, brackets and emphasis. ASCII stops and the ellipsis must be followed by white space, the
+  others need not.
 
-What belongs together is one end: ``yes.`` and the line break behind it, ``?!``, ``。。。``. What follows decides:
+Adjacent ends count as one: ``yes.`` and the line break after it, ``?!``, ``。。。``. The text that follows decides:
 
 * a stop before a line break, or at the end of a finished text, always ends its sentence (``no.``, ``B.``, ``42.``, ``5 p.m.``, ``Corp.``);
-* an abbreviation, an initial, an ordinal or a list number does not where the text goes on in a way that shows it (``Dr. Kim``, ``No. 5``,
-  ``J. R. Smith``, ``3. Juli``, ``U.S. Army``, ``1. First``), and does otherwise (``no. Next``, ``B. Then``, ``U.S. The``);
+* a stop after an abbreviation, an initial, an ordinal or a list number does not, if the next word shows it (``Dr. Kim``, ``No. 5``,
+  ``J. R. Smith``, ``3. Juli``, ``U.S. Army``, ``1. First``); otherwise it does (``no. Next``, ``B. Then``, ``U.S. The``);
 * an ellipsis, or a stop inside a closing quote, does not before a lower-case letter (``Well... maybe``, ``"Go!" he said``).
 
-In lists and code blocks every line is a sentence. The rule reads no further than the first word behind a stop, so a text that is still
-being written is decided end by end, and no end is ever taken back.
+In lists and code blocks every line is a sentence. The rule reads no further than the first word after a stop. It can therefore be applied
+while a text is generated, and an end that was found stays an end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Text in, text out: ``generate_text``, ``stream_text``, and what ``transformers.pipeline("text-generation")`` asks of a model.
+"""Text in, text out: ``generate_text``, ``stream_text``, and what ``transformers.pipeline("text-generation")`` needs of a model.
 
-A conversation is a list of mappings with ``role`` and ``content``; the tokenizer's chat template turns it into a prompt. Everything else
-is a plain prompt, which is tokenised as it stands. Shapes: B rows, T tokens.
+A conversation is a list of mappings with ``role`` and ``content``; the tokenizer's chat template turns it into a prompt. Any other text is
+a plain prompt and is tokenised unchanged. Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which backend serves routing weights. The choice is recorded by name with every result."""
+"""Choose the backend that serves given routing weights. Every result records its backend by name."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a backend costs, predicted: launches + bytes + floating point operations, each times a constant measured on a device.
+"""Predicted cost of a backend: launches, bytes and floating point operations, each times a constant measured on a device.
 
-The constants are in ``cost_model.json`` beside this file, with the raw times they were fitted to and the machine they come from;
-``python -m benchmarks.kernels`` measures and fits them. A device without constants is not guessed at: ``predict`` returns None.
+The constants are in ``cost_model.json`` beside this file, with the raw times they were fitted to and the machine;
+``python -m benchmarks.kernels`` measures and fits them. For a device without constants ``predict`` returns None.
 
-Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts a row can keep.
+Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts per row at most.
 """
 
 from __future__ import annotations

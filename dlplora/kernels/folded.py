@@ -1,7 +1,7 @@
 """Gather the kept experts once; a step then costs one LoRA of rank K * R, however many experts there are.
 
-Routing weights of a prompt or sentence are constant between sentence ends, so the kept experts are gathered into fixed buffers
-when routing weights are set. Later weights are written into the same buffers, so addresses never change.
+Routing weights of a prompt or sentence are constant until the next sentence end, so the kept experts are gathered into fixed buffers when
+the weights are set. New weights are written into the same buffers, so addresses never change.
 """
 
 from __future__ import annotations

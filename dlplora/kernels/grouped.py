@@ -1,13 +1,13 @@
-"""Triton kernels for many rows that share experts: no factor is copied, however many rows keep it.
+"""Triton kernels for many rows that share experts; no factor is copied, however many rows keep it.
 
-The buffers list the kept experts of every row as (row, expert) pairs. The first kernel multiplies by A: pairs are grouped by expert
-into blocks, so that one program reads an expert's A once for many rows. The second multiplies by B and sums the K pairs of a row in
-a fixed order, without atomics, so equal inputs give equal bits. The layout of blocks depends on nothing but sizes, so buffers can
-be rewritten under a captured graph. Source of the idea: grouped LoRA kernels of Punica (arXiv:2310.18547) and S-LoRA
-(arXiv:2311.03285), which serve one adapter a token; here a row keeps several, with weights.
+The buffers list the kept experts of every row as (row, expert) pairs. The first kernel multiplies by A: pairs are grouped by expert into
+blocks, so that one program reads an expert's A once for many rows. The second multiplies by B and sums the K pairs of a row in a fixed
+order, without atomics, so equal inputs give equal bits. The layout of blocks depends on sizes only, so buffers can be rewritten under a
+captured graph. Source of the idea: grouped LoRA kernels of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285), which serve one adapter
+per token; here a row keeps several, with weights.
 
 Needs Triton and a CUDA device, or Triton's interpreter (``TRITON_INTERPRET=1``) on any device.
-Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts a row can keep, P = B * K pairs.
+Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts per row at most, P = B * K pairs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write the fused delta into a copy of the base weight; decoding then costs as much as the base model alone.
 
-The base weight is never written. The copy is made from it each time, so nothing is subtracted again, and the base model stays bit for bit
-the same. One copy serves all rows, so they must have the same routing weights.
+The base weight is never written. The copy is computed from it each time, so nothing is subtracted again and the base model is unchanged bit
+for bit. One copy serves all rows, so they must have the same routing weights.
 """
 
 from __future__ import annotations

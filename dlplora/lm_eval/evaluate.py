@@ -1,4 +1,4 @@
-"""One evaluation through lm-eval, with our tasks and plain results; the runner and ``dlplora eval`` call this."""
+"""One evaluation through lm-eval, with our tasks and plain results; called by the runner and by ``dlplora eval``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-eval's command with our model: options are checked before anything loads, and errors of the user are one line."""
+"""lm-eval's command with our model: options are checked before anything loads, and user errors are one line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Options of lm-eval's own Hugging Face model in ``--model_args``, checked before anything is loaded; lm-eval checks none of them.
+"""Options of lm-eval's Hugging Face model in ``--model_args``, checked before anything is loaded. lm-eval does not check them.
 
-A batch size of -1, for one, would give an evaluation without questions and exit code 0.
+For example, a batch size of -1 would give an evaluation without questions and exit code 0.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Two ways to read what is scored, and the answers in their logits. Shapes: B rows, T tokens, V vocabulary.
+"""Two ways to read scored text, and the log-likelihoods in their logits. Shapes: B rows, T tokens, V vocabulary.
 
-The plain path reads context and option together, once an option::
+The full path reads context and option together, once per option::
 
-    c c c c x y        one row an option
+    c c c c x y        one row per option
     c c c c z
 
 The shared path reads each context once and keeps its keys and values. Its last position scores the first token of every option;
-only options with more tokens are read, behind a copy of their question's keys and values::
+only options with more tokens are read, after a copy of their question's keys and values::
 
-    . c c c c          one row a question, padded on the left
-              x        one row an option of two tokens or more
+    . c c c c          one row per question, padded on the left
+              x        one row per option of two tokens or more
 
-Both give the same numbers up to rounding (about 1e-6 in float32), for routing weights and for gates: a causal model does not look ahead.
+Both give the same numbers up to rounding (about 1e-6 in float32), for routing weights and for gates, because the model is causal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pieces of scoring and generation that need no model: requests, windows, padding, decoding options, stop texts.
+"""Parts of scoring and generation that need no model: requests, windows, padding, decoding options, stop texts.
 
 Shapes: B rows, T tokens of the padded batch.
 """

@@ -1,4 +1,4 @@
-"""Which part of a request's context is routed, by what the harness knows: messages and documents."""
+"""Which part of a request's context is routed, given the messages and documents that the harness knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing statistics of a run: counters over prompts and gates, and the figures that go into a record.
+"""Routing statistics of a run: counters over prompts and gates, and the figures in the record.
 
 Shapes: E experts.
 """

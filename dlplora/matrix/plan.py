@@ -1,4 +1,4 @@
-"""A plan: a file of one header line and one line a cell, in which every cell comes after those it needs."""
+"""The plan file: a header line, then one line per cell, each after the cells it needs."""
 
 from __future__ import annotations
 

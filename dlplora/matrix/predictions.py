@@ -1,4 +1,4 @@
-"""Minutes and memory of cells, from shapes and budgets. Where nothing is known the answer is None, never a guess."""
+"""Predicted minutes and memory of cells, from shapes and budgets; None if unknown."""
 
 from __future__ import annotations
 

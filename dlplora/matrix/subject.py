@@ -1,4 +1,4 @@
-"""One profile of a plan: what it evaluates, what it trains for it, and what decides its numbers."""
+"""One profile of a plan: what it evaluates, what it trains for it, and what its numbers depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One worker: takes cells until none is left, on this machine or any other that sees the folder."""
+"""One worker: takes cells until none is left, on any machine that sees the folder."""
 
 from __future__ import annotations
 

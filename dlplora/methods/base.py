@@ -1,7 +1,6 @@
-"""What a fusion method is: a rule for where routing weights come from.
+"""The base class of fusion methods: a method decides the routing weights of a prompt, or installs gates that decide them per token.
 
-The bank, the fused layer, generation, scoring and timing are shared by all methods; a method only decides the routing weights
-of a prompt (or installs gates that decide them for every token). Shapes: B rows, T tokens, E experts.
+The bank, the fused layer, generation, scoring and timing are the same for all methods. Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations

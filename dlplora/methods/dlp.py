@@ -1,7 +1,7 @@
-"""DLP-LoRA: a small classifier reads each sentence and several adapters answer together.
+"""DLP-LoRA: a small classifier reads each sentence, and the adapters that it selects are summed.
 
 Source: Zhang et al., *DLP-LoRA: Efficient Task-Specific LoRA Fusion with a Dynamic, Lightweight Plugin*, arXiv:2410.01497;
-released code MeCuping/DLP-LoRA@d68fd38. The two disagree, and the paper leaves things open, so every choice is a switch:
+released code MeCuping/DLP-LoRA@d68fd38. The two differ, and the paper leaves details open, so every choice is a switch:
 
 =============== ================================= ================================== ===========================================
 switch          paper                             released code                      presets
@@ -16,8 +16,8 @@ bound           never stated                      0.6                           
 ``kv_policy``   not stated                        nothing to decide                  ``stale``
 =============== ================================= ================================== ===========================================
 
-A softmax of probabilities flattens: at most a factor e lies between two kept experts, and two experts kept at a bound of 0.6 differ by less
-than 1.83. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
+A softmax of probabilities makes weights more equal: two kept experts differ by at most a factor e, and by less than 1.83 at a bound of
+0.6. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
 code's top-k mode, which equals ``"sum"`` up to rounding; ``"none"`` leaves the probabilities as they are; ``"uniform"`` shares equally.
 
 Deviations: the router is a mini-MLP on the backbone's token embeddings (the paper: "mini-MLP", ALBERT tokenizer; the released

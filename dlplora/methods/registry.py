@@ -1,4 +1,4 @@
-"""Find methods by name and build them from YAML. There is no list to maintain.
+"""Find methods by name and build them from YAML. No list has to be maintained.
 
 A method is a ``FusionMethod`` subclass with a ``name`` in a module of ``dlplora.methods`` or ``dlplora.baselines``, or a class behind an
 entry point of the group ``dlplora.methods``. A *preset* is a file ``configs/method/<preset>.yaml`` with the two keys ``method`` and
