@@ -1,11 +1,11 @@
 """Let the model choose: the base model reads what each adapter is for and names one (Adaptive Minds, arXiv:2510.15416).
 
-The base model is shown all descriptions of the pool under letters, and the question. The adapter whose letter it finds likeliest answers
-alone. Descriptions come from the pool's manifest (``description`` in ``pool.json``, ``dlplora pool add --description``).
+The base model is shown all descriptions of the pool under letters, and the question. Only the adapter whose letter is most likely is
+used. Descriptions come from the pool's manifest (``description`` in ``pool.json``, ``dlplora pool add --description``).
 
 Deviations: the authors let the model write an answer and parse it (qpiai/adaptive-minds@2199c0c); here the letters are scored, so that
-every answer is a choice, and the prompt is ours. The cost is a prompt of some ten tokens an adapter for every question; a record has its
-mean as ``routing_tokens_per_prompt``.
+the answer is always one of them, and the prompt is ours. The cost is a prompt of about ten tokens per adapter for every question; a record
+has the mean as ``routing_tokens_per_prompt``.
 
 Shapes: B rows, E experts, V vocabulary.
 """

@@ -1,9 +1,9 @@
 """LoRA-Flow: weights per decoder layer and token from the residual stream (Wang et al., arXiv:2402.11455).
 
-``w = softmax(W x / temperature) + b`` with x the hidden state that enters the decoder layer, before its normalisation; ``W`` (E, D),
+``w = softmax(W x / temperature) + b`` where x is the hidden state that enters the decoder layer, before normalisation; ``W`` (E, D),
 ``b`` (E,); the same w serves all adapted modules of the layer. Weights may be negative or larger than one.
 
-Deviations: the original pairs one language LoRA with one task LoRA and starts at weights (0, 1). For N experts there is no such pair: W
+Deviations: the original pairs one language LoRA with one task LoRA and starts at weights (0, 1). For N experts there is no such pair, so W
 and b start at zero, so the weights start uniform at 1 / N. Trained on the mixture of all tasks (``flow_all``), not on one composite
 task.
 """

@@ -1,9 +1,8 @@
-"""One decode step on every backend, as a ratio to the bare backbone: ``python -m benchmarks.decode_steps --write``.
+"""One decode step on every backend, as a ratio to the base model: ``python -m benchmarks.decode_steps --write``.
 
-The nano backbone's sizes with random weights, 26 experts of rank 8 on the query and value projections. All systems take turns in one
-process over the same backbone weights, every other turn backwards, so that whatever else the machine does hits all of them; the median
-of the ratios of each round is reported, with its quartiles.
-One thread; the clock is the processor time of the process, which other processes hardly change.
+The sizes of the nano model with random weights, 26 experts of rank 8 on the query and value projections. All systems are interleaved in one
+process over the same base weights, in alternating order, so that other load affects all of them. Reported is the median over rounds of the
+ratios, with quartiles. One thread; times are processor times of the process, which other processes hardly change.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Measure the backends and fit the cost model of ``backend=auto``: ``python -m benchmarks.kernels --device cpu --write``.
 
-Every point of a grid of sizes is timed for every backend in turn, in one process: one forward of one layer's delta, and the writing of
-its buffers. Eight layers are worked through in turn, so that factors do not stay in the innermost caches. Three constants a backend
-(seconds per launch, per byte, per floating point operation) are fitted to the medians by non-negative least squares of the relative
-errors. On a CPU one thread is used and the clock is the processor time of the process, which other processes hardly change. Without
-``--write`` nothing is changed: what is printed says how well the model predicts and what its choices cost.
+At every point of a grid of sizes, all backends are timed interleaved in one process: one forward pass of one layer's delta, and writing its
+buffers (``plan`` in the file). Eight layers are used in turn, so that factors do not stay in the innermost caches. Three constants per
+backend (seconds per launch, per byte, per floating point operation) are fitted to the medians by non-negative least squares of the relative
+errors. On a CPU one thread is used, and times are processor times of the process, which other processes hardly change. Without ``--write``
+nothing is changed; the output says how well the model predicts and what its choices cost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What ``kv_policy`` changes on nano, in logits, score and time: ``python -m benchmarks.kv_policy run`` then ``report``.
+"""Effect of ``kv_policy`` on nano, in logits, score and time: ``python -m benchmarks.kv_policy run``, then ``report``.
 
-``single``: the eight generation tasks, one question a prompt, method ``dlp`` (view ``tail``). ``concat_3``: composites,
-view ``segment``. Logits are compared at the first token after a row's first re-route that changed its weights, where all policies have seen
-the same tokens. Times are of the same prompts with a fixed number of new tokens, the policies interleaved in one process.
+``single``: the eight generation tasks, one question per prompt, method ``dlp`` (view ``tail``). ``concat_3``: composites, view ``segment``.
+Logits are compared at the first token after a row's first re-route that changed its weights, where all policies have seen the same tokens.
+Times are of the same prompts with a fixed number of new tokens, the policies interleaved in one process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run several latency benchmarks: ``python -m benchmarks.latency_ratios nano qwen2-0.5b``.
 
-Each is a file of ``configs/bench`` (or a path); each writes one record, by default under ``results/bench``, and prints its table.
+Each is a file of ``configs/bench`` (or a path), writes one record, by default under ``results/bench``, and prints its table.
 ``dlplora bench latency`` does the same for one file or for options given on the command line.
 """
 

@@ -1,10 +1,11 @@
-"""Does a method notice prompts that no expert knows? ``python -m benchmarks.out_of_scope run`` then ``report``.
+"""Whether methods detect prompts that no expert knows: ``python -m benchmarks.out_of_scope run``, then ``report``.
 
 In scope are the test prompts of the tasks that pool and router know. Out of scope, *near*: test prompts of tasks of the same suite that
-were taken out of the pool and of the rows that routers and classifiers learn from. *Far*: test prompts of another suite. ``run`` writes its
-record after every method and goes on where it stopped; ``report`` writes tables into ``docs/out_of_scope.md`` and ``results/tables``.
+were removed from the pool and from the training rows of routers and classifiers. *Far*: test prompts of another suite. ``run`` writes its
+record after every method and continues after an interruption; ``report`` writes tables into ``docs/out_of_scope.md`` and
+``results/tables``.
 
-No answer is generated: what is right is the expert that is chosen.
+No answer is generated; a choice is right if it is the prompt's own expert.
 """
 
 from __future__ import annotations

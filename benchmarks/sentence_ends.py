@@ -1,8 +1,8 @@
-"""What routing costs on nano, in two versions of the code: ``python -m benchmarks.sentence_ends --before FOLDER --commit HASH``.
+"""Cost of routing on nano in two versions of the code: ``python -m benchmarks.sentence_ends --before FOLDER --commit HASH``.
 
-The versions take turns, each in a process of its own on one thread; within a process the systems take turns as in ``dlplora bench
+The versions alternate, each in its own process with one thread. Within a process the systems are interleaved as in ``dlplora bench
 latency``, and every time is divided by that of one PEFT adapter in the same round. The record has ratios of elapsed time and of the
-process's CPU time, which other processes on the machine disturb less.
+process's CPU time, which other processes disturb less.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Our sentence rule beside maintained segmenters: ``python -m benchmarks.sentence_segmenters run`` then ``report``.
+"""Our sentence rule compared with maintained segmenters: ``python -m benchmarks.sentence_segmenters run``, then ``report``.
 
-Needs ``pip install pysbd sentence-splitter``. The passages are made here, from sentence templates written for this comparison in twelve
+Needs ``pip install pysbd sentence-splitter``. The passages are generated from sentence templates written for this comparison in twelve
 languages, so the right boundaries are known: three sentences each, with the abbreviations, initials, ordinals, decimals, quotations and
-short answers of the language. ``F1`` is over boundaries inside a passage; µs are those of a passage.
+short answers of the language. ``F1`` is over boundaries inside a passage; times are µs per passage.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Load on a server from a second process: throughput, time to first token, fairness, and whether slots leak.
+"""Load test of a server from a second process: throughput, time to first token, fairness, and leaked slots.
 
-``python -m benchmarks.serve_load --clients 16 --requests 64`` starts ``dlplora serve`` on a free loopback port. Its figures are ratios of
-runs that were interleaved against one server: routed requests, each to another adapter, against the base model; many clients
-against one. The record is ``results/bench/serve-*.json``. Options that this command does not know go to ``dlplora serve``.
+``python -m benchmarks.serve_load --clients 16 --requests 64`` starts ``dlplora serve`` on a free loopback port. Figures are ratios of runs
+that were interleaved against one server: routed requests, each to another adapter, against the base model; many clients against one. The
+record is ``results/bench/serve-*.json``. Options that this command does not know go to ``dlplora serve``.
 """
 
 from __future__ import annotations

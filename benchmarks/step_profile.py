@@ -1,7 +1,7 @@
-"""Where one decode step spends its time, by operator: ``python -m benchmarks.step_profile``.
+"""Time of one decode step by operator: ``python -m benchmarks.step_profile``.
 
-Each system generates a short and a longer continuation under torch's profiler; the difference, divided by the tokens between them, is
-one step without its prefill. The profiler slows everything down, so its times are shares, not latencies; the calls are exact.
+Each system generates a short and a longer continuation under torch's profiler. The difference, divided by the number of tokens between
+them, is one step without prefill. The profiler slows everything down, so its times are shares and not latencies; call counts are exact.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What system texts and instruction formats do to routing on nano: ``python -m benchmarks.wrapped_prompts run`` then ``report``.
+"""Effect of system texts and instruction formats on routing on nano: ``python -m benchmarks.wrapped_prompts run``, then ``report``.
 
-The multiple-choice questions of the nano suite are scored as they are and inside wrappers, by ``oracle`` (told the task), by ``dlp``, and
-by ``dlp`` whose router reads the whole prompt. Every prompt is given as one string: neither messages nor documents are known, so the
-wrapper must be recognised in the text. ``oracle`` shows what a wrapper does to the experts themselves, which have never seen one. The
-second part generates from ``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
+The multiple-choice questions of the nano suite are scored without and with wrappers, by ``oracle`` (told the task), by ``dlp``, and by
+``dlp`` whose router reads the whole prompt. Every prompt is one string, without messages or documents, so the wrapper must be recognised in
+the text. ``oracle`` shows the effect of a wrapper on the experts, which were not trained with wrappers. The second part generates from
+``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
 """
 
 from __future__ import annotations

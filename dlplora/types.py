@@ -1,4 +1,4 @@
-"""Values that pass between rooms.
+"""Values that are passed between rooms.
 
 Shapes: B rows of a batch, T tokens, E experts.
 """

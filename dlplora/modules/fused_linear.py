@@ -1,7 +1,7 @@
 """The fused layer: a linear module plus the weighted deltas of all experts, ``y = base(x) + sum_e w_e s_e B_e A_e x``.
 
-Routing weights belong to the request, not to the layer: the layer asks its ``RoutingSlot`` for the ``RoutingState`` of the call that
-is running. Shapes: B rows, T tokens, E experts, I inputs, O outputs.
+Routing weights belong to the request and not to the layer: the layer gets the ``RoutingState`` of the running call from its
+``RoutingSlot``. Shapes: B rows, T tokens, E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations

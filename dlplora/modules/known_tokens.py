@@ -1,4 +1,4 @@
-"""Features of single tokens, computed once and kept: what a router's first layer makes of a token does not depend on its neighbours.
+"""Cached features of single tokens: the output of a router's first layer for a token does not depend on its neighbours.
 
 Shapes: N tokens, V vocabulary, D features.
 """

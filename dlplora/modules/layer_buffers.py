@@ -1,8 +1,7 @@
 """Buffers that the fused layers read instead of routing weights, and the pool that lends them to requests.
 
-A request has its buffers to itself, from its first forward pass until its routing state is released or dropped. Requests of the same
-size that follow one another get the same buffers, so the addresses that compiled graphs know stay valid. The pool never keeps more
-sets of buffers than were in use at the same time.
+A request owns its buffers from its first forward pass until its routing state is released or dropped. Successive requests of the same size
+get the same buffers, so the addresses in compiled graphs stay valid. The pool never keeps more sets of buffers than were in use at once.
 """
 
 from __future__ import annotations

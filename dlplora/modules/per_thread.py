@@ -1,4 +1,4 @@
-"""Values that belong to the forward pass that a thread is running."""
+"""Values of the forward pass that a thread is running."""
 
 from __future__ import annotations
 

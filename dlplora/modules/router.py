@@ -1,11 +1,10 @@
-"""The mini-MLP that reads a prompt and gives a probability for each expert.
+"""The mini-MLP router: it reads a prompt and returns a probability for each expert.
 
 Four linear layers with GELU between them, over pooled token embeddings, in two variants:
 
-* ``backbone`` reads the backbone's own frozen input embeddings (Figure 1 of the paper). They belong to the backbone: they
-  are looked up, never trained, counted or saved.
-* ``table`` has its own 30000 x 128 embedding and stands for the paper's "5 M parameters, 4 layers"; the split into layers is
-  our guess, since the paper gives only the total (4,936,730 at 26 experts).
+* ``backbone`` uses the base model's frozen input embeddings (Figure 1 of the paper). They are looked up, never trained, counted or saved.
+* ``table`` has its own 30000 x 128 embedding and corresponds to the paper's "5 M parameters, 4 layers". The split into layers is our
+  guess, because the paper gives only the total (4,936,730 at 26 experts).
 
 Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
 nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or behind it

@@ -1,4 +1,4 @@
-"""From probabilities to routing weights: pure functions, float32, shape (..., E)."""
+"""From probabilities to routing weights: pure functions in float32, shape (..., E)."""
 
 from __future__ import annotations
 

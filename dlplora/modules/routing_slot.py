@@ -1,9 +1,9 @@
-"""Where the fused layers of a model find the routing weights of the request that is running.
+"""How the fused layers of a model find the routing weights of the running request.
 
-Nothing about a request is kept on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the
-state of its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that
-opened it; opened in the body of a generator, it holds for what the generator calls, and not for the code that runs while it is
-suspended. Blocks of two generators that take turns therefore never mix.
+Nothing about a request is stored on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the state of
+its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that opened it. If it
+is opened in the body of a generator, it holds while the generator runs, and not for other code while it is suspended. Blocks of two
+interleaved generators therefore never mix.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Routing weights of one request, the backend that serves them, and the buffers made from them.
+"""Routing weights of one request, the backend that serves them, and the buffers computed from them.
 
 Shapes: B rows, T tokens, E experts.
 """

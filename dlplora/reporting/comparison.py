@@ -1,6 +1,6 @@
-"""Methods compared in pairs on the questions they all answered, with the seeds they share.
+"""Pairwise comparison of methods on the questions that all of them answered, over the seeds that they share.
 
-A difference has two sources of error: the draw of questions and the seeds (``statistics.crossed_difference``).
+A difference has two sources of error: the sample of questions and the seeds (``statistics.crossed_difference``).
 Shapes: n questions of a task, m methods, S seeds, k tasks, R bootstrap samples.
 """
 

@@ -1,4 +1,4 @@
-"""Tables and the figure of composite-n, from records only: ``results/tables/composite.md``, ``composite_n.svg`` and ``.png``."""
+"""Tables and the figure of composite-n, from records: ``results/tables/composite.md``, ``composite_n.svg`` and ``.png``."""
 
 from __future__ import annotations
 

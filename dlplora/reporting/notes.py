@@ -1,4 +1,4 @@
-"""What a reader of a suite's table must know before any number; written above the table."""
+"""Notes above the table of a suite: what a reader must know before the numbers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Two protocols side by side: how much of a number is the way it was measured.
+"""Two protocols side by side: how much of a number is due to the way it was measured.
 
-Records of the released code's evaluation have a folder of their own (``results/released_code``), so no leaderboard ever reads them.
+Records of the released code's evaluation have their own folder (``results/released_code``), so no leaderboard reads them.
 """
 
 from __future__ import annotations

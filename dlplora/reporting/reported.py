@@ -1,4 +1,4 @@
-"""Numbers that others report, kept apart from measured ones: own file, own table, own section of the page."""
+"""Numbers reported by others, kept apart from measured ones: own file, own table, own section of the page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The results record: one evaluation of one method under one protocol with one seed.
 
-Reading and reporting need no deep-learning package. Fractions are 0 to 1, BLEU is 0 to 100 as sacreBLEU gives it; a
-measurement that was not made is null.
+Reading and reporting need no deep-learning package. Fractions are 0 to 1; BLEU is 0 to 100, as in sacreBLEU. A missing measurement is null.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Tuning: what ``dlplora tune`` tried on the validation split, one JSON record a trial, and what is chosen from it.
+"""Trials of ``dlplora tune`` on the validation split, one JSON record each, and the choice among them.
 
-``results/tuning/<protocol>/<method>/<cell>-s<seed>.json``. A trial is never in a results table. Reading one needs no deep-learning package.
+``results/tuning/<protocol>/<method>/<cell>-s<seed>.json``. Trials never appear in a results table. Reading one needs no deep-learning
+package.
 """
 
 from __future__ import annotations

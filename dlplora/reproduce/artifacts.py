@@ -1,7 +1,7 @@
-"""Where trained artifacts are: shipped with the package while their recipe still matches, else in a folder of local trainings.
+"""Find trained artifacts: shipped with the package if their recipe still matches, else in a folder of local trainings.
 
-Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of
-a method that ``LitFusion`` trains, and ``backbone`` for a small one of one's own.
+Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of a method
+that ``LitFusion`` trains, and ``backbone`` for a small base model trained here.
 """
 
 from __future__ import annotations

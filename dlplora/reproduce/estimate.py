@@ -1,4 +1,4 @@
-"""What a run will need before it starts: parameters, memory, tokens, disk. Estimates from shapes; nothing is loaded or measured."""
+"""Estimate what a run needs before it starts: parameters, memory, tokens, disk. From shapes only; nothing is loaded or measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A comparison on one backbone: what ``dlplora reproduce paper --backbone NAME`` and ``dlplora reproduce real`` do.
+"""A comparison on one base model: ``dlplora reproduce paper --backbone NAME`` and ``dlplora reproduce real``.
 
-A profile (``configs/reproduce``) names the protocol, the backbone and the budgets. A hub id is resolved once to a folder of the cache, so
-that training and evaluation see the same weights.
+A profile (``configs/reproduce``) names the protocol, the base model and the budgets. A hub id is resolved once to a folder of the cache, so
+that training and evaluation use the same weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``dlplora reproduce`` does: train the artifacts that are missing, evaluate every method. Every finished step is reused."""
+"""The steps of ``dlplora reproduce``: train missing artifacts, evaluate every method. Finished steps are reused."""
 
 from __future__ import annotations
 

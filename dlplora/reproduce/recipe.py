@@ -1,4 +1,4 @@
-"""What artifacts are trained over: a backbone, a suite of tasks, and the options that fit the training recipes to both."""
+"""What artifacts are trained for: a base model, a suite of tasks, and the options that adapt the training recipes to both."""
 
 from __future__ import annotations
 

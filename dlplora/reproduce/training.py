@@ -1,4 +1,4 @@
-"""Training of one artifact in processes of its own; the same call resumes what was interrupted."""
+"""Train one artifact in separate processes; the same call resumes an interrupted training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the engine's events to responses of the OpenAI API."""
+"""Convert the engine's events to responses of the OpenAI API."""
 
 from __future__ import annotations
 

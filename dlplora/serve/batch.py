@@ -1,6 +1,6 @@
 """Which request is in which slot, and which prompts are processed next.
 
-Rows that decode are the first slots, in order; behind them come the prompts in progress. So both are read without copying, and one row is
+Decoding rows are in the first slots, in order, followed by the prompts in progress. Both can thus be read without copying; one row is
 copied when a request leaves.
 """
 

@@ -1,4 +1,4 @@
-"""From the requests of a batch to their routing weights. Shapes: B requests, E experts."""
+"""Routing weights for the requests of a batch. Shapes: B requests, E experts."""
 
 from __future__ import annotations
 

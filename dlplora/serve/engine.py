@@ -1,9 +1,9 @@
-"""The engine: one thread that owns the model and advances all running requests by a token at a time.
+"""The engine: one thread that owns the model and advances all running requests by one token per step.
 
-Requests join and leave between two steps. A step is one forward over all rows that decode, each under its own routing weights, after at
-most one chunk of a prompt that is being processed. When sentences end, all of their rows are routed in one batch.
+Requests join and leave between steps. A step processes at most one chunk of a prompt, then runs one forward pass over all decoding rows,
+each under its own routing weights. All rows whose sentence ends in a step are routed in one batch.
 
-Rows that decode are the first slots, in order; the row behind them, if any, is processing its prompt.
+Decoding rows are in the first slots, in order; the row after them, if any, is processing its prompt.
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """
 

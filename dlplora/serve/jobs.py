@@ -1,4 +1,4 @@
-"""What the engine works on: jobs, and the events that it reports for them."""
+"""Jobs of the engine, and the events that it reports for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running request: what it has generated, and when its sentences end."""
+"""A running request: its generated tokens, and where its sentences end."""
 
 from __future__ import annotations
 

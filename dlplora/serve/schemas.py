@@ -1,6 +1,6 @@
 """Requests of the OpenAI API, and this server's own, as pydantic models.
 
-Fields that this server does not know are ignored, as OpenAI's server does, except those that would change the meaning of the answer.
+Unknown fields are ignored, as OpenAI's server does, except those that would change the meaning of the answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests in flight: from a parsed body to jobs of the engine, and from their events to a response."""
+"""Requests in progress: from a parsed body to jobs of the engine, and from their events to a response."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Keys and values of the running requests, one slot per request.
 
-Requests of a batch have different lengths, so each row is written at its own position and read up to the longest row; an attention mask
-hides the rest. Active rows always are the first slots: no row is copied for a step, and one row when a request leaves.
+Requests of a batch differ in length, so each row is written at its own position and read up to the longest row; an attention mask hides the
+rest. Active rows are always in the first slots, so no row is copied for a step, and one row is copied when a request leaves.
 
 Shapes: S slots, H key-value heads, C capacity in tokens, D head width, B rows, T tokens.
 """

@@ -1,4 +1,4 @@
-"""What a conformance check works with: one method on one tiny model, weights forced upon it, and strict comparisons.
+"""Parts of a conformance check: one method on one tiny model, forced routing weights, and strict comparisons.
 
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """

@@ -1,14 +1,14 @@
-"""The checklist every method must pass, as functions: ours run them in ``tests/conformance``, third parties on their own methods.
+"""The checklist that every method must pass, as functions; run by ``tests/conformance``, and by authors on their own methods.
 
 ```python
 from dlplora.testing import conformance
 
 conformance.check(MyMethod)
 ```
-``check`` makes a tiny random model with adapters; ``run_all`` takes a ``Case`` with a model of one's own. A check raises
-``ConformanceError`` with the line that failed. What it compares with shares no code with this library: the unpatched transformers
-model, or PEFT with one adapter. A method that breaks a line by definition declares it (``Metadata.exempt``, or ``combine="factor"``
-for T12), and then the line must fail.
+``check`` makes a tiny random model with adapters; ``run_all`` takes a ``Case`` with your own model. A check that fails raises
+``ConformanceError`` with its number. The references share no code with this library: the unpatched transformers model, or PEFT with one
+adapter. A method that violates a check by definition declares it (``Metadata.exempt``, or ``combine="factor"`` for T12); the check must
+then fail.
 
 Run it in float32 on a tiny random model with non-trivial adapters (B not zero). Shapes: B rows, T tokens, E experts, V vocabulary.
 """

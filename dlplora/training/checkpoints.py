@@ -1,7 +1,7 @@
 """Resume files of a training run: small, atomic, and read without unpickling code.
 
-A resume file holds the trained tensors, the optimizer and the loop counters; the frozen backbone is loaded from its own files
-again. Experts and routers are handed on as safetensors and JSON, never as one of these.
+A resume file holds the trained tensors, the optimizer and the loop counters; the frozen base model is loaded from its own files. Trained
+experts and routers are exported as safetensors and JSON, never as resume files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ends a training that is neither our error nor a defect: a package that is missing, a disk that is full."""
+"""Failures of a training that are neither user errors nor bugs: a missing package, a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen backbone of a training run: found by name, loaded, and never trained."""
+"""The frozen base model of a training run: found by name and loaded."""
 
 from __future__ import annotations
 

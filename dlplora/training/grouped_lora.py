@@ -1,7 +1,7 @@
-"""Several adapters in one forward pass over one frozen backbone, for training.
+"""Several adapters in one forward pass over one frozen base model, for training.
 
-A batch holds the same number of rows for each adapter of a group, adapter by adapter, so the low-rank update of all rows is
-two batched matrix products. Shapes: G adapters of a group, R rank, I inputs, O outputs, N rows times tokens of one adapter.
+A batch holds the same number of rows for each adapter of a group, adapter by adapter, so the low-rank update of all rows is two batched
+matrix products. Shapes: G adapters of a group, R rank, I inputs, O outputs, N rows times tokens of one adapter.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What a method may try: ``configs/tune/<preset>.yaml``, or settings of the command line.
+"""The grid of a method: ``configs/tune/<preset>.yaml``, or settings given on the command line.
 
-A grid file has up to two keys. ``params`` varies parameters of the method, ``training`` settings of its training::
+A grid file has up to two keys. ``params`` varies parameters of the method, ``training`` varies settings of its training::
 
     params:
       top_k: [1, 2, 3]
     training:
       lr: [1.0e-3, 1.0e-2]
 
-Every combination is a trial; the preset's own settings are one in any case.
+Every combination is a trial; the preset's own settings are always one of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The trained part of a trial: the method's gates, fitted under the trial's settings, stopped early, under the common token cap."""
+"""The trained part of a trial: the method's gates, trained with the trial's settings, with early stopping and the common token cap."""
 
 from __future__ import annotations
 

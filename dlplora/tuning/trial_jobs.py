@@ -1,4 +1,4 @@
-"""The trials of one method before they run: settings, budget and the run of each, all checked together."""
+"""The trials of one method before they run: settings, budget and run of each, all checked together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trials of one method, run one after the other; each is written as soon as it ends."""
+"""Run the trials of one method, one after the other; each is written when it ends."""
 
 from __future__ import annotations
 

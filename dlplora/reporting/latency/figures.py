@@ -1,4 +1,4 @@
-"""Pictures of latency records: time per token against the size of the pool and the batch, and where the time of a step goes."""
+"""Figures of latency records: time per token against pool size and batch size, and the parts of a step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Records of speed measurements: raw samples, their ratios with intervals, and where they are kept. No deep-learning package is imported.
+"""Records of speed measurements: raw samples, ratios with intervals, and files. No deep-learning package is imported.
 
-A latency record holds every system of one process under every workload, round by round, so a ratio is taken inside a round: what else
-the machine did hit both sides of it.
+A latency record holds every system of one process under every workload, round by round. Ratios are taken within a round, so that other load
+on the machine affects both sides. In the files a system is called ``contender``.
 """
 
 from __future__ import annotations

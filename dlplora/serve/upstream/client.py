@@ -1,4 +1,4 @@
-"""HTTP to the upstream server: only what is listed here is sent, and only the meaning of an error comes back."""
+"""HTTP client of the upstream server. Only the listed fields are sent, and errors are mapped to our own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method that routes without its base model: tokenizer, input embedding and adapters are loaded, no other weight."""
+"""A method that routes without the whole base model: only tokenizer, input embedding and adapters are loaded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""LoRAX's own endpoint, which merges adapters for one request, behind OpenAI's form.
+"""LoRAX's own endpoint, which merges adapters per request, behind OpenAI's request format.
 
-LoRAX merges the factors A and B of the adapters, not their products, so several adapters at once are its own kind of fusion.
+LoRAX merges the factors A and B of the adapters, not their products, so it computes another fusion when a request uses several adapters.
 
 Source: LoRAX, docs/guides/merging_adapters.md and its REST API (``/generate``, ``/generate_stream``).
 """

@@ -1,6 +1,6 @@
-"""The front door before an upstream server: decide which adapters a request gets, then let the server generate.
+"""Route a request, then let the upstream server generate with the chosen adapters.
 
-A decision holds for the whole answer: the upstream server cannot change adapters at sentence ends.
+A decision holds for the whole answer, because the upstream server cannot change adapters at sentence ends.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Names:
 
 
 @dataclass
-class Door:
+class UpstreamProxy:
     """The state behind the endpoints.
 
     Args:
