@@ -71,7 +71,7 @@ class LoRAFlow(TrainedGates):
         super().attach(model)
         for layer in dict.fromkeys(layer_of(module) for module in model.patched.layers):
             if model.patched.layers.get(layer) is not None:
-                raise MethodError(f"method 'lora_flow' gates decoder layers; module '{layer}' stands outside of them.")
+                raise MethodError(f"method 'lora_flow' gates decoder layers; module '{layer}' is outside of them.")
             hook = model.model.get_submodule(layer).register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True)
             model.patched.hooks.append(hook)
 

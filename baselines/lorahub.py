@@ -120,7 +120,7 @@ class LoRAHub(FusionMethod):
     def _row(self, task: str | None) -> int:
         if task not in self._names:
             hint = nearest(str(task), self._names)
-            raise MethodError(f"method '{self.name}' searches weights per task and knows none called {task!r}.{hint}")
+            raise MethodError(f"method '{self.name}' searches weights per task and has no task {task!r}.{hint}")
         return self._names.index(task)
 
     def budget(self, size: int) -> int:

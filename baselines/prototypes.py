@@ -163,5 +163,5 @@ class AdapterSoup(LearnsFromEncodings):
     def _row(self, task: str | None) -> int:
         if task not in self.expert_names:
             hint = nearest(str(task), self.expert_names)
-            raise MethodError(f"method '{self.name}' averages adapters once a task and knows no task called {task!r}.{hint}")
+            raise MethodError(f"method '{self.name}' averages adapters once per task and has no task {task!r}.{hint}")
         return self.expert_names.index(task)

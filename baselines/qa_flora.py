@@ -82,7 +82,7 @@ class QaFlora(FusionMethod):
             block = layer_of(module)
             number = block.rsplit(".", 1)[-1]
             if block == module or not number.isdigit():
-                raise MethodError(f"method '{self.name}' weighs decoder layers; module '{module}' stands outside of them.")
+                raise MethodError(f"method '{self.name}' weights decoder layers; module '{module}' is outside of them.")
             numbers[block] = int(number)
         self._blocks = sorted(numbers, key=lambda block: numbers[block])
         self._numbers = [numbers[block] for block in self._blocks]

@@ -211,7 +211,7 @@ def run(arguments: argparse.Namespace) -> None:
     facts = track.facts()
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"kind": "out_of_scope", **facts, "methods": {}}
     if any(record[key] != value for key, value in facts.items()):
-        raise ConfigError(f"{path} is of other prompts or another router; remove it, or name another folder with --out.")
+        raise ConfigError(f"{path} belongs to other prompts or another router; remove it, or name another folder with --out.")
     for method in arguments.methods.split(","):
         if method in record["methods"]:
             continue

@@ -114,7 +114,7 @@ def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = 
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as problem:
-        raise error(f"{where}: holds a value that is no text, number, list or mapping: {problem}.") from problem
+        raise error(f"{where}: holds a value that is not text, a number, a list or a mapping: {problem}.") from problem
     try:
         made = cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"))
     except ValidationError as problem:

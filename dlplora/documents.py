@@ -264,7 +264,7 @@ class _References:
             if match.span() == (0, len(value)):
                 return target
             if isinstance(target, (dict, list)):
-                raise self.error(f"{self.where}: '{match[0]}' stands inside a text but refers to more than one value.")
+                raise self.error(f"{self.where}: '{match[0]}' is part of a text but refers to more than one value.")
             value = value[: match.start()] + str(target) + value[match.end() :]
             if len(value) > self.max_chars:
                 raise self.error(f"{self.where}: '{match[0]}' grows beyond {self.max_chars:,} characters.")
@@ -280,7 +280,7 @@ class _References:
             try:
                 value = value[inner]
             except (KeyError, IndexError, TypeError) as problem:
-                raise self.error(f"{self.where}: '{match[0]}' refers to a key that is not there.") from problem
+                raise self.error(f"{self.where}: '{match[0]}' refers to a missing key.") from problem
         full = (*path, *keys)
         if full in self.open:
             raise self.error(f"{self.where}: '{match[0]}' refers to itself.")

@@ -154,7 +154,7 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
                     raise re.error(f"it is longer than {_MAX_PATTERN_CHARS:,} characters")
                 re.compile(module)
             except (re.error, OverflowError, RecursionError) as error:
-                found.append(f"'{key}' holds '{module[:60]}', which is no regular expression: {error}")
+                found.append(f"'{key}' holds '{module[:60]}', which is not a regular expression: {error}")
             if not fits(value):
                 found.append(f"'{key}' gives '{module}' the value {value!r}; expected a {kind} number")
     return found
@@ -204,7 +204,7 @@ def _matches(pattern: str, module: str) -> bool:
     except TimeoutError as error:
         raise AdapterError(f"the pattern '{pattern[:60]}' takes too long to compare with module names; write it as plain names") from error
     except regex.error as error:
-        raise AdapterError(f"the pattern '{pattern[:60]}' is no regular expression: {error}") from error
+        raise AdapterError(f"the pattern '{pattern[:60]}' is not a regular expression: {error}") from error
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -92,7 +92,9 @@ def _hub_parts(text: str, revision: str | None) -> tuple[str, str, str | None]:
     parts = bare.removesuffix("/").split("/")
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
     if not _HUB_ID.fullmatch(repo) or (at and not tag) or any(part in {"", ".", ".."} for part in parts):
-        raise PoolError(f"'{text}' is no hub address; expected {HUB_PREFIX}ORG/NAME, {HUB_PREFIX}ORG/NAME/FOLDER or either with @REVISION.")
+        raise PoolError(
+            f"'{text}' is not a hub address; expected {HUB_PREFIX}ORG/NAME, {HUB_PREFIX}ORG/NAME/FOLDER or either with @REVISION."
+        )
     return repo, sub, tag or revision
 
 

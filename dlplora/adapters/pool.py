@@ -146,7 +146,7 @@ def load_pool(folder: str | Path) -> Pool:
     if manifest.is_file():
         return _from_manifest(root)
     if manifest.is_symlink() or manifest.exists():  # its order and checksums must not be passed over
-        raise PoolError(f"{manifest} is no file that can be read: a folder, a device, or a link to nowhere. Put the manifest there.")
+        raise PoolError(f"{manifest} is not a readable file (it is a folder, a device or a broken symbolic link); put the manifest there.")
     names = sorted(path.name for path in root.iterdir() if (path / CONFIG_NAME).is_file() and not path.name.startswith("."))
     if not names:
         hint = " It looks like a single adapter; pass its parent folder." if (root / CONFIG_NAME).is_file() else ""

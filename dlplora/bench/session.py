@@ -89,7 +89,7 @@ class Group:
                 raise ConfigError(f"'{name}' must be at least {least}, got {small[0]}.")
         numbers = [*self.experts, *self.kept, *self.reroute_every, *self.batch, *self.prompt, self.new_tokens, self.repeats, self.warmup]
         if max(numbers) > MAX_NUMBER:
-            raise ConfigError(f"a benchmark is made with numbers up to {MAX_NUMBER:,}, got {max(numbers)}.")
+            raise ConfigError(f"numbers of a benchmark must be at most {MAX_NUMBER:,}, got {max(numbers)}.")
         if max(self.kept, default=0) > min(self.experts):
             raise ConfigError(
                 f"'kept' asks for {max(self.kept)} experts of a pool of {min(self.experts)}; name larger pools or keep fewer."

@@ -41,7 +41,7 @@ def _forward(arguments: list[str]) -> int:
     """Run Lightning's own command with these arguments."""
     command = command_of_others()
     if command is None:
-        raise ConfigError("this command knows `lightning run CONFIG`, and there is no command of Lightning's to forward the rest to.")
+        raise ConfigError("only `lightning run CONFIG` works here: Lightning installs no command that the rest could be forwarded to.")
     sys.argv = [command.name, *arguments]
     return int(command.load()() or 0)
 

@@ -203,7 +203,7 @@ class RowsTextDataModule(L.LightningDataModule):
         self.tokenizer = train_tokenizer(texts["train"], [], h["vocab_size"], h["max_length"])
         self._blocks = {split: pack(documents, self.tokenizer, h["block_size"], 1.0, 1.0) for split, documents in texts.items()}
         if not len(self._blocks["train"][0]):
-            raise ConfigError(f"data: the training rows give less text than one block of {h['block_size']} tokens. Lower block_size.")
+            raise ConfigError(f"data: the training rows have less text than one block of {h['block_size']} tokens. Lower block_size.")
 
     def _documents(self, split: Split) -> list[str]:
         suite = get_suite(self.hparams["suite"], self.hparams["data_root"]).select(self.hparams["tasks"])

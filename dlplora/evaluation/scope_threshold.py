@@ -30,7 +30,7 @@ def prompts_of(suite: Suite, names: Sequence[str], split: Split, limit: int) -> 
         TaskError: If the suite has no task of a name.
     """
     if limit < 1:
-        raise ConfigError(f"the number of prompts a task must be at least 1, got {limit}.")
+        raise ConfigError(f"the number of prompts per task must be at least 1, got {limit}.")
     return [item.prompt for name in names for item in suite.task(name).items(split, limit)]
 
 

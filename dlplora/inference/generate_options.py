@@ -108,7 +108,7 @@ class GenerateOptions:
         for name in ASSISTED:
             if self.value(name):
                 raise GenerationError(
-                    f"{name} adds several tokens a step, and sentence-level routing must act between them; leave it out, or {ROUTE_ONCE}."
+                    f"{name} adds several tokens per step, and sentence-level routing must act between them; leave it out, or {ROUTE_ONCE}."
                 )
         for name, loop in OTHER_LOOPS.items():
             if self._asks_for(name):
@@ -143,6 +143,6 @@ class GenerateOptions:
             self.kwargs["use_cache"] = True
         elif policy != "recompute" or self._method.prompt_routing != "whole":
             raise GenerationError(
-                f"use_cache=False reads all text anew at every token, and kv_policy '{policy}' keeps what earlier weights made of it; "
+                f"use_cache=False reads the whole text again at every token, but kv_policy '{policy}' keeps old keys and values; "
                 "leave use_cache out, or use kv_policy=recompute with prompt_routing=whole."
             )

@@ -35,7 +35,7 @@ class ReadingModel:
     def __enter__(self) -> ReadingModel:
         for path in Path(self.source).glob("*.json"):  # transformers reads them whole, whatever their size
             if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
-                raise ConfigError(f"backbone '{self.source}': {path.name} is no file, or longer than {MAX_JSON_BYTES:,} bytes.")
+                raise ConfigError(f"backbone '{self.source}': {path.name} is not a file, or longer than {MAX_JSON_BYTES:,} bytes.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -61,8 +61,8 @@ class RequestRouter:
             raise RoutingError(f"backend '{backend}' sums deltas, method '{method.name}' sums factors; use dense or auto.")
         if self.weighs_parts and backend not in {"auto", "dense", "reference"}:
             raise RoutingError(
-                f"backend '{backend}' has one weight an adapter, method '{method.name}' weighs layers or ranks apart; use dense, reference "
-                "or auto."
+                f"backend '{backend}' has one weight per adapter, method '{method.name}' weights layers or ranks separately; use "
+                "dense, reference or auto."
             )
         self.is_gated = any(layer.gate is not None for layer in layers.values())
         """Whether gates inside the layers decide, so that nobody else can give routing weights."""

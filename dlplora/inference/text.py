@@ -127,7 +127,7 @@ class TextGeneration:
             GenerationError: If the prompt is neither, or ``generate`` refuses; while the stream is read.
         """
         if not (isinstance(prompt, str) or is_conversation(prompt)) or kwargs.keys() & {"streamer", "prompts", "input_ids"}:
-            raise GenerationError("stream_text takes one prompt, as text or as a conversation, and brings its own streamer.")
+            raise GenerationError("stream_text takes one prompt, as text or as a conversation, and has its own streamer.")
         bound = self.slot.state
         if bound is not None and not self.request_router.is_gated:
             kwargs.setdefault("routing", bound.weights.clone())  # the block may end before the answer does

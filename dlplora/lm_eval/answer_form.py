@@ -36,7 +36,7 @@ def require_whole(doc: Any, length: int, room: int, new_tokens: int) -> None:
         n = len(doc.get("parts") or ())
         raise GenerationError(
             f"a {doc.get('reading', 'composite')} prompt of {n} questions has {length} tokens and asks for {new_tokens} more, but the "
-            f"context is {room + new_tokens}. Such prompts are not cut; use a smaller n, another reading, or a longer context."
+            f"context is {room + new_tokens}. Such prompts are not cut; use a smaller n, another form, or a longer context."
         )
 
 

@@ -167,7 +167,7 @@ class GenerationSettings:
         until = handle_stop_sequences(settings.pop("until", None), eos=eos)
         max_new_tokens = int(settings.pop("max_gen_toks"))
         if settings.get("num_return_sequences", 1) != 1:
-            raise GenerationError("num_return_sequences must be 1: lm-eval scores one answer a prompt. Set `repeats` in the task.")
+            raise GenerationError("num_return_sequences must be 1: lm-eval scores one answer per prompt. Set `repeats` in the task.")
         if not settings.get("do_sample"):
             settings.pop("temperature", None)
         settings.pop("max_length", None)

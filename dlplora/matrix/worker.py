@@ -151,7 +151,7 @@ class _Worker:
         self.board.states([cell.id])
         deaths = self.board.num_deaths(cell.id)
         if deaths >= self.plan.header.request.max_deaths:
-            lease.fail(f"{deaths} workers ended in the middle of it without a word; too little memory?")
+            lease.fail(f"{deaths} workers died during it without an error; too little memory?")
             return 0
         again = f" (attempt {lease.attempt + 1})" if lease.attempt else ""
         self.say(f"{cell.label}{again} …")

@@ -91,7 +91,7 @@ class MethodContext:
         items = () if self.few_shot is None else self.few_shot(task, num)
         if not items:
             reason = "no suite was given" if self.few_shot is None else f"the suite has no training items for '{task}'"
-            raise MethodError(f"method '{method}' needs {num} training examples a task, but {reason}. Use a suite with a train split.")
+            raise MethodError(f"method '{method}' needs {num} training examples per task, but {reason}. Use a suite with a train split.")
         return items
 
     def artifact(self, role: str, method: str) -> Path:
@@ -379,7 +379,7 @@ class FusionMethod(nn.Module):
         expected, weights = method.saved_state(), Path(folder) / WEIGHTS_NAME
         if not weights.is_file():
             if expected:
-                raise MethodError(f"{folder} has no {WEIGHTS_NAME}, which holds what '{cls.name}' has learned. Restore it or train again.")
+                raise MethodError(f"{folder} has no {WEIGHTS_NAME}, the trained tensors of '{cls.name}'. Restore it or train again.")
             return method
         try:
             tensors = load_file(weights)

@@ -104,7 +104,7 @@ class DLP(FusionMethod):
             named = self.scope in {"max_probability", "energy"}
             if named != (self.scope_threshold is not None):
                 raise ConfigError(
-                    f"'scope_threshold' goes with a named score; got scope {self.scope}, scope_threshold {self.scope_threshold}."
+                    f"'scope_threshold' needs scope max_probability or energy; got {self.scope_threshold} with scope {self.scope}."
                 )
             if self.scope_threshold is not None and not math.isfinite(self.scope_threshold):
                 raise ConfigError(f"'scope_threshold' must be a finite number, got {self.scope_threshold}.")

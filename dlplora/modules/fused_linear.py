@@ -207,8 +207,8 @@ class FusedLinear(nn.Module):
         weights = self._own(state.per_row())
         if not bool((weights == weights[:1]).all()):
             raise RoutingError(
-                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, which does not tell the rows of the batch apart "
-                f"({state.num_rows} rows, routed apart). Use batches of one row, or adapters without this layer."
+                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, in which the rows of the batch cannot be told apart "
+                f"({state.num_rows} rows, routed differently). Use batches of one row, or adapters without this layer."
             )
         return y + self._token_delta(x.reshape(1, -1, x.shape[-1]), weights[0], "dense").reshape(y.shape)
 
@@ -227,7 +227,7 @@ class FusedLinear(nn.Module):
         weights = gate(rows)
         if rows is not x and weights.shape[:2] != rows.shape[:2]:
             raise RoutingError(
-                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, its gate answers for {tuple(weights.shape[:2])} rows and "
+                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, its gate weights {tuple(weights.shape[:2])} rows and "
                 "tokens. Use adapters without this layer, or a method that routes whole prompts."
             )
         observer = None if torch.compiler.is_compiling() else GATE_OBSERVER.get()

@@ -125,7 +125,7 @@ class RoutingState:
             raise RoutingError(f"only per-row weights (B, E) can be updated, this state has shape {tuple(self.weights.shape)}.")
         if self.backend == "merged" and self.num_rows > 1:
             raise RoutingError(
-                f"backend 'merged' cannot serve {self.num_rows} rows that are routed apart. "
+                f"backend 'merged' cannot serve {self.num_rows} rows that are routed differently. "
                 "Backends that can: reference, dense, folded, triton."
             )
         weights = weights.to(self.weights)

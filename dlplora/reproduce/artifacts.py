@@ -71,7 +71,7 @@ def config_path(role: str, setting: Setting) -> Path:
     name = setting.configs.get(kind) or ("fusion" if kind == "trained" else CONFIGS.get(role, role))
     path = configs_root() / "train" / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"nothing says how to train '{role}': {path} is missing.")
+        raise ConfigError(f"no training configuration for '{role}': {path} is missing.")
     return path
 
 

@@ -29,7 +29,7 @@ def require_servable(fused: FusedCausalLM) -> None:
     if fused.method.kv_policy == "prompt_frozen" or fused.method.prompt_routing != "whole":
         raise ConfigError("the server supports kv_policy stale and recompute, and prompt_routing whole.")
     if fused.request_router.num_weights != fused.bank.num_experts:
-        raise ConfigError(f"method '{name}' weighs layers apart; the server has one weight an adapter for a request.")
+        raise ConfigError(f"method '{name}' weights layers separately; the server has one weight per adapter and request.")
     if "task_id" in fused.method.metadata.needs:
         raise ConfigError(f"method '{name}' needs the task of each prompt, which a request does not have.")
 

@@ -43,7 +43,7 @@ class Body(BaseModel):
             elif isinstance(one, list):
                 pending += one
             elif isinstance(one, str) and not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
-                raise ValueError("a text holds half of a surrogate pair, which is no text; send UTF-8.")
+                raise ValueError("a text holds half of a surrogate pair, which is not valid text; send UTF-8.")
         return value
 
 

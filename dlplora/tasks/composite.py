@@ -176,7 +176,7 @@ def composites(suite: Suite, reading: str, n: int, num: int, seed: int = 0) -> l
         TaskError: If the reading is unknown, ``n`` or ``num`` is below 1, or the suite has too few tasks or rows.
     """
     if reading not in READINGS:
-        raise TaskError(f"unknown reading '{reading}' of composite-n. Known: {', '.join(READINGS)}.")
+        raise TaskError(f"unknown form '{reading}' of composite-n. Known: {', '.join(READINGS)}.")
     if n < 1 or num < 1:
         raise TaskError(f"composite-n needs n and the number of composites to be at least 1, got {n} and {num}.")
     groups = draw_parts(suite, n, num, seed)

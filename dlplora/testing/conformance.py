@@ -251,7 +251,7 @@ def check_t9_gradients(case: Case) -> None:
         fused.method.loss(_training_batch(case, fused)).backward()
         optimizer.step()
         if not any(not torch.equal(start[name], parameter) for name, parameter in own.items()):
-            fail("T9: a training step moved none of the method's parameters")
+            fail("T9: a training step changed none of the method's parameters")
         for name, parameter in strangers.items():
             if parameter.grad is not None:
                 fail(f"T9: a gradient reached '{name}', which is not the method's")
@@ -355,7 +355,7 @@ def run_check(line: str, case: Case) -> None:
         CHECKS[line](case)
     except ConformanceError:
         return
-    raise ConformanceError(f"{line} holds although the method declares that it breaks it; remove it from Metadata.exempt.")
+    raise ConformanceError(f"{line} passes although the method declares that it violates it; remove it from Metadata.exempt.")
 
 
 def run_all(case: Case) -> None:
@@ -381,7 +381,7 @@ def check(method: str | Callable[[], FusionMethod], lines: Sequence[str] | None 
     build = partial(build_stand_in, method) if isinstance(method, str) else method
     for line in lines or ():
         if line not in CHECKS:
-            raise MethodError(f"unknown line '{line}'.{nearest(line, CHECKS)} Known: {', '.join(CHECKS)}.")
+            raise MethodError(f"unknown check '{line}'.{nearest(line, CHECKS)} Known: {', '.join(CHECKS)}.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny = tiny_setup(folder)

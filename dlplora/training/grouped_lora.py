@@ -75,7 +75,7 @@ class GroupedLoRALinear(nn.Module):
         else:
             if x.ndim == 2 and not self.active.grid.fits(x):
                 raise IncompatibleAdapterError(
-                    f"a layer got an input of shape {tuple(x.shape)}, which does not tell the rows of {lora_a.shape[0]} adapters apart. "
+                    f"a layer got an input of shape {tuple(x.shape)}, which mixes the rows of {lora_a.shape[0]} adapters. "
                     "Train them one after another: model.init_args.mode=sequential."
                 )
             rows = z.reshape(lora_a.shape[0], -1, z.shape[-1])

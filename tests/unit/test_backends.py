@@ -64,7 +64,7 @@ def test_a_backend_that_cannot_serve_says_why_and_who_can(name: str, weights: Te
 
 def test_rows_of_a_merged_plan_cannot_part() -> None:
     state = RoutingState(ALIKE.clone(), "merged")
-    with pytest.raises(RoutingError, match=r"'merged' cannot serve 2 rows that are routed apart.*folded"):
+    with pytest.raises(RoutingError, match=r"'merged' cannot serve 2 rows that are routed differently.*folded"):
         state.update_rows(torch.tensor([0]), torch.ones(1, 4))
 
 

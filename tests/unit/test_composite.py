@@ -149,7 +149,7 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
 
 def test_bad_requests() -> None:
     suite = get_suite("nano")
-    with pytest.raises(TaskError, match="unknown reading 'list'"):
+    with pytest.raises(TaskError, match="unknown form 'list'"):
         composites(suite, "list", 3, 1)
     with pytest.raises(TaskError, match="a composite of 30 needs 30 tasks with test rows; suite 'nano' has 26"):
         composites(suite, "concat", 30, 1)

@@ -155,5 +155,5 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert present_device("cuda:1") == torch.device("cuda:1")
     for name in ("cuda:2", "mps", "meta"):
-        with pytest.raises(ConfigError, match=f"device '{name}' is not here"):
+        with pytest.raises(ConfigError, match=f"device '{name}' does not exist"):
             present_device(name)

@@ -182,7 +182,7 @@ def test_a_cell_that_kills_its_workers_fails(tmp_path: Path, doing: Any) -> None
         patch.setattr(worker.time, "sleep", lambda seconds: None)
         tally = work(plan, quiet)
     assert (tally.num_failed, begun) == (1, [])
-    assert "2 workers ended in the middle of it" in Board(plan.folder, 1).end_of("a", 2)["reason"]
+    assert "2 workers died during it" in Board(plan.folder, 1).end_of("a", 2)["reason"]
 
 
 def planned(folder: Path, *options: str) -> list[Cell]:
@@ -247,18 +247,18 @@ def test_what_changed_since_the_plan_is_refused(profile: Path, tmp_path: Path, c
     text = path.read_text()
 
     profile.write_text(profile.read_text() + "processes: 2\n")
-    assert "is not what it was when" in refused(capsys, "work", str(path))
+    assert "has changed since" in refused(capsys, "work", str(path))
     profile.write_text(profile.read_text().replace("processes: 2\n", ""))
     rows = tmp_path / "rows" / "winowhy" / "test.jsonl"
     rows.write_text(rows.read_text().replace("dog", "cat"))
-    assert "is not what it was when" in refused(capsys, "work", str(path))
+    assert "has changed since" in refused(capsys, "work", str(path))
 
     header = json.loads(text.splitlines()[0])
     header["versions"]["torch"] = "1.0.0"
     path.write_text("\n".join([json.dumps(header), *text.splitlines()[1:]]))
     assert "was made with torch 1.0.0" in refused(capsys, "work", str(path))
     path.write_text("\n".join(text.splitlines()[:-1]))
-    assert "holds 2 cells that are not the 3" in refused(capsys, "status", str(path))
+    assert "its 2 cells are not the 3" in refused(capsys, "status", str(path))
     path.write_text(text[:-40])
     assert "not JSON" in refused(capsys, "work", str(path))
     assert "expected a plan" in refused(capsys, "work", str(rows))

@@ -146,9 +146,9 @@ def test_a_diverging_trial_is_a_record_and_finished_trials_are_taken_up(
     ("arguments", "part"),
     [
         (["dlpp"], "unknown method 'dlpp'. Did you mean 'dlp'"),
-        (["base"], "nothing says what 'base' may try"),
+        (["base"], "no grid for 'base'"),
         (["dlp", "--setting", "treshold=0.1"], "Did you mean 'threshold'"),
-        (["dlp", "--setting", "lr=0.1"], "'lr' is no setting of 'dlp'"),
+        (["dlp", "--setting", "lr=0.1"], "'lr' is not a setting of 'dlp'"),
         (["dlp", "--setting", "threshold"], "--setting must be NAME=VALUE,VALUE"),
         (["dlp", "--setting", "threshold=0.1,0.1"], "has a value twice"),
         (["ties", "--setting", "density=2"], "'density' must lie in (0, 1]"),

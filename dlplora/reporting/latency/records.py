@@ -251,7 +251,9 @@ def read_latency(path: Path) -> LatencyRecord:
         if not all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in times):
             raise RecordError(f"{path}: {one.contender}: times must be positive numbers of seconds.")
         if len(one.ttft_s) != len(one.tpot_s) or not one.ttft_s:
-            raise RecordError(f"{path}: {one.contender}: {len(one.ttft_s)} first and {len(one.tpot_s)} later samples; one of each a round.")
+            raise RecordError(
+                f"{path}: {one.contender}: {len(one.ttft_s)} first and {len(one.tpot_s)} later samples; expected one of each per round."
+            )
     return record
 
 

@@ -70,7 +70,7 @@ class UpstreamClient:
             response.raise_for_status()
             return response.json()
         except httpx.HTTPStatusError as error:
-            raise ConfigError(f"the upstream server answers {error.response.status_code} to GET {path}; is its kind right?") from error
+            raise ConfigError(f"the upstream server answers {error.response.status_code} to GET {path}; check --upstream-kind.") from error
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise ConfigError(f"cannot read {path} from the upstream server: {_reason(error)}.") from error
 

@@ -83,7 +83,7 @@ class LocalRouter:
         prepared = self.method.prepare(bank, context)
         if self.method.name != "base" and tuple(prepared.names) != tuple(bank.names):
             raise ConfigError(
-                f"method '{self.method.name}' makes an adapter of its own; write it with `dlplora export`, load it into the "
+                f"method '{self.method.name}' makes a new adapter; write it with `dlplora export`, load it into the "
                 "upstream server, and add it with --upstream-adapter."
             )
         self.bank = AdapterBank(bank.names, {}, bank.specs)  # the factors have done their part

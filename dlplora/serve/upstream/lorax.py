@@ -25,9 +25,9 @@ def generate_body(request: ChatRequest | CompletionRequest, prompt: str, merged:
         BadRequestError: For several choices or log-probabilities, which this endpoint is not asked for.
     """
     if request.n != 1:
-        raise BadRequestError("several weighted adapters and 'n' above 1 do not go together on this upstream server.", "n")
+        raise BadRequestError("several weighted adapters and 'n' above 1 cannot be combined on this upstream server.", "n")
     if request.num_logprobs is not None:
-        raise BadRequestError("several weighted adapters and 'logprobs' do not go together on this upstream server.", "logprobs")
+        raise BadRequestError("several weighted adapters and 'logprobs' cannot be combined on this upstream server.", "logprobs")
     greedy = request.temperature == 0
     parameters: dict[str, Any] = {
         "merged_adapters": dict(merged),

@@ -114,7 +114,7 @@ class UpstreamProxy:
             applied = self.upstream.applied(decision.weights)
             if decision.kind == "weights" and applied != dict(decision.weights):
                 raise BadRequestError(
-                    "this upstream server serves one adapter a request, at weight 1; write the weighted one with `dlplora export peft`, "
+                    "this upstream server serves one adapter per request, at weight 1; write the weighted one with `dlplora export peft`, "
                     "load it there, and name it.",
                     "adapter_weights",
                 )
@@ -133,10 +133,10 @@ class UpstreamProxy:
         decided = await self.decide(target, [prompt.routed_text for prompt in prompts])
         first = decided[0]
         if any(dict(other.applied) != dict(first.applied) for other in decided):
-            raise BadRequestError("the prompts of this request need different adapters; send each in a request of its own.", "prompt")
+            raise BadRequestError("the prompts of this request need different adapters; send each in a separate request.", "prompt")
         if self.upstream.merges(first.applied):
             if len(prompts) > 1:
-                raise BadRequestError("several weighted adapters need one prompt a request on this upstream server.", "prompt")
+                raise BadRequestError("several weighted adapters need one prompt per request on this upstream server.", "prompt")
             shape: LoraxShape | None = LoraxShape(chat)
             path = "/generate_stream" if request.stream else "/generate"
             merged = self.upstream.merged(first.applied)
