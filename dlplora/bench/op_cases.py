@@ -135,7 +135,7 @@ def _examples(task: str, num: int) -> list[Item]:
 
 @contextmanager
 def fused_stand_in(name: str, case: CountCase, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
-    """A method on the backbone of a case, with stand-ins for everything it must have learnt; closed afterwards.
+    """A method on the backbone of a case, with stand-ins for everything it must have learned; closed afterwards.
 
     Raises:
         MethodError: If the method is unknown.

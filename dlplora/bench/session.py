@@ -38,7 +38,7 @@ from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import load_method_spec
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.provenance import provenance
-from dlplora.reporting.latency.records import LatencyRecord, Measurement, summarise
+from dlplora.reporting.latency.records import LatencyRecord, Measurement, summarize
 from dlplora.tasks.nano import nano_suite
 from dlplora.types import PromptBatch
 
@@ -254,7 +254,7 @@ def run_bench(
                     _Session(name, group, setup, bandwidth, config.seed, record.skipped, progress).measure(entries[name])
                 )
             record.warnings[:] = watch.warnings()
-            record.summary[:] = summarise(record)
+            record.summary[:] = summarize(record)
             if after_group is not None:
                 after_group(record)
     return record

@@ -1,6 +1,6 @@
 """Resume files of a training run: small, atomic, and read without unpickling code.
 
-A resume file holds the trained tensors, the optimizer and the loop counters; the frozen base model is loaded from its own files. Trained
+A resume file holds the trained tensors, the optimiser state and the loop counters; the frozen base model is loaded from its own files. Trained
 experts and routers are exported as safetensors and JSON, never as resume files.
 """
 

@@ -1,4 +1,4 @@
-"""Muon for hidden matrices and AdamW for all other parameters, in one optimizer and in float32.
+"""Muon for hidden matrices and AdamW for all other parameters, in one optimiser and in float32.
 
 Muon orthogonalises the momentum of a matrix by five Newton-Schulz steps (Jordan et al., 2024, "Muon: an optimizer for hidden layers in
 neural networks"). ``torch.optim.Muon`` iterates in bfloat16, which is two orders of magnitude slower on CPUs without bfloat16 units. This

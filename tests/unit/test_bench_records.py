@@ -16,7 +16,7 @@ from dlplora.errors import RecordError
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.figures import draw_latency
 from dlplora.reporting.latency.join import latency_columns
-from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarise
+from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarize
 from dlplora.reporting.latency.tables import markdown
 from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_training
 from dlplora.reporting.store import load_all
@@ -98,7 +98,7 @@ def test_the_cost_of_a_reroute_by_hand() -> None:
 
 
 def test_a_summary_holds_medians_and_ratios() -> None:
-    row = summarise(whole())[2]
+    row = summarize(whole())[2]
     assert row["tpot_s"] == {"min": 0.9, "median": 1.1, "iqr": pytest.approx(0.55)}
     assert row["tpot_over_peft_single"]["median"] == 1.0
     assert row["tpot_over_base"]["median"] == pytest.approx(1.1 / 0.8)

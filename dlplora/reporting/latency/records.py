@@ -188,7 +188,7 @@ def reroute_cost(record: LatencyRecord, forced: Measurement) -> Ratio | None:
     return paired_ratio(extra, plain.tpot_s)
 
 
-def summarise(record: LatencyRecord) -> list[dict[str, Any]]:
+def summarize(record: LatencyRecord) -> list[dict[str, Any]]:
     """Minima, medians, quartile distances and ratios of every measurement; ``of_minima`` is the ratio of the fastest rounds."""
     rows = []
     for one in record.measurements:
