@@ -94,7 +94,7 @@ def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
 class LearnsFromPrompts(FusionMethod):
     """A method that reads training prompts of every expert's task once and keeps tensors; a saved method needs no prompts.
 
-    Its ``Config`` has ``num_samples``, the prompts a task.
+    Its ``Config`` has ``num_samples``, the prompts per task.
     """
 
     learned: ClassVar[tuple[str, ...]]

@@ -57,7 +57,7 @@ class AvgFactor(FusionMethod):
 
 
 class RandomRoute(FusionMethod):
-    """One expert a prompt, drawn from seed and token ids alone: options of one question and batches of any shape agree."""
+    """One expert per prompt, drawn from seed and token ids alone: options of one question and batches of any shape agree."""
 
     name = "random_route"
     metadata = Metadata(title="Random expert", granularity="prompt")

@@ -36,7 +36,7 @@ class ClassifierConfig:
     """What every control reads."""
 
     num_samples: int = 200
-    """Training prompts a task."""
+    """Training prompts per task."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

@@ -132,7 +132,7 @@ class LLMChoice(FusionMethod):
         return sums / torch.tensor([len(label) for label in self._labels], device=sums.device)
 
     def _continued(self, model: FusedModel, cache: object, longest: int) -> Tensor:
-        """Log-probability (E,) of what follows the first token of each label, all labels behind one cached prompt."""
+        """Log-probability (E,) of what follows the first token of each label, all labels after one cached prompt."""
         rows = torch.tensor([label + [label[-1]] * (longest - len(label)) for label in self._labels], device=model.device)
         cache.batch_repeat_interleave(len(rows))  # type: ignore[attr-defined]
         logs = model.model(input_ids=rows[:, :-1], past_key_values=cache, use_cache=True).logits.float().log_softmax(dim=-1)

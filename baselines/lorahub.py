@@ -87,7 +87,7 @@ class LoRAHub(FusionMethod):
         return {"nevergrad": how} if self.config.optimizer == "nevergrad" else {}
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
-        """Make room for one row of weights a task; saved rows stay. The bank comes back sorted by name.
+        """Make room for one row of weights per task; saved rows stay. The bank comes back sorted by name.
 
         A search follows the last bit of a sum: in the pool's own order, another order would find other weights.
         """

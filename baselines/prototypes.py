@@ -113,7 +113,7 @@ class Ariadne(LearnsFromEncodings):
 
 
 class AdapterSoup(LearnsFromEncodings):
-    """The mean of the nearest adapters' parameters, once a task."""
+    """The mean of the nearest adapters' parameters, once per task."""
 
     name = "adapter_soup"
     metadata = Metadata(

@@ -132,7 +132,7 @@ class QaFlora(FusionMethod):
         return torch.cat(found, dim=1)[:, 1:].clamp_min(0.0)
 
     def _log_shares(self, model: FusedModel, ids: Tensor, weights: Tensor) -> Tensor:
-        """Log distributions (L, n, V), float64, behind every adapted block under routing weights (n, E)."""
+        """Log distributions (L, n, V), float64, after every adapted block under routing weights (n, E)."""
         (norm,) = self._norm
         head = model.model.get_output_embeddings()
         with model.routing(weights):

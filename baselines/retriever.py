@@ -134,7 +134,7 @@ class RetrieverMixture(FusionMethod):
 
 
 class RetrieverFusion(RetrieverMixture):
-    """The nearest experts, equally; A and B are summed apart."""
+    """The nearest experts, equally; A and B are summed separately."""
 
     name = "retriever_fusion"
     metadata = Metadata(title="LoRARetriever (fusion)", paper=PAPER, granularity="prompt", needs=("inputs",), combine="factor")

@@ -49,7 +49,7 @@ def _peft(fused: Any) -> Any:
 
 
 def _step(model: Any, rows: int, bind: Callable[[], Any] | None = None) -> Callable[[], float]:
-    """A call that times one decode step behind a cache of 64 tokens, s."""
+    """A call that times one decode step after a cache of 64 tokens, s."""
     ids = torch.arange(3, 3 + PROMPT_TOKENS).expand(rows, -1)
     state = bind() if bind is not None else None
     holder: dict[str, Any] = {}

@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Percent, AURC in thousandths; one row a method and score."""
+    """Percent, AURC in thousandths; one row per method and score."""
     parts = [part for part in ("near", "far") if record["prompts"][part]]
 
     def percent(value: float | None) -> str:

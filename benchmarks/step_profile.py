@@ -37,7 +37,7 @@ class StepProfile:
     """One system."""
 
     calls: float
-    """Operator calls a step, those of other operators included."""
+    """Operator calls per step, those of other operators included."""
     self_ms: float
     """Time in operators, each without the operators it calls, ms a step, slowed down by the profiler."""
     operators: dict[str, dict[str, float]]
@@ -113,7 +113,7 @@ def _profile(system: BenchSystem, entry: Entry, options: argparse.Namespace, tok
 
 
 def markdown(record: ProfileRecord) -> str:
-    """One row a system: calls, time, and the operators that take most of it."""
+    """One row per system: calls, time, and the operators that take most of it."""
     rows = []
     for name, one in record.profiles.items():
         shares = [f"`{key}` {100 * row['self_ms'] / one.self_ms:.0f} % ({row['calls']:.0f})" for key, row in one.operators.items()]

@@ -10,7 +10,7 @@ FEW_CHARACTERS = 1 << 14
 
 
 def is_plain(tokenizer: Any) -> bool:
-    """Whether the fast tokenizer behind a tokenizer can be asked directly.
+    """Whether the fast tokenizer of a tokenizer can be asked directly.
 
     It is one of transformers' own kind, its calls are not overridden, and nobody has made it cut or pad what it encodes.
     """

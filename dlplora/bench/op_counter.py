@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias", "_local_scalar_dense", "resize_", "set_"}
-"""Operators that do no work though their schema does not say so; reads by the host are counted apart."""
+"""Operators that do no work though their schema does not say so; reads by the host are counted separately."""
 _HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}
 _UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "take_along_dim"}

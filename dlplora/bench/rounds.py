@@ -58,7 +58,7 @@ def take_turns(
     before_round: Callable[[int], object],
     once: Callable[[BenchSystem, Workload], tuple[float, float]] | None = None,
 ) -> list[Samples]:
-    """Time every system once a round, in the order of that round.
+    """Time every system once per round, in the order of that round.
 
     Args:
         systems: Warmed up.

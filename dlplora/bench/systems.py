@@ -40,7 +40,7 @@ class ForcedRerouter(RoutedCriterion):
     Args:
         model: The model that generates.
         workload: What it generates from.
-        every: Tokens between two re-routes; none falls behind the last token.
+        every: Tokens between two re-routes; none falls after the last token.
     """
 
     def __init__(self, model: FusedCausalLM, workload: Workload, every: int) -> None:

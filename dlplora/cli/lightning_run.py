@@ -112,7 +112,7 @@ def _free_port() -> int:
 
 
 def _launch(options: dict[str, Any], arguments: list[str]) -> int:
-    """One process a device through Fabric's launcher; the exit code of the first one that failed."""
+    """One process per device through Fabric's launcher; the exit code of the first one that failed."""
     from lightning.fabric.cli import main as launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

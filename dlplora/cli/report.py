@@ -109,7 +109,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    """One line a record."""
+    """One line per record."""
     records, problems = _load(arguments)
     for record in records:
         values = {key: value for key, value in record.aggregates.items() if value is not None and not key.endswith("_stderr")}

@@ -366,7 +366,7 @@ class RouterDataModule(SuiteDataModule):
         return sum(lengths[row] for step in range(num_batches) for row in rows(step))
 
     def train_dataloader(self) -> StepLoader:
-        """One pass over the prompts an epoch, every task equally often; an incomplete last batch is left to the next pass."""
+        """One pass over the prompts per epoch, every task equally often; an incomplete last batch is left to the next pass."""
         rows = self._rows_of_step()
         steps = max(1, len(self._tensors["train"][2]) // self.hparams["batch_size"])
 

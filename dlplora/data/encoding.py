@@ -136,7 +136,7 @@ def collate(items: Sequence[EncodedItem], pad_id: int, weights: Sequence[float] 
     Args:
         items: Rows of the batch.
         pad_id: Any valid id; its embedding influences nothing.
-        weights: Loss weight of every supervised token of a row, one number a row. None gives the mean over the supervised
+        weights: Loss weight of every supervised token of a row, one number per row. None gives the mean over the supervised
             tokens of the batch.
 
     Returns:

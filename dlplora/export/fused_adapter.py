@@ -78,7 +78,7 @@ class FusedAdapter:
         Args:
             bank: Experts; float32 for an exact result.
             weights: Expert -> weight.
-            combine: ``delta``, or ``factor``: A and B are summed apart, which needs one rank.
+            combine: ``delta``, or ``factor``: A and B are summed separately, which needs one rank.
             method, pool: See the attributes.
 
         Raises:

@@ -73,7 +73,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TurnMarkers:
-    """What a chat template writes before and behind the words of a user."""
+    """What a chat template writes before and after the words of a user."""
 
     before: str
     behind: str

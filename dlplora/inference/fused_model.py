@@ -47,7 +47,7 @@ _COUNTING = threading.Lock()
 
 
 class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
-    """Backbone, bank and method behind one ``forward`` and one ``generate``.
+    """Base model, bank and method with one ``forward`` and one ``generate``.
 
     Args:
         model: A causal LM; its target modules are wrapped until ``close``.

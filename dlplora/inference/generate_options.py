@@ -51,7 +51,7 @@ class GenerateOptions:
     # ------------------------------------------------------------------ sizes
 
     def new_tokens(self, width: int) -> int:
-        """New tokens asked for behind a prompt of ``width`` tokens; without a limit, transformers' default (20).
+        """New tokens asked for after a prompt of ``width`` tokens; without a limit, transformers' default (20).
 
         Raises:
             GenerationError: If there are none.

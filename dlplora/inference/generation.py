@@ -2,7 +2,7 @@
 
 ``SentenceRerouter`` is a stopping criterion that never stops generation. It is called after a token was appended and before the next
 forward pass, so the first token of a new sentence is processed under the new routing weights. A stop is known to end a sentence once the
-character behind it is known; with BPE that comes with the next token, the first one of the new sentence. ``kv_policy`` decides what happens
+character after it is known; with BPE that comes with the next token, the first one of the new sentence. ``kv_policy`` decides what happens
 to the cached keys and values.
 
 The host must know before the next forward pass whether a sentence has ended, without waiting for the device at every token. So a table over
@@ -101,7 +101,7 @@ class VocabularyTable:
 
     A token is of two kinds, or of none:
 
-        stop: Tokens behind which the text is looked at with every further token until the sentence rule has decided.
+        stop: Tokens after which the text is looked at with every further token until the sentence rule has decided.
         inner: Tokens that may decide an end themselves: with a line break, with a stop that is not their last character, or with part
             of a character that is spelt byte by byte (``。`` often is), of which only the text can tell what it is.
 

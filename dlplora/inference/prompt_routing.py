@@ -188,7 +188,7 @@ def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> Pro
 
 
 def token_ends(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of a row of tokens, and behind which of its characters each token ends; special tokens have no characters."""
+    """The text of a row of tokens, and after which of its characters each token ends; special tokens have no characters."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     special = set(tokenizer.all_special_ids)
     if getattr(tokenizer, "is_fast", False):

@@ -209,7 +209,7 @@ def _announces(part: str) -> bool:
 
 
 def _behind_examples(text: str) -> int:
-    """Where the worked examples end: behind the last part in which the prompt's own cue has an answer; 0 without examples."""
+    """Where the worked examples end: after the last part in which the prompt's own cue has an answer; 0 without examples."""
     cue = text.rstrip().rpartition("\n")[2].strip()
     if not is_cue(cue):
         return 0

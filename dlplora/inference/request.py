@@ -152,7 +152,7 @@ class Request:
         if self.after_last_token is not None:
             self.after_last_token()
         if self._has_turn and "_previous_max_cache_length" in vars(view):
-            # transformers notes here how long static caches are, so that a shorter request compiles nothing anew.
+            # transformers notes here how long static caches are, so that a shorter request is not compiled again.
             model._previous_max_cache_length = view._previous_max_cache_length
         return found
 

@@ -16,7 +16,7 @@ import regex
 from dlplora.encoding import encode_texts, is_plain
 
 _CUT = regex.compile(r"(?r)(?<=[!-~]) (?=[A-Za-z])")
-"""A space behind a visible ASCII character and before a letter, the last one first."""
+"""A space after a visible ASCII character and before a letter, the last one first."""
 _SPLITS = frozenset(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # Llama 3
@@ -107,7 +107,7 @@ class RowTokens:
         return encode_texts(self.tokenizer, texts)
 
     def _special_tokens(self, encode: PieceEncoder) -> tuple[list[int], list[int]] | None:
-        """What the tokenizer writes before and behind a text; None if it does anything else to a text, and then nothing is cut."""
+        """What the tokenizer writes before and after a text; None if it does anything else to a text, and then nothing is cut."""
         sample, whole = encode(_SAMPLE), list(self.tokenizer(_SAMPLE)["input_ids"])
         begin = next((i for i in range(len(whole)) if whole[i : i + len(sample)] == sample), None)
         if begin is None:

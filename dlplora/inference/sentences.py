@@ -57,21 +57,21 @@ def may_end_sentence(piece: str) -> bool:
 
 
 def decides_sentence(piece: str) -> bool:
-    """Whether a piece of text can decide by itself that a sentence has ended: a line break, or a stop with something behind it."""
+    """Whether a piece of text can decide by itself that a sentence has ended: a line break, or a stop with something after it."""
     stop = _MAY_END.search(piece)
     return stop is not None and (stop.group() in _LINE_BREAKS or stop.end() < len(piece))
 
 
 @dataclass(frozen=True, slots=True)
 class _Next:
-    """What stands behind a full stop and its white space, as far as it is written."""
+    """What stands after a full stop and its white space, as far as it is written."""
 
     text: str
     """The next word; one character if it is no word."""
     complete: bool
     """Whether the word can grow no further."""
     stopped: bool
-    """Whether it is at most two letters with a full stop behind it."""
+    """Whether it is at most two letters with a full stop after it."""
 
     def is_in(self, listed: frozenset[str]) -> bool | None:
         """Whether the word is listed; None while it may still become one of them."""
@@ -110,7 +110,7 @@ def _is_list_mark(text: str, line: int, word: str) -> bool:
 
 
 def _number_ends(lead: str, following: _Next) -> bool | None:
-    """Whether the stop behind a number ends a sentence and is not that of an ordinal."""
+    """Whether the stop after a number ends a sentence and is not that of an ordinal."""
     if lead in words.ORDINAL_LEADS:
         return False
     month, goes_on = following.is_in(words.MONTHS_AND_DAYS), following.is_in(words.NUMBER_GOES_ON)
@@ -120,7 +120,7 @@ def _number_ends(lead: str, following: _Next) -> bool | None:
 
 
 def _letter_ends(letter: str, lead: str, at_line_start: bool, following: _Next) -> bool | None:
-    """Whether the stop behind a single letter ends a sentence and is not that of an initial."""
+    """Whether the stop after a single letter ends a sentence and is not that of an initial."""
     if letter == "I" and lead:
         return True
     pair = (letter + following.text).lower()
@@ -203,7 +203,7 @@ def _run_ends(text: str, start: int, end: int, final: bool) -> bool | None:
     if after == end:
         if stops[-1] in _NEEDS_SPACE or text[end] in _CONTINUES:
             return False
-        return not (closing and text[end] in "とっ")  # a quotation goes on: 「…。」と
+        return not (closing and text[end] in "とっ")  # a quotation continues: 「…。」と
     if stops == "." and not closing:
         return _full_stop_ends(text, start, after, final)
     if after == len(text):
@@ -215,7 +215,7 @@ def _run_ends(text: str, start: int, end: int, final: bool) -> bool | None:
 
 
 def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
-    """Indices just behind each sentence end, ascending, one for each sentence.
+    """Indices just after each sentence end, ascending, one for each sentence.
 
     Args:
         text: Any text.
@@ -232,7 +232,7 @@ def known_sentence_ends(text: str, begin: int = 0) -> tuple[list[int], bool]:
 
     Args:
         text: What is written so far.
-        begin: A known end; only those behind it are given.
+        begin: A known end; only those after it are given.
     """
     return _scan(text, False, begin)
 

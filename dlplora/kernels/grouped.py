@@ -130,7 +130,7 @@ class GroupedBuffers(nn.Module):
     def _group(self) -> None:
         """Sort the pairs by expert and cut them into blocks of one expert each."""
         flat = self.experts.flatten().long()
-        owner = torch.where(flat < 0, self.num_experts, flat)  # pairs without an expert go behind all others
+        owner = torch.where(flat < 0, self.num_experts, flat)  # pairs without an expert go after all others
         owner, pair = torch.sort(owner, stable=True)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.long, device=flat.device).scatter_add_(0, owner, torch.ones_like(owner))
         first_pair = counts.cumsum(0) - counts

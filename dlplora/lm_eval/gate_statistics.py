@@ -65,7 +65,7 @@ class GateSums:
 def observed(layers: Iterable[FusedLinear], mask: Tensor) -> Iterator[GateSums]:
     """Add up what the gates of the layers answer at the marked tokens in this thread, while open.
 
-    Of each layer the first answer for all B x T tokens counts, so decode steps behind a prompt do not. A gate that answers for another
+    Of each layer the first answer for all B x T tokens counts, so decode steps after a prompt do not. A gate that answers for another
     number of tokens, or with zeros for a single one, is switched off in a pass of the method's own (X-LoRA's first) and not counted.
 
     Args:

@@ -284,7 +284,7 @@ class DLPLoRALM(HFLM):
 
     @torch.no_grad()
     def _readings(self, units: list[ScoringRequest], batch_size: int | None) -> Iterator[Readings]:
-        """Logits for all units, batch by batch: behind shared contexts where that is possible, else the plain way."""
+        """Logits for all units, batch by batch: after shared contexts where that is possible, else the plain way."""
         scorer = Scorer(self.fused.model, self._bound, self._watched, self._pad_id, self.device, self.max_length)
         shared = [unit for unit in units if self._shares_prefix and unit.reads_prompt and unit.num_read <= self.max_length]
         together = {id(unit) for unit in shared}

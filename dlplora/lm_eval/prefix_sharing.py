@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Unit = ScoringRequest
 Question = list[Unit]
-"""Options that differ in what is read behind one context of one prompt; at least one."""
+"""Options that differ in what is read after one context of one prompt; at least one."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def questions_of(units: Iterable[Unit]) -> list[Question]:
 
 
 def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Consecutive questions such that neither contexts nor options behind them are more than ``size`` rows.
+    """Consecutive questions such that neither contexts nor options after them are more than ``size`` rows.
 
     A question with more options than that is a batch of its own.
     """

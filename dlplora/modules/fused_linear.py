@@ -170,7 +170,8 @@ class FusedLinear(nn.Module):
         """Base output plus fused delta, (B, T, O) for ``x`` (B, T, I).
 
         Args:
-            x: (B, T, I), or any other shape (..., I). Rows that are routed apart must then be recognisable: (B, ..., I), or (B * T, I) in a
+            x: (B, T, I), or any other shape (..., I). Rows that are routed separately must then be recognisable: (B, ..., I), or (B * T, I)
+            in a
                 layer whose layout is ``flat``.
 
         Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 LEAST_ROWS = 16
 """Fewest tokens computed at a time: the last bit of a matrix product may depend on its number of rows where there are fewer."""
 MOST_TOKENS = 1 << 15
-"""Tokens that are kept; one more, and the table begins anew. 32 MB at 256 features."""
+"""Tokens that are kept; one more, and the table begins again. 32 MB at 256 features."""
 
 
 @dataclass(frozen=True, slots=True)

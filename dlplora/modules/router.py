@@ -7,7 +7,7 @@ Four linear layers with GELU between them, over pooled token embeddings, in two 
   guess, because the paper gives only the total (4,936,730 at 26 experts).
 
 Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
-nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or behind it
+nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or after it
 (``tokens``, which also takes the maximum): a mean over embeddings blurs the one word that tells two tasks apart, and wordings that
 that are not in the training data are then routed worse (``docs/nano_suite.md`` has the numbers).
 """

@@ -103,7 +103,7 @@ class RoutingState:
         self.buffers = {} if lease is None else lease.buffers.by_layer
 
     def release(self) -> None:
-        """Give the buffers back; the next use gets others and writes them anew."""
+        """Give the buffers back; the next use gets others and writes them again."""
         self.buffers, self._lease = {}, None
 
     def write(self, rows: Tensor | None, weights: Tensor) -> None:

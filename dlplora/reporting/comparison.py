@@ -184,7 +184,7 @@ def _differences(scores: Scores, task: str, metric: str, base: int) -> tuple[Arr
 
 
 def _combined(scores: Scores, pairs: Sequence[tuple[str, str]], base: int) -> tuple[Differences, int]:
-    """The difference of a mean over tasks, and the number of questions behind it."""
+    """The difference of a mean over tasks, and the number of questions it is computed from."""
     found = [_differences(scores, task, metric, base) for task, metric in pairs]
     by_seed = np.mean([part[0] for part in found], axis=0)
     variances = np.stack([part[1] for part in found]) / len(found) ** 2

@@ -49,7 +49,7 @@ class Record:
     protocol: dict[str, Any]
     protocol_hash: str
     method_name: str
-    """Name of the method configuration; ``method["method"]`` is the class behind it."""
+    """Name of the method configuration; ``method["method"]`` names the class."""
     method: dict[str, Any]
     method_hash: str
     seed: int

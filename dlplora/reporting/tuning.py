@@ -172,7 +172,7 @@ def trial_table(trials: Sequence[Trial]) -> str:
 
 
 def chosen_table(found: Mapping[str, Sequence[Trial]]) -> str:
-    """One row a method: what was varied, how often, and what the validation split chooses."""
+    """One row per method: what was varied, how often, and what the validation split chooses."""
     rows = []
     for method, trials in sorted(found.items()):
         best, default = best_trial(trials), next((trial for trial in trials if trial.default), None)

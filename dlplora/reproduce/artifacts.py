@@ -156,7 +156,7 @@ def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Settin
 
 
 def delete_artifacts(runs: Path, roles: Sequence[str], seed: int = 0) -> None:
-    """Remove local artifacts so that the next training starts anew."""
+    """Remove local artifacts so that the next training starts again."""
     for role in roles:
         for folder in (artifact_dir(runs, seed) / role, artifact_dir(runs, seed) / f"{role}_training"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -74,7 +74,7 @@ def training_memory(shape: ModelSize, *, batch_size: int, length: int, dtype: st
 
     ``size`` is the adapter's, in adapters of one expert.
 
-    Activations: (34 + 5 a s / h) s b h bytes a layer at two bytes a number, nothing recomputed and attention written out.
+    Activations: (34 + 5 a s / h) s b h bytes per layer at two bytes a number, nothing recomputed and attention written out.
 
     Source: Korthikanti et al., arXiv:2205.05198, equation 2 (without tensor parallelism).
     """
@@ -92,7 +92,7 @@ def evaluation_memory(shape: ModelSize, *, num_experts: int, batch_size: int, le
 
 
 def tokens_per_row(lengths_in_chars: Sequence[int]) -> float:
-    """Mean tokens of a row, by four characters a token; an assumption where no row is at hand."""
+    """Mean tokens of a row, by four characters per token; an assumption where no row is at hand."""
     if not lengths_in_chars:
         return TOKENS_PER_ROW_UNSEEN
     return sum(lengths_in_chars) / len(lengths_in_chars) / CHARS_PER_TOKEN

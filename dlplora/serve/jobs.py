@@ -72,7 +72,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text, and the tokens behind it since the last piece."""
+    """New text, and the tokens after it since the last piece."""
 
     text: str
     tokens: tuple[Chosen, ...]

@@ -44,7 +44,7 @@ class ServerOptions:
 
 
 class Server:
-    """The state behind the endpoints."""
+    """The state of the endpoints."""
 
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         self.engine, self.options = engine, options

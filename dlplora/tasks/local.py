@@ -1,6 +1,6 @@
-"""Tasks read from local JSONL files, one folder a task: ``ROOT/TASK/train.jsonl`` and ``ROOT/TASK/test.jsonl``.
+"""Tasks read from local JSONL files, one folder per task: ``ROOT/TASK/train.jsonl`` and ``ROOT/TASK/test.jsonl``.
 
-One object a line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``; generation:
+One object per line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``; generation:
 ``{"question", "answer"}``. The root is given, or taken from ``DLPLORA_DATA``.
 """
 

@@ -47,7 +47,7 @@ class Case:
     """One method on one tiny model.
 
     Args:
-        build: Makes the method, unbound; called anew for every model.
+        build: Makes the method, unbound; called again for every model.
         make_model: Makes a fresh copy of one and the same float32 causal LM, in evaluation mode.
         tokenizer: Its tokenizer.
         pool: Folder of PEFT adapter folders; their names are the experts, sorted.
@@ -109,7 +109,7 @@ class Case:
         return PromptBatch(ids, nn.functional.pad(plain.attention_mask, (left, right)), plain.texts, plain.task_names)
 
     def expert_folder(self, name: str, fused: FusedCausalLM) -> Path:
-        """The PEFT folder behind an expert of the bank that runs."""
+        """The PEFT folder of an expert of the bank that runs."""
         folder = self.pool / name
         if not folder.is_dir():
             folder = self.context(fused.model).artifacts[name]
@@ -239,6 +239,6 @@ def single_adapter_logits(case: Case, folder: Path, prompts: PromptBatch) -> Ten
 
 
 def folder_of(case: Case, name: str) -> Path:
-    """The PEFT folder behind an expert of the case."""
+    """The PEFT folder of an expert of the case."""
     with case.fused() as fused:
         return case.expert_folder(name, fused)

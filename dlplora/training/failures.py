@@ -14,7 +14,7 @@ PARSER_TEXTS = ("Problem with given class_path", "Does not validate against", "P
 
 
 def configuration_error(error: BaseException) -> DLPLoRAError | None:
-    """The user's error behind an exception, in one line; None if there is none.
+    """The user's error in an exception, as one line; None if there is none.
 
     The parser wraps what a constructor raises in errors of its own, several deep.
     """

@@ -90,7 +90,7 @@ def trial_jobs(
         protocol_name: For the records.
         seed: Of methods that draw random numbers, and of trainings.
         artifacts: Folders.
-        limit: Validation questions a task.
+        limit: Validation questions per task.
         device: Where to run.
         budget: Of trials that train.
 

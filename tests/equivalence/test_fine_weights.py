@@ -47,7 +47,7 @@ def planned(fused: FusedCausalLM) -> Tensor:
 
 @torch.no_grad()
 def log_shares(model: Any, ids: list[int]) -> np.ndarray:
-    """Log distributions (2, V) behind both blocks at the last token, float64 from transformers' hidden states."""
+    """Log distributions (2, V) after both blocks at the last token, float64 from transformers' hidden states."""
     llama = model.base_model.model if isinstance(model, PeftModel) else model
     states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     rows = []

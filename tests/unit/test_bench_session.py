@@ -53,7 +53,7 @@ def test_shapes_have_the_published_number_of_parameters(name: str, millions: flo
 
 
 def test_bytes_of_backbone_and_pool() -> None:
-    # Qwen-2 0.5B: q 896 -> 896 and v 896 -> 128 at rank 8 in 24 layers are 540672 numbers an adapter
+    # Qwen-2 0.5B: q 896 -> 896 and v 896 -> 128 at rank 8 in 24 layers are 540672 numbers per adapter
     assert needed_bytes("qwen2-0.5b", torch.bfloat16, 1000) == (494_032_768 * 2, 540_672 * 1000 * 2)
     with pytest.raises(ConfigError, match=r"does not fit into .* GB free on cpu: backbone x 1000000000.0 GB, 3 experts 0.0 GB. Use less"):
         require_memory({"backbone x": 10**18, "3 experts": 1000}, CPU, "Use less.")
@@ -161,7 +161,7 @@ def test_all_names_every_system_and_preset() -> None:
     assert len(entries) == len(set(entries))
     forced = {entry.system for entry in entries if entry.reroute_every}
     assert "dlp" in forced
-    assert "dlp_code" not in forced  # routes once a prompt
+    assert "dlp_code" not in forced  # routes once per prompt
     assert "xlora" not in forced
 
 

@@ -31,7 +31,7 @@ PARTS = (
 @pytest.mark.parametrize("n", [3, 5, 10])
 @pytest.mark.parametrize("reading", ["mixture", "concat", "serial"])
 def test_golden_examples(reading: str, n: int) -> None:
-    """Frozen; ``python tests/golden/composite.py`` writes them anew after a change that is wanted."""
+    """Frozen; ``python tests/golden/composite.py`` writes them again after a change that is wanted."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[f"{reading}_{n}"]
     row = composite_row(composites(get_suite("nano"), reading, n, 2, seed=0)[0])
     assert {key: row[key] for key in golden} == golden

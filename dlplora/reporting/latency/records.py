@@ -57,9 +57,9 @@ class Measurement:
     warmup: int
     """Rounds before the first sample."""
     ttft_s: list[float]
-    """Time to the first token, routing included, s; one sample a round."""
+    """Time to the first token, routing included, s; one sample per round."""
     tpot_s: list[float]
-    """Mean time of a token after the first, s; one sample a round."""
+    """Mean time of a token after the first, s; one sample per round."""
     router_s: list[float]
     """Routing a batch of prompts alone, s (part of ``ttft_s``); empty where nothing is routed ahead."""
     experts_kept: float | None

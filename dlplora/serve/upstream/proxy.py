@@ -58,7 +58,7 @@ class Names:
 
 @dataclass
 class UpstreamProxy:
-    """The state behind the endpoints.
+    """The state of the endpoints.
 
     Args:
         router: Decides.
