@@ -67,7 +67,7 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
 
 
 def _runs(arguments: argparse.Namespace) -> list[Run]:
-    """One run a method, all checked before the first one starts; ``all`` leaves out what lacks a package or a folder, and says so."""
+    """One run per method, all checked before the first one starts; ``all`` leaves out what lacks a package or a folder, and says so."""
     from dlplora.evaluation.runner import Artifacts, prepare
 
     methods = list(dict.fromkeys(chosen_methods(arguments.method)))

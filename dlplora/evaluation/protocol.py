@@ -43,7 +43,7 @@ class Protocol:
     trust_remote_code: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
     """Whether Python code of the backbone's repository may run."""
     split: Literal["test", "validation"] = dataclasses.field(default="test", metadata=OMIT_DEFAULT_FROM_HASH)
-    """Questions that are asked. ``validation`` is for the choice of settings (``dlplora tune``); its records stand in no table."""
+    """Questions that are asked. ``validation`` is for the choice of settings (``dlplora tune``); its records are in no table."""
     num_fewshot: int = 0
     """Worked examples in each prompt."""
     batch_size: int = 64

@@ -23,7 +23,7 @@ ROWS = 256
 
 
 def prompts_of(suite: Suite, names: Sequence[str], split: Split, limit: int) -> list[str]:
-    """Prompts of tasks of a suite, at most ``limit`` a task.
+    """Prompts of tasks of a suite, at most ``limit`` per task.
 
     Raises:
         ConfigError: If ``limit`` is below 1.

@@ -27,7 +27,7 @@ from dlplora.types import PromptBatch
 
 @dataclass(frozen=True, kw_only=True)
 class FusedAdapter:
-    """A low-rank adapter with scaling 1 that stands for weighted adapters.
+    """A low-rank adapter with scaling 1 that equals weighted adapters.
 
     Attributes:
         modules: Module path in the backbone -> A (K, I) and B (O, K), float32 on the CPU; zero rows and columns fill up to K.

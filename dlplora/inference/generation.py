@@ -103,7 +103,7 @@ class VocabularyTable:
 
         stop: Tokens after which the text is looked at with every further token until the sentence rule has decided.
         inner: Tokens that may decide an end themselves: with a line break, with a stop that is not their last character, or with part
-            of a character that is spelt byte by byte (``。`` often is), of which only the text can tell what it is.
+            of a character that is spelt byte by byte (``。`` often is), which can only be recognised in the text.
 
     Attributes:
         kinds: Of each token, uint8 (V,): ``MAY_DECIDE`` and ``HOLDS_STOP`` added up.
@@ -283,7 +283,7 @@ class SentenceRerouter(StoppingCriteria):
 
 
 def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str], *, at: int = 0) -> dict[str, Any]:
-    """One line of a routing trace: which experts speak once ``at`` characters are generated, and what the router read."""
+    """One line of a routing trace: which experts are used from character ``at`` on, and what the router read."""
     return {"row": row, "sentence_idx": sentence_idx, "at": at, "view_text": view, "weights": kept_experts(weights, names)}
 
 
