@@ -22,6 +22,7 @@ from dlplora.inference.kv_policy import KV_POLICIES
 from dlplora.inference.loading import nano_asset
 from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.provenance import provenance
+from dlplora.reporting import markdown
 from dlplora.tasks.registry import get_suite
 from dlplora.types import PromptBatch
 
@@ -144,17 +145,15 @@ def table(record: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    lines = [
-        "| prompt | `oracle` | `dlp` | `dlp`, router reads all | router accuracy | router accuracy, reads all |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    header = ["prompt", "`oracle`", "`dlp`", "`dlp`, router reads all", "router accuracy", "router accuracy, reads all"]
+    rows = []
     for name, row in record["settings"].items():
         own, everything = row["dlp"], row["dlp_reads_everything"]
         cells = [row["oracle"]["acc"], own["acc"], everything["acc"], own["router_accuracy"], everything["router_accuracy"]]
-        lines.append(f"| {name} | " + " | ".join(map(percent, cells)) + " |")
-    lines += ["", "| `table_to_text`, exact match | `\\nAnswer:` | `\\n\\nAnswer:` |", "|---|--:|--:|"]
-    lines += [f"| `{policy}` | {percent(row['plain'])} | {percent(row['blank_line'])} |" for policy, row in record["blank_line"].items()]
-    return "\n".join(lines)
+        rows.append([name, *map(percent, cells)])
+    blank = [[f"`{policy}`", percent(row["plain"]), percent(row["blank_line"])] for policy, row in record["blank_line"].items()]
+    second = markdown.table(["`table_to_text`, exact match", "`\\nAnswer:`", "`\\n\\nAnswer:`"], blank)
+    return f"{markdown.table(header, rows)}\n\n{second}"
 
 
 def main() -> None:

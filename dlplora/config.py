@@ -61,7 +61,7 @@ def find_config(kind: str, name: str) -> Path:
     if path.is_file():
         return path
     known = list_configs(kind)
-    what = "training configuration" if kind == "train" else kind
+    what = {"train": "training configuration", "bench": "benchmark"}.get(kind, kind)
     raise ConfigError(f"unknown {what} '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
 
 

@@ -71,7 +71,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ResponseFormat:
     """How the answers of one request are written.
 
     Attributes:

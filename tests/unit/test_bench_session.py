@@ -18,7 +18,8 @@ from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_wo
 from dlplora.bench.setup import BenchSetup, Entry
 from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems
 from dlplora.bench.upstream_loop import KeptExperts, LoopedLoRALinear
-from dlplora.cli.main import main
+from dlplora.cli.bench import config_of
+from dlplora.cli.main import build_parser, main
 from dlplora.errors import ConfigError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.sentences import last_question
@@ -175,6 +176,17 @@ def test_settings_apply_where_they_mean_something() -> None:
     assert [one.backend for one in every] == ["auto", "auto", *BACKENDS]
 
 
+def test_the_former_name_of_systems_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("shape: tiny\ngroups:\n  a:\n    contenders: [base, dlp]\n")
+    assert load_bench_config(str(path)).groups["a"].systems == ("base", "dlp")
+    given = build_parser().parse_args("bench latency --shape tiny --contenders base,dlp".split())
+    assert config_of(given).groups["command"].systems == ("base", "dlp")
+    path.write_text("shape: tiny\ngroups:\n  a:\n    systems: [base]\n    contenders: [base, dlp]\n")
+    with pytest.raises(ConfigError, match="unknown key 'contenders'"):
+        load_bench_config(str(path))
+
+
 @pytest.mark.parametrize("name", ["nano", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
 def test_shipped_configurations_load(name: str) -> None:
     assert load_bench_config(name).groups
@@ -280,7 +292,7 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
         ("--device gpu", "unknown device 'gpu'"),
         ("--device meta", "device 'meta' computes nothing"),
         ("--experts 4 --kept 99", "'kept' asks for 99 experts of a pool of 4"),
-        ("--config nowhere", "unknown bench 'nowhere'"),
+        ("--config nowhere", "unknown benchmark 'nowhere'"),
         ("--config nano --batch 2", "--batch belongs to a single group"),
         ("--compile --shape tiny", "--compile needs a GPU"),
     ],

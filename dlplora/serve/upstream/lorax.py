@@ -43,7 +43,7 @@ def generate_body(request: ChatRequest | CompletionRequest, prompt: str, merged:
     return {"inputs": prompt, "parameters": {key: value for key, value in parameters.items() if value is not None}}
 
 
-class LoraxShape:
+class LoraxFormat:
     """Answers of LoRAX's endpoint in OpenAI's form, for one request."""
 
     def __init__(self, chat: bool) -> None:

@@ -29,7 +29,7 @@ from dlplora.serve.server import ServerOptions, error_body
 from dlplora.serve.upstream.client import UpstreamClient
 from dlplora.serve.upstream.kinds import Upstream
 from dlplora.serve.upstream.local_router import LocalRouter
-from dlplora.serve.upstream.lorax import LoraxShape, generate_body
+from dlplora.serve.upstream.lorax import LoraxFormat, generate_body
 
 _OURS = frozenset(
     {"dlplora", "adapter_weights", "model", "lora", "lora_path", "merged_adapters", "adapter_id", "adapter_source", "api_token"}
@@ -137,7 +137,7 @@ class UpstreamProxy:
         if self.upstream.merges(first.applied):
             if len(prompts) > 1:
                 raise BadRequestError("several weighted adapters need one prompt per request on this upstream server.", "prompt")
-            shape: LoraxShape | None = LoraxShape(chat)
+            shape: LoraxFormat | None = LoraxFormat(chat)
             path = "/generate_stream" if request.stream else "/generate"
             merged = self.upstream.merged(first.applied)
             body = generate_body(request, prompts[0].text, merged, self.options.default_max_tokens)
@@ -160,7 +160,7 @@ class UpstreamProxy:
         return {**sent, **self.upstream.fields(decided.applied)}
 
     async def _events(
-        self, path: str, body: Mapping[str, Any], request: ChatRequest | CompletionRequest, decided: Decided, shape: LoraxShape | None
+        self, path: str, body: Mapping[str, Any], request: ChatRequest | CompletionRequest, decided: Decided, shape: LoraxFormat | None
     ) -> AsyncIterator[str]:
         """Server-sent events: the trace first if it is wanted, then those of the upstream server under the model's name here."""
         async with self.client.stream(path, body) as data:
@@ -180,7 +180,7 @@ class UpstreamProxy:
         yield "data: [DONE]\n\n"
 
     @staticmethod
-    def _event(text: str, request: ChatRequest | CompletionRequest, shape: LoraxShape | None) -> dict[str, Any]:
+    def _event(text: str, request: ChatRequest | CompletionRequest, shape: LoraxFormat | None) -> dict[str, Any]:
         try:
             event = json.loads(text)
         except ValueError:
