@@ -331,7 +331,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
                 raise IncompatibleAdapterError(
                     f"adapter '{header.name}' (base {mine or 'not named'}) maps {sizes[0]} -> {sizes[1]} at '{module}', "
                     f"adapter '{name}' of pool {pool.path} (base {base_name(other.config) or 'not named'}) maps "
-                    f"{theirs[0]} -> {theirs[1]}; they belong to different backbones, use a pool for each."
+                    f"{theirs[0]} -> {theirs[1]}; they belong to different base models, use a pool for each."
                 )
         if not same_base(mine, base_name(other.config)):
             differs = True
@@ -339,7 +339,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
                 raise IncompatibleAdapterError(
                     f"adapter '{header.name}' was trained on '{mine}', "
                     f"adapter '{name}' of pool {pool.path} on '{base_name(other.config)}'. "
-                    "Use a pool for each, or pass --allow-other-base if they are one backbone under two names."
+                    "Use a pool for each, or pass --allow-other-base if they are one base model under two names."
                 )
     return differs
 

@@ -33,7 +33,7 @@ UNSUPPORTED = {
     "lora_bias": "biases on the LoRA matrices are not part of the bank",
     "trainable_token_indices": "trained token embeddings are not low-rank deltas",
     "target_parameters": "LoRA on bare parameters is not supported",
-    "layer_replication": "replicated layers change the backbone",
+    "layer_replication": "replicated layers change the base model",
     "megatron_config": "Megatron layers are not supported",
     "alora_invocation_tokens": "activated LoRA switches by token",
     "arrow_config": "an Arrow router is not an adapter",
@@ -103,7 +103,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         found.append(
-            f"init_lora_weights is {start!r}, which changes the backbone's own weights; save it again as a plain LoRA with PEFT's "
+            f"init_lora_weights is {start!r}, which changes the base model's own weights; save it again as a plain LoRA with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     found += _type_problems(config) + _number_problems(config)

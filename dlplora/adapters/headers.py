@@ -198,7 +198,7 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
 def _what_is(key: str) -> str:
     for part, kind in (
         ("lora_embedding", "a trained embedding"),
-        (".base_layer.", "a copy of the backbone's own weight (PEFT leaves it out with save_embedding_layers=False)"),
+        (".base_layer.", "a copy of the base model's own weight (PEFT leaves it out with save_embedding_layers=False)"),
         ("embed_tokens", "a trained embedding"),
         ("token_adapter", "a trained embedding"),
         ("lora_magnitude_vector", "the magnitude of a DoRA layer"),

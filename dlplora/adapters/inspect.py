@@ -165,7 +165,7 @@ def _compare_bases(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if not same_base(finding.base, common):
             finding.usable = False
-            finding.hints.append(f"trained on {finding.base}, most here on {common}: a pool has one backbone")
+            finding.hints.append(f"trained on {finding.base}, most here on {common}: a pool has one base model")
 
 
 def _compare_sizes(findings: Sequence[Finding]) -> None:
@@ -182,7 +182,7 @@ def _compare_sizes(findings: Sequence[Finding]) -> None:
             expected = sizes[path].most_common(1)[0][0]
             if size != expected:
                 finding.usable = False
-                finding.hints.append(f"{path} maps {size[0]} -> {size[1]}, most here {expected[0]} -> {expected[1]}: another backbone")
+                finding.hints.append(f"{path} maps {size[0]} -> {size[1]}, most here {expected[0]} -> {expected[1]}: another base model")
                 break
 
 

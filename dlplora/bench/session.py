@@ -263,7 +263,7 @@ def run_bench(
 def _check_memory(config: BenchConfig, experts: int, device: torch.device) -> None:
     backbone, pool = needed_bytes(config.shape, resolve_dtype(config.dtype, device), experts)
     advice = "Use a smaller shape, fewer experts (--experts), or --dtype bfloat16."
-    require_memory({f"backbone {config.shape} in {config.dtype}": backbone, f"{experts} experts": pool}, device, advice)
+    require_memory({f"base model {config.shape} in {config.dtype}": backbone, f"{experts} experts": pool}, device, advice)
 
 
 def _allow_compilation(device: torch.device) -> None:

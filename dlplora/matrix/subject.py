@@ -49,7 +49,7 @@ class Subject:
             return self.protocol, self.setting
         artifact = self.job.backbone_artifact()
         if artifact is not None and not artifact.ready:
-            raise ConfigError(f"the backbone is not in {artifact.folder}; was it removed? Plan again.")
+            raise ConfigError(f"the base model is not in {artifact.folder}; was it removed? Plan again.")
         return self.job.over(*paper.backbone_folder(self.job))
 
     @cached_property

@@ -235,7 +235,7 @@ def _stack(
             )
             raise IncompatibleAdapterError(
                 f"adapter '{name}'{mine} has sizes {lora_a.shape[1]} -> {lora_b.shape[0]} at '{module}', "
-                f"adapter '{first_name}'{theirs} has {d_in} -> {d_out}; they were trained on different backbones."
+                f"adapter '{first_name}'{theirs} has {d_in} -> {d_out}; they were trained on different base models."
             )
     ranks = tuple(0 if expert is None else expert[0].shape[0] for expert in experts)
     target: dict[str, Any] = {"dtype": dtype, "device": device, "shrink": SHRINK_BANK}

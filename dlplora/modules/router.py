@@ -129,7 +129,7 @@ class MiniMLPRouter(nn.Module):
         else:
             if embedding is None:
                 raise ConfigError(
-                    "router: variant 'backbone' needs the backbone's input embedding; pass embedding=model.get_input_embeddings()."
+                    "router: variant 'backbone' needs the base model's input embedding; pass embedding=model.get_input_embeddings()."
                 )
             weight: Any = embedding.weight
             self.embedding_shape = (int(weight.shape[0]), int(weight.shape[1]))
@@ -339,8 +339,8 @@ class MiniMLPRouter(nn.Module):
         shape = description.embedding_shape
         if shape is not None and shape != router.embedding_shape:
             raise MethodError(
-                f"the router in {folder} was trained on backbone embeddings of shape {shape}, this backbone has "
-                f"{router.embedding_shape}. Train a router for this backbone."
+                f"the router in {folder} was trained on base model embeddings of shape {shape}, this base model has "
+                f"{router.embedding_shape}. Train a router for this base model."
             )
         try:
             tensors = load_file(folder / "router.safetensors")

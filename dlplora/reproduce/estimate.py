@@ -52,7 +52,7 @@ def shape_of(source: str | None, given: ModelShape | None, *, rank: int, targets
         with ReadingModel(source):
             config = AutoConfig.from_pretrained(source)
     if config is None:
-        raise ConfigError("neither a backbone nor its sizes are known; nothing can be estimated.")
+        raise ConfigError("neither a base model nor its sizes are known; nothing can be estimated.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in targets]
@@ -133,7 +133,7 @@ def lines(
     mean = tokens_per_row(rows)
     source = "of the rows at hand" if rows else "assumed: the rows are not at hand"
     sizes = [amount(number, "parameters") for number in (shape.parameters, shape.adapter_parameters)]
-    yield f"backbone {sizes[0]}, one adapter {sizes[1]}, {amount(num_experts, 'experts' if num_experts != 1 else 'expert')}"
+    yield f"base model {sizes[0]}, one adapter {sizes[1]}, {amount(num_experts, 'experts' if num_experts != 1 else 'expert')}"
     yield f"about {mean:.0f} tokens a row ({source})"
     for kind, one in training.items():
         tokens = one["batch_size"] * one["num_steps"] * one["runs"] * mean

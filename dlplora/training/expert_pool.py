@@ -200,6 +200,6 @@ class LitExpertPool(AdapterModule):
             return trained
         known = read_json(manifest, error=PoolError)
         if known["base_model"] != self.fingerprint:
-            raise PoolError(f"the pool in {root} was trained on another backbone; export these experts to another folder.")
+            raise PoolError(f"the pool in {root} was trained on another base model; export these experts to another folder.")
         names = [adapter["name"] for adapter in known["adapters"]]
         return names + [name for name in trained if name not in names]

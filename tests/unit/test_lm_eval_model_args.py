@@ -138,7 +138,7 @@ def test_a_context_beyond_a_table_of_positions_is_refused() -> None:
     from transformers import GPT2Config, LlamaConfig
 
     table, rotary = GPT2Config(n_positions=64), LlamaConfig(max_position_embeddings=64)
-    with pytest.raises(ConfigError, match="'max_length' is 65, but the backbone has 64 positions"):
+    with pytest.raises(ConfigError, match="'max_length' is 65, but the base model has 64 positions"):
         require_fit({"max_length": 65}, table, 10)
     require_fit({"max_length": 64}, table, 10)
     require_fit({"max_length": 65}, rotary, 10)
