@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """What a router may read: contexts, and nothing that follows them.
+    """What a router may read: the contexts, without what follows them.
 
     Args:
         input_ids: Token ids of the contexts, padded on either side, int64 (B, T).
         attention_mask: 1 for real tokens, 0 for padding, (B, T).
-        texts: The same contexts as text, one a row.
+        texts: The same contexts as text, one per row.
         task_names: The task of each row as the evaluation protocol names it. Only methods that declare
             ``needs = ("task_id", ...)`` ever receive it; for all others the fused model removes it.
         questions: The part of each context that is routed, where the caller knows it (from messages, or from the evaluated document).
             None: the fused model finds it in the text (``inference.question``).
-        weights: Routing weights (B, E) of the contexts, where they have been decided already; the method is then not asked for them again.
+        weights: Routing weights (B, E) of the contexts, if they are known already; the method is then not called again.
     """
 
     input_ids: Tensor

@@ -58,7 +58,7 @@ class _Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Ordered adapters of one folder. ``base_model`` is the backbone's fingerprint, None without a manifest.
+    """Ordered adapters of one folder. ``base_model`` is the fingerprint of the base model, None without a manifest.
 
     ``rows`` are the manifest's rows by name, empty without a manifest.
     """

@@ -30,15 +30,15 @@ class FusedAdapter:
     """A low-rank adapter with scaling 1 that equals weighted adapters.
 
     Attributes:
-        modules: Module path in the backbone -> A (K, I) and B (O, K), float32 on the CPU; zero rows and columns fill up to K.
+        modules: Module path in the base model -> A (K, I) and B (O, K), float32 on the CPU; zero rows and columns fill up to K.
         rank: K, the same for every module.
         weights: The adapters that it was made from -> routing weight, none of them zero.
-        sha256: Checksums of their weight files, where they came from files.
+        sha256: Checksums of their weight files, if they were read from files.
         method: Method that decided the weights; None if they were given.
         base_model: Base model that the adapters name, if they agree.
         target_modules: Last parts of module paths where they select exactly ``modules``, else the whole paths.
         fan_in_fan_out: Whether the adapters are for layers that store their weight transposed (GPT-2).
-        pool: Where they came from; its fingerprint is compared with the base model.
+        pool: The pool of the adapters; its fingerprint is compared with the base model.
     """
 
     modules: Mapping[str, tuple[Tensor, Tensor]]

@@ -29,7 +29,7 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class TextGeneration:
-    """Mixed into ``FusedCausalLM``; everything goes through its ``generate``."""
+    """Text methods of ``FusedCausalLM``; all use its ``generate``."""
 
     if TYPE_CHECKING:
         tokenizer: Any
@@ -49,7 +49,7 @@ class TextGeneration:
     output_modalities = ("text",)
 
     def can_generate(self) -> bool:
-        """True; transformers' pipelines ask."""
+        """True; needed by transformers' pipelines."""
         return True
 
     @overload
@@ -80,17 +80,17 @@ class TextGeneration:
         task_names: str | Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """The text that the model adds to each prompt, special tokens left out.
+        """The text that the model adds to each prompt, without special tokens.
 
         Args:
             prompts: One prompt or a list of prompts; a prompt is a string, or a conversation (a list of mappings with ``role`` and
                 ``content``), which the tokenizer's chat template renders. An empty list gives an empty list.
-            max_new_tokens: Most tokens to add; None takes the generation configuration's, else 256.
+            max_new_tokens: Maximum number of new tokens; None takes the generation configuration's, else 256.
             task_names: The task of each prompt (one name serves all), for methods that need it (``oracle``).
-            kwargs: What else ``generate`` takes, ``do_sample``, ``num_return_sequences`` or ``trace`` for instance.
+            kwargs: Other options of ``generate``, such as ``do_sample``, ``num_return_sequences`` or ``trace``.
 
         Returns:
-            One string for one prompt, a list for a list. With ``num_return_sequences`` of N, always a list, N strings a prompt.
+            One string for one prompt, a list for a list. With ``num_return_sequences`` of N, always a list, N strings per prompt.
 
         Raises:
             GenerationError: If prompts are neither text nor conversations, the tokenizer has no chat template, or ``generate`` refuses.
@@ -114,14 +114,14 @@ class TextGeneration:
         return added[0] if single and len(added) == 1 else added
 
     def stream_text(self, prompt: str | Conversation, *, max_new_tokens: int | None = None, **kwargs: Any) -> Iterator[str]:
-        """The text that the model adds to one prompt, piece by piece while it is generated in a thread of its own.
+        """The text that the model adds to one prompt, piece by piece, while another thread generates it.
 
-        Any number of streams may take turns. Closing or dropping the iterator ends its generation at the next token.
+        Any number of streams may be interleaved. Closing or dropping the iterator ends its generation at the next token.
 
         Args:
             prompt: Text, or a conversation, as for ``generate_text``.
-            max_new_tokens: Most tokens to add; None takes the generation configuration's, else 256.
-            kwargs: What else ``generate`` takes for one sequence.
+            max_new_tokens: Maximum number of new tokens; None takes the generation configuration's, else 256.
+            kwargs: Other options of ``generate`` for one sequence.
 
         Raises:
             GenerationError: If the prompt is neither, or ``generate`` refuses; while the stream is read.

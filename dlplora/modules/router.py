@@ -52,7 +52,7 @@ MAX_TABLE = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Shape of the router."""
+    """Configuration of the router."""
 
     variant: Literal["backbone", "table"] = "backbone"
     """Where token features come from: the backbone's frozen embeddings, or a table of the router's own."""
@@ -104,9 +104,9 @@ class MiniMLPRouter(nn.Module):
 
     Args:
         names: Class order; the name of an expert is the name of its task.
-        config: Shape of the network.
-        embedding: The backbone's input embedding, for ``variant="backbone"`` only. It is called, never registered: it is
-            not among this module's parameters and stays where the backbone put it.
+        config: Sizes and variant of the network.
+        embedding: The base model's input embedding, for ``variant="backbone"`` only. It is called but not registered, so it is not
+            among this module's parameters and is not moved.
 
     Raises:
         ConfigError: If names repeat, the embedding is missing, or more than 5 M parameters would be trained.
@@ -170,12 +170,12 @@ class MiniMLPRouter(nn.Module):
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled token features, float32 (B, D); independent of padding to the last bit.
 
-        Backbones differ a hundredfold in the scale of their embeddings, hence the parameter-free layer normalisation of the
+        The scale of embeddings differs by a factor of a hundred between base models, hence the parameter-free layer normalisation of the
         ``backbone`` variant; the ``table`` variant learns its own scale. With ``pooling="tokens"`` D is twice the first width.
 
         Args:
-            input_ids: Ids of the backbone's tokenizer, int64 (B, T).
-            attention_mask: Non-zero for real tokens, (B, T); padding may stand on either side.
+            input_ids: Ids of the base model's tokenizer, int64 (B, T).
+            attention_mask: Non-zero for real tokens, (B, T); padding on either side.
 
         Raises:
             RoutingError: If a row holds no real token.
@@ -243,9 +243,9 @@ class MiniMLPRouter(nn.Module):
     def calibrate(self, logits: Tensor, labels: Tensor) -> float:
         """Set the temperature that minimises the negative log-likelihood of held-out logits.
 
-        The likelihood has one optimum in 1/T, so a golden-section search over log T finds it: no start value, no
-        step size, the same bits every time. The search stays within 0.05..20; a router that makes no mistake at all on the
-        held-out data would otherwise drive T to zero.
+        The likelihood has one optimum in 1/T, so a golden-section search over log T finds it, without start value or step size,
+        and with the same bits every time. The search stays within 0.05..20; otherwise T would go to zero for a router without
+        mistakes on the held-out data.
 
         Args:
             logits: Validation logits (n, E), before any temperature.
@@ -290,8 +290,8 @@ class MiniMLPRouter(nn.Module):
 
         Args:
             folder: Made if it does not exist.
-            metrics: What was measured on held-out data (JSON values); for readers and for the warning of ``router_confidence``, never read
-                back into routing.
+            metrics: Measurements on held-out data (JSON values); for readers and for the warning of ``router_confidence``, not used in
+                routing.
         """
         if metrics is not None:
             self.metrics = dict(metrics)
@@ -318,7 +318,7 @@ class MiniMLPRouter(nn.Module):
 
         Args:
             folder: What ``save`` wrote.
-            embedding: The backbone's input embedding; ignored by the ``table`` variant.
+            embedding: The base model's input embedding; ignored by the ``table`` variant.
 
         Raises:
             MethodError: If a file is missing or damaged, or the router was trained on embeddings of another shape.
@@ -358,7 +358,7 @@ class MiniMLPRouter(nn.Module):
 
 
 def golden_section(function: Any, low: float, high: float, tolerance: float = 1e-6) -> float:
-    """Where a one-valley function is smallest in [low, high], to within ``tolerance``.
+    """Minimum of a unimodal function in [low, high], to within ``tolerance``.
 
     >>> round(golden_section(lambda x: (x - 2.0) ** 2, -5.0, 5.0), 4)
     2.0
