@@ -23,7 +23,7 @@ Loader = Callable[[Record], Mapping[str, TaskOutcomes] | None]
 MAIN_METRIC = {"mcq": "acc", "gen": "exact_match"}
 """The metric that decides right or wrong, by kind of task."""
 PRIMARY = "mean_score"
-"""The primary metric: mean over all tasks of a task's main metric. Declared once; every other aggregate is descriptive."""
+"""The primary metric: mean over all tasks of a task's main metric. Every other aggregate is descriptive."""
 COMPARED = (PRIMARY, *AGGREGATES)
 """Aggregates that methods are compared on."""
 

@@ -46,7 +46,7 @@ class SweepFile:
     name: str
     suite: str
     limit: int
-    """Questions a task."""
+    """Questions per task."""
     points: tuple[Point, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
 

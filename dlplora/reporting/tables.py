@@ -167,7 +167,7 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
         f"{questions_a_task(records)} questions, {_named(seeds)}{fewer}; code {', '.join(commits)}; "
         f"{', '.join(machines)}.",
         f"Values are means over tasks{' and seeds' if len(seeds) > 1 else ''} ± one standard error {over}.",
-        "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are descriptive: no tests.",
+        "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are not tested.",
         "Bold: best of the column.",
     ]
     if scores is not None and len(scores.methods) > 1:

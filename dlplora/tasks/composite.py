@@ -1,13 +1,13 @@
-"""Composite-n: several questions of different tasks in one request, in three variants.
+"""Composite-n: several questions of different tasks in one request, in three forms.
 
 The paper reports composite-n without saying how a composite is built. Its released code contains two ways, and the paper that the tasks
-come from a third. So there are three variants:
+come from a third. So there are three forms (parameter ``reading``):
 
 * ``mixture``: n questions one after another, each a prompt of its own, all composites in one shuffled stream;
 * ``concat``: the n prompts in one, a blank line between them, and n answers in their order, each on its own line;
 * ``serial``: MeteoRA's form, two worked examples and a numbered list: numbered questions first, then numbered answers.
 
-The same n and seed give the same questions in every variant, and every part records its source. An answer of several lines is joined to one
+The same n and seed give the same questions in every form, and every part records its source. An answer of several lines is joined to one
 line, and a blank line inside a question becomes a line break, because line breaks separate answers and blank lines separate questions.
 
 An *answer form* is the text before each answer (the question's own cue ``Answer:``, or ``2.``). With ``form="fill"`` the evaluation

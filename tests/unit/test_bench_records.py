@@ -146,7 +146,7 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert text.endswith("Not measured:\n* main: x: no")
     assert "| `dlp, re-routed every 8` | 26 |" in text
     assert "| `base` |  |  | 1600.00 (0.00) | 800.00 (0.00) |" in text
-    assert "main: batch 32, prompt 128, 17 new tokens, 1 rounds, adapters shipped, rank 8, floor 500.000 ms a step" in text
+    assert "main: batch 32, prompt 128, 17 new tokens, 1 rounds, adapters shipped, rank 8, floor 500.000 ms per step" in text
 
 
 def test_a_record_survives_the_disk(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def markdown(record: LatencyRecord) -> str:
         rows = [one for one in record.measurements if (one.group, one.batch_size, one.prompt_tokens) == (group, batch_size, prompt_tokens)]
         parts.append(
             f"{group}: batch {batch_size}, prompt {prompt_tokens}, {rows[0].new_tokens} new tokens, {len(rows[0].tpot_s)} rounds, adapters "
-            f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms a step"
+            f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms per step"
         )
         parts.append(table(TITLES, [_row(record, one) for one in rows]))
     if record.skipped:
