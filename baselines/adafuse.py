@@ -1,11 +1,11 @@
 """AdaFuse: one token router before the first adapted layer decides for all layers (arXiv:2603.11873). Shapes: B rows, T tokens, E experts.
 
 ``w = softmax(top_2(x G^T))`` with x the input of the first adapted module of the forward pass and one ``G`` (E, I) for the whole model;
-every layer uses these weights. Where MeteoRA runs a gate in every layer, a token costs one product here; the paper's speed beyond that is
-a kernel that switches all layers at once, which is not a matter of the method.
+every layer uses these weights. MeteoRA runs a gate in every layer; here a token costs one product. The paper's further speed-up is a kernel
+that switches all layers at once, which is not part of the method.
 
-No code is public, and only the abstract and a note were at hand. Ours: the softmax over the kept two, no bias, and the loss, that of the
-answers alone. Experts that tie with the second are kept too. The LoRAs stay frozen, as for every gate here (paper: trained along).
+No code is public, and only the abstract and a note were available. Our choices: softmax over the kept two, no bias, loss on answers only.
+Experts that tie with the second are kept too. The LoRAs stay frozen, as for every gate here (paper: trained together with the gate).
 """
 
 from __future__ import annotations

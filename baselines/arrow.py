@@ -1,15 +1,16 @@
 """Training-free token routers that read the experts' own weights: Arrow, SpectR and LAG. Shapes: E experts, R rank, I inputs, O outputs.
 
 * Arrow (Ostapenko et al., arXiv:2405.11157): the prototype of an expert at a layer is the top right-singular vector ``v_e`` of its
-  ``B_e A_e``; the score of a token is ``|v_e . x|``, its sign being arbitrary; softmax over the ``top_k`` scores. ``arrow_out`` sums
-  deltas, as PEFT's ``create_arrow_model`` does; ``arrow_factor`` sums A and B apart, as the authors' code (``lora_merge_after=False``).
-* SpectR (arXiv:2504.03454): the score is ``|V_e^T x|`` with ``B_e A_e = U_e S_e V_e^T``, the length of what the expert sees of a token
-  (as its authors quote it in equation 7 of the next paper).
-* LAG (arXiv:2507.05346): Arrow makes a shortlist, SpectR ranks it again, and the best one alone is used, with weight one.
+  ``B_e A_e``; the score of a token is ``|v_e . x|`` (the sign of ``v_e`` is arbitrary); softmax over the ``top_k`` scores. ``arrow_out``
+  sums deltas, as PEFT's ``create_arrow_model`` does; ``arrow_factor`` sums A and B separately, as the authors' code
+  (``lora_merge_after=False``).
+* SpectR (arXiv:2504.03454): the score is ``|V_e^T x|`` with ``B_e A_e = U_e S_e V_e^T``, the length of the token's projection on the
+  expert's row space (equation 7 of the next paper, by the same authors).
+* LAG (arXiv:2507.05346): Arrow makes a shortlist, SpectR ranks it, and only the best expert is used, with weight one.
 
-Deviations, with reasons: prototypes and V come from an exact singular value decomposition (PEFT iterates 15 times); directions without a
-singular value, of an expert that has a lower rank than others for instance, do not count. ``score: response`` is ours: the length of what
-the expert would answer, ``|s_e B_e A_e x|``, so that singular values and scaling have a say. How many experts SpectR keeps, and LAG's
+Deviations, with reasons: prototypes and V come from an exact singular value decomposition (PEFT iterates 15 times); directions with
+singular value zero (of an expert with a lower rank than others, for instance) do not count. ``score: response`` is ours: the length of the
+expert's output, ``|s_e B_e A_e x|``, which depends on singular values and scaling. How many experts SpectR keeps, and LAG's
 shortlist (printed: by memory and time), are ours. LAG's two libraries, tasks and knowledge, are one pool. Scores are not divided by the
 length of x, so the effective temperature differs from layer to layer, as in the original.
 """

@@ -1,8 +1,8 @@
 """Two reference rows: the average of the factors, and a random expert.
 
-``avg_factor`` is ``(sum_e s_e B_e / N) (sum_e A_e / N)``: what averaging two checkpoints tensor by tensor gives, cross terms ``B_i A_j``
-included, each expert's scaling going with its B. It is not PEFT's ``linear``, which takes square roots of the weights
-(and is N times larger at uniform ones). ``random_route`` is the floor of every router: one expert a prompt, chosen blindly.
+``avg_factor`` is ``(sum_e s_e B_e / N) (sum_e A_e / N)``: checkpoints averaged tensor by tensor, with cross terms ``B_i A_j``; each
+expert's scaling is multiplied into its B. It is not PEFT's ``linear``, which takes square roots of the weights
+(and is N times larger at uniform ones). ``random_route`` is the baseline of every router: one random expert per prompt.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class AvgFactor(FusionMethod):
 
 
 class RandomRoute(FusionMethod):
-    """One expert a prompt, drawn from seed and token ids alone: options of one question and batches of any shape agree."""
+    """One expert per prompt, drawn from seed and token ids alone: options of one question and batches of any shape agree."""
 
     name = "random_route"
     metadata = Metadata(title="Random expert", granularity="prompt")

@@ -1,12 +1,12 @@
 """CAT: one trained scalar for every adapter and adapted module (LoRA Soups, arXiv:2410.13025).
 
-``dW_l = sum_e alpha_el s_e B_el A_el``. The weights do not depend on the input: the control for every gate that reads one. Trained on the
-mixture of all tasks, on the same rows as the gates; starts at ``1 / E``, the average of the deltas. Weights may be negative or larger
+``dW_l = sum_e alpha_el s_e B_el A_el``. The weights do not depend on the input, so this is the control for every gate that does. Trained on
+the mixture of all tasks, on the same rows as the gates; starts at ``1 / E``, the average of the deltas. Weights may be negative or larger
 than one.
 
 Deviations: the paper joins two adapters, each trained on one skill, on a mixture of the two skills; here all adapters of the pool. The
-initial value is ours (not looked up). Runs as a gate with constant answers, so that it is trained and measured as the gates are; as the
-weights are fixed, a deployment would fold them into one adapter.
+initial value is our choice. It runs as a gate with constant outputs, so that it is trained and measured like the gates; in a deployment the
+fixed weights could be folded into one adapter.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Controls: ordinary classifiers in place of a router, trained on the prompts of the pool's tasks. Shapes: B rows, E experts, D features.
 
 * ``knn``: an expert's weight is its share of the ``k`` training prompts that are nearest by cosine; ``k`` 1 is the nearest neighbour.
-* ``logreg``: multinomial logistic regression (scikit-learn) on the same features; the likeliest expert alone.
+* ``logreg``: multinomial logistic regression (scikit-learn) on the same features; only the most likely expert.
 * ``tfidf_linear``: TF-IDF of words and pairs of words, and a linear support vector machine, one class against the rest (scikit-learn);
-  the expert with the largest margin alone.
+  only the expert with the largest margin.
 
-No paper. A method that routes by a learned router has to beat them. They read the same training prompts with their task as label; what
-they learn is kept as tensors, so a saved classifier needs neither prompts nor a training.
+No paper. A learned router has to beat these controls. They learn from the same training prompts, with the task as label. The result is
+stored as tensors, so a saved classifier needs no prompts and no training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ClassifierConfig:
     """What every control reads."""
 
     num_samples: int = 200
-    """Training prompts a task."""
+    """Training prompts per task."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

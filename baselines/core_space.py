@@ -1,22 +1,23 @@
-"""Merges in core space: all deltas in two small common bases, any merge inside, one adapter (Core Space, arXiv:2509.17786).
+"""Merges in core space: all deltas are expressed in two small common bases and merged there into one adapter (Core Space,
+arXiv:2509.17786).
 
 Let the rows of ``V`` (Q, I) be the right singular vectors of the stacked ``A_e`` and the columns of ``U`` (O, P) the left singular
 vectors of the stacked ``s_e B_e``. Every delta is ``s_e B_e A_e = U M_e V`` with a core ``M_e = U^T s_e B_e A_e V^T`` (P, Q), P and Q at
-most the sum of the ranks. A merge of the cores, taken back by U and V, costs nothing that depends on the size of the layer, and nothing
-is lost: the mean of the cores is the mean of the deltas.
+most the sum of the ranks. The cost of merging the cores does not depend on the size of the layer, and the representation is exact: the
+mean of the cores, mapped back by U and V, is the mean of the deltas.
 
-* ``avg_core``: the mean. Equals ``avg_delta`` to rounding; its adapter has the sum of the ranks at most.
+* ``avg_core``: the mean. Equals ``avg_delta`` to rounding; its adapter has at most the sum of the ranks.
 * ``ties_core``: TIES on the cores (``merges.Ties``).
 * ``dare_core``: DARE on the cores, then TIES without trimming (``merges.DareTies``).
 
-Entries of a core are coordinates in the common bases, so TIES and DARE, which act on entries, differ from their uncored versions.
-Adapters of different ranks and targets are supported: a base has as many vectors as the stack has independent rows, and an adapter that
-does not adapt a module has a core of zeros there.
+Entries of a core are coordinates in the common bases, so TIES and DARE, which act on entries, differ from their versions outside core
+space. Adapters of different ranks and targets are supported: a basis has as many vectors as the stack has independent rows, and an adapter
+that does not adapt a module has a zero core there.
 
-Deviations: an expert's scaling goes with its B, in the stack too (the released code reads adapters of one scaling). Directions without
-weight in the stack are left out. After DARE nothing is trimmed, as in ``dare_ties`` (the released code runs its TIES, trimming
-included). Trimming is per module, as in ``ties``. Where the ranks add up to more than the layer's width, as on the nano pool, a base
-spans the whole space: the core is then a rotation of the delta, and saves nothing.
+Deviations: each expert's scaling is multiplied into its B, in the stack too (the released code assumes one scaling). Directions with
+singular value zero in the stack are left out. After DARE nothing is trimmed, as in ``dare_ties`` (the released code runs its TIES, trimming
+included). Trimming is per module, as in ``ties``. Where the ranks add up to more than the layer's width, as on the nano pool, a basis
+spans the whole space; the core is then a rotation of the delta and saves nothing.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""DLP-LoRA with a sparse softmax in place of a selector: no bound p, no top-k, no second softmax. Shapes: B rows, E experts.
+"""DLP-LoRA with a sparse softmax in place of a selector: no threshold, no top-k, no second softmax. Shapes: B rows, E experts.
 
 The routing weights are the alpha-entmax of the router's calibrated logits z, ``argmax_w w.z + H_alpha(w)`` over the simplex:
-``w_e = [(alpha - 1) z_e - tau]_+ ^ (1 / (alpha - 1))`` with the tau that makes them sum to one. Experts far behind get exactly zero.
-``alpha`` 1.5 is the usual choice, 2 is sparsemax, and 1 would be the softmax, which keeps all. ``sparsity`` is the lambda of sparsegen:
-z is divided by ``1 - lambda``, so that a larger value keeps fewer.
+``w_e = [(alpha - 1) z_e - tau]_+ ^ (1 / (alpha - 1))`` with tau chosen so that they sum to one. Experts with much smaller logits get
+exactly zero. ``alpha`` 1.5 is the usual choice, 2 is sparsemax, and 1 would be the softmax, which keeps all experts. ``sparsity`` is the
+lambda of sparsegen: z is divided by ``1 - lambda``, so a larger value keeps fewer experts.
 
 Sources: alpha-entmax, Peters et al., arXiv:1905.05702; sparsemax, Martins and Astudillo, arXiv:1602.02068; sparsegen, Laha et al.,
-arXiv:1810.11975; the router and when it decides: DLP-LoRA, arXiv:2410.01497. tau is found by bisection in float64: the weights are a
-decreasing function of it, and after 60 halvings the interval is as small as a number can be.
+arXiv:1810.11975; router and re-routing: DLP-LoRA, arXiv:2410.01497. tau is found by bisection in float64: the weights are a
+decreasing function of it, and after 60 halvings the interval is at the resolution of float64.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class DLPEntmax(DLP):
         view: Literal["tail", "window", "whole", "segment"] = "tail"
         """What the router reads at a sentence end."""
         prompt_routing: Literal["whole", "question", "sentence"] = "whole"
-        """With ``reroute: sentence``: the prompt under one plan, or each of its questions, or sentences, under its own."""
+        """With ``reroute: sentence``: one set of routing weights for the prompt, or one for each of its questions or sentences."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = "stale"
         """With ``reroute: sentence``: what becomes of cached keys and values after a re-route."""
         router: str | None = None

@@ -1,8 +1,9 @@
 """DLP-LoRA with a router of the paper's size: "5 M parameters, 4 layers", 4,936,730 for 26 experts.
 
-As ``dlp``, but the router has an embedding table of its own (30000 x 128) instead of the base model's embeddings. It is an artifact of its
-own role, ``router_paper5m``: ``dlplora fit --config router_paper5m`` trains it on the same rows for as many steps as the shipped router,
-and ``dlplora reproduce nano --methods dlp_paper5m`` does both. It is not shipped (20 MB). Widths are ours (``modules/router.py``).
+As ``dlp``, but the router has an embedding table of its own (30000 x 128) instead of the base model's embeddings. It is a separate
+artifact, ``router_paper5m``: ``dlplora fit --config router_paper5m`` trains it on the same rows for as many steps as the shipped router,
+and ``dlplora reproduce nano --methods dlp_paper5m`` does both. It is not shipped (20 MB). The widths are our choice
+(``modules/router.py``).
 
 Source: DLP-LoRA, arXiv:2410.01497.
 """

@@ -1,16 +1,17 @@
-"""HiLoRA: adapters by likelihood for a prompt, their single ranks for a token (arXiv:2510.12266).
+"""HiLoRA: adapters are chosen per prompt by likelihood, single ranks per token (arXiv:2510.12266).
 
 * Prompt: every adapter has a Gaussian over the encodings of a few training inputs. The likeliest adapters, at least ``least``, share a
-  budget of rank-one components, the part ``budget`` of all that they have, by a multinomial draw with their posterior probabilities.
+  budget of rank-one components (the fraction ``budget`` of all their components) by a multinomial draw with their posterior probabilities.
 * Token: at every module an adapter with ``n`` components uses those with the largest ``|a_j . x| / |a_j|``, at weight one.
 
-``route`` answers with the part of its components that an adapter may use; ``FusedLinear.rank_gate`` chooses them. An adapter that may use
-all is that adapter at weight one, bit for bit. Training-free.
+``route`` returns the fraction of its components that an adapter may use; ``FusedLinear.rank_gate`` chooses them. An adapter that may use
+all of them is exactly that adapter at weight one, bit for bit. No training.
 
 Abstract and reviews only (20 inputs, at least 3 adapters, 40 %, multinomial, normalised). Ours: spherical Gaussians; the posterior is the
-softmax of the mean log-likelihood of a feature divided by ``temperature``, since the sum over hundreds of features leaves no doubt;
-``mass``, up to which adapters are taken; the budget counts the components of the chosen adapters; what an adapter cannot use goes to the
-next likeliest; the draw is a function of seed and prompt, so that options of one question agree; the encoder.
+softmax of the mean log-likelihood of a feature divided by ``temperature``, since the sum over hundreds of features makes the posterior
+one-hot; ``mass``, the posterior mass up to which adapters are taken; the budget counts the components of the chosen adapters; what an
+adapter cannot use goes to the next most likely one; the draw is a function of seed and prompt, so that all options of one question get the
+same draw; the encoder.
 
 Shapes: B rows, T tokens, E experts, R rank.
 """

@@ -1,11 +1,11 @@
 """Let the model choose: the base model reads what each adapter is for and names one (Adaptive Minds, arXiv:2510.15416).
 
-The base model is shown all descriptions of the pool under letters, and the question. The adapter whose letter it finds likeliest answers
-alone. Descriptions come from the pool's manifest (``description`` in ``pool.json``, ``dlplora pool add --description``).
+The base model is shown all descriptions of the pool under letters, and the question. Only the adapter whose letter is most likely is
+used. Descriptions come from the pool's manifest (``description`` in ``pool.json``, ``dlplora pool add --description``).
 
 Deviations: the authors let the model write an answer and parse it (qpiai/adaptive-minds@2199c0c); here the letters are scored, so that
-every answer is a choice, and the prompt is ours. The cost is a prompt of some ten tokens an adapter for every question; a record has its
-mean as ``routing_tokens_per_prompt``.
+the answer is always one of them, and the prompt is ours. The cost is a prompt of about ten tokens per adapter for every question; a record
+has the mean as ``routing_tokens_per_prompt``.
 
 Shapes: B rows, E experts, V vocabulary.
 """
@@ -132,7 +132,7 @@ class LLMChoice(FusionMethod):
         return sums / torch.tensor([len(label) for label in self._labels], device=sums.device)
 
     def _continued(self, model: FusedModel, cache: object, longest: int) -> Tensor:
-        """Log-probability (E,) of what follows the first token of each label, all labels behind one cached prompt."""
+        """Log-probability (E,) of what follows the first token of each label, all labels after one cached prompt."""
         rows = torch.tensor([label + [label[-1]] * (longest - len(label)) for label in self._labels], device=model.device)
         cache.batch_repeat_interleave(len(rows))  # type: ignore[attr-defined]
         logs = model.model(input_ids=rows[:, :-1], past_key_values=cache, use_cache=True).logits.float().log_softmax(dim=-1)

@@ -1,14 +1,15 @@
-"""LoGo: the experts that answer a prompt most strongly share it (arXiv:2511.07129). Shapes: E experts, T tokens, D hidden, O outputs.
+"""LoGo: experts are weighted by the strength of their output on the prompt (arXiv:2511.07129). Shapes: E experts, T tokens, D hidden, O
+outputs.
 
 One pass over the prompt with every adapter at weight one. At the query projection of the last block, for the last token of the prompt,
 ``o_i = s_i B_i A_i h``. The score of an expert is ``|o_i|`` (``logo_norm``) or ``1 / H(softmax(o_i))``, the inverse entropy
 (``logo_entropy``); the ``top_k`` best share the weight in proportion. Deltas are summed. No training and no data.
 
-``h`` is a switch. ``reads: input`` (default) takes what the projection multiplies, as the equation says; ``reads: residual`` takes the
+``h`` is a switch. ``reads: input`` (default) takes the input of the projection, as in the equation; ``reads: residual`` takes the
 hidden state that enters the block, before its normalisation, as the public code does (archon159/LoGo@ef46b04).
 
-Deviations: the last block whose query projection is adapted, by name, instead of a fixed number a model; an expert that does not adapt
-that projection scores zero; what is read is the question of the prompt, as for every router here.
+Deviations: the last block whose query projection is adapted, found by name, instead of a fixed number per model; an expert that does not
+adapt that projection scores zero; the question of the prompt is read, as for every router here.
 """
 
 from __future__ import annotations

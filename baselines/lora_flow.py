@@ -1,9 +1,9 @@
 """LoRA-Flow: weights per decoder layer and token from the residual stream (Wang et al., arXiv:2402.11455).
 
-``w = softmax(W x / temperature) + b`` with x the hidden state that enters the decoder layer, before its normalisation; ``W`` (E, D),
+``w = softmax(W x / temperature) + b`` where x is the hidden state that enters the decoder layer, before normalisation; ``W`` (E, D),
 ``b`` (E,); the same w serves all adapted modules of the layer. Weights may be negative or larger than one.
 
-Deviations: the original pairs one language LoRA with one task LoRA and starts at weights (0, 1). For N experts there is no such pair: W
+Deviations: the original pairs one language LoRA with one task LoRA and starts at weights (0, 1). For N experts there is no such pair, so W
 and b start at zero, so the weights start uniform at 1 / N. Trained on the mixture of all tasks (``flow_all``), not on one composite
 task.
 """
@@ -71,7 +71,7 @@ class LoRAFlow(TrainedGates):
         super().attach(model)
         for layer in dict.fromkeys(layer_of(module) for module in model.patched.layers):
             if model.patched.layers.get(layer) is not None:
-                raise MethodError(f"method 'lora_flow' gates decoder layers; module '{layer}' stands outside of them.")
+                raise MethodError(f"method 'lora_flow' gates decoder layers; module '{layer}' is outside of them.")
             hook = model.model.get_submodule(layer).register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True)
             model.patched.hooks.append(hook)
 

@@ -1,19 +1,19 @@
 """LoRAHub: weights per task, searched without gradients on a few examples (Huang et al., arXiv:2307.13269). Shapes: E experts.
 
-``A = sum_e w_e A_e``, ``B = sum_e w_e s_e B_e``, ``dW = B A``: factors are summed apart, so the delta is quadratic in w, and w and -w
+``A = sum_e w_e A_e``, ``B = sum_e w_e s_e B_e``, ``dW = B A``: factors are summed separately, so the delta is quadratic in w, and w and -w
 are the same. The search minimises ``loss(w) + l1 * mean |w|`` over ``w in [-bound, bound]^E`` from w = 0 (the base model).
 
 * ``lorahub_in_pool``: the task's own adapter takes part; the search should find it.
-* ``lorahub_leave_one_out``: it does not, which is what the method was made for.
+* ``lorahub_leave_one_out``: it does not; this is the setting that the method was designed for.
 * ``lorahub_in_pool_nevergrad``, ``lorahub_leave_one_out_nevergrad``: the same with the original's optimiser.
 
-Deviations, with reasons: loss is the mean cross-entropy of answer tokens (``hub_code_loss`` divides it by the number of examples once
+Deviations, with reasons: the loss is the mean cross-entropy of answer tokens (``hub_code_loss`` divides it by the number of examples once
 more, as the released code does, which makes its L1 term as many times heavier). The released code calls nevergrad's NGOpt with 40
-evaluations, which for 26 experts is a COBYLA that has barely laid out its simplex; ``budget: null`` takes five evaluations an expert, at
-least 40. ``optimizer: nevergrad`` is the original's (an optional package; presets ``*_nevergrad``), ``optimizer: cobyla`` scipy's own,
-which NGOpt chooses as well for that many weights: on the nano suite the two rows hardly differ. Experts are searched in the order of
-their names, and on one CPU thread, so that neither the order of the pool nor the number of threads changes anything.
-Each expert's scaling goes with its B; the original's adapters all have one scaling.
+evaluations, which for 26 experts is a COBYLA that has barely completed its initial simplex; ``budget: null`` takes five evaluations an
+expert, at least 40. ``optimizer: nevergrad`` is the original's (an optional package; presets ``*_nevergrad``); ``optimizer: cobyla`` is
+scipy's, the algorithm that NGOpt also chooses for that many weights. On the nano suite the two hardly differ. Experts are searched in the
+order of their names, and on one CPU thread, so that neither the order of the pool nor the number of threads changes anything.
+Each expert's scaling is multiplied into its B; the original's adapters all have one scaling.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LoRAHub(FusionMethod):
         return {"nevergrad": how} if self.config.optimizer == "nevergrad" else {}
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
-        """Make room for one row of weights a task; saved rows stay. The bank comes back sorted by name.
+        """Make room for one row of weights per task; saved rows stay. The bank comes back sorted by name.
 
         A search follows the last bit of a sum: in the pool's own order, another order would find other weights.
         """
@@ -120,7 +120,7 @@ class LoRAHub(FusionMethod):
     def _row(self, task: str | None) -> int:
         if task not in self._names:
             hint = nearest(str(task), self._names)
-            raise MethodError(f"method '{self.name}' searches weights per task and knows none called {task!r}.{hint}")
+            raise MethodError(f"method '{self.name}' searches weights per task and has no task {task!r}.{hint}")
         return self._names.index(task)
 
     def budget(self, size: int) -> int:

@@ -1,7 +1,7 @@
 """Static merges of weight deltas: SVD, TIES, DARE and magnitude pruning, one merged adapter for all prompts.
 
 Every expert's delta ``dW_e = s_e B_e A_e`` (O, I) is formed in float32 with its own scaling, the deltas are merged by PEFT's
-functions, and the result is factored by SVD into one adapter, so that it runs through the fused layer as any other. Definitions:
+functions, and the result is factored by SVD into one adapter, so that it runs through the fused layer like any other. Definitions:
 
 * ``svd``: ``sum_e w_e dW_e``, truncated to the rank of one adapter.
 * ``magnitude_prune``: the same sum over deltas whose smallest entries are set to zero (``density`` is kept), nothing truncated.
@@ -10,14 +10,14 @@ functions, and the result is factored by SVD into one adapter, so that it runs t
 
 Deviations from PEFT 0.21 ``add_weighted_adapter``, with reasons:
 
-* PEFT's plain ``ties``/``dare``/``magnitude_prune`` act on A and B apart, with square roots of the weights. The papers act on the
-  deltas; so do we.
+* PEFT's plain ``ties``/``dare``/``magnitude_prune`` act on A and B separately, with square roots of the weights. The papers, and this
+  module, act on the deltas.
 * PEFT gives the merged adapter the alpha of its rank, which rsLoRA sources turn into a scaling of sqrt(rank). Ours has scaling 1.
-* PEFT draws DARE's masks from the global generator, in the order of the adapters. Ours depend on seed, expert and module alone.
-* The signs of TIES are elected without weights, as in PEFT. An expert of weight zero takes no part, as one that is not listed in PEFT.
+* PEFT draws DARE's masks from the global generator, in the order of the adapters. Ours depend only on seed, expert and module.
+* The signs of TIES are elected without weights, as in PEFT. An expert of weight zero takes no part, like one that is not listed in PEFT.
 * Without ``svd_rank`` nothing is truncated: the merged adapter then has rank min(I, O), which costs more than one LoRA. Set it for
   large backbones.
-* Signs are elected without weights, so TIES is linear in weights that are not zero: it keeps line T12 of the checklist.
+* Signs are elected without weights, so TIES is linear in non-zero weights and passes check T12.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""MeteoRA: a linear gate on every adapted layer, trained to name the task at every token (Xu et al., arXiv:2405.13053).
+"""MeteoRA: a linear gate on every adapted layer, trained to predict the task at every token (Xu et al., arXiv:2405.13053).
 
-``w = softmax(top_k(x G^T) / temperature)`` with ``G`` (E, I) a layer. Loss = answers + ``gate_loss`` * mean, over gates and real
+``w = softmax(top_k(x G^T) / temperature)`` with ``G`` (E, I) per layer. Loss = answers + ``gate_loss`` * mean, over gates and real
 tokens, prompt included, of the cross-entropy of the gate's logits with the row's own expert: supervised classification, not load
 balancing.
 

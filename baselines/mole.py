@@ -1,11 +1,11 @@
-"""MoLE: gates that look at what every expert would add (Wu et al., arXiv:2404.13628), read causally.
+"""MoLE: gates that read the output of every expert (Wu et al., arXiv:2404.13628), computed causally.
 
 At the first adapted module of a decoder layer, token by token: ``e_i = s_i B_i A_i x``, ``u = RMSNorm(e_1, ..., e_N)``, ``w = softmax(u
 E / tau)``; the weights serve all adapted modules of the layer. ``E`` (N O, N) starts at zero, so the weights start uniform; ``tau`` is
 learned as exp(log tau). Loss = answers + ``balance`` * ``-sum_i log q_i`` with q the mean weight of expert i over real tokens and
 layers.
 
-Deviations, with reasons: the printed gate flattens over the whole sequence, which lets a token see the future and ties the gate to one
+Deviations, with reasons: the printed gate flattens over the whole sequence, which lets a token see later tokens and fixes the
 length; ours decides per token. The printed expert adds a second residual, so that one expert at weight one would not be that expert; ours
 is the LoRA's delta. ``mole_lr`` shares one projection (O, p) over the experts, since E has N^2 O numbers. No official code exists.
 """

@@ -1,11 +1,11 @@
 """PHATGOOSE: a gate vector per expert and layer, each trained on its own expert's data alone (Muqeeth et al., arXiv:2402.05859).
 
 Training: ``y = W x + sigmoid(v_e . x) s_e B_e A_e x`` on the rows of expert e. Inference: x and v are standardised (zero mean, unit
-variance), scores ``x . v_e / sqrt(I)``, softmax over the best two. No gate ever sees another task.
+variance), scores ``x . v_e / sqrt(I)``, softmax over the best two. No gate is trained on another task.
 
-Deviations, with reasons: v starts within 1e-3 of zero rather than at it; standardised zeros would all score the same, and an untrained
-method would depend on the order of the experts. All gates train in one run, each on its own rows: their gradients do not meet. The
-softmax over the kept two follows MTTL; the authors' own code takes it over all experts first.
+Deviations, with reasons: v starts within 1e-3 of zero rather than at it; standardised zeros would all have the same score, and an
+untrained method would depend on the order of the experts. All gates train in one run, each on its own rows: their gradients are
+independent. The softmax over the kept two follows MTTL; the authors' own code takes it over all experts first.
 """
 
 from __future__ import annotations

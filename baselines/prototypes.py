@@ -1,12 +1,12 @@
 """Prompt and task routers by prototypes in an encoder's space. Shapes: B rows, E experts, K centroids, D features.
 
-* ARIADNE (arXiv:2606.19079): an expert is a few centroids of its training inputs, found by k-means; the expert of the nearest centroid
-  answers alone. Abstract only; the number of centroids, inputs and the encoder are ours.
-* AdapterSoup (Chronopoulou et al., arXiv:2302.07027): the parameters of the adapters whose domains are nearest are averaged, once a task.
-  Of LoRAs these are A and B, so factors are summed. A domain is the mean of its inputs' embeddings.
+* ARIADNE (arXiv:2606.19079): an expert is a few centroids of its training inputs, found by k-means; only the expert of the nearest
+  centroid is used. From the abstract; number of centroids, inputs and encoder are our choice.
+* AdapterSoup (Chronopoulou et al., arXiv:2302.07027): the parameters of the adapters whose domains are nearest are averaged, once per
+  task. For LoRA these are A and B, so factors are summed. A domain is the mean of its inputs' embeddings.
 
-Deviations: with a task's own adapter in the pool, it is the nearest to itself and one of the average; ``leave_one_out`` leaves it out,
-which is the paper's setting (unseen domains). The paper compares domains by inputs of the test domain; here by training inputs of the task.
+Deviations: a task's own adapter, if it is in the pool, is nearest and part of the average; ``leave_one_out`` excludes it, which is the
+paper's setting (unseen domains). The paper compares domains by inputs of the test domain; here by training inputs of the task.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Ariadne(LearnsFromEncodings):
 
 
 class AdapterSoup(LearnsFromEncodings):
-    """The mean of the nearest adapters' parameters, once a task."""
+    """The mean of the nearest adapters' parameters, once per task."""
 
     name = "adapter_soup"
     metadata = Metadata(
@@ -163,5 +163,5 @@ class AdapterSoup(LearnsFromEncodings):
     def _row(self, task: str | None) -> int:
         if task not in self.expert_names:
             hint = nearest(str(task), self.expert_names)
-            raise MethodError(f"method '{self.name}' averages adapters once a task and knows no task called {task!r}.{hint}")
+            raise MethodError(f"method '{self.name}' averages adapters once per task and has no task {task!r}.{hint}")
         return self.expert_names.index(task)

@@ -1,14 +1,14 @@
 """qa-FLoRA: weights of every layer from how far each adapter moves the model on the prompt (arXiv:2512.11366). Shapes: E experts, L blocks.
 
-The prompt is run with the base model and with each adapter alone. At block l, ``w_i = KL(p_base || p_i) / sum_j KL(p_base || p_j)``, with p
-the distribution over the vocabulary that the last token's hidden state behind the block gives through the final normalisation and the
+The prompt is run with the base model and with each adapter alone. At block l, ``w_i = KL(p_base || p_i) / sum_j KL(p_base || p_j)``,
+where p is the distribution over the vocabulary from the last token's hidden state after the block, through the final normalisation and the
 output head. All adapted modules of a block use its weights; deltas are summed. No training and no data.
 
-The cost is E + 1 rows of the prompt before it is answered: one batch of the base model (a row of zero weights) and of E one-hot rows. Their
+The cost is E + 1 rows of the prompt before the answer: one batch with the base model (a row of zero weights) and E one-hot rows. Their
 memory is predicted from the model's sizes (``row_bytes``), and a batch that would need more than ``memory_mb`` is split.
 
-Abstract only; that the distributions are read from the hidden states of the last token through the model's own head, and that weights are
-proportional to the divergence, is our reading. Where no adapter moves anything, all share equally. No code is public.
+From the abstract. Reading the distributions from the hidden states of the last token through the model's own head, and weights proportional
+to the divergence, are our interpretation. If no adapter changes anything, all weights are equal. No code is public.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class QaFlora(FusionMethod):
             block = layer_of(module)
             number = block.rsplit(".", 1)[-1]
             if block == module or not number.isdigit():
-                raise MethodError(f"method '{self.name}' weighs decoder layers; module '{module}' stands outside of them.")
+                raise MethodError(f"method '{self.name}' weights decoder layers; module '{module}' is outside of them.")
             numbers[block] = int(number)
         self._blocks = sorted(numbers, key=lambda block: numbers[block])
         self._numbers = [numbers[block] for block in self._blocks]
@@ -132,7 +132,7 @@ class QaFlora(FusionMethod):
         return torch.cat(found, dim=1)[:, 1:].clamp_min(0.0)
 
     def _log_shares(self, model: FusedModel, ids: Tensor, weights: Tensor) -> Tensor:
-        """Log distributions (L, n, V), float64, behind every adapted block under routing weights (n, E)."""
+        """Log distributions (L, n, V), float64, after every adapted block under routing weights (n, E)."""
         (norm,) = self._norm
         head = model.model.get_output_embeddings()
         with model.routing(weights):

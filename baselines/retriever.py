@@ -1,12 +1,14 @@
 """Prompt routers that compare a prompt with a few inputs of each expert's task. Shapes: B rows, E experts, D features.
 
 * LoRARetriever (Zhao et al., arXiv:2402.09997): an expert is the mean of 20 sentence embeddings of its inputs, not normalised again;
-  the ``top_k`` experts by inner product share the weight equally. ``retriever_mixture`` sums deltas, ``retriever_fusion`` A and B apart.
+  the ``top_k`` experts by inner product share the weight equally. ``retriever_mixture`` sums deltas, ``retriever_fusion`` sums A and B
+  separately.
 * LORAUTER (arXiv:2601.21795): a task is the centroid of a few inputs' embeddings; the ``top_k`` tasks by cosine, weights by the
-  softmax of the similarities. Its details are not public here: number of samples, ``top_k``, temperature, unit-length centroids are ours.
+  softmax of the similarities. Details were not available: number of samples, ``top_k``, temperature and unit-length centroids are our
+  choice.
 
-Deviations: the authors embed with an instruction-tuned sentence encoder. The encoder is a setting here (``_encoders.py``); the default
-``features`` needs nothing but the backbone. Inputs come from the training split.
+Deviations: the authors embed with an instruction-tuned sentence encoder. Here the encoder is a setting (``_encoders.py``); the default
+``features`` needs only the base model. Inputs come from the training split.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ class RetrieverMixture(FusionMethod):
 
 
 class RetrieverFusion(RetrieverMixture):
-    """The nearest experts, equally; A and B are summed apart."""
+    """The nearest experts, equally; A and B are summed separately."""
 
     name = "retriever_fusion"
     metadata = Metadata(title="LoRARetriever (fusion)", paper=PAPER, granularity="prompt", needs=("inputs",), combine="factor")

@@ -1,20 +1,20 @@
 """Merges of singular vectors: TSV-M, Iso-C and KnOTS with TIES, one merged adapter. Shapes: E experts, K values kept of each.
 
-* ``tsv`` (Task Singular Vectors, arXiv:2412.00081): of every ``dW_e = U_e S_e V_e`` the largest K singular triples; the ``U_e`` side by
-  side and the ``V_e`` one below the other, each replaced by the nearest matrix with orthonormal columns or rows (``Z = P S Q`` becomes
-  ``P Q``); ``dW = U' diag(S_1 .. S_E) V'``. K is ``min(I, O) / E`` (``space: full``, as the released code has it for whole matrices). In
-  core space the matrices have the sum of the ranks as their size, so K is the mean rank: adapters of one rank lose nothing
-  (``space: core``), and only the orthogonalisation is left of the method. Where the ranks add up to more than ``min(I, O)``, as on the nano
+* ``tsv`` (Task Singular Vectors, arXiv:2412.00081): the largest K singular triples of every ``dW_e = U_e S_e V_e``; the ``U_e`` are
+  concatenated as columns and the ``V_e`` as rows, and each is replaced by the nearest matrix with orthonormal columns or rows (``Z = P S
+  Q`` becomes ``P Q``); ``dW = U' diag(S_1 .. S_E) V'``. K is ``min(I, O) / E`` (``space: full``, as the released code has it for whole
+  matrices). In core space the matrices have the sum of the ranks as their size, so K is the mean rank: adapters of one rank lose nothing
+  (``space: core``), and the method reduces to the orthogonalisation. Where the ranks add up to more than ``min(I, O)``, as on the nano
   pool (26 x 8 > 128), both settings are the same.
 * ``iso_c`` (Isotropic merging, arXiv:2502.04959): ``sum_e dW_e = U S V``, then every singular value becomes their mean.
   ``mean_over: nonzero`` (the default, and what core space gives) takes the mean over values that are not zero; ``full`` divides by
   ``min(I, O)``, most of which are zero for a few low-rank adapters.
 * ``knots_ties`` (KnOTS, arXiv:2410.19735): ``[dW_1 .. dW_E] = U S [V_1 .. V_E]``, TIES on the ``S V_e``, ``dW = U TIES(S V_1, ..)``.
 
-All are computed in core space (``core_space.CoreSpace``), which changes none of them: singular vectors move along with the bases.
+All are computed in core space (``core_space.CoreSpace``), which does not change the result: singular vectors transform with the bases.
 
 Deviations: TSV keeps no more triples than an adapter has (the released code fills up with vectors of singular value zero, which are
-arbitrary and yet take part in the orthogonalisation), and at least one. Iso writes its mean to the values that are not zero (the
+arbitrary but take part in the orthogonalisation), and at least one. Iso writes its mean to the values that are not zero (the
 released code to all; singular vectors of zeros are arbitrary). KnOTS trims per module, as ``ties`` (released code: one vector of all
 parameters); its released configurations search the density and the weight on validation data, ours are those of ``ties``.
 A weight multiplies an expert's singular values (TSV), its delta (Iso) or its part (KnOTS); each is 1 unless set.

@@ -1,15 +1,15 @@
 """WUDI: the delta that interferes least with every adapter on its own inputs (WUDI-Merging, arXiv:2503.08099).
 
-``dW = argmin sum_e ||(dW - w_e dW_e) dW_e^T||^2 / ||dW_e||^2``: the rows of a task's delta stand for the inputs of its task, so no data is
+``dW = argmin sum_e ||(dW - w_e dW_e) dW_e^T||^2 / ||dW_e||^2``: the rows of a task's delta represent the inputs of its task, so no data is
 needed. This is linear least squares. With ``H = sum_e dW_e^T dW_e / n_e``, ``C = sum_e w_e dW_e dW_e^T dW_e / n_e`` and
 ``n_e = ||dW_e||^2`` (Frobenius), the gradient is ``2 (dW H - C)``, and the minimum nearest to zero is ``C H^+``.
 
-* ``wudi``: that minimum, in core space (``core_space.CoreSpace``), whose bases hold all that H and C are made of.
+* ``wudi``: that minimum, in core space (``core_space.CoreSpace``), whose bases contain the range of H and C.
 * ``wudi_adam``: what the released code does: 300 steps of Adam at a learning rate of 1e-5 from ``sum_e w_e dW_e``. An entry moves by about
-  0.003 at most, so where the deltas overlap it ends near its start and far from the minimum. Adam depends on coordinates, so it runs on
+  0.003 at most, so for overlapping deltas it ends near its start and far from the minimum. Adam depends on coordinates, so it runs on
   whole matrices: O I^2 a step.
 
-Deviations: an expert that does not adapt a module, and would divide by zero there, takes no part in it. The gradient is the closed
+Deviations: an expert that does not adapt a module takes no part in it (it would divide by zero). The gradient is the closed
 form's, in float64.
 """
 

@@ -1,13 +1,13 @@
 """X-LoRA: a head on the base model's last hidden state weighs the experts (Buehler and Buehler, arXiv:2402.07148).
 
-Two passes over the same tokens. First the backbone without adapters: last hidden states h (B, T, D). Then ``w = softmax(head(h) /
-temperature)``, one vector a token for the whole model (``layerwise``: one a layer), and the second pass uses them. Only the head is
+Two passes over the same tokens. First the base model without adapters: last hidden states h (B, T, D). Then ``w = softmax(head(h) /
+temperature)``, one vector per token for the whole model (``layerwise``: one per layer), and the second pass uses them. Only the head is
 trained.
 
 * ``xlora`` decodes with a cache: the first pass keeps a cache of its own, tied to the request's, so a token costs two forward passes of one
-  token. PEFT's class re-reads the whole prefix twice at every token, without any cache.
+  token. PEFT's class reads the whole prefix twice at every token, without a cache.
 * ``xlora_frozen`` computes the weights once, at the prompt's last token, and keeps them: X-LoRA at prompt level. (mistral.rs calls
-  weights that are kept "non-granular"; there they are kept after a set number of generated tokens.)
+  kept weights "non-granular" and keeps them after a set number of generated tokens.)
 
 Deviations: depth 1 only (one linear head, PEFT's default). ``scaling_pass_value`` is 0: the first pass is exactly the base model, and no
 gradient runs through it. Top-k masking is left out; PEFT's does not renormalise.

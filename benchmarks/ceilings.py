@@ -1,8 +1,8 @@
-"""Ceilings on nano: accuracy of the right expert against the token from which on it is applied.
+"""Ceilings on nano: accuracy of the right expert against the token from which it is applied.
 
     python -m benchmarks.ceilings run [--out results] [--limit N]
 
-One record a setting, suite ``nano_ceilings``; finished ones are reused. ``dlplora report build --suite nano_ceilings`` writes the table.
+One record per setting, suite ``nano_ceilings``; finished ones are reused. ``dlplora report build --suite nano_ceilings`` writes the table.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def evaluate_setting(run: Run, name: str, root: Path, cache: EvalCache) -> Path:
     """Evaluate one setting and write its record.
 
     Raises:
-        ConfigError: If prompts are not read apart from what is scored behind them.
+        ConfigError: If prompts are not read apart from what is scored after them.
     """
     setting = SETTINGS[name]
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Composite-n on nano: every row of ``results/tables/composite.md``. ``python -m benchmarks.composite_tracks run`` then ``report``.
+"""Composite-n on nano: every row of ``results/tables/composite.md``. ``python -m benchmarks.composite_tracks run``, then ``report``.
 
-``run`` evaluates what has no record yet, one record a row, and goes on where it stopped; ``report`` writes table and figure from records;
-``trace`` shows who answers the questions of one composite. ``main`` rows use the protocol ``nano_composite``, ``ablation`` rows, files in
-``configs/ablation/composite``, the protocol ``nano_composite_ablation``.
+``run`` evaluates what has no record yet, one record per row, and continues after an interruption; ``report`` writes table and figure from
+records; ``trace`` shows which experts answer the questions of one composite. ``main`` rows use the protocol ``nano_composite``;
+``ablation`` rows are files in ``configs/ablation/composite`` and use the protocol ``nano_composite_ablation``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dlplora.tasks.registry import get_suite
 from dlplora.types import PromptBatch
 
 MAIN = ("base", "dlp_threshold", "dlp", "dlp_composite", "oracle_segment", "avg_delta", "arrow_out", "meteora_gate", "meteora_full")
-"""Without adapters; routed once a prompt; at sentence ends, two readings; told the tasks; never; by token, three ways."""
+"""Without adapters; routed once per prompt; at sentence ends, two readings; told the tasks; never; by token, three ways."""
 
 
 def planned(what: str) -> Iterator[Run]:

@@ -1,9 +1,8 @@
-"""One decode step on every backend, as a ratio to the bare backbone: ``python -m benchmarks.decode_steps --write``.
+"""One decode step on every backend, as a ratio to the base model: ``python -m benchmarks.decode_steps --write``.
 
-The nano backbone's sizes with random weights, 26 experts of rank 8 on the query and value projections. All contenders take turns in one
-process over the same backbone weights, every other turn backwards, so that whatever else the machine does hits all of them; the median
-of the ratios of each round is reported, with its quartiles.
-One thread; the clock is the processor time of the process, which other processes hardly change.
+The sizes of the nano model with random weights, 26 experts of rank 8 on the query and value projections. All systems are interleaved in one
+process over the same base weights, in alternating order, so that other load affects all of them. Reported is the median over rounds of the
+ratios, with quartiles. One thread; times are processor times of the process, which other processes hardly change.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dlplora.training.adapter_export import save_adapter
 from dlplora.types import PromptBatch
 
 PROMPT_TOKENS = 64
-CONTENDERS = ("reference", "dense", "folded", "merged")
+BACKENDS_TIMED = ("reference", "dense", "folded", "merged")
 
 
 def _peft(fused: Any) -> Any:
@@ -50,7 +49,7 @@ def _peft(fused: Any) -> Any:
 
 
 def _step(model: Any, rows: int, bind: Callable[[], Any] | None = None) -> Callable[[], float]:
-    """A call that times one decode step behind a cache of 64 tokens, s."""
+    """A call that times one decode step after a cache of 64 tokens, s."""
     ids = torch.arange(3, 3 + PROMPT_TOKENS).expand(rows, -1)
     state = bind() if bind is not None else None
     holder: dict[str, Any] = {}
@@ -75,18 +74,18 @@ def _step(model: Any, rows: int, bind: Callable[[], Any] | None = None) -> Calla
 
 @torch.no_grad()
 def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
-    """Contender -> median ratio to the bare backbone with quartiles, ``rows`` prompts routed alike or each to its own expert."""
+    """System -> median ratio to the bare backbone with quartiles, ``rows`` prompts routed alike or each to its own expert."""
     calls: dict[str, Callable[[], float]] = {}
     with fused_stand_in("oracle", find_case("nano")) as fused:
         names = [fused.bank.names[0 if alike else row % fused.bank.num_experts] for row in range(rows)]
         prompts = PromptBatch.from_ids([[5, 6, 7]] * rows, fused.tokenizer, task_names=names)
         zeros = torch.zeros(fused.bank.num_experts)
-        calls["base"] = _step(fused, rows, lambda: fused.planner.state(zeros))
-        for backend in CONTENDERS:
+        calls["base"] = _step(fused, rows, lambda: fused.request_router.state(zeros))
+        for backend in BACKENDS_TIMED:
             if backend != "merged" or alike or rows == 1:
                 fused.backend = backend
                 calls[backend] = _step(fused, rows, lambda: fused.route(prompts))
-        weights = fused.planner.route(prompts)
+        weights = fused.request_router.route(prompts)
         assert weights is not None
         # What is not the default: room for the five experts that dlp may keep, and B stored by output, which dense then copies.
         calls["folded, room for 5"] = _step(fused, rows, lambda: RoutingState(weights, "folded", width=5))

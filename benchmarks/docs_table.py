@@ -1,4 +1,4 @@
-"""A benchmark whose record becomes a table in a page of the documentation: the actions ``run`` and ``report``."""
+"""Benchmarks whose record becomes a table in a documentation page: the actions ``run`` and ``report``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Questions per second against stock lm-eval with PEFT: ``python -m benchmarks.evaluation_speed``.
+"""Questions per second compared with stock lm-eval and PEFT: ``python -m benchmarks.evaluation_speed``.
 
-Stock: ``lm_eval --model hf --model_args pretrained=...,peft=...`` task by task, each task with its own adapter, as PEFT users do; run in
-this process with our 26 tasks alone indexed, so that start-up, imports and the index of thousands of foreign tasks are not counted
-against it. lm-eval ends every run with a list of the machine's packages, which takes longer than a small task; ``stock, no report``
-leaves that out too. Ours: one evaluation of all 26 tasks a method, in one matrix, loading included. All without bootstrap, at the same
-batch size. ``plain`` is ours with every option read on its own and nothing shared. Times depend on the machine and are asserted nowhere.
+Stock: ``lm_eval --model hf --model_args pretrained=...,peft=...`` for each task with its own adapter, as PEFT users do. It runs in this
+process with only our 26 tasks indexed, so that start-up, imports and the index of thousands of other tasks are not counted. lm-eval ends
+every run with a list of the machine's packages, which takes longer than a small task; ``stock, no report`` leaves it out. Ours: one
+evaluation of all 26 tasks per method, in one process, loading included. All without bootstrap, at the same batch size. ``plain`` is ours
+with every option read separately and nothing shared. Times depend on the machine; no test asserts them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def disagreements(one: HarnessResult, other: dict[str, HarnessResult]) -> list[s
 
 
 def measure(methods: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """All contenders in one process."""
+    """All systems in one process."""
     warm_up = run_of("oracle", 1)
     stock(1)
     ours(warm_up, None)
@@ -151,7 +151,7 @@ def main() -> None:
         **result["methods"],
         f"{methods[0]}, nothing shared": result["plain"],
     }
-    header = ["contender", "seconds", "questions / s", f"to stock (target {TARGET})", "to stock without report"]
+    header = ["system", "seconds", "questions / s", f"to stock (target {TARGET})", "to stock without report"]
     keys = ("wall_s", "questions_per_s", "to_stock", "to_stock_without_report")
     print(table(header, [[name, *(str(row.get(key, "")) for key in keys)] for name, row in rows.items()]))
     print(f"\n{len(methods)} methods together: {result['all_methods_s']} s (all 35: target {TARGET_ALL_S} s). {result['busy'] or ''}")

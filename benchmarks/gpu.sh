@@ -13,13 +13,13 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
 if [ "${DLPLORA_GPU_SMOKE:-0}" = 1 ]; then
-  PLANS="gpu-smoke:600"
+  CONFIGS="gpu-smoke:600"
   SLOWER=5  # a busy CPU is no reason to cut a trial off
   TRAINING="--device cpu --num-tasks 2 --num-steps 2 --repeats 1 --modes peft_one_by_one,joint"
   TESTS="tests/unit/test_bench_timing.py -k median"
 else
   "$PYTHON" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU; DLPLORA_GPU_SMOKE=1 tries this script on a CPU")'
-  PLANS="gpu-1.5b:150 gpu-8b:210" # name:seconds; a plan that is cut off keeps the groups it had finished
+  CONFIGS="gpu-1.5b:150 gpu-8b:210" # name:seconds; a benchmark that is cut off keeps its finished groups
   TRAINING="--device cuda --num-tasks 10 --num-steps 40 --repeats 1 --modes peft_one_by_one,sequential,joint"
   TESTS="tests -m gpu"
 fi
@@ -36,9 +36,9 @@ fi
 echo "== training" >&2
 timeout "$((90 * ${SLOWER:-1}))" "$PYTHON" -m benchmarks.training_speed $TRAINING --out "$OUT" >&2 || echo "warning: the training benchmark did not finish" >&2
 
-for entry in $PLANS; do
-  plan="${entry%%:*}"
-  echo "== $plan" >&2
-  timeout "${entry##*:}" "$PYTHON" -m benchmarks.latency_ratios "$plan" --out "$OUT" >/dev/null || echo "warning: $plan did not finish" >&2
+for entry in $CONFIGS; do
+  config="${entry%%:*}"
+  echo "== $config" >&2
+  timeout "${entry##*:}" "$PYTHON" -m benchmarks.latency_ratios "$config" --out "$OUT" >/dev/null || echo "warning: $config did not finish" >&2
 done
 "$PYTHON" -m tests.tools.targets --records "$OUT" --only-speed

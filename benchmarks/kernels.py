@@ -1,10 +1,10 @@
 """Measure the backends and fit the cost model of ``backend=auto``: ``python -m benchmarks.kernels --device cpu --write``.
 
-Every point of a grid of sizes is timed for every backend in turn, in one process: one forward of one layer's delta, and the making of
-one plan. Eight layers are worked through in turn, so that factors do not stay in the innermost caches. Three constants a backend
-(seconds per launch, per byte, per floating point operation) are fitted to the medians by non-negative least squares of the relative
-errors. On a CPU one thread is used and the clock is the processor time of the process, which other processes hardly change. Without
-``--write`` nothing is changed: what is printed says how well the model predicts and what its choices cost.
+At every point of a grid of sizes, all backends are timed interleaved in one process: one forward pass of one layer's delta, and writing its
+buffers (``plan`` in the file). Eight layers are used in turn, so that factors do not stay in the innermost caches. Three constants per
+backend (seconds per launch, per byte, per floating point operation) are fitted to the medians by non-negative least squares of the relative
+errors. On a CPU one thread is used, and times are processor times of the process, which other processes hardly change. Without ``--write``
+nothing is changed; the output says how well the model predicts and what its choices cost.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _calls(point: dict[str, int], dtype: torch.dtype, device: str) -> dict[tuple
         grouped = [GroupedBuffers(b, k, *factors) for factors in zip(lora_a, lora_b, strict=True)]
         calls["triton", "plan"] = lambda i: grouped[i].write(lora_a[i], lora_b[i], weights)
         calls["triton", "step"] = lambda i: grouped[i].delta(x, lora_a[i], lora_b[i])
-        for plan, factors in zip(grouped, zip(lora_a, lora_b, strict=True), strict=True):
-            plan.write(*factors, weights)
+        for buffers, factors in zip(grouped, zip(lora_a, lora_b, strict=True), strict=True):
+            buffers.write(*factors, weights)
     return calls
 
 
@@ -97,7 +97,7 @@ def measure(point: dict[str, int], dtype: torch.dtype, device: str, repeats: int
 def _terms(sample: dict[str, Any], itemsize: int) -> Terms:
     layer = LayerShape(sample["d_in"], sample["d_out"], sample["experts"], RANK)
     if sample["what"] == "plan":
-        return cost_model.plan_terms(sample["backend"], layer, sample["rows"], sample["width"], itemsize)
+        return cost_model.write_terms(sample["backend"], layer, sample["rows"], sample["width"], itemsize)
     return cost_model.step_terms(sample["backend"], layer, sample["rows"], sample["rows"], sample["tokens"], sample["width"], itemsize)
 
 

@@ -1,8 +1,8 @@
-"""What ``kv_policy`` changes on nano, in logits, score and time: ``python -m benchmarks.kv_policy run`` then ``report``.
+"""Effect of ``kv_policy`` on nano, in logits, score and time: ``python -m benchmarks.kv_policy run``, then ``report``.
 
-``single``: the eight generation tasks, one question a prompt, method ``dlp`` (view ``tail``). ``concat_3``: composites,
-view ``segment``. Logits are compared at the first token after a row's first re-route that changed its weights, where all policies have seen
-the same tokens. Times are of the same prompts with a fixed number of new tokens, the policies interleaved in one process.
+``single``: the eight generation tasks, one question per prompt, method ``dlp`` (view ``tail``). ``concat_3``: composites, view ``segment``.
+Logits are compared at the first token after a row's first re-route that changed its weights, where all policies have seen the same tokens.
+Times are of the same prompts with a fixed number of new tokens, the policies interleaved in one process.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def generate(fused: FusedCausalLM, docs: Sequence[dict[str, Any]], new_tokens: i
 
 def first_changes(fused: FusedCausalLM, trace: Sequence[dict[str, Any]], new: torch.Tensor) -> dict[int, int]:
     """Row -> tokens generated when its weights first changed."""
-    plans: dict[int, dict[str, float]] = {}
+    weights_of: dict[int, dict[str, float]] = {}
     found: dict[int, int] = {}
     for entry in trace:
         row = entry["row"]
-        if row not in found and row in plans and plans[row] != entry["weights"]:
+        if row not in found and row in weights_of and weights_of[row] != entry["weights"]:
             ids = new[row].tolist()
             ends = (len(fused.tokenizer.decode(ids[:k], skip_special_tokens=True)) for k in range(len(ids) + 1))
             found[row] = next(k for k, end in enumerate(ends) if end >= entry["at"])
-        plans[row] = entry["weights"]
+        weights_of[row] = entry["weights"]
     return found
 
 

@@ -1,7 +1,7 @@
-"""Run several latency plans: ``python -m benchmarks.latency_ratios nano qwen2-0.5b``.
+"""Run several latency benchmarks: ``python -m benchmarks.latency_ratios nano qwen2-0.5b``.
 
-Each plan is a file of ``configs/bench`` (or a path); each writes one record, by default under ``results/bench``, and prints its table.
-``dlplora bench latency`` does the same for one plan or for options given on the command line.
+Each is a file of ``configs/bench`` (or a path), writes one record, by default under ``results/bench``, and prints its table.
+``dlplora bench latency`` does the same for one file or for options given on the command line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dlplora.bench.session import load_bench_config, run_plan
+from dlplora.bench.session import load_bench_config, run_bench
 from dlplora.cli.bench import target_path
 from dlplora.cli.terminal import quiet_loading
 from dlplora.errors import DLPLoRAError
@@ -22,18 +22,18 @@ def _tell(text: str) -> None:
 
 
 def run(names: list[str], out: str | None) -> None:
-    """Run the plans, write their records and print their tables.
+    """Run the benchmarks, write their records and print their tables.
 
     Args:
-        names: Plans.
+        names: Names in ``configs/bench``, or files.
         out: Folder; None is the default of ``dlplora bench latency``.
     """
-    plans = [load_bench_config(name) for name in names]  # a misspelt name is found before anything runs
-    for plan in plans:
-        record = run_plan(plan, _tell, after_group=lambda record: save_bench(record, target_path(out, record)))
+    configs = [load_bench_config(name) for name in names]  # a misspelt name is found before anything runs
+    for config in configs:
+        record = run_bench(config, _tell, after_group=lambda record: save_bench(record, target_path(out, record)))
         path = target_path(out, record)
         for warning in record.warnings:
-            print(f"warning: {plan.shape}: {warning}; the times are not those of a quiet machine.", file=sys.stderr)
+            print(f"warning: {config.shape}: {warning}; the times are not those of a quiet machine.", file=sys.stderr)
         print(f"wrote {path}", file=sys.stderr)
         print(markdown(record) + "\n")
 
@@ -41,12 +41,12 @@ def run(names: list[str], out: str | None) -> None:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plans", nargs="+", metavar="PLAN", help="name in configs/bench, or a YAML file")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="name in configs/bench, or a YAML file")
     parser.add_argument("--out", metavar="DIR", help="folder of the records")
     arguments = parser.parse_args()
     quiet_loading(None)
     try:
-        run(arguments.plans, arguments.out)
+        run(arguments.configs, arguments.out)
     except DLPLoRAError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,10 +1,10 @@
-"""What sharing a folder costs: 10,000 cells, 500 workers, no model: ``python -m benchmarks.matrix_board``.
+"""Cost of sharing a folder: 10,000 cells, 500 workers, no model: ``python -m benchmarks.matrix_board``.
 
-The workers' own code looks, claims and finishes on a real folder; only the cells' work is simulated, by a clock that jumps over it. Events
-of all workers are handled in the order of their times, so two workers that look before either claims do meet. A look, claim or finish
-takes the processor time that it took here and a delay for each file operation, as a file server would add it (``--delay-ms``; a listing
-counts one operation for every hundred names). Overhead is all time in which a worker neither works nor has nothing to do, as a share of the
-time it works.
+The workers' own code looks for, claims and finishes cells on a real folder; only the work of the cells is simulated, by a clock that jumps
+over it. Events of all workers are handled in the order of their times, so two workers can look before either claims. A look, claim or
+finish takes the processor time measured here plus a delay for each file operation, as a file server would add it (``--delay-ms``; a listing
+counts one operation per hundred names). Overhead is the time in which a worker neither works nor lacks work, as a share of the time it
+works.
 """
 
 from __future__ import annotations

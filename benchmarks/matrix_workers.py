@@ -1,8 +1,8 @@
-"""Workers that are killed again and again over one plan, against one worker that is left alone: ``python -m benchmarks.matrix_workers``.
+"""Workers that are killed repeatedly, compared with one undisturbed worker: ``python -m benchmarks.matrix_workers``.
 
-Both work on the same profiles. Every few seconds one of the workers is killed (SIGKILL), stopped and let go on after its lease has run out
-(SIGSTOP, SIGCONT), or asked to stop (SIGTERM), and another one is started. In the end every cell must be done once, and every record and
-artifact must have the numbers of the undisturbed run.
+Both work on the same profiles. Every few seconds a worker is killed (SIGKILL), frozen until its lease has run out (SIGSTOP, SIGCONT), or
+asked to stop (SIGTERM), and another one is started. In the end every cell must be done once, and all records and artifacts must have the
+numbers of the undisturbed run.
 """
 
 from __future__ import annotations

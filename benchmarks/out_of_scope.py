@@ -1,10 +1,11 @@
-"""Does a method notice prompts that no expert knows? ``python -m benchmarks.out_of_scope run`` then ``report``.
+"""Whether methods detect prompts that no expert knows: ``python -m benchmarks.out_of_scope run``, then ``report``.
 
 In scope are the test prompts of the tasks that pool and router know. Out of scope, *near*: test prompts of tasks of the same suite that
-were taken out of the pool and of the rows that routers and classifiers learn from. *Far*: test prompts of another suite. ``run`` writes its
-record after every method and goes on where it stopped; ``report`` writes tables into ``docs/out_of_scope.md`` and ``results/tables``.
+were removed from the pool and from the training rows of routers and classifiers. *Far*: test prompts of another suite. ``run`` writes its
+record after every method and continues after an interruption; ``report`` writes tables into ``docs/out_of_scope.md`` and
+``results/tables``.
 
-No answer is generated: what is right is the expert that is chosen.
+No answer is generated; a choice is right if it is the prompt's own expert.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Track:
         )
         try:
             found = {part: _scores(fused, texts) for part, texts in self.prompts.items()}
-            weights = [fused.planner.per_expert(_routed(fused, batch)) for batch in _batches(fused, self.prompts["in_scope"])]
+            weights = [fused.request_router.per_expert(_routed(fused, batch)) for batch in _batches(fused, self.prompts["in_scope"])]
         finally:
             fused.close()
         return found, torch.cat(weights).cpu()
@@ -169,7 +170,7 @@ def _batches(fused: FusedCausalLM, texts: Sequence[str]) -> list[PromptBatch]:
 
 @torch.no_grad()
 def _routed(fused: FusedCausalLM, batch: PromptBatch) -> Tensor:
-    weights = fused.planner.route(batch)
+    weights = fused.request_router.route(batch)
     if weights is None:
         raise ConfigError(f"method '{fused.method.name}' has no weights of a prompt.")
     return weights
@@ -210,7 +211,7 @@ def run(arguments: argparse.Namespace) -> None:
     facts = track.facts()
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"kind": "out_of_scope", **facts, "methods": {}}
     if any(record[key] != value for key, value in facts.items()):
-        raise ConfigError(f"{path} is of other prompts or another router; remove it, or name another folder with --out.")
+        raise ConfigError(f"{path} belongs to other prompts or another router; remove it, or name another folder with --out.")
     for method in arguments.methods.split(","):
         if method in record["methods"]:
             continue
@@ -221,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Percent, AURC in thousandths; one row a method and score."""
+    """Percent, AURC in thousandths; one row per method and score."""
     parts = [part for part in ("near", "far") if record["prompts"][part]]
 
     def percent(value: float | None) -> str:

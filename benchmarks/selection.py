@@ -1,8 +1,8 @@
-"""How many experts to keep and how to weigh them: ``python -m benchmarks.selection``.
+"""How many experts to keep and how to weight them: ``python -m benchmarks.selection``.
 
-On the nano suite, some questions a task: ``p`` of nucleus and threshold, the weighting of the kept experts, a router that errs, and
-pools of 2 to 26 experts. Writes ``results/sweeps/nano_selection.json``; a point that is there already is not run again, so a run that
-was cut off goes on.
+On some questions per task of the nano suite: the bound of nucleus and threshold (``p``), the weighting of the kept experts, a router with
+errors, and pools of 2 to 26 experts. Writes ``results/sweeps/nano_selection.json``; finished points are not run again, so an interrupted
+run continues.
 """
 
 from __future__ import annotations

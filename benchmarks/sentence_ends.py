@@ -1,8 +1,8 @@
-"""What routing costs on nano, in two versions of the code: ``python -m benchmarks.sentence_ends --before FOLDER --commit HASH``.
+"""Cost of routing on nano in two versions of the code: ``python -m benchmarks.sentence_ends --before FOLDER --commit HASH``.
 
-The versions take turns, each in a process of its own on one thread; within a process the systems take turns as in ``dlplora bench
+The versions alternate, each in its own process with one thread. Within a process the systems are interleaved as in ``dlplora bench
 latency``, and every time is divided by that of one PEFT adapter in the same round. The record has ratios of elapsed time and of the
-process's CPU time, which other processes on the machine disturb less.
+process's CPU time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[tuple[str, ...], int, int, int]] = {
     "prompt 1024": (("peft_single", "dlp_code", "dlp"), 1, 1024, 5),
     "pools": (("peft_single", "dlp@2", "dlp@1000"), 1, 128, 33),
 }
-"""Systems, rows, prompt tokens and new tokens. ``dlp_code`` routes once a prompt: beside it, ``dlp`` shows what sentence ends cost."""
+"""Systems, rows, prompt tokens and new tokens. ``dlp_code`` routes once per prompt: beside it, ``dlp`` shows what sentence ends cost."""
 TIMES = ("ttft", "tpot", "ttft_cpu", "tpot_cpu")
 
 
@@ -73,7 +73,7 @@ def measure(case: str, rounds: int) -> dict[str, dict[str, list[float]]]:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         setup = build_setup(BenchConfig(groups={"one": Group()}), model, tokenizer, max(pools), Path(folder))
         entries = [
-            Entry(contender=name.partition("@")[0], experts=1 if name == "peft_single" else size)
+            Entry(system=name.partition("@")[0], experts=1 if name == "peft_single" else size)
             for name, size in zip(names, pools, strict=True)
         ]
         systems = [build_system(setup, entry) for entry in entries]

@@ -1,8 +1,8 @@
-"""Our sentence rule beside maintained segmenters: ``python -m benchmarks.sentence_segmenters run`` then ``report``.
+"""Our sentence rule compared with maintained segmenters: ``python -m benchmarks.sentence_segmenters run``, then ``report``.
 
-Needs ``pip install pysbd sentence-splitter``. The passages are made here, from sentence templates written for this comparison in twelve
+Needs ``pip install pysbd sentence-splitter``. The passages are generated from sentence templates written for this comparison in twelve
 languages, so the right boundaries are known: three sentences each, with the abbreviations, initials, ordinals, decimals, quotations and
-short answers of the language. ``F1`` is over boundaries inside a passage; µs are those of a passage.
+short answers of the language. ``F1`` is over boundaries inside a passage; times are µs per passage.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.docs_table import command
 from dlplora.inference.sentences import sentence_end_positions
 from dlplora.provenance import provenance
+from dlplora.reporting import markdown
 
 PASSAGES = 150
 
@@ -172,19 +173,18 @@ def measure(num: int) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as Markdown; percent, and microseconds a passage."""
-    lines = [
-        "| language | F1: ours | pySBD | sentence-splitter | agreement ours, pySBD | µs: ours | pySBD | sentence-splitter |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    """The record as Markdown; percent, and microseconds per passage."""
+    header = ["language", "F1: ours", "pySBD", "sentence-splitter", "agreement ours, pySBD", "µs: ours", "pySBD", "sentence-splitter"]
+    rows = []
     for language, row in record["languages"].items():
         cells = [
+            language,
             *(f"{100 * row[name]['f1']:.1f}" if name in row else "" for name in SEGMENTERS),
             f"{100 * row['pysbd']['agreement_with_ours']:.1f}",
             *(f"{row[name]['us_per_passage']:.0f}" if name in row else "" for name in SEGMENTERS),
         ]
-        lines.append(f"| {language} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown.table(header, rows)
 
 
 def main() -> None:

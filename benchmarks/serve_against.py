@@ -1,11 +1,11 @@
-"""The base model behind ``dlplora serve`` and behind another OpenAI-compatible server, same machine, same requests, runs in turn.
+"""The base model behind ``dlplora serve`` and behind another OpenAI-compatible server; same machine and requests, alternating runs.
 
     transformers serve FOLDER --device cpu --dtype float32 --port 8001
-    python -m benchmarks.serve_against --against http://127.0.0.1:8001 --model FOLDER --pid PID \\
+    python -m benchmarks.serve_against --against http://127.0.0.1:8001 --model FOLDER --pid PID \
         --pretrained smollm2-135m --pool POOL --method base
 
-Requests are greedy and end where the model ends; answers are compared and counted with the tokenizer of FOLDER. The
-record is ``results/bench/against-*.json``. Options that this command does not know go to ``dlplora serve``.
+Requests are greedy and end where the model ends; answers are compared, and counted with the tokenizer of FOLDER. The record is
+``results/bench/against-*.json``. Options that this command does not know go to ``dlplora serve``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Load on a server from a second process: throughput, time to first token, fairness, and whether slots leak.
+"""Load test of a server from a second process: throughput, time to first token, fairness, and leaked slots.
 
-``python -m benchmarks.serve_load --clients 16 --requests 64`` starts ``dlplora serve`` on a free loopback port. Its figures are ratios of
-runs that were interleaved against one server: routed requests, each to another adapter, against the base model; many clients
-against one. The record is ``results/bench/serve-*.json``. Options that this command does not know go to ``dlplora serve``.
+``python -m benchmarks.serve_load --clients 16 --requests 64`` starts ``dlplora serve`` on a free loopback port. Figures are ratios of runs
+that were interleaved against one server: routed requests, each to another adapter, against the base model; many clients against one. The
+record is ``results/bench/serve-*.json``. Options that this command does not know go to ``dlplora serve``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Load:
     first_token_s: tuple[float, ...]
     errors: int
     routing_share: float | None = None
-    """Routing (question, router, plan) in the time to the first token, sums over all requests, by the server's own clock."""
+    """Routing (question, router, buffers) in the time to the first token, sums over all requests, by the server's own clock."""
     server_cpu_s: float | None = None
     """Processor time of the server, over all threads; hardly depends on what else the machine does."""
 
@@ -139,11 +139,11 @@ async def _run(place: tuple[str, int], model: str, prompts: Sequence[str], clien
 
 def measure(place: tuple[str, int], prompts: Sequence[str], clients: int, requests: int, rounds: int) -> list[Load]:
     """Rounds of three loads: routed and base with many clients, routed with one; every other round in reverse order."""
-    plans = [("auto", clients, requests), ("base", clients, requests), ("auto", 1, max(4, requests // 8))]
+    loads = [("auto", clients, requests), ("base", clients, requests), ("auto", 1, max(4, requests // 8))]
     asyncio.run(_run(place, "auto", prompts, clients, clients))  # warm-up
     found = []
     for turn in range(rounds):
-        for model, count, num in plans if turn % 2 == 0 else plans[::-1]:
+        for model, count, num in loads if turn % 2 == 0 else loads[::-1]:
             found.append(asyncio.run(_run(place, model, prompts, count, num)))
     return found
 

@@ -1,7 +1,7 @@
-"""Many requests at once, clients that vanish and bodies that are cut off: ``python -m benchmarks.serve_load --soak 2000``.
+"""Many concurrent requests, clients that disconnect and truncated bodies: ``python -m benchmarks.serve_load --soak 2000``.
 
-Every answer is compared with the one that the server gave to the same request when nothing else ran. The record holds wrong answers,
-slots that are still occupied at the end, and the memory of the server's process after each quarter of the requests.
+Every answer is compared with the server's answer to the same request when nothing else ran. The record holds wrong answers, slots that are
+still occupied at the end, and the memory of the server's process after each quarter of the requests.
 """
 
 from __future__ import annotations

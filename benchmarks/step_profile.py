@@ -1,7 +1,7 @@
-"""Where one decode step spends its time, by operator: ``python -m benchmarks.step_profile``.
+"""Time of one decode step by operator: ``python -m benchmarks.step_profile``.
 
-Each contender generates a short and a longer continuation under torch's profiler; the difference, divided by the tokens between them, is
-one step without its prefill. The profiler slows everything down, so its times are shares, not latencies; the calls are exact.
+Each system generates a short and a longer continuation under torch's profiler. The difference, divided by the number of tokens between
+them, is one step without prefill. The profiler slows everything down, so its times are shares and not latencies; call counts are exact.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TOP = 6
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """One contender."""
+    """One system."""
 
     calls: float
-    """Operator calls a step, those of other operators included."""
+    """Operator calls per step, those of other operators included."""
     self_ms: float
     """Time in operators, each without the operators it calls, ms a step, slowed down by the profiler."""
     operators: dict[str, dict[str, float]]
@@ -46,7 +46,7 @@ class StepProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRecord:
-    """All contenders of one call."""
+    """All systems of one call."""
 
     shape: str
     dtype: str
@@ -61,14 +61,14 @@ class ProfileRecord:
     schema_version: int = BENCH_VERSION
 
 
-def _operators(contender: BenchSystem, workload: Any) -> dict[str, tuple[int, float]]:
+def _operators(system: BenchSystem, workload: Any) -> dict[str, tuple[int, float]]:
     """Operator -> calls and self time in ms of one generation."""
     activities = [ProfilerActivity.CPU]
     if workload.prompts.input_ids.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    contender.generate(workload)
+    system.generate(workload)
     with profile(activities=activities) as profiler:
-        contender.generate(workload)
+        system.generate(workload)
     field = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
     return {event.key: (event.count, getattr(event, field) / 1e3) for event in profiler.key_averages()}
 
@@ -88,38 +88,37 @@ def step_of(short: dict[str, tuple[int, float]], long: dict[str, tuple[int, floa
 
 
 def measure(options: argparse.Namespace) -> ProfileRecord:
-    """Profile the contenders one after another."""
-    entries = Group(contenders=tuple(split_names(options.contenders)), batch=(options.batch,), prompt=(options.prompt,)).entries()
-    plan = BenchConfig(shape=options.shape, dtype=options.dtype, device=options.device, groups={"profile": Group()})
-    device = plan.torch_device
+    """Profile the systems one after another."""
+    entries = Group(systems=tuple(split_names(options.systems)), batch=(options.batch,), prompt=(options.prompt,)).entries()
+    config = BenchConfig(shape=options.shape, dtype=options.dtype, device=options.device, groups={"profile": Group()})
+    device = config.torch_device
     watch = ContentionMonitor(device)
-    model, tokenizer = load_shape(plan.shape, plan.dtype, device)
+    model, tokenizer = load_shape(config.shape, config.dtype, device)
     profiles = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        setup = build_setup(plan, model, tokenizer, max(entry.experts for entry in entries), Path(folder))
+        setup = build_setup(config, model, tokenizer, max(entry.experts for entry in entries), Path(folder))
         for entry in entries:
-            profiles[entry.contender] = _profile(build_system(setup, entry), entry, options, tokenizer, device)
+            profiles[entry.system] = _profile(build_system(setup, entry), entry, options, tokenizer, device)
     return ProfileRecord(
-        shape=plan.shape, dtype=plan.dtype, device=str(device), batch_size=options.batch, prompt_tokens=options.prompt, profiles=profiles,
+        shape=config.shape, dtype=config.dtype, device=str(device), batch_size=options.batch, prompt_tokens=options.prompt,
+        profiles=profiles,
         warnings=watch.warnings(), provenance=provenance(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
-def _profile(contender: BenchSystem, entry: Entry, options: argparse.Namespace, tokenizer: Any, device: torch.device) -> StepProfile:
+def _profile(system: BenchSystem, entry: Entry, options: argparse.Namespace, tokenizer: Any, device: torch.device) -> StepProfile:
     print(f"profiling {entry.label}", file=sys.stderr, flush=True)
-    short, long = (
-        _operators(contender, make_workload(tokenizer, device, options.batch, options.prompt, number)) for number in (SHORT, LONG)
-    )
+    short, long = (_operators(system, make_workload(tokenizer, device, options.batch, options.prompt, number)) for number in (SHORT, LONG))
     return step_of(short, long, LONG - SHORT)
 
 
 def markdown(record: ProfileRecord) -> str:
-    """One row a contender: calls, time, and the operators that take most of it."""
+    """One row per system: calls, time, and the operators that take most of it."""
     rows = []
     for name, one in record.profiles.items():
         shares = [f"`{key}` {100 * row['self_ms'] / one.self_ms:.0f} % ({row['calls']:.0f})" for key, row in one.operators.items()]
         rows.append([f"`{name}`", f"{one.calls:.0f}", f"{one.self_ms:.2f}", ", ".join(shares)])
-    header = ["contender", "operator calls a step", "ms in operators", "most expensive: share (calls)"]
+    header = ["system", "operator calls a step", "ms in operators", "most expensive: share (calls)"]
     return "\n".join([*(f"Warning: {warning}." for warning in record.warnings), table(header, rows, left=(0, 3))])
 
 
@@ -127,7 +126,7 @@ def main() -> int:
     """Profile, write the record, print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="nano")
-    parser.add_argument("--contenders", default="base,peft_single,released_loop,dlp,meteora_gate,xlora")
+    parser.add_argument("--systems", default="base,peft_single,released_loop,dlp,meteora_gate,xlora")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--dtype", default="float32")

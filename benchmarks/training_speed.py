@@ -1,14 +1,14 @@
-"""How fast a pool of experts trains, against PEFT one by one: ``python -m benchmarks.training_speed``.
+"""Training speed of a pool of experts, compared with PEFT one by one: ``python -m benchmarks.training_speed``.
 
-Every way gets the same rows in the same batches, the same initial weights, AdamW, schedule and clipping, so all end at the same loss,
-which one common evaluation of the exported adapters checks. Each run is a process of its own (so peak memory is its own), and the ways
-take turns.
+All modes get the same rows in the same batches, the same initial weights, AdamW, schedule and clipping, so all end at the same loss; a
+common evaluation of the exported adapters checks this. Each run is a separate process (so that peak memory is its own), and the modes
+alternate.
 
 * ``peft_one_by_one``: ``get_peft_model``, the model's own loss, a plain loop; one adapter after another.
 * ``sequential``, ``joint``: the expert-pool trainer, one expert at a time or several in one batch.
 * ``sequential_unsorted``: without grouping rows of similar length.
 * ``joint_recompute``: with activations recomputed in the backward pass.
-* ``joint_accumulate``: half the rows a batch, two batches a step (not the same batches, so not the same loss to the last digit).
+* ``joint_accumulate``: half the rows per batch, two batches per step (other batches, so the loss differs in the last digits).
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def one_by_one(options: argparse.Namespace, out: Path) -> Watch:
                     parameter.copy_(initial_lora_a((parameter.shape[0], parameter.shape[1]), generator))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         built = OPTIMIZER.build(parameters, options.num_steps)
-        plan = BatchSchedule({name: encoded.lengths}, options.batch_size, 0)
+        schedule = BatchSchedule({name: encoded.lengths}, options.batch_size, 0)
         synchronize(device)
         start = time.perf_counter()
         for step in range(options.num_steps):
-            batch = collate([encoded.items[index] for _, index in plan.batch(step)], 0)
+            batch = collate([encoded.items[index] for _, index in schedule.batch(step)], 0)
             watch.count(batch)
             inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
             model(**inputs).loss.backward()

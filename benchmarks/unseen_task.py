@@ -1,8 +1,8 @@
-"""Every task without its expert: ``python -m benchmarks.unseen_task run --suite real26 --pool DIR`` then ``report --suite real26``.
+"""Every task without its expert: ``python -m benchmarks.unseen_task run --suite real26 --pool DIR``, then ``report --suite real26``.
 
-For each task the pool loses the task's own adapter and keeps all others; routers are trained anew on the tasks that are left, and encoders
-read their rows only. The method answers the task's test questions with what it has. ``run`` writes its record after every task and goes on
-where it stopped; ``report`` writes the table into ``docs/unseen_task.md``.
+For each task its own adapter is removed from the pool; routers are trained again on the remaining tasks, and encoders read only their rows.
+The method then answers the task's test questions. ``run`` writes its record after every task and continues after an interruption;
+``report`` writes the table into ``docs/unseen_task.md``.
 """
 
 from __future__ import annotations

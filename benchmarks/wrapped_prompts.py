@@ -1,9 +1,9 @@
-"""What system texts and instruction formats do to routing on nano: ``python -m benchmarks.wrapped_prompts run`` then ``report``.
+"""Effect of system texts and instruction formats on routing on nano: ``python -m benchmarks.wrapped_prompts run``, then ``report``.
 
-The multiple-choice questions of the nano suite are scored as they are and inside wrappers, by ``oracle`` (told the task), by ``dlp``, and
-by ``dlp`` whose router reads the whole prompt. Every prompt is given as one string: neither messages nor documents are known, so the
-wrapper must be recognised in the text. ``oracle`` shows what a wrapper does to the experts themselves, which have never seen one. The
-second part generates from ``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
+The multiple-choice questions of the nano suite are scored without and with wrappers, by ``oracle`` (told the task), by ``dlp``, and by
+``dlp`` whose router reads the whole prompt. Every prompt is one string, without messages or documents, so the wrapper must be recognised in
+the text. ``oracle`` shows the effect of a wrapper on the experts, which were not trained with wrappers. The second part generates from
+``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dlplora.inference.kv_policy import KV_POLICIES
 from dlplora.inference.loading import nano_asset
 from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.provenance import provenance
+from dlplora.reporting import markdown
 from dlplora.tasks.registry import get_suite
 from dlplora.types import PromptBatch
 
@@ -81,7 +82,7 @@ class _ReadsEverything:
 
 
 def scores(fused: FusedCausalLM, wrap: Callable[[str], str], per_task: int, *, read_everything: bool = False) -> dict[str, float | None]:
-    """Mean accuracy over the multiple-choice tasks, and the share of plans that prefer the task's own expert."""
+    """Mean accuracy over the multiple-choice tasks, and the share of prompts whose weights prefer the task's own expert."""
     model = DLPLoRALM(fused=fused, batch_size=32)
     if read_everything:
         model._routed = _ReadsEverything()  # type: ignore[assignment]
@@ -144,17 +145,15 @@ def table(record: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    lines = [
-        "| prompt | `oracle` | `dlp` | `dlp`, router reads all | router accuracy | router accuracy, reads all |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    header = ["prompt", "`oracle`", "`dlp`", "`dlp`, router reads all", "router accuracy", "router accuracy, reads all"]
+    rows = []
     for name, row in record["settings"].items():
         own, everything = row["dlp"], row["dlp_reads_everything"]
         cells = [row["oracle"]["acc"], own["acc"], everything["acc"], own["router_accuracy"], everything["router_accuracy"]]
-        lines.append(f"| {name} | " + " | ".join(map(percent, cells)) + " |")
-    lines += ["", "| `table_to_text`, exact match | `\\nAnswer:` | `\\n\\nAnswer:` |", "|---|--:|--:|"]
-    lines += [f"| `{policy}` | {percent(row['plain'])} | {percent(row['blank_line'])} |" for policy, row in record["blank_line"].items()]
-    return "\n".join(lines)
+        rows.append([name, *map(percent, cells)])
+    blank = [[f"`{policy}`", percent(row["plain"]), percent(row["blank_line"])] for policy, row in record["blank_line"].items()]
+    second = markdown.table(["`table_to_text`, exact match", "`\\nAnswer:`", "`\\n\\nAnswer:`"], blank)
+    return f"{markdown.table(header, rows)}\n\n{second}"
 
 
 def main() -> None:

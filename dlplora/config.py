@@ -1,7 +1,7 @@
 """Strict configuration: YAML files to frozen dataclasses, without torch.
 
-A key nobody declared is an error with the nearest valid key; a missing value is never guessed. Method files and protocol
-files are separate, and a method file that names a protocol key is refused: that is how settings stay identical.
+An unknown key is an error that names the nearest valid key; missing values are not guessed. Method files and protocol files are separate,
+and a method file with a protocol key is refused, so all methods of a table have the same settings.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 PACKAGE_ROOT = Path(__file__).resolve().parent
 ASSETS_ROOT = PACKAGE_ROOT / "assets"
+
+OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
+"""Metadata of a setting that was added later: omitted from records and hashes at its default, so that old records still match."""
 
 
 def configs_root() -> Path:
@@ -58,7 +61,7 @@ def find_config(kind: str, name: str) -> Path:
     if path.is_file():
         return path
     known = list_configs(kind)
-    what = "training configuration" if kind == "train" else kind
+    what = {"train": "training configuration", "bench": "benchmark"}.get(kind, kind)
     raise ConfigError(f"unknown {what} '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
 
 
@@ -111,7 +114,7 @@ def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = 
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as problem:
-        raise error(f"{where}: holds a value that is no text, number, list or mapping: {problem}.") from problem
+        raise error(f"{where}: holds a value that is not text, a number, a list or a mapping: {problem}.") from problem
     try:
         made = cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"))
     except ValidationError as problem:

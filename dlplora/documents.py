@@ -1,8 +1,7 @@
-"""Reading JSON and YAML: one loader with limits on size, depth, numbers and text, for files of ours and of others.
+"""Read JSON and YAML through one loader with limits on size, depth, numbers and text, for our files and for others'.
 
-Whatever a file holds, the answer is plain data (mappings with text keys, lists, text, finite numbers, booleans, None) or one
-error on one line. Nothing is executed, and no environment variable is read: a configuration that somebody sends must not be able to
-print a secret.
+The result is plain data (mappings with text keys, lists, text, finite numbers, booleans, None), or an error on one line. Nothing is
+executed and no environment variable is read, so a configuration from somebody else cannot print a secret.
 """
 
 from __future__ import annotations
@@ -265,7 +264,7 @@ class _References:
             if match.span() == (0, len(value)):
                 return target
             if isinstance(target, (dict, list)):
-                raise self.error(f"{self.where}: '{match[0]}' stands inside a text but refers to more than one value.")
+                raise self.error(f"{self.where}: '{match[0]}' is part of a text but refers to more than one value.")
             value = value[: match.start()] + str(target) + value[match.end() :]
             if len(value) > self.max_chars:
                 raise self.error(f"{self.where}: '{match[0]}' grows beyond {self.max_chars:,} characters.")
@@ -281,7 +280,7 @@ class _References:
             try:
                 value = value[inner]
             except (KeyError, IndexError, TypeError) as problem:
-                raise self.error(f"{self.where}: '{match[0]}' refers to a key that is not there.") from problem
+                raise self.error(f"{self.where}: '{match[0]}' refers to a missing key.") from problem
         full = (*path, *keys)
         if full in self.open:
             raise self.error(f"{self.where}: '{match[0]}' refers to itself.")

@@ -1,4 +1,4 @@
-"""Token ids of texts, as a tokenizer's own call gives them, without what that call costs for a few short texts."""
+"""Token ids of texts, as a tokenizer's own call returns them, but faster for a few short texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FEW_CHARACTERS = 1 << 14
 
 
 def is_plain(tokenizer: Any) -> bool:
-    """Whether the fast tokenizer behind a tokenizer can be asked directly.
+    """Whether the fast tokenizer of a tokenizer can be asked directly.
 
     It is one of transformers' own kind, its calls are not overridden, and nobody has made it cut or pad what it encodes.
     """

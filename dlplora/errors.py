@@ -1,7 +1,7 @@
-"""Errors a user can cause. The command line prints their text on one line and exits with code 2.
+"""Errors that a user can cause. The command line prints their text on one line and exits with code 2.
 
-A good message says what was expected, what came, where, and what to do about it. Invariants of our own code use ``assert``
-instead; nothing in the package catches ``Exception``.
+A good message says what was expected, what was found, where, and what to do. Invariants of our own code use ``assert``; nothing in the
+package catches ``Exception``.
 """
 
 from __future__ import annotations

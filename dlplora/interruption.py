@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does: what was begun is cleaned up, one line is printed, and the exit code is 143."""
+"""SIGTERM ends a command like Ctrl-C: unfinished work is cleaned up, one line is printed, and the exit code is 143."""
 
 from __future__ import annotations
 

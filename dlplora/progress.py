@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, plain lines in a file or a pipe.
 
-A file gets one line at the start, one at least every half minute, and one at the end, each flushed. A thread writes them, so that a slow
-step does not silence the log.
+A file gets one line at the start, one at least every 30 seconds, and one at the end, each flushed. A thread writes them, so slow steps do
+not delay them.
 """
 
 from __future__ import annotations

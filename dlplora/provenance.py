@@ -1,4 +1,4 @@
-"""Where a number came from: code, versions, machine. No deep-learning package is imported here."""
+"""Origin of a number: code, versions, machine. No deep-learning package is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adding an adapter to a pool: everything is checked before a byte is written, and a failure leaves the pool as it was."""
+"""Add an adapter to a pool. Everything is checked before anything is written; a failure leaves the pool unchanged."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _remove_leftovers(root: Path) -> None:
 
 def _add(
     root: Path,
-    home: Path,
+    current: Path,
     found: AdapterSource,
     name: str,
     undo: ExitStack,
@@ -169,15 +169,15 @@ def _add(
     """Everything that happens while the pool is locked; ``undo`` takes back what was written. True if there was nothing to do.
 
     The adapter's folder comes first and the manifest second; an addition that was killed between the two is completed by the next one
-    of the same files. ``home`` is where the pool lies now, which is not yet ``root`` for a new one.
+    of the same files. ``current`` is the folder that holds the pool now; for a new pool that is not yet ``root``.
     """
-    pool = load_pool(home) if any(path for path in home.iterdir() if not path.name.startswith(".")) else None
+    pool = load_pool(current) if any(path for path in current.iterdir() if not path.name.startswith(".")) else None
     in_place = found.folder.resolve() == (root / name).resolve()
     known = () if pool is None else tuple(listed for listed in pool.names if pool.folders[listed].resolve() != found.folder.resolve())
     pickled = _pickled(found.folder)
     if pickled and not allow_pickle:
         read_header(found.folder, name)  # says why it is refused
-    ready = _converted(found.folder, name, home, undo) if pickled else found.folder
+    ready = _converted(found.folder, name, current, undo) if pickled else found.folder
     there = not in_place and (root / name).exists()
     if there or name in known:
         if not _same_files(ready, pool.folders[name] if pool is not None and name in known else root / name):
@@ -187,7 +187,7 @@ def _add(
         if pool is not None and name in pool.rows:
             _remove_hidden(ready, found.folder)
             if description:
-                _describe(home, pool, name, description)
+                _describe(current, pool, name, description)
             return True
         known = tuple(listed for listed in known if listed != name)
     other = _check_base(read_header(ready, name), pool, known, allow_other_base)
@@ -198,17 +198,17 @@ def _add(
     if there:
         _remove_hidden(ready, found.folder)
     elif not in_place:
-        _move(ready if pickled else _copied(found.folder, name, home, undo), home / name, undo)
+        _move(ready if pickled else _copied(found.folder, name, current, undo), current / name, undo)
     elif pickled:
         _move_weights(ready, root / name, undo)
-    save_rows(home, [*kept, row], None if pool is None else pool.base_model)
+    save_rows(current, [*kept, row], None if pool is None else pool.base_model)
     return False
 
 
-def _describe(home: Path, pool: Pool, name: str, description: str) -> None:
+def _describe(current: Path, pool: Pool, name: str, description: str) -> None:
     """Write another description of an adapter that is listed."""
     rows = [{**row, "description": description} if listed == name else row for listed, row in pool.rows.items()]
-    save_rows(home, rows, pool.base_model)
+    save_rows(current, rows, pool.base_model)
 
 
 def _same_files(ready: Path, there: Path) -> bool:
@@ -331,7 +331,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
                 raise IncompatibleAdapterError(
                     f"adapter '{header.name}' (base {mine or 'not named'}) maps {sizes[0]} -> {sizes[1]} at '{module}', "
                     f"adapter '{name}' of pool {pool.path} (base {base_name(other.config) or 'not named'}) maps "
-                    f"{theirs[0]} -> {theirs[1]}; they belong to different backbones, use a pool for each."
+                    f"{theirs[0]} -> {theirs[1]}; they belong to different base models, use a pool for each."
                 )
         if not same_base(mine, base_name(other.config)):
             differs = True
@@ -339,7 +339,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
                 raise IncompatibleAdapterError(
                     f"adapter '{header.name}' was trained on '{mine}', "
                     f"adapter '{name}' of pool {pool.path} on '{base_name(other.config)}'. "
-                    "Use a pool for each, or pass --allow-other-base if they are one backbone under two names."
+                    "Use a pool for each, or pass --allow-other-base if they are one base model under two names."
                 )
     return differs
 

@@ -1,8 +1,8 @@
-"""Reading ``adapter_config.json``: which PEFT settings the bank understands, and what it refuses. No deep-learning package is imported.
+"""Read ``adapter_config.json``: which PEFT settings the bank supports and which it refuses. No deep-learning package is imported.
 
-The rule is an allow-list. A key is accepted when its effect is understood (it scales, it selects modules, or it only mattered
-during training), when it holds an empty value, or when it holds the default of the installed PEFT. Every other key may change
-the mathematics, so the adapter is refused with the key's name: a setting that a later PEFT invents is never ignored.
+Settings are checked against an allow-list. A key is accepted if its effect is known (it scales, it selects modules, or it only mattered
+during training), if its value is empty, or if its value is the default of the installed PEFT. Any other key may change the computation,
+so the adapter is refused and the error names the key. Settings that a later PEFT adds are therefore never ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNSUPPORTED = {
     "lora_bias": "biases on the LoRA matrices are not part of the bank",
     "trainable_token_indices": "trained token embeddings are not low-rank deltas",
     "target_parameters": "LoRA on bare parameters is not supported",
-    "layer_replication": "replicated layers change the backbone",
+    "layer_replication": "replicated layers change the base model",
     "megatron_config": "Megatron layers are not supported",
     "alora_invocation_tokens": "activated LoRA switches by token",
     "arrow_config": "an Arrow router is not an adapter",
@@ -103,7 +103,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         found.append(
-            f"init_lora_weights is {start!r}, which changes the backbone's own weights; save it again as a plain LoRA with PEFT's "
+            f"init_lora_weights is {start!r}, which changes the base model's own weights; save it again as a plain LoRA with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     found += _type_problems(config) + _number_problems(config)
@@ -154,7 +154,7 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
                     raise re.error(f"it is longer than {_MAX_PATTERN_CHARS:,} characters")
                 re.compile(module)
             except (re.error, OverflowError, RecursionError) as error:
-                found.append(f"'{key}' holds '{module[:60]}', which is no regular expression: {error}")
+                found.append(f"'{key}' holds '{module[:60]}', which is not a regular expression: {error}")
             if not fits(value):
                 found.append(f"'{key}' gives '{module}' the value {value!r}; expected a {kind} number")
     return found
@@ -204,7 +204,7 @@ def _matches(pattern: str, module: str) -> bool:
     except TimeoutError as error:
         raise AdapterError(f"the pattern '{pattern[:60]}' takes too long to compare with module names; write it as plain names") from error
     except regex.error as error:
-        raise AdapterError(f"the pattern '{pattern[:60]}' is no regular expression: {error}") from error
+        raise AdapterError(f"the pattern '{pattern[:60]}' is not a regular expression: {error}") from error
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

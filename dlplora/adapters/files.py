@@ -1,7 +1,7 @@
-"""Reading PEFT LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``, and nothing that needs unpickling.
+"""Read PEFT LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``, without unpickling.
 
-What cannot be fused exactly is refused by name: DoRA, biases, trained embeddings, ``modules_to_save``, other PEFT types, and
-any setting that is not understood (``adapter_config``).
+Adapters that cannot be fused exactly are refused, with the reason: DoRA, biases, trained embeddings, ``modules_to_save``, other PEFT
+types, and any setting that is not known (``adapters.config``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Telling one backbone from another, and whether a pool was made for this one."""
+"""Fingerprints of base models, and the check that a pool was made for a given base model."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def check_backbone(pool: Pool, model: nn.Module, backbone: str) -> None:
 def _check_fingerprint(expected: Mapping[str, Any], model: nn.Module, pool: Path) -> None:
     found = base_fingerprint(model)
     different = [
-        f"{key} {expected[key]} (pool) and {found[key]} (backbone)" for key in found if key in expected and expected[key] != found[key]
+        f"{key} {expected[key]} (pool) and {found[key]} (base model)" for key in found if key in expected and expected[key] != found[key]
     ]
     if different:
-        raise PoolError(f"pool {pool} was made for another backbone: {'; '.join(different)}. Pass the backbone it was trained on.")
+        raise PoolError(f"pool {pool} was made for another base model: {'; '.join(different)}. Pass the base model it was trained on.")
 
 
 def check_base_names(pool: Pool, backbone: str) -> None:
@@ -115,5 +115,5 @@ def check_base_names(pool: Pool, backbone: str) -> None:
         shown = ", ".join(f"'{name}' ({base})" for name, base in others.items())
         raise IncompatibleAdapterError(
             f"pool {pool.path} has adapters of another base model than '{backbone}': {shown}. "
-            "Pass their backbone, or, if it is the same under another name, add them with `dlplora pool add --allow-other-base`."
+            "Pass their base model, or, if it is the same under another name, add them with `dlplora pool add --allow-other-base`."
         )

@@ -1,4 +1,4 @@
-"""What an adapter folder holds, read from the header of its safetensors file: names, shapes and types, no tensor. No torch either.
+"""Contents of an adapter folder from its safetensors header: names, shapes and dtypes. No tensor is read and torch is not imported.
 
 A safetensors file is an 8-byte length (little-endian), that many bytes of JSON, then the tensors.
 Shapes: R rank, I inputs, O outputs.
@@ -198,7 +198,7 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
 def _what_is(key: str) -> str:
     for part, kind in (
         ("lora_embedding", "a trained embedding"),
-        (".base_layer.", "a copy of the backbone's own weight (PEFT leaves it out with save_embedding_layers=False)"),
+        (".base_layer.", "a copy of the base model's own weight (PEFT leaves it out with save_embedding_layers=False)"),
         ("embed_tokens", "a trained embedding"),
         ("token_adapter", "a trained embedding"),
         ("lora_magnitude_vector", "the magnitude of a DoRA layer"),

@@ -1,6 +1,6 @@
-"""Where an adapter named on the command line lies: a local folder, or a repository of the model hub.
+"""Find an adapter named on the command line: in a local folder, or in a repository of the model hub.
 
-A local folder wins over a hub id. ``hf://ORG/NAME[/SUB/FOLDER][@REVISION]`` asks the hub even where a folder of that name exists.
+A local folder has priority over a hub id. ``hf://ORG/NAME[/SUB/FOLDER][@REVISION]`` uses the hub even if a folder of that name exists.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _hub_parts(text: str, revision: str | None) -> tuple[str, str, str | None]:
     parts = bare.removesuffix("/").split("/")
     repo, sub = "/".join(parts[:2]), "/".join(parts[2:])
     if not _HUB_ID.fullmatch(repo) or (at and not tag) or any(part in {"", ".", ".."} for part in parts):
-        raise PoolError(f"'{text}' is no hub address; expected {HUB_PREFIX}ORG/NAME, {HUB_PREFIX}ORG/NAME/FOLDER or either with @REVISION.")
+        raise PoolError(
+            f"'{text}' is not a hub address; expected {HUB_PREFIX}ORG/NAME, {HUB_PREFIX}ORG/NAME/FOLDER or either with @REVISION."
+        )
     return repo, sub, tag or revision
 
 

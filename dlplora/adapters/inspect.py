@@ -1,7 +1,7 @@
-"""Looking at hundreds of adapter folders before any of them is loaded. No deep-learning package is imported.
+"""Inspect hundreds of adapter folders without loading them. No deep-learning package is imported.
 
-Only configurations and safetensors headers are read, and the bytes of B factors until one is found that is not all zero (for
-an ordinary adapter that is one factor). Finite values, and whether the backbone has the modules, are left to ``dlplora pool check``.
+Configurations and safetensors headers are read, and B factors until one is found that is not all zero (usually the first).
+``dlplora pool check`` also checks that values are finite and that the base model has the modules.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _compare_bases(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if not same_base(finding.base, common):
             finding.usable = False
-            finding.hints.append(f"trained on {finding.base}, most here on {common}: a pool has one backbone")
+            finding.hints.append(f"trained on {finding.base}, most here on {common}: a pool has one base model")
 
 
 def _compare_sizes(findings: Sequence[Finding]) -> None:
@@ -182,7 +182,7 @@ def _compare_sizes(findings: Sequence[Finding]) -> None:
             expected = sizes[path].most_common(1)[0][0]
             if size != expected:
                 finding.usable = False
-                finding.hints.append(f"{path} maps {size[0]} -> {size[1]}, most here {expected[0]} -> {expected[1]}: another backbone")
+                finding.hints.append(f"{path} maps {size[0]} -> {size[1]}, most here {expected[0]} -> {expected[1]}: another base model")
                 break
 
 

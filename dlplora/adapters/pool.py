@@ -1,7 +1,7 @@
-"""An adapter pool: a folder of PEFT folders, usually with a manifest that fixes order, checksums and backbone.
+"""An adapter pool: a folder of PEFT folders, usually with a manifest that fixes order, checksums and base model.
 
-``pool.json`` (format 2) holds the backbone's fingerprint, if it is known, and one row an adapter: name, path inside the pool, source
-and its revision, SHA-256 of weights and configuration, base model, rank, alpha, rsLoRA, target modules, and a description, if there is one.
+``pool.json`` (format 2) holds the fingerprint of the base model, if known, and one row per adapter: name, path inside the pool, source
+and its revision, SHA-256 of weights and configuration, base model, rank, alpha, rsLoRA, target modules, and an optional description.
 Format 1, without ``revision`` and ``config_sha256``, is still read.
 """
 
@@ -58,7 +58,7 @@ class _Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Ordered adapters of one folder. ``base_model`` is the backbone's fingerprint, None without a manifest.
+    """Ordered adapters of one folder. ``base_model`` is the fingerprint of the base model, None without a manifest.
 
     ``rows`` are the manifest's rows by name, empty without a manifest.
     """
@@ -146,7 +146,7 @@ def load_pool(folder: str | Path) -> Pool:
     if manifest.is_file():
         return _from_manifest(root)
     if manifest.is_symlink() or manifest.exists():  # its order and checksums must not be passed over
-        raise PoolError(f"{manifest} is no file that can be read: a folder, a device, or a link to nowhere. Put the manifest there.")
+        raise PoolError(f"{manifest} is not a readable file (it is a folder, a device or a broken symbolic link); put the manifest there.")
     names = sorted(path.name for path in root.iterdir() if (path / CONFIG_NAME).is_file() and not path.name.startswith("."))
     if not names:
         hint = " It looks like a single adapter; pass its parent folder." if (root / CONFIG_NAME).is_file() else ""

@@ -1,7 +1,7 @@
 """Published methods to compare with, one module each: ``from dlplora.baselines.arrow import Arrow``.
 
-A wheel ships the modules in this folder. In a clone they lie in the top-level folder ``baselines/``, which this package then reads;
-either way they have one name.
+A wheel contains the modules in this folder. In a clone this package reads them from the top-level folder ``baselines/``. Import names are
+the same in both cases.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a time is worth: how fast the memory is, what a step must move at least, and who else is using the machine."""
+"""Facts that timings depend on: memory bandwidth, the bytes a decode step must read, and other load on the machine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Public backbones with random weights: what a latency depends on, without a download.
+"""Base models with the sizes of public ones and random weights, for latency benchmarks without a download.
 
-Time depends on the sizes of the matrices, not on the numbers in them. Shapes: E experts, R rank, I inputs, O outputs.
+Time depends on the sizes of the matrices and not on their values. Shapes: E experts, R rank, I inputs, O outputs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every method on every backend, counted: the plan, one prefill and one decode step of a small model with random weights.
+"""Operator counts of every method on every backend: routing (``plan`` in records), prefill and one decode step of a small random model.
 
-Counts depend on sizes and not on values, so backbone, adapters and whatever a method must have learnt are stand-ins. Shapes: E experts.
+Counts depend on sizes and not on values, so base model, adapters and trained parts are random stand-ins. Shapes: E experts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dlplora.types import PromptBatch
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
-"""Tokens the plan is made for; sentence-level methods get room for re-routing."""
+"""Tokens that requests are sized for; sentence-level methods get room for re-routing."""
 COUNTED_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 PHASES = ("plan", "prefill", "decode")
 GOLDEN = "counters"
@@ -135,7 +135,7 @@ def _examples(task: str, num: int) -> list[Item]:
 
 @contextmanager
 def fused_stand_in(name: str, case: CountCase, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
-    """A method on the backbone of a case, with stand-ins for everything it must have learnt; closed afterwards.
+    """A method on the backbone of a case, with stand-ins for everything it must have learned; closed afterwards.
 
     Raises:
         MethodError: If the method is unknown.
@@ -169,13 +169,13 @@ def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = 
     with fused_stand_in(name, case, params) as fused, torch.no_grad():
         prompts = _prompts(fused, fused.method.expert_names)
         fused.route(prompts, new_tokens=NEW_TOKENS)  # a method may search or cache when it first meets a task
-        weights = fused.planner.route(prompts)
+        weights = fused.request_router.route(prompts)
         if weights is None:
-            found[f"{name}/{fused.planner.gate_backend}"] = _phases(fused, prompts, None)
+            found[f"{name}/{fused.request_router.gate_backend}"] = _phases(fused, prompts, None)
             return found
         facts = RoutingFacts.of(weights)
         able = ["dense"] if fused.method.metadata.combine == "factor" else [b for b in COUNTED_BACKENDS if obstacle(b, facts) is None]
-        if fused.planner.weighs_parts:
+        if fused.request_router.weighs_parts:
             able = [backend for backend in able if backend in GATE_BACKENDS]
         if fused.method.weight_sum == "zero":
             able = able[:1]  # layers without weight take the same path on every backend
@@ -186,23 +186,23 @@ def count_method(name: str, case: CountCase, params: Mapping[str, Any] | None = 
 
 
 def _phases(fused: FusedCausalLM, prompts: PromptBatch, weights: Tensor | None) -> dict[str, dict[str, int]]:
-    def plan() -> RoutingState | None:
+    def route() -> RoutingState | None:
         state = fused.route(prompts, new_tokens=NEW_TOKENS)
         if state is not None and state.is_zero and fused.method.weight_sum != "zero":
             # A stand-in may have found that no adapter helps, which would leave the layers out.
-            state = fused.planner.state(torch.full_like(state.weights, 1.0 / state.num_experts), own=True)
+            state = fused.request_router.state(torch.full_like(state.weights, 1.0 / state.num_experts), own=True)
         if state is not None:
             with fused.slot.bind(state):
                 pass
         return state
 
-    plan()  # makes the buffers, once for all requests of this size
-    planned, state = count(plan)
+    route()  # makes the buffers, once for all requests of this size
+    routing, state = count(route)
     ids = prompts.input_ids
     with nullcontext() if state is None else fused.slot.bind(state):
         prefill, out = count(lambda: fused(input_ids=ids, use_cache=True))
         decode, _ = count(lambda: fused(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True))
-    counted: dict[str, Counts] = {"plan": planned, "prefill": prefill, "decode": decode}
+    counted: dict[str, Counts] = {"plan": routing, "prefill": prefill, "decode": decode}
     return {phase: asdict(counted[phase]) for phase in PHASES}
 
 

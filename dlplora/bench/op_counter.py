@@ -1,16 +1,15 @@
-"""What one forward costs, counted instead of timed: the same numbers on every machine.
+"""Count the operators of a forward pass instead of timing it; counts are the same on every machine.
 
-A dispatch mode watches every operator that reaches a kernel and adds up four things:
+A dispatch mode sees every operator that reaches a kernel and adds up four things:
 
 * ``launches``: operators that do work. Views (``view``, ``transpose``, ``slice``, ...) do none.
-* ``flops``: floating point operations of matrix products, two a multiply-add, by PyTorch's own formulas.
-* ``bytes``: every tensor an operator reads and every one it writes, once each. A tensor that is expanded counts what is stored; a
-  table that is looked up (embedding, gathered experts) counts the entries looked up; ``empty`` writes nothing.
-* ``host_reads``: what hands a value to the host and so makes it wait for the device (``item``, ``bool``, ``tolist``, ``nonzero``).
+* ``flops``: floating point operations of matrix products, two per multiply-add, by PyTorch's own formulas.
+* ``bytes``: every tensor that an operator reads and every one that it writes, once each. An expanded tensor counts its stored size; a
+  lookup (embedding, gathered experts) counts the entries read; ``empty`` writes nothing.
+* ``host_reads``: operators that copy a value to the host and so wait for the device (``item``, ``bool``, ``tolist``, ``nonzero``).
 
-Caches of any level are ignored, and so is fusion: a compiled model launches fewer kernels and moves fewer bytes. Triton kernels pass
-by the dispatcher and are not seen. Attention is computed step by step (``eager``), because what the fused operators are split into
-depends on the machine.
+Caches and operator fusion are not modelled: a compiled model launches fewer kernels and moves fewer bytes. Triton kernels bypass the
+dispatcher and are not counted. Attention runs in ``eager`` mode, because the parts of fused attention depend on the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias", "_local_scalar_dense", "resize_", "set_"}
-"""Operators that do no work though their schema does not say so; reads by the host are counted apart."""
+"""Operators that do no work though their schema does not say so; reads by the host are counted separately."""
 _HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}
 _UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "take_along_dim"}

@@ -1,8 +1,8 @@
-"""The order in which systems take turns, and their times.
+"""The order in which systems are timed, and their times.
 
-Whoever is timed right after a pause (a garbage collection, the start of a round) pays for caches that others find filled. So the orders
-are random, from a seed that the record keeps, and come in pairs, the second one backwards: within each pair every system has the same mean
-position. After the collection between two rounds one generation runs off the clock, so that everyone who is timed follows another system.
+The system that is timed right after a pause (garbage collection, start of a round) runs with cold caches. Orders are therefore random,
+from a seed stored in the record, and come in pairs of an order and its reverse, so that all systems have the same mean position. After the
+garbage collection between two rounds, one generation runs untimed, so that every timed run follows another system.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def round_orders(num_systems: int, num_rounds: int, seed: int | str) -> list[lis
         num_rounds: An even number.
         seed: Equal seeds give equal orders, on every machine.
     """
-    assert num_rounds % 2 == 0, "the plan refuses odd numbers"
+    assert num_rounds % 2 == 0, "the configuration refuses odd numbers"
     draw = random.Random(seed)
     orders: list[list[int]] = []
     for _ in range(num_rounds // 2):
@@ -58,7 +58,7 @@ def take_turns(
     before_round: Callable[[int], object],
     once: Callable[[BenchSystem, Workload], tuple[float, float]] | None = None,
 ) -> list[Samples]:
-    """Time every system once a round, in the order of that round.
+    """Time every system once per round, in the order of that round.
 
     Args:
         systems: Warmed up.
@@ -80,9 +80,9 @@ def take_turns(
             samples[index].ttft_s.append(first)
             samples[index].tpot_s.append(rest)
             samples[index].positions.append(position)
-            plan = systems[index].plan
-            if plan is not None:
-                samples[index].router_s.append(time_call(lambda plan=plan: plan(workload), device))  # type: ignore[misc]
+            route = systems[index].route
+            if route is not None:
+                samples[index].router_s.append(time_call(lambda route=route: route(workload), device))  # type: ignore[misc]
     return samples
 
 

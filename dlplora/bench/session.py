@@ -1,7 +1,7 @@
-"""``dlplora bench latency``: many contenders, one process, turn by turn, to one record.
+"""``dlplora bench latency``: time many systems, interleaved in one process, and write one record.
 
-Within a group every contender generates the same number of tokens from the same prompts, in rounds whose order ``rounds`` draws.
-Warm-up rounds come first and memory is measured in a round of its own, outside the clock.
+Within a group all systems generate the same number of tokens from the same prompts, in rounds ordered by ``rounds``. Warm-up rounds come
+first. Memory is measured in a separate, untimed round.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import load_method_spec
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.provenance import provenance
-from dlplora.reporting.latency.records import LatencyRecord, Measurement, summarise
+from dlplora.reporting.latency.records import LatencyRecord, Measurement, summarize
 from dlplora.tasks.nano import nano_suite
 from dlplora.types import PromptBatch
 
@@ -53,13 +53,13 @@ MAX_NUMBER = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Contenders that take turns, and the workloads they do so under."""
+    """Systems that take turns, and the workloads they do so under."""
 
-    contenders: tuple[str, ...] = ("base", "peft_single", "dlp")
+    systems: tuple[str, ...] = ("base", "peft_single", "dlp")
     """Names; ``NAME@E`` has a pool of its own size, ``NAME:BACKEND`` a kernel backend (``ties:merged`` times a static merge folded into the
     weights); ``all`` stands for every one there is."""
     experts: tuple[int, ...] = (26,)
-    """Pool sizes; contenders without a pool are built once."""
+    """Pool sizes; systems without a pool are built once."""
     kept: tuple[int, ...] = ()
     """Top-k experts forced per sequence, for systems that support it; none leaves it to each method."""
     backends: tuple[str, ...] = ("auto",)
@@ -80,7 +80,7 @@ class Group:
     """Rounds before them."""
 
     def __post_init__(self) -> None:
-        for name in ("contenders", "experts", "backends", "compile", "batch", "prompt"):
+        for name in ("systems", "experts", "backends", "compile", "batch", "prompt"):
             if not getattr(self, name):
                 raise ConfigError(f"'{name}' is empty; name at least one.")
         for name, least in (("experts", 1), ("kept", 1), ("reroute_every", 2), ("batch", 1), ("prompt", 1)):
@@ -89,7 +89,7 @@ class Group:
                 raise ConfigError(f"'{name}' must be at least {least}, got {small[0]}.")
         numbers = [*self.experts, *self.kept, *self.reroute_every, *self.batch, *self.prompt, self.new_tokens, self.repeats, self.warmup]
         if max(numbers) > MAX_NUMBER:
-            raise ConfigError(f"a benchmark is made with numbers up to {MAX_NUMBER:,}, got {max(numbers)}.")
+            raise ConfigError(f"numbers of a benchmark must be at most {MAX_NUMBER:,}, got {max(numbers)}.")
         if max(self.kept, default=0) > min(self.experts):
             raise ConfigError(
                 f"'kept' asks for {max(self.kept)} experts of a pool of {min(self.experts)}; name larger pools or keep fewer."
@@ -102,16 +102,16 @@ class Group:
         for name in self.backends:
             if name not in {"auto", "all", *BACKENDS}:
                 raise ConfigError(f"unknown backend '{name}'. Known: auto, all, {', '.join(BACKENDS)}.")
-        for name in self.contenders:
+        for name in self.systems:
             if name != "all":
                 stem, _, backend = _split(name)
                 check_system(stem)
                 if backend is not None and stem in BUILTIN:
-                    raise ConfigError(f"contender '{name}': '{stem}' has no kernel backend; only methods of this suite have one.")
+                    raise ConfigError(f"system '{name}': '{stem}' has no kernel backend; only methods of this suite have one.")
 
     def entries(self) -> list[Entry]:
-        """Every contender with every setting that applies to it, in the order given."""
-        names = [known for name in self.contenders for known in (known_systems() if name == "all" else [name])]
+        """Every system with every setting that applies to it, in the order given."""
+        names = [known for name in self.systems for known in (known_systems() if name == "all" else [name])]
         found: dict[Entry, None] = {}
         for compiled in self.compile:
             for name in names:
@@ -121,7 +121,7 @@ class Group:
     def _entries_of(self, name: str, own_size: int | None, own_backend: str | None, compiled: bool) -> list[Entry]:
         sizes = (POOL_FREE[name],) if name in POOL_FREE else self.experts if own_size is None else (own_size,)
         if name in BUILTIN:
-            return [Entry(contender=name, experts=size, compiled=compiled) for size in sizes]
+            return [Entry(system=name, experts=size, compiled=compiled) for size in sizes]
         spec = load_method_spec(name)
         kept: tuple[int | None, ...] = self.kept if self.kept and can_keep(spec) and own_size is None else (None,)
         asked = self.backends if own_backend is None else (own_backend,)
@@ -130,9 +130,9 @@ class Group:
         for size in sizes:
             for backend in backends:
                 for number in kept:
-                    made.append(Entry(contender=name, experts=size, kept=number, backend=backend, compiled=compiled))
+                    made.append(Entry(system=name, experts=size, kept=number, backend=backend, compiled=compiled))
                 made += [
-                    Entry(contender=name, experts=size, kept=kept[0], reroute_every=every, backend=backend, compiled=compiled)
+                    Entry(system=name, experts=size, kept=kept[0], reroute_every=every, backend=backend, compiled=compiled)
                     for every in self.reroute_every
                     if can_keep(spec) and spec.params.get("reroute", "sentence") == "sentence"
                 ]
@@ -152,7 +152,7 @@ def _split(name: str) -> tuple[str, int | None, str | None]:
     if not sign:
         return stem, None, backend or None
     if not size.isdigit() or int(size) < 1:
-        raise ConfigError(f"contender '{name}': expected NAME@NUM_EXPERTS with at least 1 expert, got '{size}'.")
+        raise ConfigError(f"system '{name}': expected NAME@NUM_EXPERTS with at least 1 expert, got '{size}'.")
     return whole, int(size), backend or None
 
 
@@ -196,42 +196,46 @@ class BenchConfig:
 
 
 def load_bench_config(name: str) -> BenchConfig:
-    """A plan from ``configs/bench`` or a YAML file.
+    """A configuration from ``configs/bench`` or a YAML file. ``contenders``, the former name of ``systems``, is still read.
 
     Raises:
         ConfigError: For an unknown name, key or value.
     """
     path = find_config("bench", name)
-    return build(BenchConfig, load_yaml(path), str(path))
+    content = load_yaml(path)
+    for group in content["groups"].values() if isinstance(content.get("groups"), dict) else ():
+        if isinstance(group, dict) and "systems" not in group and "contenders" in group:
+            group["systems"] = group.pop("contenders")
+    return build(BenchConfig, content, str(path))
 
 
-def run_plan(
-    plan: BenchConfig, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None
+def run_bench(
+    config: BenchConfig, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None
 ) -> LatencyRecord:
     """Measure everything.
 
     Args:
-        plan: What.
+        config: What to measure.
         progress: Told what happens next.
         after_group: Given the record so far after every group, so that a run that is cut off leaves what it had.
 
     Raises:
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.
     """
-    device = plan.torch_device
-    entries = {name: group.entries() for name, group in plan.groups.items()}
-    _check_memory(plan, max(entry.experts for listed in entries.values() for entry in listed), device)
+    device = config.torch_device
+    entries = {name: group.entries() for name, group in config.groups.items()}
+    _check_memory(config, max(entry.experts for listed in entries.values() for entry in listed), device)
     if any(entry.compiled for listed in entries.values() for entry in listed):
         _allow_compilation(device)
     watch = ContentionMonitor(device)
     bandwidth = measure_bandwidth(device)
-    model, tokenizer = load_shape(plan.shape, plan.dtype, device)
+    model, tokenizer = load_shape(config.shape, config.dtype, device)
     record = LatencyRecord(
-        shape=plan.shape,
+        shape=config.shape,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights="shipped" if find_shape(plan.shape) is None else "random",
+        weights="shipped" if find_shape(config.shape) is None else "random",
         adapters={},
-        dtype=plan.dtype,
+        dtype=config.dtype,
         device=str(device),
         bandwidth_bytes_per_s=bandwidth,
         measurements=[],
@@ -239,45 +243,45 @@ def run_plan(
         warnings=[],
         provenance=provenance(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed=plan.seed,
+        seed=config.seed,
     )
     with torch.no_grad():
-        for name, group in plan.groups.items():
+        for name, group in config.groups.items():
             with tempfile.TemporaryDirectory() as folder:
-                setup = build_setup(plan, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
+                setup = build_setup(config, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
                 record.adapters[name] = f"{'shipped' if setup.shipped else 'random'}, {POOL_TEXT}"
                 record.measurements.extend(
-                    _Session(name, group, setup, bandwidth, plan.seed, record.skipped, progress).measure(entries[name])
+                    _Session(name, group, setup, bandwidth, config.seed, record.skipped, progress).measure(entries[name])
                 )
             record.warnings[:] = watch.warnings()
-            record.summary[:] = summarise(record)
+            record.summary[:] = summarize(record)
             if after_group is not None:
                 after_group(record)
     return record
 
 
-def _check_memory(plan: BenchConfig, experts: int, device: torch.device) -> None:
-    backbone, pool = needed_bytes(plan.shape, resolve_dtype(plan.dtype, device), experts)
+def _check_memory(config: BenchConfig, experts: int, device: torch.device) -> None:
+    backbone, pool = needed_bytes(config.shape, resolve_dtype(config.dtype, device), experts)
     advice = "Use a smaller shape, fewer experts (--experts), or --dtype bfloat16."
-    require_memory({f"backbone {plan.shape} in {plan.dtype}": backbone, f"{experts} experts": pool}, device, advice)
+    require_memory({f"base model {config.shape} in {config.dtype}": backbone, f"{experts} experts": pool}, device, advice)
 
 
 def _allow_compilation(device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError("--compile needs a GPU: on other devices generate() compiles nothing.")
-    # One limit counts the models of all contenders, and beyond it torch silently falls back to eager.
+    # One limit counts the models of all systems, and beyond it torch silently falls back to eager.
     torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]
 
 
-def build_setup(plan: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
+def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
     """The embedded pool where it has the size asked for, on the embedded backbone; otherwise a random one."""
     experts = max(1, experts)
     embedded = load_pool(nano_asset("pool")).names
-    shipped = find_shape(plan.shape) is None and experts == len(embedded)
+    shipped = find_shape(config.shape) is None and experts == len(embedded)
     if shipped:
         bank = AdapterBank.from_pool(nano_asset("pool"), dtype=model.dtype, device=model.device)
     else:
-        bank = random_bank(model, [f"expert_{index:04d}" for index in range(experts)], plan.seed)
+        bank = random_bank(model, [f"expert_{index:04d}" for index in range(experts)], config.seed)
     return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder, shipped=shipped)
 
 
@@ -310,29 +314,29 @@ class _Session:
     progress: Progress
 
     def measure(self, entries: Sequence[Entry]) -> list[Measurement]:
-        """Build the contenders, then time them under every workload."""
-        contenders: list[BenchSystem] = []
+        """Build the systems, then time them under every workload."""
+        systems: list[BenchSystem] = []
         for entry in entries:
             self.progress(f"{self.name}: building {entry.label}")
             try:
-                contender = build_system(self.setup, entry)
+                system = build_system(self.setup, entry)
             except DLPLoRAError as error:
                 self.skipped[f"{self.name}: {entry.label}"] = " ".join(str(error).split())
                 continue
-            if entry.compiled and not contender.compilable:
+            if entry.compiled and not system.compilable:
                 continue  # not asked for by name: the other systems of the group are compiled
-            contenders.append(contender)
+            systems.append(system)
         measured = []
         for batch_size in self.group.batch:
             for prompt_tokens in self.group.prompt:
-                measured += self._rounds(contenders, batch_size, prompt_tokens)
+                measured += self._rounds(systems, batch_size, prompt_tokens)
         return measured
 
-    def _rounds(self, contenders: Sequence[BenchSystem], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    def _rounds(self, systems: Sequence[BenchSystem], batch_size: int, prompt_tokens: int) -> list[Measurement]:
         group, device = self.group, self.setup.model.device
         workload = make_workload(self.setup.tokenizer, device, batch_size, prompt_tokens, group.new_tokens)
-        able = [one for one in contenders if one.max_batch is None or batch_size <= one.max_batch]
-        for one in contenders:
+        able = [one for one in systems if one.max_batch is None or batch_size <= one.max_batch]
+        for one in systems:
             if one not in able:
                 self.skipped[f"{self.name}: {one.entry.label}, batch {batch_size}"] = f"serves at most {one.max_batch} row(s) at once"
         able, transient = self._warm(able, workload)
@@ -352,12 +356,12 @@ class _Session:
             for index, one in enumerate(able)
         ]  # fmt: skip
 
-    def _warm(self, contenders: Sequence[BenchSystem], workload: Workload) -> tuple[list[BenchSystem], list[int | None]]:
+    def _warm(self, systems: Sequence[BenchSystem], workload: Workload) -> tuple[list[BenchSystem], list[int | None]]:
         """Warm-up rounds, then one for the memory; who cannot serve the workload drops out with its reason."""
         device = self.setup.model.device
         able: list[BenchSystem] = []
         transient: list[int | None] = []
-        for one in contenders:
+        for one in systems:
             rows, width = workload.prompts.input_ids.shape
             try:
                 for _ in range(self.group.warmup):

@@ -1,4 +1,4 @@
-"""What a timed contender is, and what all of them are built from: one backbone, one pool, artifacts of true size.
+"""Definition of a timed system, and what all systems are built from: one base model, one pool, artifacts of realistic size.
 
 Shapes: B rows, T tokens, E experts.
 """
@@ -28,9 +28,9 @@ from dlplora.types import PromptBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contender with its settings."""
+    """One system with its settings."""
 
-    contender: str
+    system: str
     experts: int
     kept: int | None = None
     reroute_every: int | None = None
@@ -43,7 +43,7 @@ class Entry:
         parts = [f"{self.experts} experts" if self.experts > 1 else "", f"kept {self.kept}" if self.kept else ""]
         parts += [f"re-routed every {self.reroute_every}" if self.reroute_every else "", self.backend if self.backend != "auto" else ""]
         told = ", ".join(part for part in [*parts, "compiled" if self.compiled else ""] if part)
-        return f"{self.contender} ({told})" if told else self.contender
+        return f"{self.system} ({told})" if told else self.system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class BenchSystem:
         modules: What holds its tensors.
         generate: Workload and further options of ``generate`` -> token ids (B, T).
         granularity: How often routing may change; empty for what does not route.
-        plan: Routing alone, if it comes before the first token; returns the routing weights (B, E), or None.
+        route: Routing alone, if it comes before the first token; returns the routing weights (B, E), or None.
         count_reroutes: How often rows are re-routed at sentence ends of their own while a workload is generated.
         max_batch: Rows it can serve at once.
         compilable: Whether a compiled decoding step makes sense for it.
@@ -78,7 +78,7 @@ class BenchSystem:
     modules: tuple[nn.Module, ...]
     generate: Callable[..., Tensor]
     granularity: str = ""
-    plan: Callable[[Workload], Tensor | None] | None = None
+    route: Callable[[Workload], Tensor | None] | None = None
     count_reroutes: Callable[[Workload], int] | None = None
     max_batch: int | None = None
     compilable: bool = False
@@ -87,7 +87,7 @@ class BenchSystem:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSetup:
-    """What contenders are built from.
+    """What systems are built from.
 
     Args:
         model, tokenizer: The backbone; never changed.

@@ -1,7 +1,7 @@
-"""Who is timed: the bare backbone, what PEFT offers, the released code's loop, and every method of ours.
+"""The timed systems: the base model, PEFT's own methods, the loop of the released code, and every method of this package.
 
-All contenders of a process wrap module trees over one set of backbone weights, so that none pays for another's copy. Each is driven
-through ``generate``; after construction nothing depends on its name. Shapes: B rows, T tokens, E experts.
+All systems of a process share one set of base weights and wrap it in different modules. Each is run through ``generate``; after
+construction nothing depends on its name. Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ForcedRerouter(RoutedCriterion):
     Args:
         model: The model that generates.
         workload: What it generates from.
-        every: Tokens between two re-routes; none falls behind the last token.
+        every: Tokens between two re-routes; none falls after the last token.
     """
 
     def __init__(self, model: FusedCausalLM, workload: Workload, every: int) -> None:
@@ -140,7 +140,7 @@ def _released_loop(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
     return BenchSystem(
         entry=entry, modules=(loop.model, loop.method), generate=generate, granularity="prompt",
-        plan=lambda workload: loop.plan(workload.prompts), max_batch=1,
+        route=lambda workload: loop.route(workload.prompts), max_batch=1,
     )  # fmt: skip
 
 
@@ -152,9 +152,9 @@ BUILTIN: dict[str, Callable[[BenchSetup, Entry], BenchSystem]] = {
     "peft_arrow": _peft_arrow,
     "released_loop": _released_loop,
 }
-"""Contenders that are no methods of this suite."""
+"""Systems that are no methods of this suite."""
 POOL_FREE = {BASE: 0, SINGLE: 1}
-"""Contenders that every sweep over pools leaves as they are -> adapters they hold."""
+"""Systems that every sweep over pools leaves as they are -> adapters they hold."""
 
 
 def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
@@ -173,7 +173,7 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
     if entry.compiled:
         model.compile()
     if entry.reroute_every is not None and method.granularity != "sentence":
-        raise MethodError(f"'{entry.contender}' does not re-route at sentence ends; --reroute-every is for methods that do.")
+        raise MethodError(f"'{entry.system}' does not re-route at sentence ends; --reroute-every is for methods that do.")
 
     sentence = method.granularity == "sentence"
     gated = method.granularity == "token" or any(layer.gate is not None for layer in model.patched.layers.values())
@@ -190,9 +190,9 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
         fixed = workload.options(setup.tokenizer.pad_token_id)
         return model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, prompts=prompts, **fixed, **options)
 
-    def plan(workload: Workload) -> Tensor | None:
+    def route(workload: Workload) -> Tensor | None:
         state = model.route(named(workload), new_tokens=workload.new_tokens)
-        return None if state is None else model.planner.per_expert(state.per_row())
+        return None if state is None else model.request_router.per_expert(state.per_row())
 
     def backend(workload: Workload) -> str:
         state = None if gated else model.route(named(workload), new_tokens=workload.new_tokens)
@@ -201,21 +201,21 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
     def count(workload: Workload) -> int:
         trace: list[dict[str, Any]] = []
         generate(workload, trace=trace)
-        return len(trace) - len(workload.prompts)  # the prompts' own plans come first
+        return len(trace) - len(workload.prompts)  # the prompts' own routing comes first
 
     return BenchSystem(
-        entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, plan=None if gated else plan,
+        entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, route=None if gated else route,
         count_reroutes=count if sentence else None, compilable=not gated, backend=backend,
     )  # fmt: skip
 
 
 def _spec(entry: Entry) -> MethodSpec:
-    spec = load_method_spec(entry.contender)
+    spec = load_method_spec(entry.system)
     if entry.kept is None:
         return spec
     if not can_keep(spec):
-        raise MethodError(f"'{entry.contender}' has no setting for the number of kept experts; leave --kept out or name other contenders.")
-    return load_method_spec(entry.contender, {"selector": "topk", "top_k": entry.kept})
+        raise MethodError(f"'{entry.system}' has no setting for the number of kept experts; leave --kept out or name other systems.")
+    return load_method_spec(entry.system, {"selector": "topk", "top_k": entry.kept})
 
 
 def can_keep(spec: MethodSpec) -> bool:
@@ -224,7 +224,7 @@ def can_keep(spec: MethodSpec) -> bool:
 
 
 def known_systems() -> list[str]:
-    """Names of everything that can be timed; the preset of the bare backbone is the contender of that name."""
+    """Names of everything that can be timed; the preset of the bare backbone is the system of that name."""
     return [*BUILTIN, *(name for name in list_configs("method") if name not in BUILTIN)]
 
 
@@ -236,30 +236,30 @@ def check_system(name: str) -> None:
     """
     known = known_systems()
     if name not in known and Path(name).suffix not in {".yaml", ".yml"}:
-        raise ConfigError(f"unknown contender '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or a method YAML file.")
+        raise ConfigError(f"unknown system '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or a method YAML file.")
 
 
 def build_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
-    """Make one contender.
+    """Make one system.
 
     Raises:
         DLPLoRAError: If it cannot be made, with the reason.
     """
-    if entry.contender not in BUILTIN:
+    if entry.system not in BUILTIN:
         return build_method_system(setup, entry)
-    if entry.contender.startswith("peft_") and entry.experts > MAX_PEFT_EXPERTS:
+    if entry.system.startswith("peft_") and entry.experts > MAX_PEFT_EXPERTS:
         raise ConfigError(f"PEFT is timed with at most {MAX_PEFT_EXPERTS} adapters, kept as separate modules; got {entry.experts}.")
-    return BUILTIN[entry.contender](setup, entry)
+    return BUILTIN[entry.system](setup, entry)
 
 
-def facts(contender: BenchSystem, workload: Workload) -> Mapping[str, Any]:
-    """What a measurement says about its contender under a workload apart from times."""
-    entry = contender.entry
-    weights = None if contender.plan is None else contender.plan(workload)
+def facts(system: BenchSystem, workload: Workload) -> Mapping[str, Any]:
+    """What a measurement says about its system under a workload apart from times."""
+    entry = system.entry
+    weights = None if system.route is None else system.route(workload)
     kept = None if weights is None else float((weights != 0).sum(dim=-1).float().mean())
     return {
-        "contender": entry.contender, "experts": entry.experts, "kept": entry.kept, "reroute_every": entry.reroute_every,
-        "compiled": entry.compiled, "granularity": contender.granularity, "backend": contender.backend(workload),
-        "backend_asked": "" if entry.contender in BUILTIN else entry.backend, "experts_kept": kept,
-        "sentence_reroutes": None if contender.count_reroutes is None else contender.count_reroutes(workload),
+        "contender": entry.system, "experts": entry.experts, "kept": entry.kept, "reroute_every": entry.reroute_every,
+        "compiled": entry.compiled, "granularity": system.granularity, "backend": system.backend(workload),
+        "backend_asked": "" if entry.system in BUILTIN else entry.backend, "experts_kept": kept,
+        "sentence_reroutes": None if system.count_reroutes is None else system.count_reroutes(workload),
     }  # fmt: skip

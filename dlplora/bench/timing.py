@@ -1,7 +1,7 @@
-"""Timestamps of generated tokens and of calls, taken when the device has finished.
+"""Timestamps of generated tokens and of calls, taken after the device has finished.
 
-The first token's gives the time to the first token (TTFT, with routing and prefill), the others the time per output token (TPOT). Only
-ratios within one process mean something outside the machine they were measured on.
+The first token gives the time to first token (TTFT, with routing and prefill), the others the time per output token (TPOT). Only ratios
+measured within one process can be compared across machines.
 """
 
 from __future__ import annotations

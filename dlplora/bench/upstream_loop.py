@@ -1,11 +1,11 @@
-"""The way the authors' released code fuses, for the clock only: a Python loop over the kept adapters in every adapted layer.
+"""The fusion of the authors' released code, for timing only: a Python loop over the kept adapters in every adapted layer.
 
-What the code does (MeCuping/DLP-LoRA@d68fd38), in our own words: a classifier reads the prompt once; the kept adapters and their weights
-stay for the whole generation; every adapted layer then calls each kept adapter in turn and adds its output, times weight and scaling, to
-the base output. One prompt at a time. What it computes is the definition that all our backends share; only the way differs.
+Re-implemented from MeCuping/DLP-LoRA@d68fd38: a classifier reads the prompt once, and the kept adapters and weights stay fixed for the
+whole generation. Every adapted layer calls each kept adapter and adds its output, times weight and scaling, to the base output. One prompt
+at a time. The result equals that of our backends; only the computation differs.
 
-Deviations: every adapter keeps its own scaling (the code takes the first one's for all), every layer is fused whatever the depth (the code
-counts to 28), and the call of ``torch.cuda.empty_cache()`` in every layer is left out, which is in the loop's favour on a GPU.
+Deviations: every adapter keeps its own scaling (the code uses the first one's for all), every layer is fused (the code counts to 28), and
+the call of ``torch.cuda.empty_cache()`` in every layer is omitted, which makes the loop faster on a GPU.
 Shapes: T tokens, E experts, R rank, I inputs, O outputs.
 """
 
@@ -87,7 +87,7 @@ class ReleasedLoop:
             layer = LoopedLoRALinear(model.get_submodule(path), pairs, entry.scaling.tolist(), self.kept)
             setattr(model.get_submodule(parent), leaf, layer)
 
-    def plan(self, prompts: PromptBatch) -> Tensor:
+    def route(self, prompts: PromptBatch) -> Tensor:
         """Route the only prompt and remember it; returns the routing weights (1, E)."""
         weights = self.method.route(prompts)
         assert weights is not None
@@ -96,5 +96,5 @@ class ReleasedLoop:
 
     def generate(self, prompts: PromptBatch, **options: Any) -> Tensor:
         """Route once, then generate; token ids (1, T)."""
-        self.plan(prompts)
+        self.route(prompts)
         return self.model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, **options)  # type: ignore[no-any-return]

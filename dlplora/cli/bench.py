@@ -1,4 +1,4 @@
-"""``dlplora bench latency``: times of contenders that take turns in one process."""
+"""``dlplora bench latency``: time systems interleaved in one process."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from dlplora.cli.terminal import split_names
 from dlplora.errors import ConfigError
 
 LISTS = ("experts", "kept", "batch", "prompt", "reroute_every")
-GROUP_OPTIONS = ("contenders", "backends", *LISTS, "new_tokens", "repeats", "warmup", "compile")
+GROUP_OPTIONS = ("systems", "backends", *LISTS, "new_tokens", "repeats", "warmup", "compile")
 
 
 def add_latency(inner: Any) -> argparse.ArgumentParser:
     """Declare ``latency`` under ``dlplora bench``; returns its parser."""
-    parser: argparse.ArgumentParser = inner.add_parser("latency", help="time systems interleaved in one process and write one record")
+    parser: argparse.ArgumentParser = inner.add_parser("latency", help="time systems interleaved in one process and write a record")
     parser.add_argument("--config", metavar="NAME", help="name in configs/bench, or a YAML file; not together with the options of a group")
     parser.add_argument("--shape", help="qwen2-0.5b, qwen2-1.5b, qwen2-7b, llama2-7b, llama3-8b, nano or tiny (default: nano)")
-    parser.add_argument("--contenders", metavar="A,B", help="presets, base, peft_single, peft_mixed, peft_xlora, peft_arrow, "
+    parser.add_argument("--systems", metavar="A,B", help="presets, base, peft_single, peft_mixed, peft_xlora, peft_arrow, "
                         "released_loop, or all; NAME@E has a pool of its own size, NAME:BACKEND a kernel backend: ties:merged")  # fmt: skip
+    parser.add_argument("--contenders", dest="systems", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name
     parser.add_argument("--experts", metavar="N,N", help="pool sizes (default: 26)")
     parser.add_argument("--kept", metavar="N,N", help="force top-k experts per sequence (default: what each method keeps)")
-    parser.add_argument("--batch", metavar="N,N", help="rows, all different (default: 1)")
+    parser.add_argument("--batch", metavar="N,N", help="batch sizes; all rows differ (default: 1)")
     parser.add_argument("--prompt", metavar="N,N", help="prompt lengths in tokens (default: 128)")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="tokens that each system generates (default: 32)")
-    parser.add_argument("--reroute-every", metavar="N,N", help="also with every row re-routed after so many tokens")
+    parser.add_argument("--reroute-every", metavar="N,N", help="also time with every row re-routed after this many tokens")
     parser.add_argument("--backends", metavar="A,B", help="kernel backends of our methods (default: auto)")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the decoding step (GPU)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--repeats", type=int, metavar="N", help="recorded rounds, an even number (default: 8)")
-    parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them (default: 2)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="rounds before the recorded ones (default: 2)")
     parser.add_argument("--out", metavar="PATH", help="folder, or file ending in .json (default: results/bench; results/scratch/bench "
                         "while code is not committed)")  # fmt: skip
     return parser
@@ -46,8 +47,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def plan_of(arguments: argparse.Namespace) -> Any:
-    """The plan that the options describe.
+def config_of(arguments: argparse.Namespace) -> Any:
+    """The configuration that the options describe.
 
     Raises:
         ConfigError: For a bad value, or options of a group beside ``--config``.
@@ -64,7 +65,7 @@ def plan_of(arguments: argparse.Namespace) -> Any:
     for name in LISTS:
         if name in given:
             given[name] = _numbers(name, given[name])
-    for name in ("contenders", "backends"):
+    for name in ("systems", "backends"):
         if name in given:
             given[name] = tuple(split_names(given[name]))
     if "compile" in given:
@@ -93,14 +94,14 @@ def _tell(text: str) -> None:
 
 def run_latency(arguments: argparse.Namespace) -> int:
     """Measure, write the record, print its table last."""
-    from dlplora.bench.session import run_plan
+    from dlplora.bench.session import run_bench
     from dlplora.cli.terminal import quiet_loading
     from dlplora.reporting.latency.records import save_bench
     from dlplora.reporting.latency.tables import markdown
 
     quiet_loading(None)
-    plan = plan_of(arguments)
-    record = run_plan(plan, _tell, after_group=lambda record: save_bench(record, target_path(arguments.out, record)))
+    config = config_of(arguments)
+    record = run_bench(config, _tell, after_group=lambda record: save_bench(record, target_path(arguments.out, record)))
     for warning in record.warnings:
         print(f"dlplora: warning: {warning}; the times are not those of a quiet machine.", file=sys.stderr)
     print(f"wrote {target_path(arguments.out, record)}", file=sys.stderr)

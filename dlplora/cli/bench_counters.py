@@ -1,4 +1,4 @@
-"""``dlplora bench counters``: launches, floating point operations and bytes of one step, counted and compared."""
+"""``dlplora bench counters``: count launches, floating point operations and bytes of one step, and compare with the golden file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def run_counters(arguments: argparse.Namespace) -> int:
     for line in found:
         print(line)
     if found:
-        print("If the change is meant: dlplora bench counters --accept, for each shape", file=sys.stderr)
+        print("If the change is intended: dlplora bench counters --accept, for each shape", file=sys.stderr)
         return 1
-    print(f"{len(cells)} counts of shape {arguments.shape} are what was accepted")
+    print(f"{len(cells)} counts of shape {arguments.shape} equal the golden file")
     return 0
 
 
@@ -45,14 +45,14 @@ def _table(cells: dict[str, dict[str, dict[str, int]]]) -> str:
     from dlplora.reporting.markdown import table
 
     header = ["method", "backend", "decode: launches", "MFLOP", "MB", "host reads", "prefill: launches", "MFLOP", "MB"]
-    header += ["plan: launches", "MB", "host reads"]
+    header += ["routing: launches", "MB", "host reads"]
     rows = []
     for cell, phases in cells.items():
-        decode, prefill, plan = phases["decode"], phases["prefill"], phases["plan"]
+        decode, prefill, routing = phases["decode"], phases["prefill"], phases["plan"]
         numbers = [
             *(str(decode["launches"]), _millions(decode["flops"]), _millions(decode["bytes"]), str(decode["host_reads"])),
             *(str(prefill["launches"]), _millions(prefill["flops"]), _millions(prefill["bytes"])),
-            *(str(plan["launches"]), _millions(plan["bytes"]), str(plan["host_reads"])),
+            *(str(routing["launches"]), _millions(routing["bytes"]), str(routing["host_reads"])),
         ]
         rows.append([*cell.split("/"), *numbers])
     return table(header, rows, left=2)

@@ -1,4 +1,4 @@
-"""``dlplora doctor``: what a bug report needs."""
+"""``dlplora doctor``: facts for a bug report."""
 
 from __future__ import annotations
 

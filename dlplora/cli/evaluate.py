@@ -1,4 +1,4 @@
-"""``dlplora eval``."""
+"""``dlplora eval``: evaluate methods under a protocol."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
 
 
 def _runs(arguments: argparse.Namespace) -> list[Run]:
-    """One run a method, all checked before the first one starts; ``all`` leaves out what lacks a package or a folder, and says so."""
+    """One run per method, all checked before the first one starts; ``all`` leaves out what lacks a package or a folder, and says so."""
     from dlplora.evaluation.runner import Artifacts, prepare
 
     methods = list(dict.fromkeys(chosen_methods(arguments.method)))
@@ -107,7 +107,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     require_writable(root, "--out")
     with eval_cache() as cache:
         for run in runs:
-            evaluated = _released(run, root, arguments) if arguments.released_code else _evaluated(run, root, arguments, cache)
+            evaluated = _released(run, root, arguments) if arguments.teacher_forced else _evaluated(run, root, arguments, cache)
             print(json.dumps(evaluated), flush=True)
     return 0
 

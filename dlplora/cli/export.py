@@ -1,4 +1,4 @@
-"""``dlplora export``: weighted adapters, or the plan of a prompt, for other software."""
+"""``dlplora export``: write weighted adapters, or the routing of a prompt, for other software."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--weight", action="append", metavar="NAME=W", help="an adapter and its weight; repeat for several")
     what.add_argument("--prompt", metavar="TEXT", help="the weights that --method decides for this prompt")
-    what.add_argument("--each", action="store_true", help="every adapter of the pool by itself, as OUT/NAME (peft, gguf)")
+    what.add_argument("--each", action="store_true", help="export every adapter of the pool separately, as OUT/NAME (peft, gguf)")
     parser.add_argument("--method", default="dlp", help="method that routes --prompt (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override a parameter of the method")
     parser.add_argument("--base-name", metavar="NAME", help="peft: the base model that adapter_config.json names (default: the adapters')")
-    parser.add_argument("--save-dtype", default="float32", metavar="NAME", help="of the written files (default: float32)")
-    parser.add_argument("--force", action="store_true", help="replace an older export")
+    parser.add_argument("--save-dtype", default="float32", metavar="NAME", help="dtype of the written files (default: float32)")
+    parser.add_argument("--force", action="store_true", help="replace an existing export")
     return parser
 
 
@@ -109,7 +109,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in adapter.weights.items())
     print(f"wrote {written}: {shown}; rank {adapter.rank}, {len(adapter.modules)} modules")
     if arguments.prompt is not None:
-        print("note: this is the plan of the prompt; later sentences would be routed again", file=sys.stderr)
+        print("note: these are the routing weights of the prompt; later sentences would be routed again", file=sys.stderr)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``dlplora fit | validate | test``: train an expert, a pool, a router, a fusion method or the nano backbone from a YAML file."""
+"""``dlplora fit | validate | test``: train an expert, a pool, a router, a fusion method or the nano base model from a YAML file."""
 
 from __future__ import annotations
 

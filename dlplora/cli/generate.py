@@ -1,4 +1,4 @@
-"""``dlplora generate``: text, and with ``--trace`` the routing weights."""
+"""``dlplora generate``: generate text; with ``--trace``, print the routing weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dlplora methods`` and ``tasks``."""
+"""``dlplora methods`` and ``dlplora tasks``."""
 
 from __future__ import annotations
 

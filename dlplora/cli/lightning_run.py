@@ -1,7 +1,7 @@
-"""The ``lightning`` command: ``lightning run CONFIG`` trains what ``dlplora fit CONFIG`` does; everything else is Lightning's own.
+"""The ``lightning`` command: ``lightning run CONFIG`` trains like ``dlplora fit CONFIG``; everything else goes to Lightning's own command.
 
-With one device ``run`` is ``dlplora fit`` in this process; with several, Fabric's launcher starts one such process a device, and
-Lightning's trainer joins them. The options before the configuration are those of ``fabric run``.
+With one device ``run`` is ``dlplora fit`` in this process. With several, Fabric's launcher starts one such process per device, and
+Lightning's trainer connects them. The options before the configuration are those of ``fabric run``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _forward(arguments: list[str]) -> int:
     """Run Lightning's own command with these arguments."""
     command = command_of_others()
     if command is None:
-        raise ConfigError("this command knows `lightning run CONFIG`, and there is no command of Lightning's to forward the rest to.")
+        raise ConfigError("only `lightning run CONFIG` works here: Lightning installs no command that the rest could be forwarded to.")
     sys.argv = [command.name, *arguments]
     return int(command.load()() or 0)
 
@@ -112,7 +112,7 @@ def _free_port() -> int:
 
 
 def _launch(options: dict[str, Any], arguments: list[str]) -> int:
-    """One process a device through Fabric's launcher; the exit code of the first one that failed."""
+    """One process per device through Fabric's launcher; the exit code of the first one that failed."""
     from lightning.fabric.cli import main as launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,6 +1,7 @@
-"""The ``dlplora`` command. Only argument parsing happens here; every subcommand imports what it needs when it runs.
+"""The ``dlplora`` command. Only arguments are parsed here; every subcommand imports what it needs when it runs.
 
-Exit codes: 0 done, 1 regression, stale table or other results than the committed ones, 2 bad input, 130 after Ctrl-C, 143 after SIGTERM.
+Exit codes: 0 success; 1 regression, stale table, or results that differ from the committed ones; 2 bad input; 130 after Ctrl-C; 143 after
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,8 +28,20 @@ from dlplora.interruption import exit_code, raising_on_sigterm
 Command = Callable[[argparse.Namespace], int]
 
 
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Subcommands whose own help begins with the line that the list of commands has for them."""
+
+    def add_parser(self, name: str, **options: Any) -> Any:  # type: ignore[override]
+        text = options.get("help")
+        return super().add_parser(name, **{"description": f"{text[0].upper()}{text[1:]}." if text else None, **options})
+
+
 class _Parser(argparse.ArgumentParser):
     """Accepts ``--data_root`` for ``--data-root``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("action", "parsers", _Commands)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
@@ -63,21 +76,24 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(commands: Any) -> None:
-    parser = commands.add_parser("eval", help="evaluate methods under a protocol; one record per method")
+    parser = commands.add_parser("eval", help="evaluate methods under a protocol and write one record per method")
     parser.add_argument("--protocol", default="nano", help="name in configs/protocol, or a YAML file (default: nano)")
     parser.add_argument("--method", default="dlp", help="names in configs/method or YAML files, comma-separated, or 'all' (default: dlp)")
     parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
     parser.add_argument("--artifact", action="append", default=[], metavar="ROLE=DIR", help="folder of another trained part of the method")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
-    parser.add_argument("--suite", help="nano, skills, or local:TASK,TASK (default: the protocol's)")
+    parser.add_argument("--suite", help="nano, skills, real26, paper26, or local:TASK,TASK (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
-    parser.add_argument("--tasks", help="some tasks of the suite, comma-separated (default: all)")
+    parser.add_argument("--tasks", help="only these tasks of the suite, comma-separated (default: all)")
     parser.add_argument("--limit", type=int, help="questions per task; such records go to results/scratch")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--force", action="store_true", help="evaluate again even if a finished record exists")
     parser.add_argument(
-        "--released-code", action="store_true", help="measure as the public DLP-LoRA code does (teacher-forced); kept apart"
+        "--teacher-forced",
+        action="store_true",
+        help="measure as the released DLP-LoRA code does, given the right answer; records go to results/released_code",
     )
+    parser.add_argument("--released-code", dest="teacher_forced", action="store_true", help=argparse.SUPPRESS)  # the former name
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     _add_model_options(parser)
     add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
@@ -92,7 +108,7 @@ def _evaluation(commands: Any) -> None:
     parser.set_defaults(run=_lazy("scope", "run_scope"))
 
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
-    parser.add_argument("suite", choices=["nano", "paper", "real"])
+    parser.add_argument("suite", choices=["nano", "paper", "real"], help="nano: the embedded model; paper: the paper's tasks; real: real26")
     parser.add_argument(
         "--track",
         choices=["in-pool", "unseen"],
@@ -105,20 +121,23 @@ def _evaluation(commands: Any) -> None:
         metavar="NAME",
         help="paper: a profile of configs/reproduce, or a base model as in --pretrained (default: local-small)",
     )
-    parser.add_argument("--tasks", help="paper: some of the tasks, comma-separated (default: the protocol's)")
+    parser.add_argument("--tasks", help="paper: only these tasks, comma-separated (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
     parser.add_argument("--fresh", action="store_true", help="nano: train and evaluate everything again")
-    parser.add_argument("--methods", help="comma-separated, or 'all' (default for nano: 14, some of each family)")
-    parser.add_argument("--seeds", help="comma-separated; every seed has its own experts (default: the protocol's)")
-    parser.add_argument("--limit", type=int, help="questions per task; such records are in no table")
+    parser.add_argument("--methods", help="comma-separated methods, or 'all' (default for nano: 14, some of each family)")
+    parser.add_argument("--seeds", help="comma-separated seeds; every seed has its own experts (default: the protocol's)")
+    parser.add_argument("--limit", type=int, help="questions per task; tables leave such records out")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/nano/results, or results for the paper)")
     parser.add_argument("--runs", metavar="DIR", help="folder of trained artifacts (default: runs/nano, or runs/paper/NAME)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and for the paper what it needs, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, and for the paper what they need, and stop")
     parser.set_defaults(run=_lazy("reproduce", "run_reproduce"))
 
 
+README_HELP = "README whose results block is rewritten (default: README.md, if --out is results)"
+
+
 def _reports(commands: Any) -> None:
-    report = commands.add_parser("report", help="tables from records")
+    report = commands.add_parser("report", help="write tables, figures and the results page from records")
     inner = report.add_subparsers(
         dest="action", required=True, metavar="{all,build,list,validate,check,accept,html,figures,compare-protocols,schema}"
     )
@@ -128,34 +147,39 @@ def _reports(commands: Any) -> None:
         parser.add_argument("--suite", default="nano", help="suite of the records (default: nano)")
         if name == "build":
             parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
-            parser.add_argument("--readme", metavar="FILE", help="default: README.md, for the nano suite in results/")
+            parser.add_argument("--readme", metavar="FILE", help=README_HELP)
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
     for name, text in (("figures", "draw the figures (SVG and PNG)"), ("html", "write one page with tables, figures and questions")):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
         if name == "html":
-            parser.add_argument("--page", metavar="FILE", help="default: index.html in --out")
+            parser.add_argument("--page", metavar="FILE", help="file to write (default: index.html in --out)")
         else:
             parser.add_argument("--suite", default="nano", help="suite of the records (default: nano)")
         parser.set_defaults(run=_lazy("report", f"run_{name}"))
-    # `protocols` is the old name: still understood, not listed
-    for name, listed in (("compare-protocols", {"help": "the table of two protocols side by side"}), ("protocols", {})):
+    # `protocols`, the old name, still works but is not listed
+    for name, listed in (("compare-protocols", {"help": "write the table of our protocol and the released code's"}), ("protocols", {})):
         parser = inner.add_parser(name, **listed)
         parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
         parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is stale")
         parser.set_defaults(run=_lazy("report", "run_compare_protocols"))
-    parser = inner.add_parser("all", help="tables, figures and page of every suite, from records read once")
+    parser = inner.add_parser("all", help="write tables, figures and page of every suite")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
-    parser.add_argument("--readme", metavar="FILE", help="as for build")
+    parser.add_argument("--readme", metavar="FILE", help=README_HELP)
     parser.set_defaults(run=_lazy("report", "run_all"), suite="nano")
     inner.add_parser("schema", help="print the JSON Schema of a record").set_defaults(run=_lazy("report", "run_schema"))
-    for name, text in (("check", "run the guarded methods again and compare with results/golden"), ("accept", "accept the new results")):
+    for name, text in (
+        ("check", "run the guarded methods again and compare with results/golden"),
+        ("accept", "write the guarded methods' results into the golden file"),
+    ):
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
-        parser.add_argument("--methods", metavar="A,B", help="some of the guarded methods only")
+        parser.add_argument("--methods", metavar="A,B", help="only these guarded methods (default: all)")
         if name == "accept":
             parser.add_argument("--reason", required=True, help="why the numbers move; written into the changelog")
-            parser.add_argument("--changelog", default="CHANGELOG.md", metavar="FILE")
+            parser.add_argument(
+                "--changelog", default="CHANGELOG.md", metavar="FILE", help="where the reason is written (default: CHANGELOG.md)"
+            )
         parser.set_defaults(run=_lazy("report_check", f"run_{name}"))
 
 
@@ -168,24 +192,24 @@ def _benchmarks(commands: Any) -> None:
     parser = inner.add_parser("counters", help="count launches, floating point operations and bytes of one step")
     parser.add_argument("--methods", metavar="A,B", help="presets (default: all)")
     parser.add_argument("--shape", default="nano", help="nano or tiny (default: nano)")
-    parser.add_argument("--experts", type=int, metavar="N", help="another number of experts than the shape's")
+    parser.add_argument("--experts", type=int, metavar="N", help="number of experts (default: the shape's)")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--check", action="store_true", help="compare with results/golden/counters.json; exit 1 if anything differs")
-    parser.add_argument("--accept", action="store_true", help="make what is counted now the golden state of the shape")
+    parser.add_argument("--accept", action="store_true", help="write the present counts into results/golden/counters.json")
     parser.set_defaults(run=_lazy("bench_counters", "run_counters"))
 
 
 def _information(commands: Any) -> None:
     parser = commands.add_parser("methods", help="list fusion methods and their presets")
-    parser.add_argument("--format", choices=["md", "json"], default="md")
+    parser.add_argument("--format", choices=["md", "json"], default="md", help="Markdown or JSON (default: md)")
     parser.set_defaults(run=_lazy("information", "run_methods"))
     parser = commands.add_parser("tasks", help="list the tasks of a suite with an example each")
-    parser.add_argument("--suite", default="nano", help="nano, skills, or local:TASK,TASK")
+    parser.add_argument("--suite", default="nano", help="nano, skills, real26, paper26, or local:TASK,TASK (default: nano)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
-    parser.add_argument("--format", choices=["md", "json"], default="md")
+    parser.add_argument("--format", choices=["md", "json"], default="md", help="Markdown or JSON (default: md)")
     parser.add_argument("--export", metavar="DIR", help="write local tasks as lm-eval YAML files, for `lm_eval --include_path DIR`")
     parser.set_defaults(run=_lazy("information", "run_tasks"))
-    parser = commands.add_parser("doctor", help="versions, machine, data, pools, quantisation packages, hub reachability")
+    parser = commands.add_parser("doctor", help="report versions, machine, data, pools and optional packages, for a bug report")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.set_defaults(run=_lazy("doctor", "run_doctor"))
     add_new_method(commands).set_defaults(run=_lazy("new_method", "run_new_method"))
@@ -194,15 +218,15 @@ def _information(commands: Any) -> None:
 
 def _generation(commands: Any) -> None:
     parser = commands.add_parser("generate", help="generate text; --trace prints the routing weights")
-    parser.add_argument("prompt", help="a typed \\n is a line break unless --raw is given")
+    parser.add_argument("prompt", help="prompt text; a typed \\n is a line break unless --raw is given")
     parser.add_argument("--method", default="dlp", help="name in configs/method, or a YAML file (default: dlp)")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="most tokens to generate (default: 48)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens to generate, at most (default: 48)")
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message, through the tokenizer's chat template")
     parser.add_argument("--trace", action="store_true", help="print the routing weights of each sentence")
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="take the prompt exactly as typed; nano prompts otherwise get 'Answer:' at the end",
+        help="take the prompt exactly as typed; otherwise 'Answer:' is appended to prompts of the nano model",
     )
     parser.add_argument("--task", help="task name, for methods that need it (oracle)")
     _add_model_options(parser)

@@ -1,4 +1,4 @@
-"""``dlplora matrix``: plan a comparison as cells, work on them from any number of machines, see how far they are."""
+"""``dlplora matrix``: split a comparison into cells, work on them from any number of machines, and print the status."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 def add_matrix(commands: Any) -> None:
     """Declare ``matrix`` and its actions."""
-    parser = commands.add_parser("matrix", help="one comparison on many machines: plan, work, status, submit")
+    parser = commands.add_parser("matrix", help="run one comparison on many machines")
     inner = parser.add_subparsers(dest="action", required=True, metavar="{plan,work,status,submit}")
     _add_plan(inner.add_parser("plan", help="write the cells of a comparison to a file"))
-    one = inner.add_parser("work", help="do cells of a plan until none is left; start as many as there are machines or GPUs")
+    one = inner.add_parser("work", help="work on the cells of a plan until none is left; start one worker per machine or GPU")
     _add_work(one)
     one.set_defaults(run_action=_work)
-    one = inner.add_parser("status", help="what is done, running and failed, and the time left")
+    one = inner.add_parser("status", help="print what is done, running and failed, and the time left")
     one.add_argument("plan", metavar="PLAN", help="file written by `dlplora matrix plan`")
     one.set_defaults(run_action=_status)
     one = inner.add_parser("submit", help="start workers as a Slurm array, through submitit")
@@ -44,26 +44,28 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="PLAN", help="file to write, ending in .jsonl; workers share PLAN's folder")
     parser.add_argument("--methods", metavar="A,B", help="methods (default: each profile's)")
-    parser.add_argument("--seeds", metavar="N,N", help="every seed has its own experts (default: each protocol's)")
-    parser.add_argument("--tasks", metavar="A,B", help="some of the tasks (default: the protocol's)")
+    parser.add_argument("--seeds", metavar="N,N", help="seeds; every seed has its own experts (default: each protocol's)")
+    parser.add_argument("--tasks", metavar="A,B", help="only these tasks (default: the protocol's)")
     parser.add_argument("--data-root", metavar="DIR", help="folder of local rows, the same path on every machine")
     parser.add_argument("--limit", type=int, metavar="N", help="questions per task")
     parser.add_argument("--results", metavar="DIR", help="results folder (default: beside the plan)")
     parser.add_argument("--experts-per-cell", type=int, default=1, metavar="N", help="experts trained one after the other (default: 1)")
     parser.add_argument(
-        "--lease", type=float, default=120, metavar="S", help="seconds of silence until a worker counts as dead (default: 120)"
+        "--lease", type=float, default=120, metavar="S", help="seconds without a heartbeat until a worker counts as dead (default: 120)"
     )
-    parser.add_argument("--max-deaths", type=int, default=5, metavar="N", help="workers that may die over a cell (default: 5)")
+    parser.add_argument(
+        "--max-deaths", type=int, default=5, metavar="N", help="workers that may die during a cell before it counts as failed (default: 5)"
+    )
     parser.add_argument("--tflops", type=float, metavar="X", help="speed of a worker in TFLOP/s, to predict minutes")
     parser.set_defaults(run_action=_plan)
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", help="file written by `dlplora matrix plan`")
-    parser.add_argument("--max-cells", type=int, metavar="N", help="end after so many cells")
-    parser.add_argument("--max-memory", type=float, metavar="GB", help="leave cells that are predicted to need more to other workers")
-    parser.add_argument("--retry-failed", action="store_true", help="try cells again that have failed")
-    parser.add_argument("--device", help="of evaluations (default: the best of the machine)")
+    parser.add_argument("--max-cells", type=int, metavar="N", help="stop after this many cells")
+    parser.add_argument("--max-memory", type=float, metavar="GB", help="skip cells that are predicted to need more memory")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    parser.add_argument("--device", help="device of evaluations (default: the best of this machine)")
 
 
 def run_matrix(arguments: argparse.Namespace) -> int:

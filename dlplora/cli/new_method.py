@@ -1,4 +1,4 @@
-"""``dlplora new-method``: the three files of a new method, which already run."""
+"""``dlplora new-method``: write the three files of a new method, which run as they are."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ def run_new_method(arguments: argparse.Namespace) -> int:
     if folder is not None:
         cls = "".join(part.capitalize() for part in arguments.name.split("_"))
         entry = ENTRY_POINT.format(name=arguments.name, cls=cls, package=folder.resolve().name)
-        print(f"\nAdd this to your pyproject.toml:\n\n{entry}", file=sys.stderr)
+        print(f"\nAdd this to your pyproject.toml and install the package (pip install -e .):\n\n{entry}", file=sys.stderr)
     else:
         print("\nNext: write the rule, the test, and a row in baselines/README.md (docs/adding_a_baseline.md).", file=sys.stderr)
+    print(f"Test: python -m pytest {path}", file=sys.stderr)
     return 0

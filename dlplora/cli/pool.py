@@ -232,30 +232,30 @@ def add_parser(commands: Any, lazy: Any) -> None:
     where = "folder of the pool, or the name of one below DLPLORA_POOLS"
     formats = {"choices": ["md", "json", "csv"], "default": "md"}
 
-    parser = inner.add_parser("list", help="names, ranks, targets and sources; without POOL, the pools that have a name")
+    parser = inner.add_parser("list", help="list names, ranks, targets and sources of a pool; without POOL, list the named pools")
     parser.add_argument("folder", nargs="?", metavar="POOL", help=where)
     parser.add_argument("--format", **formats)
     parser.set_defaults(run=lazy("pool", "run_pool_list"))
 
-    parser = inner.add_parser("check", help="read every adapter and say what does not fit")
+    parser = inner.add_parser("check", help="read every adapter and report what does not fit")
     parser.add_argument("folder", metavar="POOL", help=where)
     parser.add_argument("--pretrained", metavar="MODEL", help="also compare with this base model, by its config.json")
-    parser.add_argument("--revision", help="of the base model on the hub")
+    parser.add_argument("--revision", help="revision of the base model on the hub")
     add_device_options(parser, "cpu", "float32")
     parser.set_defaults(run=lazy("pool", "run_pool_check"))
 
-    parser = inner.add_parser("inspect", help="a table of all adapters below a folder, from their headers, with a hint for each problem")
-    parser.add_argument("folder", metavar="DIR", help="folder of adapter folders, at any depth up to three")
+    parser = inner.add_parser("inspect", help="list all adapters below a folder, from their headers, with a hint for each problem")
+    parser.add_argument("folder", metavar="DIR", help="folder with adapter folders, at most three levels deep")
     parser.add_argument("--format", **formats)
     parser.set_defaults(run=lazy("pool", "run_pool_inspect"))
 
     parser = inner.add_parser("add", help="check a PEFT LoRA adapter, copy it into the pool and list it in pool.json")
-    parser.add_argument("folder", metavar="POOL", help=f"{where}; made if it does not exist")
+    parser.add_argument("folder", metavar="POOL", help=f"{where}; created if it does not exist")
     parser.add_argument("adapter", metavar="PATH_OR_HUB_ID", help="PEFT folder, ORG/NAME, or hf://ORG/NAME[/FOLDER][@REVISION]")
     parser.add_argument("--name", help="name of the expert, which is the name of its task (default: the folder's)")
     parser.add_argument("--description", help="what the adapter is for, in a few words; methods may read it")
     parser.add_argument("--revision", help="branch, tag or commit on the hub; the commit is written into pool.json")
     parser.add_argument("--offline", action="store_true", help="look in the hub cache only, as with HF_HUB_OFFLINE=1")
     parser.add_argument("--allow-pickle", action="store_true", help="convert adapter_model.bin, read with weights_only=True")
-    parser.add_argument("--allow-other-base", action="store_true", help="take an adapter that names another base model, if its sizes fit")
+    parser.add_argument("--allow-other-base", action="store_true", help="accept an adapter that names another base model, if its sizes fit")
     parser.set_defaults(run=lazy("pool", "run_pool_add"))

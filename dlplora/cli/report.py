@@ -1,4 +1,4 @@
-"""``dlplora report``: tables from records; no deep-learning package is imported."""
+"""``dlplora report``: write tables from records. No deep-learning package is imported."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    """One line a record."""
+    """One line per record."""
     records, problems = _load(arguments)
     for record in records:
         values = {key: value for key, value in record.aggregates.items() if value is not None and not key.endswith("_stderr")}

@@ -1,4 +1,4 @@
-"""``dlplora report check`` and ``accept``: the guarded runs against the golden file."""
+"""``dlplora report check`` and ``accept``: compare the guarded runs with the golden file."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     for finding in findings:
         print(finding)
     if findings:
-        print("If the change is meant: dlplora report accept --reason 'why the numbers move'", file=sys.stderr)
+        print("If the change is intended: dlplora report accept --reason 'why the numbers move'", file=sys.stderr)
         return 1
-    print(f"{len(observed)} guarded methods give what was accepted")
+    print(f"{len(observed)} guarded methods equal the golden file")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``dlplora reproduce``: the nano suite, compared with the committed records, and the paper's tasks."""
+"""``dlplora reproduce``: evaluate the nano suite and compare with the committed records; run the comparison on the paper's tasks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _reproduce_nano(arguments: argparse.Namespace) -> int:
     given = [name for name in ("backbone", "tasks", "data_root") if getattr(arguments, name) is not None]
     if given:
         raise ConfigError(
-            f"--{given[0].replace('_', '-')} belongs to `dlplora reproduce paper`; the nano suite has a fixed backbone and tasks."
+            f"--{given[0].replace('_', '-')} belongs to `dlplora reproduce paper`; the nano suite has a fixed base model and tasks."
         )
     start = time.monotonic()
     quiet_loading(None)

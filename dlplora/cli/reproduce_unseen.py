@@ -1,4 +1,4 @@
-"""``dlplora reproduce nano|real --track unseen``: every task answered by a pool without its expert."""
+"""``dlplora reproduce nano|real --track unseen``: answer every task with a pool without its expert."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _track(arguments: argparse.Namespace, runs: Path) -> Any:
     folds = NUM_FOLDS if arguments.folds is None else arguments.folds
     if arguments.suite == "nano":
         if arguments.backbone or arguments.tasks or arguments.data_root:
-            raise ConfigError("--backbone, --tasks and --data-root belong to other suites; nano has a fixed backbone and tasks.")
+            raise ConfigError("--backbone, --tasks and --data-root belong to other suites; nano has a fixed base model and tasks.")
         return unseen.UnseenTrack(
             protocol=load_protocol("nano"),
             protocol_name=unseen_name("nano"),

@@ -1,4 +1,4 @@
-"""``dlplora scope``: choose, on validation prompts, below which score of the router a prompt is out of scope."""
+"""``dlplora scope``: choose, on validation prompts, the router score below which a prompt is out of scope."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def add_scope(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="nano", help="suite with the router's tasks (default: nano)")
     parser.add_argument("--out-of-scope", action="append", default=[], metavar="SUITE", help="suite of other tasks; repeat for several")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
-    parser.add_argument("--score", choices=["max_probability", "energy"], default="max_probability", help="(default: max_probability)")
+    parser.add_argument(
+        "--score",
+        choices=["max_probability", "energy"],
+        default="max_probability",
+        help="router score to compare with the threshold (default: max_probability)",
+    )
     parser.add_argument(
         "--criterion",
         choices=["keep", "balanced_accuracy"],
@@ -25,7 +30,7 @@ def add_scope(commands: Any) -> argparse.ArgumentParser:
         help="keep: the largest threshold that keeps --keep of the in-scope prompts (default); balanced_accuracy needs --out-of-scope",
     )
     parser.add_argument("--keep", type=float, default=0.95, metavar="SHARE", help="share of in-scope prompts to keep (default: 0.95)")
-    parser.add_argument("--limit", type=int, default=100, metavar="N", help="validation prompts a task (default: 100)")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="validation prompts per task (default: 100)")
     parser.add_argument("--dry-run", action="store_true", help="print the threshold and write nothing")
     return parser
 

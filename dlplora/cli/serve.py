@@ -1,4 +1,4 @@
-"""``dlplora serve``: options, start, reload and end of the server."""
+"""``dlplora serve``: options, start, reload and shutdown of the server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 def add_serve(commands: Any) -> argparse.ArgumentParser:
     """Declare ``serve``; returns its parser."""
-    parser: argparse.ArgumentParser = commands.add_parser("serve", help="OpenAI-compatible server that routes each request to adapters")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve", help="run an OpenAI-compatible server that routes each request to adapters"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
     parser.add_argument("--method", default="dlp", help="method that routes (default: dlp)")
@@ -37,18 +39,18 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     add_device_options(parser)
     parser.add_argument("--max-batch", type=int, default=16, help="requests that run at once (default: 16)")
-    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; one more gets 429 (default: 64)")
+    parser.add_argument("--max-queue", type=int, default=64, help="waiting requests; further ones get status 429 (default: 64)")
     parser.add_argument("--max-model-len", type=int, help="tokens of a request, prompt included (default: the model's, at most 4096)")
     parser.add_argument("--default-max-tokens", type=int, default=512, help="tokens of a chat answer that sets no limit (default: 512)")
     parser.add_argument(
         "--min-confidence",
         type=float,
         metavar="P",
-        help="below this probability the base model answers; 0 switches it off (default: the threshold beside the router, if there is one)",
+        help="the base model answers below this router probability; 0 turns this off (default: the threshold beside the router, if any)",
     )
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's)")
     parser.add_argument("--api-key", help="key that clients must send (or DLPLORA_API_KEY); required unless the address is loopback")
-    parser.add_argument("--admin-key", help="key of POST /admin/reload (or DLPLORA_ADMIN_KEY); without one it does not exist")
+    parser.add_argument("--admin-key", help="key of POST /admin/reload (or DLPLORA_ADMIN_KEY); without a key the endpoint is off")
     parser.add_argument("--insecure", action="store_true", help="allow other addresses than loopback without a key")
     add_upstream_options(parser)
     return parser

@@ -108,8 +108,8 @@ def run_upstream(
     from dlplora.cli.evaluate import parse_parameter
     from dlplora.serve.server import ServerOptions
     from dlplora.serve.upstream.client import UpstreamClient, checked_url
-    from dlplora.serve.upstream.door import Door
     from dlplora.serve.upstream.local_router import LocalRouter
+    from dlplora.serve.upstream.proxy import UpstreamProxy
 
     url = checked_url(arguments.upstream)
     key = arguments.upstream_api_key or os.environ.get("DLPLORA_UPSTREAM_API_KEY") or None
@@ -139,9 +139,9 @@ def run_upstream(
         chat_template=template,
     )
     client = UpstreamClient(url, api_key=key, timeout_s=arguments.upstream_timeout)
-    door = Door(router, upstream, client, options, arguments.min_confidence)
+    proxy = UpstreamProxy(router, upstream, client, options, arguments.min_confidence)
     listener = listen()
-    server = uvicorn.Server(uvicorn.Config(build_upstream_app(door), log_level="warning", timeout_keep_alive=30))
+    server = uvicorn.Server(uvicorn.Config(build_upstream_app(proxy), log_level="warning", timeout_keep_alive=30))
     host, port = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"dlplora: routing to {len(router.bank.names)} adapters of {url} on {where}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What other packages write to the terminal while a model loads."""
+"""Silence the output of other packages while a model loads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_loading(pretrained: str | None) -> None:
-    """Switch off transformers' loading bars where they say nothing (for the embedded backbone, and where nobody watches), and a warning.
+    """Switch off transformers' loading bars where they are useless (for the embedded base model, and without a terminal), and a warning.
 
     Args:
         pretrained: The backbone asked for; None is the embedded one.

@@ -10,7 +10,7 @@ from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlplora.evaluation.protocol import Protocol
-    from dlplora.tuning.plans import Plan
+    from dlplora.tuning.trial_jobs import TrialJob
 
 DESCRIPTION = """Try a small grid of settings on the validation split of a protocol, at most eight trials per method, and print the best.
 The grid of a method is configs/tune/METHOD.yaml, or --setting. Every trial is a record in results/tuning. A repeated command reuses what is
@@ -27,10 +27,10 @@ def add_tune(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, default=50, help="validation questions per task (default: 50; 0 for all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the trials (default: 0)")
-    parser.add_argument("--suite", help="another suite than the protocol's")
-    parser.add_argument("--tasks", help="some tasks of the suite, comma-separated (default: all)")
+    parser.add_argument("--suite", help="suite of tasks (default: the protocol's)")
+    parser.add_argument("--tasks", help="only these tasks, comma-separated (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
-    parser.add_argument("--tokens", type=int, help="most tokens that a trial may train on (default: 1911450, what the router saw)")
+    parser.add_argument("--tokens", type=int, help="training tokens per trial, at most (default: 1911450, as many as the shipped router)")
     parser.add_argument("--train-config", default="fusion", metavar="NAME", help="configuration of trials that train (default: fusion)")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--runs", default="runs/tuning", metavar="DIR", help="folder of trained trials (default: runs/tuning)")
@@ -49,13 +49,13 @@ def parse_setting(text: str) -> tuple[str, list[Any]]:
     return name, [parse_parameter(f"{name}={value}")[1] for value in values.split(",")]
 
 
-def _plans(arguments: argparse.Namespace, protocol: Protocol) -> list[list[Plan]]:
+def _jobs(arguments: argparse.Namespace, protocol: Protocol) -> list[list[TrialJob]]:
     """The trials of every method, all checked before the first one starts."""
     from dlplora.cli.terminal import split_names
     from dlplora.evaluation.runner import Artifacts
     from dlplora.methods.registry import load_method_spec
     from dlplora.tuning.grid import grid_of
-    from dlplora.tuning.plans import TOKEN_CAP, Budget, plan
+    from dlplora.tuning.trial_jobs import TOKEN_CAP, Budget, trial_jobs
 
     methods = list(dict.fromkeys(split_names(arguments.method)))
     for option, value in (("--setting", arguments.setting), ("--trained", arguments.trained)):
@@ -75,7 +75,7 @@ def _plans(arguments: argparse.Namespace, protocol: Protocol) -> list[list[Plan]
     found = []
     for method in methods:
         spec = load_method_spec(method)
-        found.append(plan(spec, grid_of(spec, given), protocol, Path(arguments.protocol).stem, arguments.seed, **common))
+        found.append(trial_jobs(spec, grid_of(spec, given), protocol, Path(arguments.protocol).stem, arguments.seed, **common))
     return found
 
 
@@ -92,19 +92,19 @@ def run_tune(arguments: argparse.Namespace) -> int:
     from dlplora.tuning.trials import run_trials
 
     quiet_loading(arguments.pretrained)
-    several = _plans(arguments, chosen_protocol(arguments))
+    several = _jobs(arguments, chosen_protocol(arguments))
     if arguments.dry_run:
-        for plans in several:
-            for one in plans:
+        for jobs in several:
+            for one in jobs:
                 print(f"{one.run.spec.name}  {spelled(one.choice.settings)}{'  (default)' if one.choice.default else ''}")
         return 0
     root = Path(arguments.out)
     require_writable(root, "--out")
     code = 0
     with eval_cache() as cache:
-        for plans in several:
-            trials = run_trials(plans, root, Path(arguments.runs), say, cache, force=arguments.force)
-            best, name = best_trial(trials), plans[0].run.spec.name
+        for jobs in several:
+            trials = run_trials(jobs, root, Path(arguments.runs), say, cache, force=arguments.force)
+            best, name = best_trial(trials), jobs[0].run.spec.name
             print(trial_table(trials))
             chosen = "no trial has a score" if best is None else spelled(best.settings) + (" (the default)" if best.default else "")
             print(f"\n{name}: {chosen}", flush=True)

@@ -1,6 +1,6 @@
-"""Which rows make up which batch: a pure function of seed and step, so a run can be resumed at any step, bit for bit.
+"""Which rows form which batch: a pure function of seed and step, so a run can be resumed at any step, bit for bit.
 
-Nothing here keeps a random state. Row p of the endless stream of a task, and batch s of a plan, can be computed alone.
+There is no random state. Row p of a task's endless stream, and batch s of a schedule, can each be computed directly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TaskStream:
 class BatchSchedule:
     """Batches over one or several tasks, each task equally often.
 
-    The stream of the plan runs through rounds: one row of every task a round, tasks in a new order each time. Batches are cut
+    The stream of the schedule runs through rounds: one row of every task a round, tasks in a new order each time. Batches are cut
     from windows of ``length_group`` batches sorted by length, which saves padding; within a window their order is shuffled.
 
     Args:

@@ -1,9 +1,9 @@
-"""Lightning data modules over the tasks of a suite: for experts, for pools of experts, for fusion methods and for routers.
+"""Lightning data modules over the tasks of a suite, for experts, pools of experts, fusion methods and routers.
 
-Items are drawn and encoded once, in ``setup``. Which rows make up a batch is a pure function of seed and step (``batching``);
-in a run of several processes every process takes its share of the same global batch, so their number changes nothing but the
-order of floating-point sums. The same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole
-optimiser step, so a step over several small batches has the gradient of one large batch.
+Items are drawn and encoded once, in ``setup``. Which rows form a batch is a pure function of seed and step (``batching``). With several
+processes, each takes its share of the same global batch, so the number of processes only changes the order of floating-point sums. The
+same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole optimiser step, so a step over several
+small batches has the gradient of one large batch.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ExpertDataModule(SuiteDataModule):
         """Prompts of a split that had to be shortened."""
         return sum(one.num_truncated for one in self._sets[split].values())
 
-    def plan(self, names: Sequence[str]) -> BatchSchedule:
+    def schedule(self, names: Sequence[str]) -> BatchSchedule:
         """The batches over some of the tasks."""
         h = self.hparams
         return BatchSchedule({name: self._sets["train"][name].lengths for name in names}, h["batch_size"], self.seed, h["length_group"])
@@ -126,10 +126,10 @@ class ExpertDataModule(SuiteDataModule):
         return self._tokens_of(self.task_names, num_batches)
 
     def _tokens_of(self, names: Sequence[str], num_batches: int) -> int:
-        plan, lengths = self.plan(names), {name: self._sets["train"][name].lengths for name in names}
-        return sum(lengths[name][row] for step in range(num_batches) for name, row in plan.batch(step))
+        schedule, lengths = self.schedule(names), {name: self._sets["train"][name].lengths for name in names}
+        return sum(lengths[name][row] for step in range(num_batches) for name, row in schedule.batch(step))
 
-    def _steps_within(self, plan: BatchSchedule) -> int:
+    def _steps_within(self, schedule: BatchSchedule) -> int:
         """Batches of an epoch, as many as ``max_tokens`` has room for.
 
         Raises:
@@ -141,7 +141,7 @@ class ExpertDataModule(SuiteDataModule):
         lengths = {name: self._sets["train"][name].lengths for name in self.task_names}
         total = 0
         for step in range(steps):
-            total += sum(lengths[name][row] for name, row in plan.batch(step))
+            total += sum(lengths[name][row] for name, row in schedule.batch(step))
             if total > most:
                 if step == 0:
                     raise ConfigError(f"data: 'max_tokens' is {most}, the first batch alone has {total} tokens.")
@@ -149,16 +149,16 @@ class ExpertDataModule(SuiteDataModule):
         return steps
 
     def rows(self, batch: Sequence[tuple[str, int]]) -> list[EncodedItem]:
-        """The training items a plan's batch names."""
+        """The training items a batch of a schedule names."""
         return [self._sets["train"][name].items[index] for name, index in batch]
 
     def batch(self, items: Sequence[EncodedItem], weights: Sequence[float] | None = None) -> dict[str, Any]:
         """Tensors of some items; subclasses add what their module reads."""
         return collate(items, self.pad_id, weights)
 
-    def _step_rows(self, plan: BatchSchedule, step: int, num_steps: int) -> list[EncodedItem]:
+    def _step_rows(self, schedule: BatchSchedule, step: int, num_steps: int) -> list[EncodedItem]:
         """The rows of the whole optimiser step that batch ``step`` belongs to."""
-        return [item for other in self._accumulated(step, num_steps) for item in self.rows(plan.batch(other))]
+        return [item for other in self._accumulated(step, num_steps) for item in self.rows(schedule.batch(other))]
 
     def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, Any]:
         """What else a batch says about its part of the optimiser step; nothing here.
@@ -171,13 +171,13 @@ class ExpertDataModule(SuiteDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches; the loss weights make the average over processes and accumulated batches the mean over the step."""
-        plan = self.plan(self.task_names)
-        steps = self._steps_within(plan)
+        schedule = self.schedule(self.task_names)
+        steps = self._steps_within(schedule)
 
         def make(step: int) -> dict[str, Any]:
-            whole = self._step_rows(plan, step, steps)
+            whole = self._step_rows(schedule, step, steps)
             weight = self._num_parts / num_targets(whole)
-            mine = self._share(self.rows(plan.batch(step)))
+            mine = self._share(self.rows(schedule.batch(step)))
             return {**self.batch(mine, [weight] * len(mine)), **self.shares(mine, whole)}
 
         return StepLoader(make, steps, self._epoch)
@@ -228,7 +228,7 @@ class ExpertPoolDataModule(ExpertDataModule):
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches for every group; the group's index is under ``group``."""
         groups: Sequence[Sequence[str]] = self.trainer.lightning_module.groups  # type: ignore[union-attr, assignment]
-        plans = {name: self.plan([name]) for group in groups for name in group}
+        schedules = {name: self.schedule([name]) for group in groups for name in group}
         steps = self.hparams["num_steps"]
 
         def make(step: int) -> dict[str, Any]:
@@ -236,8 +236,8 @@ class ExpertPoolDataModule(ExpertDataModule):
             items: list[EncodedItem] = []
             weights: list[float] = []
             for name in groups[index]:
-                weight = self._num_parts / num_targets(self._step_rows(plans[name], local, steps))
-                mine = self._share(self.rows(plans[name].batch(local)))
+                weight = self._num_parts / num_targets(self._step_rows(schedules[name], local, steps))
+                mine = self._share(self.rows(schedules[name].batch(local)))
                 items += mine
                 weights += [weight] * len(mine)
             return {**self.batch(items, weights), "group": index}
@@ -352,22 +352,22 @@ class RouterDataModule(SuiteDataModule):
         index = torch.tensor(rows, dtype=torch.long)
         return {"input_ids": ids[index], "attention_mask": mask[index], "labels": labels[index], "rows": index, "split": split}
 
-    def _plan(self) -> Callable[[int], list[int]]:
+    def _rows_of_step(self) -> Callable[[int], list[int]]:
         """Step -> rows of the training tensors."""
         labels = self._tensors["train"][2]
         start = {name: int((labels < label).sum()) for label, name in enumerate(self.task_names)}
         lengths = {name: [1] * int((labels == label).sum()) for label, name in enumerate(self.task_names)}
-        plan = BatchSchedule(lengths, self.hparams["batch_size"], self.seed, length_group=1)
-        return lambda step: [start[name] + row for name, row in plan.batch(step)]
+        schedule = BatchSchedule(lengths, self.hparams["batch_size"], self.seed, length_group=1)
+        return lambda step: [start[name] + row for name, row in schedule.batch(step)]
 
     def training_tokens(self, num_batches: int) -> int:
         """Tokens of prompts, padding not counted, in the first ``num_batches`` training batches over all processes."""
-        rows, lengths = self._plan(), self._tensors["train"][1].sum(dim=1).tolist()
+        rows, lengths = self._rows_of_step(), self._tensors["train"][1].sum(dim=1).tolist()
         return sum(lengths[row] for step in range(num_batches) for row in rows(step))
 
     def train_dataloader(self) -> StepLoader:
-        """One pass over the prompts an epoch, every task equally often; an incomplete last batch is left to the next pass."""
-        rows = self._plan()
+        """One pass over the prompts per epoch, every task equally often; an incomplete last batch is left to the next pass."""
+        rows = self._rows_of_step()
         steps = max(1, len(self._tensors["train"][2]) // self.hparams["batch_size"])
 
         def make(step: int) -> dict[str, Any]:

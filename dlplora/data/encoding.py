@@ -1,8 +1,8 @@
-"""Text to token ids and labels, split exactly where lm-eval splits a context from its continuation.
+"""Text to token ids and labels, split exactly where lm-eval splits context and continuation.
 
-An expert is trained on ``prompt + " " + answer + </s>`` and later scored by lm-eval, which encodes the whole string and
-takes the length of the context's own encoding as the border. Training uses the same border, so the positions that carry loss
-are the positions that are scored. Shapes: B rows, T tokens, S supervised tokens of a batch.
+An expert is trained on ``prompt + " " + answer + </s>``. lm-eval later encodes the whole string and takes the length of the encoded
+context as the border. Training uses the same border, so the positions with loss are the positions that are scored.
+Shapes: B rows, T tokens, S supervised tokens of a batch.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def collate(items: Sequence[EncodedItem], pad_id: int, weights: Sequence[float] 
     Args:
         items: Rows of the batch.
         pad_id: Any valid id; its embedding influences nothing.
-        weights: Loss weight of every supervised token of a row, one number a row. None gives the mean over the supervised
+        weights: Loss weight of every supervised token of a row, one number per row. None gives the mean over the supervised
             tokens of the batch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Packed, loss-weighted blocks of text and the tokenizer trained on them: the nano world's documents, or the training rows of a suite."""
+"""Packed, loss-weighted blocks of text and a tokenizer trained on them, from the nano documents or a suite's training rows."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class RowsTextDataModule(L.LightningDataModule):
         self.tokenizer = train_tokenizer(texts["train"], [], h["vocab_size"], h["max_length"])
         self._blocks = {split: pack(documents, self.tokenizer, h["block_size"], 1.0, 1.0) for split, documents in texts.items()}
         if not len(self._blocks["train"][0]):
-            raise ConfigError(f"data: the training rows give less text than one block of {h['block_size']} tokens. Lower block_size.")
+            raise ConfigError(f"data: the training rows have less text than one block of {h['block_size']} tokens. Lower block_size.")
 
     def _documents(self, split: Split) -> list[str]:
         suite = get_suite(self.hparams["suite"], self.hparams["data_root"]).select(self.hparams["tasks"])
@@ -215,10 +215,10 @@ class RowsTextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """``num_steps`` batches, each a pure function of seed and step."""
         ids, weights = self._blocks["train"]
-        plan = BatchSchedule({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
+        schedule = BatchSchedule({"text": [1] * len(ids)}, self.hparams["batch_size"], self.seed, length_group=1)
 
         def make(step: int) -> Any:
-            rows = torch.tensor([row for _, row in plan.batch(step)])
+            rows = torch.tensor([row for _, row in schedule.batch(step)])
             return [ids[rows], weights[rows]]
 
         return StepLoader(make, self.hparams["num_steps"])

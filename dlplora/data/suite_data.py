@@ -1,4 +1,4 @@
-"""What the data modules of all trainings share: the tasks, the seed, and a process's and a batch's part of an optimiser step."""
+"""Parts that the data modules share: tasks, seed, and the share of an optimiser step that a process and a batch have."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Prompts in the wrappers that users put them in, as noise for router training: system texts and instruction formats.
+"""Wrappers that users put around prompts (system texts, instruction formats), as noise for router training.
 
-At inference the question is taken out of its wrapper (``inference.question``); a router that has seen wrappers also copes with what that
-rule does not recognise.
+At inference the question is extracted from its wrapper (``inference.question``). A router trained with wrappers also handles wrappers that
+this rule does not recognise.
 """
 
 from __future__ import annotations

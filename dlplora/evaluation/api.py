@@ -1,4 +1,4 @@
-"""``dlplora.evaluate``: one method under one protocol in one call."""
+"""``dlplora.evaluate``: evaluate one method under one protocol in one call."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def evaluate(
         suite: Suite of tasks (``nano``, ``local:TASK,TASK``); None takes the protocol's.
         tasks: Some tasks of the suite; None takes all that the protocol names.
         data_root: Folder of the rows of local tasks; None reads ``DLPLORA_DATA``.
-        limit: Questions a task; None asks all.
+        limit: Questions per task; None takes all.
         seed: Seed of methods that draw random numbers.
         dtype: Dtype of base model and adapters (``auto``, ``float32``, ``float16``, ``bfloat16``); None takes the protocol's.
         device: Where to run; None is the CPU for the embedded model, and the best device of the machine for any other.
         out: Results folder to write record and answers to; None writes nothing.
 
     Returns:
-        The record: ``record.aggregates`` has the means, ``record.tasks`` each task's metrics, ``record.routing`` what was routed where.
+        The record: ``record.aggregates`` has the means, ``record.tasks`` each task's metrics, ``record.routing`` the routing statistics.
 
     Raises:
-        DLPLoRAError: For an unknown name, a folder that does not exist or does not fit, or a setting that cannot be.
+        DLPLoRAError: For an unknown name, a folder that does not exist or does not fit, or an impossible setting.
     """
     given = {"backbone": pretrained, "suite": suite, "data_root": data_root, "dtype": dtype}
     overrides: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}

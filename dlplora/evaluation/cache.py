@@ -1,7 +1,7 @@
-"""What the runs of a matrix have in common, made once: the base model, lm-eval's task objects, token ids.
+"""Objects that the runs of a comparison share: the base model, lm-eval's task objects, token ids.
 
-Methods differ in the layers that are put into the base model and taken out again, and in nothing that is kept here. One run at a time
-uses a cache.
+Methods differ only in the layers that are put into the base model and removed again; nothing cached here depends on the method. One run at
+a time uses a cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run is made of, told before anything is loaded: checksums of folders, the base model's identity, device and dtype."""
+"""Identity of a run before anything is loaded: checksums of folders, identity of the base model, device and dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From lm-eval's logged samples to the outcomes we keep, and their standard errors."""
+"""Convert lm-eval's logged samples to stored outcomes, with their standard errors."""
 
 from __future__ import annotations
 

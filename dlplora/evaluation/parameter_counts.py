@@ -1,4 +1,4 @@
-"""How many numbers each method trains, counted on the method itself: bound to the embedded backbone and its pool, nothing typed."""
+"""Number of trained parameters of each method, counted on the method bound to the embedded base model and its pool."""
 
 from __future__ import annotations
 

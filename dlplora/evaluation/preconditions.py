@@ -1,4 +1,4 @@
-"""What a run needs and can be found out before anything is loaded; what is refused here leaves nothing behind."""
+"""Checks of a run before anything is loaded. A refused run leaves no files behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_LIMIT = 10**9
 def require_limit(limit: int | None) -> None:
     """Refuse a limit that is no number of questions."""
     if limit is not None and not 1 <= limit <= MAX_LIMIT:
-        raise TaskError(f"limit must be from 1 to {MAX_LIMIT} questions a task, got {limit}.")
+        raise TaskError(f"limit must be from 1 to {MAX_LIMIT} questions per task, got {limit}.")
 
 
 def require_seed(seed: int) -> None:
@@ -77,7 +77,7 @@ def require_task_facts(method: FusionMethod, suite: Suite, names: Sequence[str],
         mixed = isinstance(task, CompositeTask) and task.reading != "mixture"
         if "task_id" in wanted and mixed and method.granularity == "task":
             raise MethodError(
-                f"method '{method.name}' has one set of weights a task, but '{task.name}' asks questions of several tasks in one prompt. "
+                f"method '{method.name}' has one set of weights per task, but '{task.name}' asks questions of several tasks in one prompt. "
                 "Evaluate mixture_N, or a method that re-routes at the end of an answer."
             )
         for asked in _questions_of(task):

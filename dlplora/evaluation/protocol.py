@@ -1,4 +1,4 @@
-"""Evaluation protocols: everything that must be equal for two methods to be comparable, and nothing about a method."""
+"""Evaluation protocols: all settings that must be equal for two methods to be comparable. They hold nothing about a method."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dlplora.config import build, config_hash, find_config, load_yaml
+from dlplora.config import OMIT_DEFAULT_FROM_HASH, build, config_hash, find_config, load_yaml
 from dlplora.errors import ConfigError, TaskError
 from dlplora.tasks.composite import not_drawable
 from dlplora.tasks.registry import get_suite
 
-LATER = {"since": 2}
-"""Metadata of settings added after the first records: at their default they are left out, so that old hashes stay what they were."""
 RETIRED: Mapping[str, int] = {"latency_prompt_tokens": 32, "latency_new_tokens": 24, "latency_repeats": 9}
 """Settings of a latency measurement that an evaluation no longer makes (``dlplora bench latency`` does), with their defaults. They have no
 effect, but stay in the hash with the values they had: a record's cell contains the hash of its protocol, and without them no record made
@@ -36,16 +34,16 @@ class Protocol:
     """Revision of a hub id: branch, tag or commit; null is the default branch. Records keep the commit that was loaded."""
     dtype: str = "float32"
     """Dtype of backbone and bank."""
-    load_in_4bit: bool = dataclasses.field(default=False, metadata=LATER)
+    load_in_4bit: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
     """Load the backbone in 4 bits (NF4, bitsandbytes); products and bank keep ``dtype``."""
-    load_in_8bit: bool = dataclasses.field(default=False, metadata=LATER)
+    load_in_8bit: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
     """Load the backbone in 8 bits (bitsandbytes)."""
-    attn_implementation: str | None = dataclasses.field(default=None, metadata=LATER)
+    attn_implementation: str | None = dataclasses.field(default=None, metadata=OMIT_DEFAULT_FROM_HASH)
     """Attention of transformers: ``eager``, ``sdpa`` or ``flash_attention_2``; null leaves the choice to transformers."""
-    trust_remote_code: bool = dataclasses.field(default=False, metadata=LATER)
+    trust_remote_code: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
     """Whether Python code of the backbone's repository may run."""
-    split: Literal["test", "validation"] = dataclasses.field(default="test", metadata=LATER)
-    """Questions that are asked. ``validation`` is for the choice of settings (``dlplora tune``); its records stand in no table."""
+    split: Literal["test", "validation"] = dataclasses.field(default="test", metadata=OMIT_DEFAULT_FROM_HASH)
+    """Questions that are asked. ``validation`` is for the choice of settings (``dlplora tune``); its records are in no table."""
     num_fewshot: int = 0
     """Worked examples in each prompt."""
     batch_size: int = 64
@@ -73,8 +71,8 @@ class Protocol:
             raise ConfigError("'seeds' must name at least one seed.")
 
     def resolved(self) -> dict[str, Any]:
-        """All settings that have an effect as plain values; those of ``LATER`` only where they are set."""
-        later = {item.name: item.default for item in dataclasses.fields(self) if item.metadata == LATER}
+        """All settings that have an effect as plain values; those added later only where they differ from their default."""
+        later = {item.name: item.default for item in dataclasses.fields(self) if item.metadata == OMIT_DEFAULT_FROM_HASH}
         values = dataclasses.asdict(self)
         del values["retired"]
         return {key: value for key, value in values.items() if key not in later or value != later[key]}

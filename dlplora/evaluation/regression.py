@@ -1,6 +1,6 @@
-"""The guarded subset of the nano suite: what `dlplora report check` runs again and compares with the golden file.
+"""The guarded subset of the nano suite: ``dlplora report check`` runs it again and compares it with the golden file.
 
-Every observation is made with the embedded artifacts, so it depends on the code and on nothing else.
+All observations use the embedded artifacts, so they depend on the code only.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Evaluation as the released DLP-LoRA code measures it, beside our own: teacher-forced, so no answer is ever generated.
+"""Evaluation as the released DLP-LoRA code measures it: teacher-forced, so no answer is generated.
 
-One forward pass over prompt *and* right answer; the likeliest token at every answer position, given the right tokens before it, is taken as
-the prediction; predicted and right tokens are decoded and compared as strings: BLEU over characters, ROUGE with stemming. A method that
-would never get past a wrong first token still gets credit for all later ones. These numbers are kept apart from the leaderboard.
+One forward pass reads the prompt *and* the right answer. The most likely token at every answer position, given the right tokens before it,
+is the prediction. Predicted and right tokens are decoded and compared as strings: BLEU over characters, ROUGE with stemming. A method that
+would go wrong at the first token still gets credit for all later ones. These numbers are kept apart from the leaderboard.
 
 Source: MeCuping/DLP-LoRA@d68fd38, ``src/Get_data.py`` (layout of inputs and targets), ``src/Process.py`` and ``src/Evaluation.py``.
-Deviations: adapters here are trained with the usual shift, so the layout that repeats the last prompt token is measured beside it rather
-than alone (``repeated_…``); routing is that of the method and of every prompt by itself; all test questions once, in order, rather than
-drawn with replacement; the whole is batched. The repository has no function that computes an accuracy: ``exact`` (equal strings) is our
-reading.
+Deviations: adapters here are trained with the usual shift, so the layout that repeats the last prompt token is measured in addition
+(``repeated_…``) and not alone; the method routes, each prompt separately; all test questions are used once, in order, and not drawn with
+replacement; batches are used. The repository has no function that computes an accuracy; ``exact`` (equal strings) is our reading.
 Shapes: B rows, T tokens, V vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""One method under one protocol with one seed, to one record."""
+"""Run one method under one protocol with one seed, and write one record."""
 
 from __future__ import annotations
 

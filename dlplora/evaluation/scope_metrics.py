@@ -1,7 +1,7 @@
-"""How well a score tells prompts of known tasks from others, and sure answers from wrong ones. Shapes: n, m and k prompts.
+"""How well a score separates prompts of known tasks from other prompts, and right answers from wrong ones. Shapes: n, m, k prompts.
 
-AUROC and the ROC curve are torchmetrics'. It squashes scores outside of [0, 1] by a sigmoid, which makes large ones equal, so it is given
-their ranks, which leave every figure as it is.
+AUROC and the ROC curve come from torchmetrics. It applies a sigmoid to scores outside [0, 1], which makes large ones equal, so it is given
+their ranks; ranks do not change the metrics.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The threshold of a router from validation prompts; neither adapters nor the base model's layers are loaded. Shapes: n prompts."""
+"""Choose a router's threshold on validation prompts, without loading adapters or the layers of the base model. Shapes: n prompts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROWS = 256
 
 
 def prompts_of(suite: Suite, names: Sequence[str], split: Split, limit: int) -> list[str]:
-    """Prompts of tasks of a suite, at most ``limit`` a task.
+    """Prompts of tasks of a suite, at most ``limit`` per task.
 
     Raises:
         ConfigError: If ``limit`` is below 1.
         TaskError: If the suite has no task of a name.
     """
     if limit < 1:
-        raise ConfigError(f"the number of prompts a task must be at least 1, got {limit}.")
+        raise ConfigError(f"the number of prompts per task must be at least 1, got {limit}.")
     return [item.prompt for name in names for item in suite.task(name).items(split, limit)]
 
 

@@ -1,6 +1,7 @@
-"""The track of unseen tasks: every task is answered by a pool without its expert. Folds of tasks are left out together.
+"""The track of unseen tasks: every task is answered by a pool without its expert. Tasks are left out in folds.
 
-The runs of the folds of one method make one record of the suite ``<suite>_unseen``: each task has the numbers of the fold that left it out.
+The runs over all folds of one method form one record of the suite ``<suite>_unseen``; each task has the numbers of the fold that left it
+out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One adapter that equals a weighted set of adapters.
+"""One adapter that equals a weighted sum of adapters.
 
-A sum of low-rank products is a low-rank product: ``sum_e w_e s_e B_e A_e = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]``. Ranks add up, and
-weights and scalings go into B, so that the scaling of the result is 1.
+A sum of low-rank products is a low-rank product: ``sum_e w_e s_e B_e A_e = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]``. Ranks add up.
+Weights and scalings are multiplied into B, so the result has scaling 1.
 
 Shapes: K rank of the result, I inputs, O outputs, E experts.
 """
@@ -27,18 +27,18 @@ from dlplora.types import PromptBatch
 
 @dataclass(frozen=True, kw_only=True)
 class FusedAdapter:
-    """A low-rank adapter with scaling 1 that stands for weighted adapters.
+    """A low-rank adapter with scaling 1 that equals weighted adapters.
 
     Attributes:
-        modules: Module path in the backbone -> A (K, I) and B (O, K), float32 on the CPU; zero rows and columns fill up to K.
+        modules: Module path in the base model -> A (K, I) and B (O, K), float32 on the CPU; zero rows and columns fill up to K.
         rank: K, the same for every module.
         weights: The adapters that it was made from -> routing weight, none of them zero.
-        sha256: Checksums of their weight files, where they came from files.
+        sha256: Checksums of their weight files, if they were read from files.
         method: Method that decided the weights; None if they were given.
         base_model: Base model that the adapters name, if they agree.
         target_modules: Last parts of module paths where they select exactly ``modules``, else the whole paths.
         fan_in_fan_out: Whether the adapters are for layers that store their weight transposed (GPT-2).
-        pool: Where they came from; its fingerprint is compared with the base model.
+        pool: The pool of the adapters; its fingerprint is compared with the base model.
     """
 
     modules: Mapping[str, tuple[Tensor, Tensor]]
@@ -78,7 +78,7 @@ class FusedAdapter:
         Args:
             bank: Experts; float32 for an exact result.
             weights: Expert -> weight.
-            combine: ``delta``, or ``factor``: A and B are summed apart, which needs one rank.
+            combine: ``delta``, or ``factor``: A and B are summed separately, which needs one rank.
             method, pool: See the attributes.
 
         Raises:
@@ -117,20 +117,22 @@ class FusedAdapter:
     @classmethod
     @torch.no_grad()
     def from_prompt(cls, fused: FusedCausalLM, prompt: str, *, pool: Pool | None = None) -> FusedAdapter:
-        """Fuse what a model's method decides for a prompt; for a sentence-level method that is the plan of the first sentence.
+        """Fuse what a model's method decides for a prompt; for a sentence-level method these are the weights of the first sentence.
 
         Adapters that a cast to the model's dtype has rounded are read again from their folders.
 
         Raises:
-            MethodError: If gates inside the layers decide, so that there is no plan for a prompt.
-            ConfigError: If the prompt is empty, or the plan holds no adapter.
+            MethodError: If gates inside the layers decide, so that a prompt has no routing weights.
+            ConfigError: If the prompt is empty, or no adapter is kept.
         """
         name = fused.method.name
         if not prompt.strip():
             raise ConfigError("the prompt is empty; there is nothing to route.")
         state = fused.route(PromptBatch.from_texts([prompt], fused.tokenizer, device=fused.device))
         if state is None or state.weights.numel() != fused.bank.num_experts:
-            raise MethodError(f"method '{name}' has no plan for a prompt; it decides inside the layers. Give the weights instead.")
+            raise MethodError(
+                f"method '{name}' has no routing weights for a prompt; it decides inside the layers. Give the weights instead."
+            )
         decided = {key: float(value) for key, value in zip(fused.bank.names, state.weights.flatten().tolist(), strict=True) if value}
         state.release()
         if not decided:

@@ -1,11 +1,12 @@
 """Export as GGUF LoRA files, which llama.cpp and Ollama load beside a GGUF base model.
 
 A file holds ``general.type = adapter``, ``adapter.type = lora``, ``adapter.lora.alpha``, and ``NAME.lora_a``, ``NAME.lora_b`` for each
-adapted tensor of the base model. llama.cpp multiplies by ``scale * alpha / rank``; alpha is written as the
-rank, so a scale is a routing weight.
+adapted tensor of the base model. llama.cpp multiplies by ``scale * alpha / rank``; alpha is written as the rank, so ``scale`` is a
+routing weight.
 
-llama.cpp rotates neighbouring values of a head where transformers rotates halves, so GGUF files of Llama models hold the rows of the query
-and key projections in another order, and the rows of B have to follow. Qwen models are rotated as in transformers.
+For position encoding llama.cpp rotates neighbouring values of a head, transformers rotates halves. GGUF files of Llama models therefore
+hold the rows of the query and key projections in another order, and the rows of B are permuted in the same way. Qwen models need no
+permutation.
 
 Source: the GGUF specification (ggml-org/ggml, docs/gguf.md) and the loader of adapters in llama.cpp (src/llama-adapter.cpp).
 Shapes: K rank, I inputs, O outputs, H heads.

@@ -1,4 +1,4 @@
-"""Where an export goes: written under another name, then renamed; an older export is replaced only when asked."""
+"""The target of an export: written under a temporary name, then renamed. An existing export is replaced only on request."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Words that decide whether a full stop ends a sentence; see ``sentences``. All in lower case, without the last stop.
+"""Words that decide whether a full stop ends a sentence; see ``sentences``. Lower case, without the last stop.
 
-The lists cover the usual abbreviations of English, German, French, Spanish, Italian, Portuguese, Dutch, the Scandinavian languages and
-Russian. They are ours, written down from general knowledge of these languages.
+The lists cover common abbreviations of English, German, French, Spanish, Italian, Portuguese, Dutch, the Scandinavian languages and
+Russian. They were written for this package from general knowledge of these languages.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NEVER_LAST = frozenset(
     "e.g i.e vs cf viz z.b d.h bzw bspw evtl ggf vgl sog inkl incl insb approx ca resp p.ex f.eks bl.a dvs t.ex o.a d.w.z bijv см т.е "
     "напр".split()
 )
-"""Abbreviations that need something behind them."""
+"""Abbreviations that need something after them."""
 
 OFTEN_LAST = frozenset(
     "etc inc ltd co corp jr bros dept univ assn ave blvd rd gmbh usw ed eds est al a.m p.m op.cit ecc etcétera osv m.fl o.dgl u.s.w "
     "т.д т.п др гг вв".split()
 )
-"""Abbreviations that may end a sentence: a capital letter behind them says so."""
+"""Abbreviations that may end a sentence: a capital letter after them says so."""
 
 SPACED = frozenset("zb dh ua uä oä so su va eg ie те pex".split())
 """Two parts of an abbreviation that is written with a space, as in ``z. B.``; something follows."""
@@ -62,7 +62,7 @@ ANSWER_LEADS = frozenset(
     "is are was were be been equals equal answer option choice letter costs gets has have ist sind war lautet antwort est sont réponse "
     "es son era respuesta è sono risposta é são resposta antwoord er svar равно ответ".split()
 )
-"""Words before a value: a letter or a number behind them is an answer, no initial and no ordinal."""
+"""Words before a value: a letter or a number after them is an answer, no initial and no ordinal."""
 
 SENTENCE_STARTS = frozenset(
     "the this that these those an he she it we they you his her its our their my your there here then next but and so if in on at for "
@@ -76,4 +76,4 @@ SENTENCE_STARTS = frozenset(
     "de het een hij zij wij ik daarna maar en dit deze ja nee den det han hon vi jag sedan men och "
     "он она оно они мы вы я потом затем но и а в на это этот эта если когда да нет".split()
 )
-"""Capitalised behind an initial or an acronym, these begin a sentence; other capitalised words are names."""
+"""Capitalised after an initial or an acronym, these begin a sentence; other capitalised words are names."""

@@ -1,4 +1,4 @@
-"""Whether a pool fits a backbone, tried on an empty model made from ``config.json``: no weight is read or downloaded."""
+"""Check a pool against a base model, using an empty model made from ``config.json``; no weight is read or downloaded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Base models by name: a folder, a hub id, a GGUF file, or a name such as ``smollm2-135m`` that stands for a hub id and a package.
+"""Base models by name: a folder, a hub id, a GGUF file, or a short name such as ``smollm2-135m`` for a hub id and a package.
 
-A name is looked up in this order: a local folder of that name, the hub id (in the hub's cache, or reachable), the Python package that
-carries the model as a GGUF file. Package and hub have different weights (the package's are 4-bit); ``source.json`` in the converted folder
-names the file and its checksum, and records keep both.
+A name is looked up in this order: a local folder of that name, the hub id (cached or reachable), the Python package that contains the model
+as a GGUF file. Package and hub have different weights (the package's are 4-bit). ``source.json`` in the converted folder names the file and
+its checksum, and records keep both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Facts of a fused model that are those of its base model."""
+"""Attributes that a fused model takes from its base model."""
 
 from __future__ import annotations
 

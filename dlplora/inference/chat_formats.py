@@ -1,7 +1,7 @@
-"""Chat templates and instruction formats as text: which parts of a prompt are whose. No torch, no tokenizer classes.
+"""Chat templates and instruction formats as text: which role each part of a prompt has. No torch, no tokenizer classes.
 
-A prompt is cut at the role markers of one format into turns. The markers of the tokenizer's own chat template are learned by rendering
-sentinel messages; the common formats are written down here.
+A prompt is split into turns at the role markers of one format. The markers of the tokenizer's own chat template are found by rendering
+sentinel messages; those of common formats are listed here.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TurnMarkers:
-    """What a chat template writes before and behind the words of a user."""
+    """What a chat template writes before and after the words of a user."""
 
     before: str
     behind: str

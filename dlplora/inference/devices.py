@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype, where the caller leaves it open: CUDA, then MPS, then the CPU; the checkpoint's own dtype."""
+"""Default device (CUDA, then MPS, then CPU) and default dtype (the checkpoint's, if it is fast here)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def require_device(device: torch.device) -> torch.device:
     count = torch.accelerator.device_count() if here is not None and here.type == device.type else 0
     if (device.index or 0) >= count:
         raise ConfigError(
-            f"device '{device}' is not here: this machine has {count} of that kind. Use cpu, or one that `dlplora doctor` lists."
+            f"device '{device}' does not exist: this machine has {count} of that kind. Use cpu, or one that `dlplora doctor` lists."
         )
     return device
 

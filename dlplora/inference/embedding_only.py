@@ -1,4 +1,4 @@
-"""The input embedding of a base model without its other weights, which is all that most routers read of it."""
+"""The input embedding of a base model without its other weights; most routers read nothing else of it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Routing weights that hold only from some token of the prompt on: what a router can reach that needs that much of the prompt to decide.
+"""Routing weights that apply only from some token of the prompt on: the best result of a router that needs that much of the prompt.
 
-Weights of token t may depend on tokens up to t only, so a router for tokens cannot know the task before the prompt shows it. Here the
-right weights are given, and set aside for the tokens before ``start``; those tokens keep the base model, or the mean of all experts.
+The weights of token t may depend on tokens up to t only, so a token-level router cannot know the task before the prompt shows it. Here the
+right weights are given, but not applied to the tokens before ``start``; those use the base model, or the mean of all experts.
 
-The first forward pass of a request reads the prompt; later ones read the answer. The last token of a prompt predicts the first token of the
+The first forward pass of a request reads the prompt, later ones read the answer. The last token of a prompt predicts the first token of the
 answer. Shapes: B rows, T tokens, I inputs, E experts, R ranks.
 """
 
@@ -60,16 +60,16 @@ class ExpertStart:
 
 @contextmanager
 def expert_start(fused: FusedCausalLM, setting: ExpertStart) -> Iterator[None]:
-    """Let all routing weights of a model hold by ``setting`` inside the block; its plans are then served by the dense backend.
+    """Let all routing weights of a model hold by ``setting`` inside the block; the weights are then served by the dense backend.
 
     Raises:
         ConfigError: If gates decide in the model's layers, or they weigh single ranks already.
     """
     layers = fused.patched.layers
-    if fused.planner.is_gated or any(layer.rank_gate is not None for layer in layers.values()):
+    if fused.request_router.is_gated or any(layer.rank_gate is not None for layer in layers.values()):
         raise ConfigError(f"method '{fused.method.name}' has gates of its own; give a method that routes prompts.")
     running = PerThread(holds=nothing)
-    weighed, fused.planner.weighs_parts = fused.planner.weighs_parts, True
+    weighed, fused.request_router.weighs_parts = fused.request_router.weighs_parts, True
     hook = fused.model.register_forward_pre_hook(partial(_note, setting, running), with_kwargs=True)
     first = next(iter(layers)).split(".layers.0.")[0] + ".layers.0."
     for path, layer in layers.items():
@@ -79,7 +79,7 @@ def expert_start(fused: FusedCausalLM, setting: ExpertStart) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        fused.planner.weighs_parts = weighed
+        fused.request_router.weighs_parts = weighed
         for layer in layers.values():
             layer.rank_gate = None
 

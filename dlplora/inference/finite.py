@@ -1,4 +1,4 @@
-"""Answers are made of numbers: a check of the first logits of every generation."""
+"""Check that the first logits of every generation are finite."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ class FiniteLogits(LogitsProcessor):
 
 
 def with_finite_check(processors: Iterable[Any] | None) -> LogitsProcessorList:
-    """A caller's logits processors, behind the check."""
+    """A caller's logits processors, after the check."""
     return LogitsProcessorList([FiniteLogits(), *(processors or ())])

@@ -1,8 +1,8 @@
-"""Trying whether a model uses its fused layers as linear layers: a forward pass of two short rows when the layers are put in.
+"""Check, by a forward pass of two short rows, that a model uses its fused layers as linear layers.
 
-PEFT's rule is ``layer(x) = base(x) + scaling * B A x`` for every vector x of a row. It cannot hold where a model reads the weight of a
-layer instead of calling the layer, and rows can be routed apart only where it is known which vectors belong to which row. Both are found
-out by running the model, not by a list of architectures.
+PEFT's rule is ``layer(x) = base(x) + scaling * B A x`` for every vector x of a row. It cannot hold if a model reads the weight of a layer
+instead of calling the layer. Rows can be routed separately only if it is known which vectors belong to which row. Both are found by running
+the model when the layers are put in; there is no list of architectures.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _run(model: nn.Module, layers: Mapping[str, FusedLinear], slot: RoutingSlot,
     except _CANNOT_RUN as error:
         if _runs_without(model, fused, ids):
             raise IncompatibleAdapterError(
-                f"{type(model).__name__} runs as it is, and not with adapters in its layers: {' '.join(str(error).split())}"
+                f"{type(model).__name__} runs without adapters but not with them: {' '.join(str(error).split())}"
             ) from error
         log.debug("%s cannot be tried on token ids: %s", type(model).__name__, error)
         return None
@@ -158,7 +158,7 @@ def _noting(layer: FusedLinear, seen: Seen, keep: bool) -> Callable[[nn.Module, 
         if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], layer.out_features):
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise IncompatibleAdapterError(
-                f"module '{layer.path}' ({type(layer.base).__name__}) is no linear layer: it answers {found} to {tuple(x.shape)}."
+                f"module '{layer.path}' ({type(layer.base).__name__}) is not a linear layer: it returns {found} for {tuple(x.shape)}."
             )
         seen.shapes.append(tuple(x.shape))
         if keep:

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM whose linear layers are fused with an adapter bank and routed by a method.
+"""A Hugging Face causal LM whose linear layers are fused with an adapter bank; a method decides the routing weights.
 
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -25,10 +25,10 @@ from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
 from dlplora.inference.loading import load_backbone
 from dlplora.inference.patching import patch
-from dlplora.inference.planning import Planner
 from dlplora.inference.prompt_routing import initial_router_input, routed_questions
 from dlplora.inference.prompting import fit_to_context, prompt_tensors
 from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
+from dlplora.inference.request_router import RequestRouter
 from dlplora.inference.routed_generation import RoutedGeneration
 from dlplora.inference.text import TextGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
@@ -47,7 +47,7 @@ _COUNTING = threading.Lock()
 
 
 class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
-    """Backbone, bank and method behind one ``forward`` and one ``generate``.
+    """Base model, bank and method with one ``forward`` and one ``generate``.
 
     Args:
         model: A causal LM; its target modules are wrapped until ``close``.
@@ -93,11 +93,11 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         self.patched = patch(model, self.bank, self.slot, method.metadata.combine)
         method.attach(self)
         try:
-            self.planner = Planner(method, self.bank, self.patched.layers, backend)
+            self.request_router = RequestRouter(method, self.bank, self.patched.layers, backend)
         except RoutingError:
             self.close()
             raise
-        self.slot.gate_backend = self.planner.gate_backend
+        self.slot.gate_backend = self.request_router.gate_backend
         self.eval()
 
     @classmethod
@@ -121,30 +121,31 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         compile: bool = False,
         **loading: Any,
     ) -> FusedCausalLM:
-        """Load a backbone, a pool and a method.
+        """Load a base model, a pool and a method.
 
         Args:
             pretrained: Model folder, GGUF file, short name (``smollm2-135m``), hub id, or a folder written by ``save_pretrained``; None is
-                the embedded nano backbone, and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
+                the embedded nano model, and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
             pool: Folder of PEFT LoRA folders; methods that use no adapter (``base``) need none.
-            method: Name of a method configuration, path of a method YAML, what ``load_method_spec`` returns, or a method that is built
-                and belongs to no other model; None is the saved model's, else ``dlp``.
+            method: Name of a method configuration, path of a method YAML, the result of ``load_method_spec``, or a method object
+                that no other model uses; None is the saved model's, else ``dlp``.
             router, multitask: Artifact folders.
             method_params: Overrides of the method's parameters.
             artifacts: Further artifacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.
             dtype: ``auto`` (the checkpoint's; on a CPU float32, or bfloat16 where that is measured to be faster), ``float32``, ``float16``
                 or ``bfloat16``; the bank follows it.
-            device: None means CUDA, then MPS, then the CPU, whichever is there first.
+            device: None means the first available of CUDA, MPS and CPU.
             backend: See the class.
             names: Experts to use, in this order; None takes the whole pool.
             seed: Seed of methods that draw random numbers.
-            untrained: Whether a method may be loaded that needs training and has none yet, in order to train it.
-            few_shot: Training items of a task, for methods that need some; see ``MethodContext``.
+            untrained: Whether a method that still has to be trained may be loaded, in order to train it.
+            few_shot: Training items of a task, for methods that need them; see ``MethodContext``.
             compile: Whether ``generate`` runs its decode steps compiled; see ``compile``.
-            loading: ``revision``, ``trust_remote_code``, ``quantization_config``, ``load_in_4bit`` and what else ``load_backbone`` takes.
+            loading: ``revision``, ``trust_remote_code``, ``quantization_config``, ``load_in_4bit`` and the other arguments of
+            ``load_backbone``.
 
         Raises:
-            DLPLoRAError: Its subclasses name the file, key or size that does not fit.
+            DLPLoRAError: Its subclasses; the message names the file, key or size that does not fit.
         """
         device = choose_device(device)
         saved = saving.read(pretrained)
@@ -184,30 +185,29 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
     @property
     def backend(self) -> str:
-        """Kernel backend asked for; assigning another one checks that it can serve the method."""
-        return self.planner.backend
+        """The requested kernel backend; assigning another one checks that it can serve the method."""
+        return self.request_router.backend
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self.planner = self.planner.with_backend(name)
-        self.slot.gate_backend = self.planner.gate_backend
+        self.request_router = self.request_router.with_backend(name)
+        self.slot.gate_backend = self.request_router.gate_backend
 
     def train(self, mode: bool = True) -> FusedCausalLM:
-        """Switch the method's own modules; the backbone stays in eval mode, so no dropout is ever active in it."""
+        """Switch the method's own modules; the base model stays in eval mode, so its dropout is never active."""
         super().train(False)
         self.method.train(mode)
         return self
 
     def backends_used(self) -> str:
-        """Names of the kernel backends that plans and gates have used so far, sorted."""
-        return ", ".join(sorted(self.planner.used))
+        """Names of the kernel backends that routing weights and gates have used so far, sorted."""
+        return ", ".join(sorted(self.request_router.used))
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Run the decode steps of ``generate`` compiled from now on, under a static cache, as transformers does it.
+        """From now on, run the decode steps of ``generate`` compiled, with a static cache, as in transformers.
 
-        Plans then have room for as many experts as the method may keep, so that neither a sentence end nor another number of
-        kept experts compiles or captures anything again; nor does another request of as many rows that fits the cache. Requests of
-        several threads take turns.
+        Buffers then have room for as many experts as the method may keep, so that sentence ends, other numbers of kept experts, and
+        later requests with as many rows that fit the cache cause no further compilation. Requests of several threads run one at a time.
 
         Args:
             options: Of ``transformers.CompileConfig``: ``backend``, ``mode``, ``fullgraph``, ``dynamic``.
@@ -216,14 +216,14 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
         self._compile_config = CompileConfig(**options)
         self._compile_config._compile_all_devices = True  # type: ignore[assignment]
-        self.planner.fixed_width = True
+        self.request_router.fixed_width = True
 
     # ------------------------------------------------------------------ routing
 
     def route(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
-        """Routing state for a batch of prompts, or None if gates inside the layers decide; it holds for the (first) answer.
+        """Routing state for a batch of prompts (for the first sentence of the answer), or None if gates inside the layers decide.
 
-        What is routed is the question of each prompt, without wrapper, system text and worked examples (``inference.question``).
+        The question of each prompt is routed, without wrapper, system text and worked examples (``inference.question``).
 
         Args:
             prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
@@ -240,23 +240,23 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             prompts = routed_questions(prompts, self.tokenizer, self.chat_markers) if questions is None else questions
             if self.method.granularity == "sentence":
                 prompts = initial_router_input(self.method.view, prompts, self.tokenizer)
-            weights = self.planner.route(prompts)
+            weights = self.request_router.route(prompts)
         if weights is None:
             return None
         reroutes = new_tokens > 0 and self.method.granularity == "sentence"
-        return self.planner.state(weights.to(self.device), own=True, reroutes=reroutes, prompt_tokens=tokens, new_tokens=new_tokens)
+        return self.request_router.state(weights.to(self.device), own=True, reroutes=reroutes, prompt_tokens=tokens, new_tokens=new_tokens)
 
     @contextmanager
     def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
         """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block.
 
-        The block holds for the thread and the asyncio task that opened it. In the body of a generator it holds for what the generator
-        calls, and not for the code that runs while the generator is suspended.
+        The block holds for the thread and the asyncio task that opened it. In the body of a generator it holds while the generator runs,
+        and not for other code while it is suspended.
 
         Raises:
-            RoutingError: At the end of the block, if blocks are closed in another order than that in which they were opened.
+            RoutingError: If blocks are not closed in the reverse order of opening.
         """
-        state = self.planner.given(weights, self.device)
+        state = self.request_router.given(weights, self.device)
         try:
             with self.slot.bind(state):
                 yield state
@@ -265,11 +265,11 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
                 state.release()
 
     def forward(self, *args: Any, routing: Tensor | RoutingState | None = None, **kwargs: Any) -> Any:
-        """The backbone's forward under routing weights.
+        """Forward pass of the base model under routing weights.
 
         Args:
-            routing: Weights as for ``routing``, for this call alone; None takes the bound ones. A loop that decodes token by token
-                passes a ``RoutingState`` (from ``plan``), which keeps its buffers from call to call.
+            routing: Weights as for ``routing``, for this call only; None takes the bound ones. A loop that decodes token by token
+                passes a ``RoutingState`` (from ``route``), which keeps its buffers between calls.
 
         Raises:
             RoutingError: If nothing is given or bound and no gate is installed.
@@ -277,7 +277,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         if routing is None:
             compiling = torch.compiler.is_compiling()
             return self.model(*args, **kwargs) if compiling else self.slot.run(self.slot.state, self.model, args, kwargs)
-        state = self.planner.given(routing, self.device, for_call=True)
+        state = self.request_router.given(routing, self.device, for_call=True)
         try:
             return self.slot.run(state, self.model, args, kwargs)
         finally:
@@ -300,16 +300,16 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
         Weights given as ``routing``, or bound with ``with model.routing(w)``, replace the method's. A prompt longer than the context minus
         ``max_new_tokens`` keeps its last tokens and is counted in ``num_truncated_prompts``. Calls in several threads, and calls made
-        while another one is running, do not affect each other; only compiled decode steps (``compile``) take turns.
+        while another one is running, do not affect each other; only compiled decode steps (``compile``) run one at a time.
 
         Args:
             texts: One or several prompts as text, or token ids as a tensor (B, T), as transformers takes them; or give
-            input_ids, attention_mask: tokens (B, T), padded on either side. A missing mask is inferred from the padding by the rule of
+            input_ids, attention_mask: tokens (B, T), padded on either side. A missing mask is inferred from the padding as in
                 transformers: padding is masked unless its token also ends texts.
             prompts: What the router reads, if it differs from ``input_ids`` (longer, or with task names).
-            routing: Routing weights (E,) or (B, E), or a state from ``plan``.
+            routing: Routing weights (E,) or (B, E), or a state from ``route``.
             trace: A list that receives one dict per routed sentence.
-            kwargs: Anything ``generate`` takes; what a sentence-level method cannot follow is refused (``generate_options``).
+            kwargs: Options of ``generate``; those that sentence-level routing does not support are refused (``generate_options``).
 
         Returns:
             Token ids (B * num_return_sequences, prompt + new), the prompt left-padded.
@@ -317,7 +317,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         Raises:
             GenerationError: For an empty prompt, no room for new tokens, an option that cannot be followed, or logits that are not finite.
         """
-        given = self.slot.state if routing is None else self.planner.given(routing, self.device, for_call=True)
+        given = self.slot.state if routing is None else self.request_router.given(routing, self.device, for_call=True)
         options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
         texts = kwargs.pop("inputs", None) if texts is None else texts
         kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))
@@ -345,7 +345,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write pool, method and a reference to the base model, atomically.
 
-        The backbone itself is not copied: ``fused_config.json`` names it.
+        The base model itself is not copied: ``fused_config.json`` names it.
 
         Raises:
             ConfigError: If the folder is not empty, or the bank was not loaded from adapter folders.
@@ -362,5 +362,5 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         )
 
     def close(self) -> None:
-        """Take the fused layers out of the backbone, which is as it was before."""
+        """Remove the fused layers; the base model is as it was before."""
         self.patched.restore()

@@ -1,6 +1,6 @@
-"""The options of a call of ``generate``, as transformers resolves them, and which of them a routed model can follow.
+"""Options of a ``generate`` call, as transformers resolves them, and which of them a routed model supports.
 
-Sentence-level routing follows greedy decoding and sampling, one token a step, with a cache. Everything else is refused by name.
+Sentence-level routing supports greedy decoding and sampling, one token per step, with a cache. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GenerateOptions:
     # ------------------------------------------------------------------ sizes
 
     def new_tokens(self, width: int) -> int:
-        """New tokens asked for behind a prompt of ``width`` tokens; without a limit, transformers' default (20).
+        """New tokens asked for after a prompt of ``width`` tokens; without a limit, transformers' default (20).
 
         Raises:
             GenerationError: If there are none.
@@ -108,7 +108,7 @@ class GenerateOptions:
         for name in ASSISTED:
             if self.value(name):
                 raise GenerationError(
-                    f"{name} adds several tokens a step, and sentence-level routing must act between them; leave it out, or {ROUTE_ONCE}."
+                    f"{name} adds several tokens per step, and sentence-level routing must act between them; leave it out, or {ROUTE_ONCE}."
                 )
         for name, loop in OTHER_LOOPS.items():
             if self._asks_for(name):
@@ -143,6 +143,6 @@ class GenerateOptions:
             self.kwargs["use_cache"] = True
         elif policy != "recompute" or self._method.prompt_routing != "whole":
             raise GenerationError(
-                f"use_cache=False reads all text anew at every token, and kv_policy '{policy}' keeps what earlier weights made of it; "
+                f"use_cache=False reads the whole text again at every token, but kv_policy '{policy}' keeps old keys and values; "
                 "leave use_cache out, or use kv_policy=recompute with prompt_routing=whole."
             )

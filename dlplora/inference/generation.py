@@ -1,19 +1,18 @@
 """Sentence-level re-routing inside Hugging Face ``generate``.
 
-``SentenceRerouter`` is a stopping criterion that never stops anything: it is called when a token has been appended and before the
-next forward, so the first token of a new sentence is already processed under the new routing weights. A stop is known to end a
-sentence once the character behind it is known, and with BPE that comes with the next token, the first one of the new sentence.
-What becomes of keys and values already cached is ``kv_policy``'s business.
+``SentenceRerouter`` is a stopping criterion that never stops generation. It is called after a token was appended and before the next
+forward pass, so the first token of a new sentence is processed under the new routing weights. A stop is known to end a sentence once the
+character after it is known; with BPE that comes with the next token, the first one of the new sentence. ``kv_policy`` decides what happens
+to the cached keys and values.
 
-The host must know that a sentence has ended before the next forward starts, and must not wait for the device to learn that none has.
-So the rows that may have ended one are found on the device, from a table over the vocabulary, and copied to the host without
-waiting; ``generate`` then waits for the device itself, to see whether all rows are finished; and the copy is read right after
-that, before the next forward. Only where the table says "perhaps" are tokens fetched and decoded, and the rule
-of ``sentences`` decides on the text. From a token with a stop on, a row stays a candidate until the rule has decided, so rows are
-re-routed exactly where the rule sees an end in the text so far, whatever the tokenizer.
+The host must know before the next forward pass whether a sentence has ended, without waiting for the device at every token. So a table over
+the vocabulary finds on the device which rows may have ended a sentence, and the result is copied to the host asynchronously. ``generate``
+itself then waits for the device to see whether all rows are finished; the copy is read right after that. Only for rows that may have ended
+a sentence are tokens fetched and decoded, and the rule of ``sentences`` decides on the text. A row stays a candidate from a token with a
+stop until the rule has decided. Rows are thus re-routed exactly where the rule sees an end in the text so far, whatever the tokenizer.
 
-A line break is known to end a sentence as it is generated, so the first token of the next sentence is already predicted under the new
-weights; behind other stops that token is what decides, and it is the first to be processed under them.
+A line break is known to end a sentence as soon as it is generated, so the first token of the next sentence is already predicted under the
+new weights. For other stops the next token decides, and it is the first one processed under them.
 """
 
 from __future__ import annotations
@@ -102,9 +101,9 @@ class VocabularyTable:
 
     A token is of two kinds, or of none:
 
-        stop: Tokens behind which the text is looked at with every further token until the sentence rule has decided.
+        stop: Tokens after which the text is looked at with every further token until the sentence rule has decided.
         inner: Tokens that may decide an end themselves: with a line break, with a stop that is not their last character, or with part
-            of a character that is spelt byte by byte (``。`` often is), of which only the text can tell what it is.
+            of a character that is spelt byte by byte (``。`` often is), which can only be recognised in the text.
 
     Attributes:
         kinds: Of each token, uint8 (V,): ``MAY_DECIDE`` and ``HOLDS_STOP`` added up.
@@ -179,7 +178,7 @@ class SentenceRerouter(StoppingCriteria):
         trace: If a list, receives one dict per re-route.
         names: Expert names, for the trace.
         task_names: The protocol's name of each row's task, one a question for composite prompts; None where it has none.
-        refresh: Called with rows, weights and tokens before the plans change, to bring the cache in line.
+        refresh: Called with rows, weights and tokens before the routing weights change, to bring the cache in line.
         encode: Rows and their texts -> token ids; None leaves it to ``route``.
     """
 
@@ -284,7 +283,7 @@ class SentenceRerouter(StoppingCriteria):
 
 
 def trace_entry(row: int, sentence_idx: int, view: str, weights: Tensor, names: Sequence[str], *, at: int = 0) -> dict[str, Any]:
-    """One line of a routing trace: which experts speak once ``at`` characters are generated, and what the router read."""
+    """One line of a routing trace: which experts are used from character ``at`` on, and what the router read."""
     return {"row": row, "sentence_idx": sentence_idx, "at": at, "view_text": view, "weights": kept_experts(weights, names)}
 
 

@@ -1,8 +1,8 @@
-"""GGUF files as base models: converted once into an ordinary model folder in the user's cache.
+"""GGUF files as base models: converted once into a model folder in the user's cache.
 
-transformers reads a GGUF file by dequantising it, which takes as long every time, and a model that was read this way cannot be saved. So
-its weights are put into a fresh model and saved in float32, which keeps the file's values exactly; ``config.json`` names bfloat16, in
-which such models are published and which ``dtype="auto"`` then takes where it is fast.
+transformers reads a GGUF file by dequantising it, which is slow every time, and a model read in this way cannot be saved. Its weights are
+therefore put into a new model and saved in float32, which keeps the file's values exactly. ``config.json`` names bfloat16, the dtype in
+which such models are published; ``dtype="auto"`` then uses it where it is fast.
 """
 
 from __future__ import annotations

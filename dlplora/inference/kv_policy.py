@@ -1,20 +1,19 @@
 """What happens to cached keys and values when a row is re-routed (``kv_policy``).
 
-Every token's keys and values were computed under the routing weights of its time. After a re-route
+The keys and values of a token were computed under the routing weights in use at that time. After a re-route
 
-* ``stale`` (default) keeps them all: nothing is computed again, old text is remembered as it was read;
-* ``recompute`` runs the row's whole prefix, prompt and generated text, again under the new weights and replaces its entries: the
-  model goes on as if the new plan had been there from the first token;
-* ``prompt_frozen`` keeps the keys and values of the *prompt* as its own plan made them, and computes those of the text generated since
-  again under the new weights, reading the frozen prompt.
+* ``stale`` (default) keeps them all; nothing is computed again;
+* ``recompute`` runs the row's whole prefix, prompt and generated text, again under the new weights and replaces its entries, as if the
+  new weights had been used from the first token;
+* ``prompt_frozen`` keeps the keys and values of the *prompt*, and computes those of the generated text again under the new weights.
 
 The newest token has not been processed yet; under every policy it is processed under the new weights. Only rows that were re-routed are
-touched, positions and padding are those of ``generate``, and a row whose weights did not change is left alone.
+changed, and a row whose weights stay the same is left alone. Positions and padding are those of ``generate``.
 
-Cost of one re-route in tokens: 0, prefix, and generated text. Nothing here outlives one call of ``generate``.
+Cost of one re-route in tokens: 0, the prefix, and the generated text. Nothing here outlives one call of ``generate``.
 
-Without a cache (``use_cache=False``) every step reads the whole text under the weights of its time. That is ``recompute``, and is
-served as such; the other policies refuse it. A checkpoint whose configuration turns the cache off gets one all the same.
+Without a cache (``use_cache=False``) every step reads the whole text under the current weights. That equals ``recompute`` and is accepted
+as such; the other policies refuse it. A checkpoint whose configuration turns the cache off gets a cache here.
 
 Shapes: B rows, T tokens, P tokens of the padded prompt, E experts.
 """
@@ -72,7 +71,7 @@ class CacheRefresher:
         self.num_tokens = 0
 
     def __call__(self, rows: Sequence[int], weights: Tensor, input_ids: Tensor) -> None:
-        """Bring the cache in line with new plans.
+        """Bring the cache in line with new routing weights.
 
         Args:
             rows: Re-routed rows (N).

@@ -1,4 +1,4 @@
-"""Loading base models: a folder, a hub id, or the embedded one; as they are or quantised."""
+"""Load base models: a folder, a hub id, or the embedded one; quantised or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dlplora.inference.devices import resolve_dtype
 from dlplora.inference.model_files import ReadingModel, check_settings, check_sizes
 from dlplora.inference.quantization import bitsandbytes_config, check_widths, is_quantized
 
-_KEPT: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("kept backbones", default=None)
+_KEPT: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("kept base models", default=None)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def read_backbone(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            f"backbone '{source}': {len(missing)} weights are not in its files, the first is {missing[0]}; they would be random. "
+            f"base model '{source}': {len(missing)} weights are not in its files, the first is {missing[0]}; they would be random. "
             "Pass a complete causal language model."
         )
     if tokenizer.pad_token_id is None:

@@ -1,4 +1,4 @@
-"""What transformers and tokenizers raise over the files of a base model, as one line; and settings that they read without a check."""
+"""One-line errors for damaged files of a base model, and checks of settings that transformers reads unchecked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReadingModel:
     def __enter__(self) -> ReadingModel:
         for path in Path(self.source).glob("*.json"):  # transformers reads them whole, whatever their size
             if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
-                raise ConfigError(f"backbone '{self.source}': {path.name} is no file, or longer than {MAX_JSON_BYTES:,} bytes.")
+                raise ConfigError(f"base model '{self.source}': {path.name} is not a file, or longer than {MAX_JSON_BYTES:,} bytes.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -62,18 +62,18 @@ def _why_not(source: str, revision: str | None, error: Exception) -> str:
     reason = _reason(error)
     if "trust_remote_code" in text:
         return (
-            f"backbone '{source}' brings Python code of its own (auto_map in config.json), which is not run unless asked for: "
+            f"base model '{source}' brings Python code of its own (auto_map in config.json), which is not run unless asked for: "
             "pass trust_remote_code=True if you trust its author, or a model of an architecture that transformers knows."
         )
     if Path(source).is_dir():
-        return f"cannot load backbone '{source}': {reason}"
+        return f"cannot load base model '{source}': {reason}"
     if isinstance(error, OSError):
         looked = hub_failure(source, revision, constants.HF_HUB_OFFLINE, reason)
         return (
-            f"cannot load backbone '{source}': there is no such folder, and {looked}{near_name(source)} "
+            f"cannot load base model '{source}': there is no such folder, and {looked}{near_name(source)} "
             f"Pass a local model folder, or fetch it once with a connection: hf download {source}."
         )
-    return f"cannot load backbone '{source}': {reason}"
+    return f"cannot load base model '{source}': {reason}"
 
 
 def _reason(error: Exception) -> str:
@@ -95,7 +95,7 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
         for name in _LAYERS:
             value = part.get(name)
             if isinstance(value, (int, float)) and not value <= MAX_LAYERS:
-                raise ConfigError(f"backbone '{source}': '{name}' in config.json is {value!r:.40}; at most {MAX_LAYERS} layers are made.")
+                raise ConfigError(f"base model '{source}': '{name}' in config.json is {value!r:.40}; at most {MAX_LAYERS} layers are made.")
 
 
 def check_settings(model: Any, tokenizer: Any, source: str) -> None:
@@ -109,13 +109,13 @@ def check_settings(model: Any, tokenizer: Any, source: str) -> None:
         value = getattr(found, name, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(not isinstance(one, int) or isinstance(one, bool) or abs(one) >= 2**63 for one in ids):
-            raise ConfigError(f"backbone '{source}': '{name}' of its generation settings must be a token id, got {value!r:.60}.")
+            raise ConfigError(f"base model '{source}': '{name}' of its generation settings must be a token id, got {value!r:.60}.")
     for name in _SWITCHES:
         value = getattr(found, name, None)
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"backbone '{source}': '{name}' of its generation settings must be true or false, got {value!r:.60}.")
+            raise ConfigError(f"base model '{source}': '{name}' of its generation settings must be true or false, got {value!r:.60}.")
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 1:
         raise ConfigError(
-            f"backbone '{source}': 'model_max_length' in tokenizer_config.json must be a number of tokens, got {length!r:.60}."
+            f"base model '{source}': 'model_max_length' in tokenizer_config.json must be a number of tokens, got {length!r:.60}."
         )

@@ -1,4 +1,4 @@
-"""Put fused layers into a Hugging Face model, and take them out again without a trace."""
+"""Put fused layers into a Hugging Face model, and remove them without changing the model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _why_absent(path: str, known: Mapping[str, nn.Module]) -> str:
         if ".".join(parts[start:]) in known:
             prefix = ".".join(parts[:start])
             return f"The adapters were saved from a wrapped model: '{prefix}.' would have to go from the keys of their tensors."
-    return "The adapters were trained on another backbone."
+    return "The adapters were trained on another base model."
 
 
 def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Literal["delta", "factor"]) -> dict[str, FusedLinear]:
@@ -95,7 +95,7 @@ def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Lite
         base = known.get(path)
         if base is None:
             raise IncompatibleAdapterError(
-                f"the backbone {type(model).__name__} has no module '{path}', which is adapted by: {adapters}.{nearest(path, known)} "
+                f"the base model {type(model).__name__} has no module '{path}', which is adapted by: {adapters}.{nearest(path, known)} "
                 f"{_why_absent(path, known)}"
             )
         if isinstance(base, FusedLinear):
@@ -107,9 +107,9 @@ def _fused(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Lite
         expected, found = (entry.lora_a.shape[-1], entry.lora_b.shape[1]), (layer.in_features, layer.out_features)
         if expected != found:
             raise IncompatibleAdapterError(
-                f"module '{path}' maps {found[0]} -> {found[1]} in the backbone, "
+                f"module '{path}' maps {found[0]} -> {found[1]} in the base model, "
                 f"the adapters ({adapters}) expect {expected[0]} -> {expected[1]}; "
-                "they were trained on another backbone."
+                "they were trained on another base model."
             )
         layer.path = path
         layers[path] = layer

@@ -1,4 +1,4 @@
-"""Whether a model encodes a position the same way however long the sequence is that it stands in."""
+"""Check whether a model's position encoding of a token is independent of the sequence length."""
 
 from __future__ import annotations
 

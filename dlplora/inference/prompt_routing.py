@@ -1,14 +1,14 @@
-"""Prompts of several questions: which questions they ask, and how a prompt itself is routed.
+"""Prompts of several questions: which questions they contain, and how the prompt itself is routed.
 
-``prompt_routing`` says which plan each token of the prompt is processed under:
+``prompt_routing`` says which routing weights each token of the prompt is processed under:
 
-* ``whole`` (default): one plan for all of it;
-* ``question``: every question is routed by itself, on its own text;
+* ``whole`` (default): one set of weights for the whole prompt;
+* ``question``: each question is routed separately, on its own text;
 * ``sentence``: the same for every sentence.
 
-The last two give routing weights that are constant piece by piece over the prefill, (B, T, E). The last token of a prompt predicts the
-first token of the answer, so it is processed under the plan of the answer, as the token that ends a generated sentence is.
-Everything is read from the context; a prompt of one question has one piece under ``question``, which then equals ``whole``.
+The last two give routing weights (B, T, E) that are piecewise constant over the prefill. The last token of a prompt predicts the first
+token of the answer, so it is processed under the weights of the answer, like the token that ends a generated sentence. Everything is read
+from the context. A prompt of one question has one piece under ``question``, which then equals ``whole``.
 
 Shapes: B rows, T tokens of the left-padded prompt, E experts.
 """
@@ -171,7 +171,7 @@ def routed_questions(prompts: PromptBatch, tokenizer: Any, markers: TurnMarkers 
 
 
 def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> PromptBatch:
-    """What the plan of the first answer is made from: the prompt, or under ``segment`` its first question.
+    """What the first answer is routed on: the prompt, or under ``segment`` its first question.
 
     Args:
         view: The method's view.
@@ -188,7 +188,7 @@ def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> Pro
 
 
 def token_ends(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of a row of tokens, and behind which of its characters each token ends; special tokens have no characters."""
+    """The text of a row of tokens, and after which of its characters each token ends; special tokens have no characters."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     special = set(tokenizer.all_special_ids)
     if getattr(tokenizer, "is_fast", False):

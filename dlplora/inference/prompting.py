@@ -1,6 +1,6 @@
-"""What ``generate`` is given, as tensors: texts, token ids or prompts become left-padded ids and what a router reads.
+"""Inputs of ``generate`` as tensors: texts, token ids or prompts become left-padded ids and the text that a router reads.
 
-Token ids are taken as transformers takes them: a tensor (B, T) as the first argument or as ``input_ids``. Mappings and lists of ids are
+Token ids have the form that transformers expects: a tensor (B, T) as the first argument or as ``input_ids``. Mappings and lists of ids are
 refused.
 """
 
@@ -55,7 +55,7 @@ def require_text(texts: Sequence[str]) -> None:
     """
     for index, text in enumerate(texts):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise GenerationError(f"prompt {index} holds half of a surrogate pair, which is no text; decode it as UTF-8.")
+            raise GenerationError(f"prompt {index} holds half of a surrogate pair, which is not valid text; decode it as UTF-8.")
 
 
 def prompt_tensors(
@@ -89,7 +89,7 @@ def prompt_tensors(
         if prompts is None:
             raise GenerationError("generate() needs a prompt: texts, input_ids or prompts.")
         if mask is not None:
-            raise GenerationError("attention_mask belongs to input_ids; texts and prompts bring their own.")
+            raise GenerationError("attention_mask belongs to input_ids; texts and prompts have their own.")
         input_ids, mask = prompts.input_ids, prompts.attention_mask
     input_ids, mask = _checked(input_ids, mask, device, infer_mask)
     if prompts is not None and len(prompts) != input_ids.shape[0]:

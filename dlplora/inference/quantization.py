@@ -1,6 +1,6 @@
-"""4-bit and 8-bit backbones through transformers' quantisation configurations.
+"""4-bit and 8-bit base models through transformers' quantisation configurations.
 
-The fused layer calls the base module and never reads its weight, so it does not matter how that weight is stored.
+The fused layer calls the base module and never reads its weight, so any storage format works.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""What a router reads of a prompt: the question, not what it is wrapped in. Pure text.
+"""Extract the question from a prompt, which is what routers read, without its wrapper. Pure text.
 
-``question_text`` is the one rule for the first plan and for re-routes. In this order it leaves out
+``question_text`` is used for the first routing and for re-routes. It removes, in this order:
 
-1. everything but the last message of the user, where the prompt is a rendered conversation: by the markers of the tokenizer's chat
-   template, else by those of common formats (``chat_formats``); ``<think>`` blocks go too;
-2. what is not the evaluated document's, where the caller knows the document (lm-eval does): system instruction, task description and
-   worked examples;
-3. otherwise, in plain text: worked examples (parts that end with the prompt's last cue *and* an answer), and what stands before the parts
-   that ask. A part lies between blank lines; it asks if it ends with a question mark or a cue (``Answer:``). Parts that announce the
-   next one (with a colon at the end) stay with it. If the last part does not ask, nothing tells instruction from system text, and only
-   parts that open like a system prompt are left out.
+1. if the prompt is a rendered conversation: everything but the last user message, found by the markers of the tokenizer's chat template, or
+   by those of common formats (``chat_formats``); ``<think>`` blocks are removed too;
+2. if the caller knows the evaluated document (lm-eval does): system instruction, task description and worked examples;
+3. otherwise, in plain text: worked examples (parts that end with the prompt's last cue *and* an answer), and everything before the parts
+   that ask. Parts are separated by blank lines; a part asks if it ends with a question mark or a cue (``Answer:``). Parts that announce the
+   next one (they end with a colon) stay with it. If the last part does not ask, instruction and system text cannot be told apart, and only
+   parts that begin like a system prompt are removed.
 
-Whatever has no content of its own (a cue alone) is joined to the part before it, and a prompt in which nothing is recognised is returned
+A part without content of its own (a cue alone) is joined to the part before it. A prompt in which nothing is recognised is returned
 unchanged. The rule is idempotent.
 """
 
@@ -210,7 +209,7 @@ def _announces(part: str) -> bool:
 
 
 def _behind_examples(text: str) -> int:
-    """Where the worked examples end: behind the last part in which the prompt's own cue has an answer; 0 without examples."""
+    """Where the worked examples end: after the last part in which the prompt's own cue has an answer; 0 without examples."""
     cue = text.rstrip().rpartition("\n")[2].strip()
     if not is_cue(cue):
         return 0

@@ -1,7 +1,7 @@
 """One call of ``generate``: its routing state, and a view of the model whose forward passes run under that state.
 
 Hugging Face ``generate`` is a method of the model, so it is called on a view: an object of the same class that shares all modules,
-parameters and hooks, and whose ``forward`` belongs to the call. The model itself is never changed.
+parameters and hooks, with a ``forward`` of its own. The model itself is never changed.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Request:
         if self.after_last_token is not None:
             self.after_last_token()
         if self._has_turn and "_previous_max_cache_length" in vars(view):
-            # transformers notes here how long static caches are, so that a shorter request compiles nothing anew.
+            # transformers notes here how long static caches are, so that a shorter request is not compiled again.
             model._previous_max_cache_length = view._previous_max_cache_length
         return found
 

@@ -1,4 +1,4 @@
-"""From prompts to a running generation: the first plan, how the prompt itself is routed, and who watches for sentence ends.
+"""From prompts to a running generation: first routing weights, routing of the prompt itself, and detection of sentence ends.
 
 Shapes: B rows, T tokens of the left-padded prompt, E experts.
 """
@@ -24,14 +24,14 @@ from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
-    from dlplora.inference.planning import Planner
+    from dlplora.inference.request_router import RequestRouter
 
 
 class RoutedModel(FusedModel, Protocol):
     """What a routed generation needs of the fused model."""
 
     method: FusionMethod
-    planner: Planner
+    request_router: RequestRouter
 
     def route(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
         """Routing state for a batch of prompts, or None if gates decide."""
@@ -106,7 +106,7 @@ class RoutedGeneration:
         piecewise = sentences and method.prompt_routing != "whole"
         prefill = self.request.owns(self._prefill_state(state).expand(self.copies)) if piecewise else None
         state = self.request.owns(state.expand(self.copies))
-        self.fused.planner.used.add(state.backend)
+        self.fused.request_router.used.add(state.backend)
         self.request.state = state if prefill is None else prefill
         kwargs = self.options.kwargs
         for criterion in kwargs.get("stopping_criteria") or ():
@@ -135,7 +135,7 @@ class RoutedGeneration:
             entries = self.trace[-len(shown) :]
             for entry, parts in zip(entries, shown, strict=True):
                 entry["prompt_pieces"] = [{"text": text, "weights": kept_experts(chosen, self.fused.bank.names)} for text, chosen in parts]
-        return self.fused.planner.state(weights.to(self.device))
+        return self.fused.request_router.state(weights.to(self.device))
 
     def _route(
         self, texts: Sequence[str], task_names: Sequence[str | None] | None = None, ids: Sequence[Sequence[int]] | None = None
@@ -145,7 +145,7 @@ class RoutedGeneration:
             prompts = PromptBatch.from_texts(texts, tokenizer, device=device, task_names=task_names)
         else:
             prompts = PromptBatch.from_ids(ids, tokenizer, device=device, task_names=task_names, texts=texts)
-        weights = self.fused.planner.route(prompts)
+        weights = self.fused.request_router.route(prompts)
         assert weights is not None
         return weights
 

@@ -1,9 +1,8 @@
-"""Tokens of texts that grow at their end, without reading again what has been read.
+"""Token ids of a growing text, without tokenising its unchanged beginning again.
 
-At every sentence end the router reads the prompt's last question and all the text generated since; only the end of it is new. Where a
-tokenizer splits a text into words before anything else, a text can be cut in front of a space between two words and its parts encoded
-apart: nothing before the cut depends on what follows it, and the other way round. ``piece_encoder`` knows for which tokenizers that holds;
-texts of others are encoded whole.
+At every sentence end the router reads the prompt's last question and all text generated since; only the end of it is new. If a tokenizer
+splits text into words first, a text can be cut before a space between two words and its parts encoded separately, because neither part
+depends on the other. ``piece_encoder`` knows which tokenizers do so; for others the whole text is encoded.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import regex
 from dlplora.encoding import encode_texts, is_plain
 
 _CUT = regex.compile(r"(?r)(?<=[!-~]) (?=[A-Za-z])")
-"""A space behind a visible ASCII character and before a letter, the last one first."""
+"""A space after a visible ASCII character and before a letter, the last one first."""
 _SPLITS = frozenset(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # Llama 3
@@ -108,7 +107,7 @@ class RowTokens:
         return encode_texts(self.tokenizer, texts)
 
     def _special_tokens(self, encode: PieceEncoder) -> tuple[list[int], list[int]] | None:
-        """What the tokenizer writes before and behind a text; None if it does anything else to a text, and then nothing is cut."""
+        """What the tokenizer writes before and after a text; None if it does anything else to a text, and then nothing is cut."""
         sample, whole = encode(_SAMPLE), list(self.tokenizer(_SAMPLE)["input_ids"])
         begin = next((i for i in range(len(whole)) if whole[i : i + len(sample)] == sample), None)
         if begin is None:

@@ -1,4 +1,4 @@
-"""Folders of fused models: pool, method and a reference to the backbone."""
+"""Folders of saved fused models: pool, method and a reference to the base model."""
 
 from __future__ import annotations
 

@@ -1,21 +1,21 @@
-"""Where sentences end, and the questions of a prompt. Pure text, no tokenizer.
+"""Sentence ends, and the questions of a prompt. Pure text, no tokenizer.
 
 A sentence ends
 
 * at a line break, if the line holds anything;
 * at a character that Unicode lists as ``Sentence_Terminal`` (``.``, ``!``, ``?``, ``。``, ``؟``, ``।`` and those of the other scripts)
-  or at an ellipsis, closing quotes, brackets and emphasis included. ASCII stops and the ellipsis need white space behind them, the
-  others do not.
+  or at an ellipsis, including closing quotes, brackets and emphasis. ASCII stops and the ellipsis must be followed by white space, the
+  others need not.
 
-What belongs together is one end: ``yes.`` and the line break behind it, ``?!``, ``。。。``. What follows decides:
+Adjacent ends count as one: ``yes.`` and the line break after it, ``?!``, ``。。。``. The text that follows decides:
 
 * a stop before a line break, or at the end of a finished text, always ends its sentence (``no.``, ``B.``, ``42.``, ``5 p.m.``, ``Corp.``);
-* an abbreviation, an initial, an ordinal or a list number does not where the text goes on in a way that shows it (``Dr. Kim``, ``No. 5``,
-  ``J. R. Smith``, ``3. Juli``, ``U.S. Army``, ``1. First``), and does otherwise (``no. Next``, ``B. Then``, ``U.S. The``);
+* a stop after an abbreviation, an initial, an ordinal or a list number does not, if the next word shows it (``Dr. Kim``, ``No. 5``,
+  ``J. R. Smith``, ``3. Juli``, ``U.S. Army``, ``1. First``); otherwise it does (``no. Next``, ``B. Then``, ``U.S. The``);
 * an ellipsis, or a stop inside a closing quote, does not before a lower-case letter (``Well... maybe``, ``"Go!" he said``).
 
-In lists and code blocks every line is a sentence. The rule reads no further than the first word behind a stop, so a text that is still
-being written is decided end by end, and no end is ever taken back.
+In lists and code blocks every line is a sentence. The rule reads no further than the first word after a stop. It can therefore be applied
+while a text is generated, and an end that was found stays an end.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ def may_end_sentence(piece: str) -> bool:
 
 
 def decides_sentence(piece: str) -> bool:
-    """Whether a piece of text can decide by itself that a sentence has ended: a line break, or a stop with something behind it."""
+    """Whether a piece of text can decide by itself that a sentence has ended: a line break, or a stop with something after it."""
     stop = _MAY_END.search(piece)
     return stop is not None and (stop.group() in _LINE_BREAKS or stop.end() < len(piece))
 
 
 @dataclass(frozen=True, slots=True)
 class _Next:
-    """What stands behind a full stop and its white space, as far as it is written."""
+    """What stands after a full stop and its white space, as far as it is written."""
 
     text: str
     """The next word; one character if it is no word."""
     complete: bool
     """Whether the word can grow no further."""
     stopped: bool
-    """Whether it is at most two letters with a full stop behind it."""
+    """Whether it is at most two letters with a full stop after it."""
 
     def is_in(self, listed: frozenset[str]) -> bool | None:
         """Whether the word is listed; None while it may still become one of them."""
@@ -111,7 +111,7 @@ def _is_list_mark(text: str, line: int, word: str) -> bool:
 
 
 def _number_ends(lead: str, following: _Next) -> bool | None:
-    """Whether the stop behind a number ends a sentence and is not that of an ordinal."""
+    """Whether the stop after a number ends a sentence and is not that of an ordinal."""
     if lead in words.ORDINAL_LEADS:
         return False
     month, goes_on = following.is_in(words.MONTHS_AND_DAYS), following.is_in(words.NUMBER_GOES_ON)
@@ -121,7 +121,7 @@ def _number_ends(lead: str, following: _Next) -> bool | None:
 
 
 def _letter_ends(letter: str, lead: str, at_line_start: bool, following: _Next) -> bool | None:
-    """Whether the stop behind a single letter ends a sentence and is not that of an initial."""
+    """Whether the stop after a single letter ends a sentence and is not that of an initial."""
     if letter == "I" and lead:
         return True
     pair = (letter + following.text).lower()
@@ -206,7 +206,7 @@ def _run_ends(text: str, start: int, end: int, final: bool) -> bool | None:
             return True
         if stops[-1] in _NEEDS_SPACE or text[end] in _CONTINUES:
             return False
-        return not (closing and text[end] in "とっ")  # a quotation goes on: 「…。」と
+        return not (closing and text[end] in "とっ")  # a quotation continues: 「…。」と
     if stops == "." and not closing:
         return _full_stop_ends(text, start, after, final)
     if after == len(text):
@@ -218,7 +218,7 @@ def _run_ends(text: str, start: int, end: int, final: bool) -> bool | None:
 
 
 def sentence_end_positions(text: str, *, final: bool = True) -> list[int]:
-    """Indices just behind each sentence end, ascending, one for each sentence.
+    """Indices just after each sentence end, ascending, one for each sentence.
 
     Args:
         text: Any text.
@@ -235,7 +235,7 @@ def known_sentence_ends(text: str, begin: int = 0) -> tuple[list[int], bool]:
 
     Args:
         text: What is written so far.
-        begin: A known end; only those behind it are given.
+        begin: A known end; only those after it are given.
     """
     return _scan(text, False, begin)
 

@@ -1,6 +1,6 @@
-"""Sizes of public backbones, by name: for benchmarks with random weights and for estimates before a run; nothing is downloaded.
+"""Sizes of public base models by name, for benchmarks with random weights and for estimates; nothing is downloaded.
 
-The sizes are the published ones, typed by hand; a test compares the number of parameters with the published count.
+The sizes are copied from the published configurations; a test compares the number of parameters with the published count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text of one answer, piece by piece, while it is generated in a thread of its own."""
+"""Stream the text of one answer while it is generated in another thread."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Text in, text out: ``generate_text``, ``stream_text``, and what ``transformers.pipeline("text-generation")`` asks of a model.
+"""Text in, text out: ``generate_text``, ``stream_text``, and what ``transformers.pipeline("text-generation")`` needs of a model.
 
-A conversation is a list of mappings with ``role`` and ``content``; the tokenizer's chat template turns it into a prompt. Everything else
-is a plain prompt, which is tokenised as it stands. Shapes: B rows, T tokens.
+A conversation is a list of mappings with ``role`` and ``content``; the tokenizer's chat template turns it into a prompt. Any other text is
+a plain prompt and is tokenised unchanged. Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dlplora.inference.planning import Planner
+    from dlplora.inference.request_router import RequestRouter
     from dlplora.modules.routing_slot import RoutingSlot
 
 Message: TypeAlias = Mapping[str, str]
@@ -29,11 +29,11 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class TextGeneration:
-    """Mixed into ``FusedCausalLM``; everything goes through its ``generate``."""
+    """Text methods of ``FusedCausalLM``; all use its ``generate``."""
 
     if TYPE_CHECKING:
         tokenizer: Any
-        planner: Planner
+        request_router: RequestRouter
         slot: RoutingSlot
 
         @property
@@ -49,7 +49,7 @@ class TextGeneration:
     output_modalities = ("text",)
 
     def can_generate(self) -> bool:
-        """True; transformers' pipelines ask."""
+        """True; needed by transformers' pipelines."""
         return True
 
     @overload
@@ -80,17 +80,17 @@ class TextGeneration:
         task_names: str | Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """The text that the model adds to each prompt, special tokens left out.
+        """The text that the model adds to each prompt, without special tokens.
 
         Args:
             prompts: One prompt or a list of prompts; a prompt is a string, or a conversation (a list of mappings with ``role`` and
                 ``content``), which the tokenizer's chat template renders. An empty list gives an empty list.
-            max_new_tokens: Most tokens to add; None takes the generation configuration's, else 256.
+            max_new_tokens: Maximum number of new tokens; None takes the generation configuration's, else 256.
             task_names: The task of each prompt (one name serves all), for methods that need it (``oracle``).
-            kwargs: What else ``generate`` takes, ``do_sample``, ``num_return_sequences`` or ``trace`` for instance.
+            kwargs: Other options of ``generate``, such as ``do_sample``, ``num_return_sequences`` or ``trace``.
 
         Returns:
-            One string for one prompt, a list for a list. With ``num_return_sequences`` of N, always a list, N strings a prompt.
+            One string for one prompt, a list for a list. With ``num_return_sequences`` of N, always a list, N strings per prompt.
 
         Raises:
             GenerationError: If prompts are neither text nor conversations, the tokenizer has no chat template, or ``generate`` refuses.
@@ -114,22 +114,22 @@ class TextGeneration:
         return added[0] if single and len(added) == 1 else added
 
     def stream_text(self, prompt: str | Conversation, *, max_new_tokens: int | None = None, **kwargs: Any) -> Iterator[str]:
-        """The text that the model adds to one prompt, piece by piece while it is generated in a thread of its own.
+        """The text that the model adds to one prompt, piece by piece, while another thread generates it.
 
-        Any number of streams may take turns. Closing or dropping the iterator ends its generation at the next token.
+        Any number of streams may be interleaved. Closing or dropping the iterator ends its generation at the next token.
 
         Args:
             prompt: Text, or a conversation, as for ``generate_text``.
-            max_new_tokens: Most tokens to add; None takes the generation configuration's, else 256.
-            kwargs: What else ``generate`` takes for one sequence.
+            max_new_tokens: Maximum number of new tokens; None takes the generation configuration's, else 256.
+            kwargs: Other options of ``generate`` for one sequence.
 
         Raises:
             GenerationError: If the prompt is neither, or ``generate`` refuses; while the stream is read.
         """
         if not (isinstance(prompt, str) or is_conversation(prompt)) or kwargs.keys() & {"streamer", "prompts", "input_ids"}:
-            raise GenerationError("stream_text takes one prompt, as text or as a conversation, and brings its own streamer.")
+            raise GenerationError("stream_text takes one prompt, as text or as a conversation, and has its own streamer.")
         bound = self.slot.state
-        if bound is not None and not self.planner.is_gated:
+        if bound is not None and not self.request_router.is_gated:
             kwargs.setdefault("routing", bound.weights.clone())  # the block may end before the answer does
         kwargs["max_new_tokens"] = self._text_tokens(max_new_tokens, kwargs)
         kwargs["prompts"] = prompt_batch([prompt], self.tokenizer, device=self.device)

@@ -1,4 +1,4 @@
-"""One operation, the fused LoRA delta, in several backends that agree.
+"""One operation, the fused LoRA delta, in several backends with equal results.
 
-Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts kept by a plan.
+Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts kept per row.
 """

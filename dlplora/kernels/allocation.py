@@ -1,4 +1,4 @@
-"""The one place where large tensors are allocated, so that running out of memory says what to do about it."""
+"""Allocation of large tensors, in one place, so that out-of-memory errors say what would reduce memory."""
 
 from __future__ import annotations
 

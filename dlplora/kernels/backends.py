@@ -1,4 +1,4 @@
-"""Which backend serves a plan. The choice is recorded by name with every result."""
+"""Choose the backend that serves given routing weights. Every result records its backend by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dlplora.kernels.cost_model import Work, predict
 BACKENDS: dict[str, str] = {
     "reference": "loop over experts in float32; the definition",
     "dense": "all experts concatenated, two matrix products; any granularity",
-    "folded": "kept experts gathered once per plan; static, prompt and sentence level",
-    "merged": "plan written into a copy of the base weights; all rows routed alike, plain base layers",
+    "folded": "kept experts gathered once per set of routing weights; static, prompt and sentence level",
+    "merged": "routing weights written into a copy of the base weights; all rows routed alike, plain base layers",
     "triton": "kept experts read in place by grouped Triton kernels; many rows that share experts",
 }
 GATE_BACKENDS = ("reference", "dense")
@@ -31,7 +31,7 @@ Kind = Literal["static", "row", "token"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingFacts:
-    """What decides whether a backend can serve a plan.
+    """What decides whether a backend can serve routing weights.
 
     Args:
         kind: ``static`` (E,), ``row`` (B, E) or ``token`` (B, T, E).
@@ -39,7 +39,7 @@ class RoutingFacts:
         experts: E.
         width: Experts a row can keep, now or after a re-route. kept: Experts the fullest row keeps now; 0 if not counted.
         alike: Whether all rows are routed alike and stay so.
-        sized: Whether a plan's size must not depend on the values of its weights, as compiled graphs need it.
+        sized: Whether buffer sizes must not depend on the values of the weights, as compiled graphs need it.
         finite: Whether all weights are. zero: Whether none of them is anything else.
         gradients: Whether gradients must reach the routing weights.
         device: Device type.
@@ -58,8 +58,8 @@ class RoutingFacts:
     kept: int = 0
 
     @property
-    def plan_rows(self) -> int:
-        """Rows a folded plan must hold: rows that are alike share one, unless another request of this size might not."""
+    def weight_rows(self) -> int:
+        """Rows that folded buffers must hold: rows that are alike share one, unless another request of this size might not."""
         return 1 if self.alike and not self.sized else self.rows
 
     @classmethod
@@ -90,7 +90,7 @@ class RoutingFacts:
 
 
 def obstacle(name: str, facts: RoutingFacts) -> str | None:
-    """The property of a plan that a backend cannot serve, as a clause; None if it can."""
+    """The property of the routing weights that a backend cannot serve, as a clause; None if it can."""
     if name in {"reference", "dense"}:
         return None
     if facts.kind == "token":
@@ -138,15 +138,15 @@ def require_gates_served(name: str, method: str) -> None:
 
 
 def select_backend(name: str, facts: RoutingFacts, work: Work | None = None) -> str:
-    """Resolve ``auto`` and check that a named backend can serve the plan.
+    """Resolve ``auto`` and check that a named backend can serve the weights.
 
     Args:
         name: ``auto`` or a key of ``BACKENDS``.
-        facts: What the plan is like.
+        facts: Properties of the weights.
         work: What it will be used for. Without it, or on a device without constants, the backend that reads fewer factors is taken.
 
     Raises:
-        RoutingError: For an unknown name, or a backend that cannot serve the plan; names the property that forbids it and the
+        RoutingError: For an unknown name, or a backend that cannot serve the weights; names the property that forbids it and the
             backends that can.
     """
     require_known(name)
@@ -158,9 +158,9 @@ def select_backend(name: str, facts: RoutingFacts, work: Work | None = None) -> 
         raise RoutingError(f"backend '{name}' cannot serve this request: {reason}. Backends that can: {', '.join(able)}; or auto.")
     able = [other for other in AUTOMATIC if obstacle(other, facts) is None]
     width = facts.kept if work is not None and work.eager and facts.device == "cpu" and facts.kept else facts.width
-    times = {} if work is None else {other: predict(other, work, facts.rows, facts.plan_rows, width) for other in able}
+    times = {} if work is None else {other: predict(other, work, facts.rows, facts.weight_rows, width) for other in able}
     known = {other: seconds for other, seconds in times.items() if seconds is not None}
     if len(known) == len(able):
         return min(known, key=lambda other: known[other])
-    reads = {"folded": facts.plan_rows * facts.width, "dense": facts.experts}
+    reads = {"folded": facts.weight_rows * facts.width, "dense": facts.experts}
     return min(able, key=lambda other: reads[other])

@@ -1,9 +1,9 @@
-"""What a backend costs, predicted: launches + bytes + floating point operations, each times a constant measured on a device.
+"""Predicted cost of a backend: launches, bytes and floating point operations, each times a constant measured on a device.
 
-The constants are in ``cost_model.json`` beside this file, with the raw times they were fitted to and the machine they come from;
-``python -m benchmarks.kernels`` measures and fits them. A device without constants is not guessed at: ``predict`` returns None.
+The constants are in ``cost_model.json`` beside this file, with the raw times they were fitted to and the machine;
+``python -m benchmarks.kernels`` measures and fits them. For a device without constants ``predict`` returns None.
 
-Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts a row can keep.
+Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts per row at most.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a plan will be used for.
+    """What routing weights will be used for.
 
     Args:
         layers: Adapted modules.
@@ -38,7 +38,7 @@ class Work:
         itemsize: Bytes of one number of the bank.
         prompt_tokens: Tokens of the prefill, a row.
         new_tokens: Decode steps expected after it.
-        eager: Whether no graph is captured, so that room which a plan does not use is not read on a CPU.
+        eager: Whether no graph is captured, so that unused room in the buffers is not read on a CPU.
     """
 
     layers: tuple[LayerShape, ...]
@@ -71,44 +71,44 @@ def _through(layer: LayerShape, inner: int, matrices: int, positions: int, launc
     return Terms(launches, nbytes, 2.0 * positions * inner * both)
 
 
-def step_terms(backend: str, layer: LayerShape, rows: int, plan_rows: int, tokens: int, width: int, itemsize: int) -> Terms:
+def step_terms(backend: str, layer: LayerShape, rows: int, weight_rows: int, tokens: int, width: int, itemsize: int) -> Terms:
     """One forward of one layer's delta, B = ``rows``, T = ``tokens``; the base layer is left out.
 
     Args:
         backend: ``dense``, ``folded``, ``merged`` or ``triton``.
-        plan_rows: B, or 1 for a plan that all rows share.
+        weight_rows: B, or 1 for weights that all rows share.
     """
     positions = rows * tokens
     kept = min(width, layer.experts) * layer.rank
     if backend == "dense":
         return _through(layer, layer.experts * layer.rank, 1, positions, 5, itemsize)
     if backend == "folded":
-        return _through(layer, kept, plan_rows, positions, 3, itemsize)
+        return _through(layer, kept, weight_rows, positions, 3, itemsize)
     if backend == "triton":
-        shared = min(layer.experts, plan_rows * min(width, layer.experts)) * layer.rank
+        shared = min(layer.experts, weight_rows * min(width, layer.experts)) * layer.rank
         terms = _through(layer, kept, 1, positions, 3, itemsize)
         return Terms(terms.launches, terms.nbytes + itemsize * (shared - kept) * (layer.d_in + layer.d_out), terms.flops)
     assert backend == "merged", backend
     return Terms()
 
 
-def plan_terms(backend: str, layer: LayerShape, plan_rows: int, width: int, itemsize: int) -> Terms:
-    """Making one plan for one layer."""
+def write_terms(backend: str, layer: LayerShape, weight_rows: int, width: int, itemsize: int) -> Terms:
+    """Writing the buffers of one layer."""
     both, kept = layer.d_in + layer.d_out, min(width, layer.experts) * layer.rank
     if backend == "folded":
-        return Terms(12, 3.0 * itemsize * plan_rows * kept * both, float(plan_rows * kept * layer.d_out))
+        return Terms(12, 3.0 * itemsize * weight_rows * kept * both, float(weight_rows * kept * layer.d_out))
     if backend == "merged":
         weight = layer.d_in * layer.d_out
         return Terms(14, itemsize * (5.0 * weight + kept * both), 2.0 * kept * weight)
     return Terms(30 if backend == "triton" else 0)
 
 
-def terms(backend: str, work: Work, rows: int, plan_rows: int, width: int) -> Terms:
-    """One plan, its prefill and its decode steps, over all layers."""
+def terms(backend: str, work: Work, rows: int, weight_rows: int, width: int) -> Terms:
+    """Writing the buffers, the prefill and its decode steps, over all layers."""
     total = Terms()
     for layer in work.layers:
-        size = (layer, rows, plan_rows)
-        spent = plan_terms(backend, layer, plan_rows, width, work.itemsize)
+        size = (layer, rows, weight_rows)
+        spent = write_terms(backend, layer, weight_rows, width, work.itemsize)
         spent = spent + step_terms(backend, *size, work.prompt_tokens, width, work.itemsize)
         spent = spent + step_terms(backend, *size, 1, width, work.itemsize) * work.new_tokens
         total = total + spent * layer.count
@@ -122,10 +122,10 @@ def constants(device: str) -> dict[str, dict[str, float]] | None:
     return measured[device]["constants"] if device in measured else None
 
 
-def predict(backend: str, work: Work, rows: int, plan_rows: int, width: int) -> float | None:
-    """Predicted seconds of one plan with its prefill and decode steps; None without constants for device and backend."""
+def predict(backend: str, work: Work, rows: int, weight_rows: int, width: int) -> float | None:
+    """Predicted seconds of writing the buffers, the prefill and the decode steps; None without constants for device and backend."""
     known = (constants(work.device) or {}).get(backend)
     if known is None:
         return None
-    spent = terms(backend, work, rows, plan_rows, width)
+    spent = terms(backend, work, rows, weight_rows, width)
     return known["launch_s"] * spent.launches + known["byte_s"] * spent.nbytes + known["flop_s"] * spent.flops

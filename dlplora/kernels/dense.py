@@ -1,4 +1,4 @@
-"""All experts side by side: two matrix products, any granularity of routing weights."""
+"""All experts at once: two matrix products, for routing weights of any granularity."""
 
 from __future__ import annotations
 

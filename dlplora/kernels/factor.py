@@ -1,4 +1,4 @@
-"""Factor fusion: A and B are summed apart, ``(sum_e w_e s_e B_e) (sum_e w_e A_e) x``, which is quadratic in the weights."""
+"""Factor fusion: A and B are summed separately, ``(sum_e w_e s_e B_e) (sum_e w_e A_e) x``, which is quadratic in the weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fold a plan once, then pay for one LoRA of rank K * R however many experts there are.
+"""Gather the kept experts once; a step then costs one LoRA of rank K * R, however many experts there are.
 
-Routing weights of a prompt or sentence are constant between sentence ends, so the kept experts are gathered into fixed buffers
-when the plan is made. A later plan is written into the same buffers: their addresses never change.
+Routing weights of a prompt or sentence are constant until the next sentence end, so the kept experts are gathered into fixed buffers when
+the weights are set. New weights are written into the same buffers, so addresses never change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def kept_width(weights: Tensor) -> int:
 def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Indices (N, K) and weights (N, K) of the kept experts of each row, in ascending order; the rest is filled with zero weights.
 
-    Equal plans therefore have equal buffers.
+    Equal weights therefore have equal buffers.
     """
     order = torch.sort((weights == 0).to(torch.int8), dim=-1, stable=True).indices[:, :width]
     return order, weights.gather(1, order)
@@ -42,7 +42,7 @@ class FoldedBuffers(nn.Module):
     """Kept experts of each row, weights and scaling folded in. A module, so that compiled graphs see its buffers as fixed.
 
     Args:
-        rows: B, or 1 for a plan that all rows share.
+        rows: B, or 1 for weights that all rows share.
         width: K, experts a row can keep.
         lora_a: (E, R, I), for sizes, dtype and device. lora_b: (E, O, R).
 
@@ -78,20 +78,20 @@ class FoldedBuffers(nn.Module):
         return self
 
     def _lay_out(self) -> None:
-        """Keep the views that eager products read and re-routes write: taking them anew costs a small backbone 4 % of a decode step."""
+        """Keep the views that eager products read and re-routes write: taking them again costs a small backbone 4 % of a decode step."""
         inner = self.used * self.rank
         self._eager = self._factors(inner)
         self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
-        """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for a plan that all rows share."""
+        """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for weights that all rows share."""
         a_sel, b_sel = self.a_sel[:, :inner].mT, self.b_sel[:, :inner]
         return (a_sel[0], b_sel[0]) if a_sel.shape[0] == 1 else (a_sel, b_sel)
 
     def write(
         self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the plan of all rows, or of some, in place.
+        """Write the weights of all rows, or of some, in place.
 
         Args:
             lora_a: (E, R, I). lora_b: (E, O, R).
@@ -114,7 +114,7 @@ class FoldedBuffers(nn.Module):
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.
 
-        Only on a CPU, and not in compiled products: a captured graph must find the same sizes after the next plan.
+        Only on a CPU, and not in compiled products: a captured graph must find the same sizes after the next write.
         """
         if self.a_sel.device.type == "cpu":
             used = min(max(1, kept), self.width)
@@ -123,7 +123,7 @@ class FoldedBuffers(nn.Module):
                 self._lay_out()
 
     def delta(self, x: Tensor) -> Tensor:
-        """The delta (B, T, O) in the dtype of ``x`` (B, T, I); a plan of one row serves every row with 2-D products."""
+        """The delta (B, T, O) in the dtype of ``x`` (B, T, I); buffers of one row serve every row with 2-D products."""
         a_sel, b_sel = self._factors(self.width * self.rank) if torch.compiler.is_compiling() else self._eager
         inner = x.to(a_sel.dtype)
         if a_sel.ndim == 2:
@@ -139,9 +139,9 @@ def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = No
         weights: Routing weight times scaling (B, E).
         width: K; None takes the largest number of kept experts in a row.
     """
-    plan = FoldedBuffers(weights.shape[0], kept_width(weights) if width is None else width, lora_a, lora_b)
-    plan.write(lora_a, lora_b, weights)
-    return plan
+    buffers = FoldedBuffers(weights.shape[0], kept_width(weights) if width is None else width, lora_a, lora_b)
+    buffers.write(lora_a, lora_b, weights)
+    return buffers
 
 
 def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:

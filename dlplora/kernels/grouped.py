@@ -1,13 +1,13 @@
-"""Triton kernels for many rows that share experts: no factor is copied, however many rows keep it.
+"""Triton kernels for many rows that share experts; no factor is copied, however many rows keep it.
 
-A plan lists the kept experts of every row as (row, expert) pairs. The first kernel multiplies by A: pairs are grouped by expert
-into blocks, so that one program reads an expert's A once for many rows. The second multiplies by B and sums the K pairs of a row in
-a fixed order, without atomics, so equal inputs give equal bits. The layout of blocks depends on nothing but sizes, so a plan can
-be rewritten under a captured graph. Source of the idea: grouped LoRA kernels of Punica (arXiv:2310.18547) and S-LoRA
-(arXiv:2311.03285), which serve one adapter a token; here a row keeps several, with weights.
+The buffers list the kept experts of every row as (row, expert) pairs. The first kernel multiplies by A: pairs are grouped by expert into
+blocks, so that one program reads an expert's A once for many rows. The second multiplies by B and sums the K pairs of a row in a fixed
+order, without atomics, so equal inputs give equal bits. The layout of blocks depends on sizes only, so buffers can be rewritten under a
+captured graph. Source of the idea: grouped LoRA kernels of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285), which serve one adapter
+per token; here a row keeps several, with weights.
 
 Needs Triton and a CUDA device, or Triton's interpreter (``TRITON_INTERPRET=1``) on any device.
-Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts a row can keep, P = B * K pairs.
+Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts per row at most, P = B * K pairs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GroupedBuffers(nn.Module):
     """Kept experts of each row as indices, and the blocks of pairs the first kernel works through.
 
     Args:
-        rows: B, or 1 for a plan that all rows share.
+        rows: B, or 1 for weights that all rows share.
         width: K, experts a row can keep.
         lora_a: (E, R, I), for sizes and device.
 
@@ -116,7 +116,7 @@ class GroupedBuffers(nn.Module):
     def write(
         self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the plan of all rows, or of some, in place; arguments as ``FoldedBuffers.write``. Nothing waits for the device."""
+        """Write the weights of all rows, or of some, in place; arguments as ``FoldedBuffers.write``. Nothing waits for the device."""
         order, kept = kept_first(weights, self.width) if chosen is None else chosen
         order = order.masked_fill(kept == 0, -1).to(torch.int32)
         if rows is None:
@@ -130,7 +130,7 @@ class GroupedBuffers(nn.Module):
     def _group(self) -> None:
         """Sort the pairs by expert and cut them into blocks of one expert each."""
         flat = self.experts.flatten().long()
-        owner = torch.where(flat < 0, self.num_experts, flat)  # pairs without an expert go behind all others
+        owner = torch.where(flat < 0, self.num_experts, flat)  # pairs without an expert go after all others
         owner, pair = torch.sort(owner, stable=True)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.long, device=flat.device).scatter_add_(0, owner, torch.ones_like(owner))
         first_pair = counts.cumsum(0) - counts
@@ -179,8 +179,8 @@ class GroupedBuffers(nn.Module):
 
 
 def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:
-    """Plan and apply in one call, for (E,) and (B, E) weights; the same operation as ``reference.fused_delta``."""
+    """Write buffers and apply them in one call, for (E,) and (B, E) weights; the same operation as ``reference.fused_delta``."""
     rows = weights.reshape(-1, weights.shape[-1])
-    plan = GroupedBuffers(rows.shape[0], kept_width(rows), lora_a, lora_b)
-    plan.write(lora_a, lora_b, rows)
-    return plan.delta(x, lora_a, lora_b)
+    buffers = GroupedBuffers(rows.shape[0], kept_width(rows), lora_a, lora_b)
+    buffers.write(lora_a, lora_b, rows)
+    return buffers.delta(x, lora_a, lora_b)

@@ -1,7 +1,7 @@
-"""Write a plan into a copy of the base weight: decoding then costs what the bare backbone costs.
+"""Write the fused delta into a copy of the base weight; decoding then costs as much as the base model alone.
 
-The base weight is read and never written; the copy is made anew from it for every plan, so nothing is ever added and subtracted
-again, and leaving the plan gives the backbone bit for bit. One plan serves all rows, which therefore must be routed alike.
+The base weight is never written. The copy is computed from it each time, so nothing is subtracted again and the base model is unchanged bit
+for bit. One copy serves all rows, so they must have the same routing weights.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def delta_weight(lora_a: Tensor, lora_b: Tensor, chosen: tuple[Tensor, Tensor]) 
 
 
 class MergedBuffers(nn.Module):
-    """A copy of a base weight with the plan of all rows added.
+    """A copy of a base weight with the delta of all rows added.
 
     Args:
         base: The base module; see ``unreadable``.
-        width: K, experts the plan can keep.
+        width: K, experts that can be kept.
 
     Raises:
         RoutingError: If the base weight cannot be read.
@@ -70,7 +70,7 @@ class MergedBuffers(nn.Module):
     def write(
         self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the plan (1, E), weights times scaling, in place; ``rows`` can only be the one there is."""
+        """Write routing weights times scaling (1, E), in place; ``rows`` can only be the one there is."""
         original: Any = self._base[0].weight
         order, kept = kept_first(weights[:1], self.width) if chosen is None else chosen
         delta = delta_weight(lora_a, lora_b, (order[:1], kept[:1]))

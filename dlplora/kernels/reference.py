@@ -1,4 +1,4 @@
-"""The definition of the fused delta: a loop over experts. Slow, and what every other backend is tested against."""
+"""The definition of the fused delta: a loop over experts. Slow; all other backends are tested against it."""
 
 from __future__ import annotations
 

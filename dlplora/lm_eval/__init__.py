@@ -1,4 +1,4 @@
-"""All that knows lm-evaluation-harness: the model ``dlplora``, its arguments, and one evaluation as a function."""
+"""Everything that uses lm-evaluation-harness: the model ``dlplora``, its arguments, and one evaluation as a function."""
 
 CACHE_REFUSAL = (
     "--use_cache is refused with --model dlplora: lm-eval's response cache does not know the model, so one method would be "

@@ -1,8 +1,8 @@
-"""Composite prompts at generation: the evaluation writes the form of the next answer, and nothing is cut.
+"""Generation for composite prompts: the evaluation writes the beginning of each answer, and answers are not cut.
 
-An adapter trained on single questions ends its text after one answer. ``AnswerForm`` reads an end of text, or a line break, as the end
-of one *answer*: as long as answers are wanted, the probability of the end token goes to the line break, and after a line break follow the
-tokens of the next answer's form (``Answer:``, ``2.``). The rule is the same for every method and sees neither questions nor targets.
+An adapter trained on single questions ends its text after one answer. ``AnswerForm`` treats an end of text, or a line break, as the end of
+one *answer*: while answers are missing, the probability of the end token goes to the line break, and after a line break come the tokens of
+the next answer's form (``Answer:``, ``2.``). The rule is the same for every method and sees neither questions nor targets.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def require_whole(doc: Any, length: int, room: int, new_tokens: int) -> None:
         n = len(doc.get("parts") or ())
         raise GenerationError(
             f"a {doc.get('reading', 'composite')} prompt of {n} questions has {length} tokens and asks for {new_tokens} more, but the "
-            f"context is {room + new_tokens}. Such prompts are not cut; use a smaller n, another reading, or a longer context."
+            f"context is {room + new_tokens}. Such prompts are not cut; use a smaller n, another form, or a longer context."
         )
 
 

@@ -1,8 +1,8 @@
-"""lm-eval's command with ``--model dlplora``: options checked before anything is loaded, and one line for what bad input caused.
+"""lm-eval's command with ``--model dlplora``: options are checked before anything is loaded, and bad input is one line.
 
-``guarded`` runs around the stock command, which the start-up hook extends (``dlplora.lm_eval.plugin``): ``lm_eval``, ``lm-eval``,
-``python -m lm_eval`` and ``accelerate launch -m lm_eval``. ``main`` is ``python -m dlplora.lm_eval``, which needs no hook. Everything
-else that lm-eval can do (other models, ``ls``, ``validate``) passes through unchanged.
+``guarded`` wraps the stock command, which the start-up hook extends (``dlplora.lm_eval.plugin``): ``lm_eval``, ``lm-eval``,
+``python -m lm_eval`` and ``accelerate launch -m lm_eval``. ``main`` is ``python -m dlplora.lm_eval``, which needs no hook. All other uses
+of lm-eval (other models, ``ls``, ``validate``) are unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a model runs: the processes of ``torchrun`` or ``accelerate launch``, and the device that lm-eval names."""
+"""Processes of ``torchrun`` or ``accelerate launch``, and the device that lm-eval names."""
 
 from __future__ import annotations
 

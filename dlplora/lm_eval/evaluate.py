@@ -1,4 +1,4 @@
-"""One evaluation through lm-eval, with our tasks and plain results; the runner and ``dlplora eval`` call this."""
+"""One evaluation through lm-eval, with our tasks and plain results; called by the runner and by ``dlplora eval``."""
 
 from __future__ import annotations
 
@@ -252,6 +252,6 @@ def _matching(task_names: Sequence[str], manager: TaskManager) -> list[str]:
     for name in task_names:
         matches = manager.match_tasks([name])
         if not matches:
-            raise TaskError(f"unknown task '{name}'.{nearest(name, manager.all_tasks)} `dlplora ls tasks` lists them.")
+            raise TaskError(f"unknown task '{name}'.{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists them.")
         found |= dict.fromkeys(matches)
     return list(found)

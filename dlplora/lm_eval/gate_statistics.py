@@ -1,7 +1,7 @@
-"""What gates inside the layers decided while a prompt was read; one observer for all methods, and none while nobody watches.
+"""Statistics of the gates inside the layers while prompts are read. One observer serves all methods; without one nothing is computed.
 
-For the time of a block the fused layers report what their gates answer in this thread, and it is added up. Only tokens of prompts
-count: not padding, not the continuation, not what is generated later. Shapes: B rows, T tokens, E experts.
+Inside a block the fused layers report the outputs of their gates in this thread, and they are added up. Only tokens of prompts count, not
+padding, continuations or generated tokens. Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class GateSums:
 def observed(layers: Iterable[FusedLinear], mask: Tensor) -> Iterator[GateSums]:
     """Add up what the gates of the layers answer at the marked tokens in this thread, while open.
 
-    Of each layer the first answer for all B x T tokens counts, so decode steps behind a prompt do not. A gate that answers for another
+    Of each layer the first answer for all B x T tokens counts, so decode steps after a prompt do not. A gate that answers for another
     number of tokens, or with zeros for a single one, is switched off in a pass of the method's own (X-LoRA's first) and not counted.
 
     Args:

@@ -1,4 +1,4 @@
-"""lm-eval's command with our model: options are checked before anything loads, and errors of the user are one line."""
+"""lm-eval's command with our model: options are checked before anything loads, and user errors are one line."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _check(options: Mapping[str, Any]) -> None:
         raise Refused(CACHE_REFUSAL)
     limit = options.get("limit")
     if isinstance(limit, (int, float)) and not limit > 0:
-        raise Refused(f"--limit must be a positive number of questions a task, or a share of them below 1, got {limit:g}.")
+        raise Refused(f"--limit must be a positive number of questions per task, or a share of them below 1, got {limit:g}.")
 
 
 def _only_our_tasks(options: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
-"""Options of lm-eval's own Hugging Face model in ``--model_args``, checked before anything is loaded; lm-eval checks none of them.
+"""Options of lm-eval's Hugging Face model in ``--model_args``, checked before anything is loaded. lm-eval does not check them.
 
-A batch size of -1, for one, would give an evaluation without questions and exit code 0.
+For example, a batch size of -1 would give an evaluation without questions and exit code 0.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def require_fit(options: Mapping[str, Any], config: Any, num_tokens: int) -> Non
     positions = getattr(config, "max_position_embeddings", None)  # also the name of what GPT-2 calls n_positions
     length = options.get("max_length")
     if length is not None and positions is not None and length > positions and getattr(config, "rope_parameters", None) is None:
-        raise ConfigError(f"--model_args: 'max_length' is {length}, but the backbone has {positions} positions. Lower it, or leave it out.")
+        raise ConfigError(
+            f"--model_args: 'max_length' is {length}, but the base model has {positions} positions. Lower it, or leave it out."
+        )
     prefix = options.get("prefix_token_id")
     if prefix is not None and prefix >= num_tokens:
         raise ConfigError(f"--model_args: 'prefix_token_id' is {prefix}, but the tokenizer has {num_tokens} tokens, numbered from 0.")

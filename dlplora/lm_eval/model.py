@@ -1,18 +1,17 @@
 """Any fusion method as an lm-eval model: ``lm_eval --model dlplora --model_args method=...,pretrained=...,pool=...``.
 
-One subclass of lm-eval's own Hugging Face model serves the command line and ``dlplora eval``. Tokenisation, chat templates,
-batch size detection and the data-parallel plumbing are inherited; what reads or generates tokens is replaced, because
-routing has rules that the parent class cannot keep:
+A subclass of lm-eval's Hugging Face model, used by the command line and by ``dlplora eval``. Tokenisation, chat templates, batch size
+detection and data parallelism are inherited. Reading and generating tokens are replaced, because of these rules:
 
-* A plan is made from the **context** only, one prompt at a time, and kept by (context tokens, task name, question): the options of
-  a question share one plan, and neither a continuation, nor padding, nor another row of the batch changes it.
-* What is routed is the question (``routed_texts``), without chat template, system instruction, task description and few-shot examples.
-* ``loglikelihood_rolling`` has no context. The first window of the text (its first ``max_length`` tokens) is treated as the
-  prompt and its plan serves all windows of the text, so here, and only here, routing reads what is scored.
+* Routing weights are computed from the **context** only, one prompt at a time, and cached by (context tokens, task name, question).
+  The options of a question share them; no continuation, padding or other row of the batch changes them.
+* The question is routed (``routed_texts``), without chat template, system instruction, task description and few-shot examples.
+* ``loglikelihood_rolling`` has no context. The first window of the text (its first ``max_length`` tokens) is treated as the prompt, and
+  its routing weights serve all windows. Only here does routing read text that is scored.
 * An empty context is the beginning-of-text token, as in the parent class, and is routed as such.
 * Prompts that do not fit are cut on the left and counted.
-* The task name reaches only methods that declare the need (the fused model withholds it). It is the field ``task`` of a
-  document, else lm-eval's task name without ``dlplora_<suite>_``; the first that names an expert wins.
+* The task name reaches only methods that declare the need (the fused model withholds it). It is the field ``task`` of a document, else
+  lm-eval's task name without ``dlplora_<suite>_``; the first that names an expert wins.
 
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -62,7 +61,7 @@ from dlplora.types import PromptBatch
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-PLANNED_TOGETHER = 64  # prompts that a router reads in one batch
+ROUTED_TOGETHER = 64  # prompts that a router reads in one batch
 TEXTS_KEPT = 100_000
 """Texts whose tokens are remembered, contexts and contexts with an option: enough for a matrix of some thousand questions."""
 MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
@@ -92,7 +91,7 @@ class DLPLoRALM(HFLM):
         with without_messages(MISLEADING_NOTICES, "lm_eval.models.huggingface"):
             super().__init__(pretrained=fused.model, tokenizer=fused.tokenizer, backend="causal", **harness)
         self.fused = fused
-        self._routed = RoutedTexts(fused.chat_markers)
+        self._routed_texts = RoutedTexts(fused.chat_markers)
         self.pretrained = self.model_args.pretrained or str(fused.model.config.name_or_path)
         self.revision = self.model_args.revision or "main"
         self._device = torch.device(fused.device)
@@ -102,7 +101,7 @@ class DLPLoRALM(HFLM):
         self.encodings: dict[Any, array[int]] = {}
         """Texts tokenised so far; may be handed on to the next model with the same tokenizer."""
         self.progress_bar: Any = tqdm  # or what else takes these arguments and has `update`
-        self._plans: dict[Any, Tensor | None] = {}
+        self._weights_of: dict[Any, Tensor | None] = {}
         self._cut: set[Any] = set()
         self._pending: list[tuple[str | None, str, tuple[str, int]]] = []
         self.statistics = RoutingStatistics(fused.bank.names)
@@ -141,24 +140,25 @@ class DLPLoRALM(HFLM):
                 self.encodings[key] = found
         return found.tolist()
 
-    def _plan(self, prompt: Prompt) -> Tensor | None:
-        """Weights (E,) of one prompt, or None if gates decide; made once per prompt and task."""
-        if prompt.key not in self._plans:
-            self._plan_all([prompt])
-        return self._plans[prompt.key]
+    def _route(self, prompt: Prompt) -> Tensor | None:
+        """Weights (E,) of one prompt, or None if gates decide; computed once per prompt and task."""
+        if prompt.key not in self._weights_of:
+            self._route_all([prompt])
+        return self._weights_of[prompt.key]
 
-    def _plan_all(self, prompts: Iterable[Prompt]) -> None:
-        """Plan the prompts that have no plan yet, in batches of like length, whatever their tasks."""
-        new = sorted({prompt.key: prompt for prompt in prompts if prompt.key not in self._plans}.values(), key=lambda one: len(one.ids))
-        for start in range(0, len(new), PLANNED_TOGETHER):
-            batch = new[start : start + PLANNED_TOGETHER]
+    def _route_all(self, prompts: Iterable[Prompt]) -> None:
+        """Route the prompts that were not routed yet, in batches of similar length, whatever their tasks."""
+        missing = {prompt.key: prompt for prompt in prompts if prompt.key not in self._weights_of}
+        new = sorted(missing.values(), key=lambda one: len(one.ids))
+        for start in range(0, len(new), ROUTED_TOGETHER):
+            batch = new[start : start + ROUTED_TOGETHER]
             with torch.no_grad():
                 state = self.fused.route(self._prompt_batch(batch))
             for row, prompt in enumerate(batch):
                 weights = None if state is None else state.weights[row]
                 if weights is not None:
-                    self.statistics.add_plan(self.fused.planner.per_expert(weights), prompt.task)
-                self._plans[prompt.key] = weights
+                    self.statistics.add_weights(self.fused.request_router.per_expert(weights), prompt.task)
+                self._weights_of[prompt.key] = weights
 
     def _prompt_batch(self, prompts: Sequence[Prompt], side: Side = "right") -> PromptBatch:
         ids, mask = pad_rows([prompt.ids for prompt in prompts], self._pad_id, side, self.device)
@@ -177,7 +177,7 @@ class DLPLoRALM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """As the parent's; which message of the user a rendered prompt ends with is remembered for the router."""
         rendered = str(super().apply_chat_template(chat_history, add_generation_prompt))
-        self._routed.remember(rendered, chat_history)
+        self._routed_texts.remember(rendered, chat_history)
         return rendered
 
     def _note_cut(self, prompt: Prompt) -> None:
@@ -187,7 +187,7 @@ class DLPLoRALM(HFLM):
 
     def _weights(self, prompts: Sequence[Prompt]) -> Tensor | None:
         """Routing weights (B, E) of the rows of a batch; None where gates decide."""
-        rows = [plan for plan in map(self._plan, prompts) if plan is not None]
+        rows = [weights for weights in map(self._route, prompts) if weights is not None]
         return torch.stack(rows) if rows else None
 
     def _bound(self, prompts: Sequence[Prompt]) -> AbstractContextManager[Any]:
@@ -215,7 +215,7 @@ class DLPLoRALM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding would produce it."""
         names = self.fused.bank.names
-        self._pending = [(task_of(request, names), self._routed.of(request), question_of(request)) for request in requests]
+        self._pending = [(task_of(request, names), self._routed_texts.of(request), question_of(request)) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
@@ -235,12 +235,12 @@ class DLPLoRALM(HFLM):
             units.append(ScoringRequest(tuple(context), tuple(continuation), prompt))
         found = self._score(units, disable_tqdm=disable_tqdm, batch_size=override_bs)
         for (_, _, place), unit in zip(self._pending, units, strict=False):
-            self.statistics.add_route(place, self._plan(unit.prompt))
+            self.statistics.add_route(place, self._route(unit.prompt))
         self._share_statistics()
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts; the plan of a text is made from its first window."""
+        """Log-likelihood of whole texts; a text is routed on its first window."""
         owners: list[int] = []
         units: list[ScoringRequest] = []
         for index, request in enumerate(requests):
@@ -267,7 +267,7 @@ class DLPLoRALM(HFLM):
                 raise GenerationError(f"a continuation of {length} tokens cannot be scored; allowed are 1 to {self.max_length}.")
             groups.setdefault(request.forward_key, []).append(index)
         units = sorted((requests[members[0]] for members in groups.values()), key=lambda unit: unit.sort_key)
-        self._plan_all(unit.prompt for unit in units)
+        self._route_all(unit.prompt for unit in units)
         self.batch_sizes: dict[int, int] = {}
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self.progress_bar(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood") as progress:
@@ -284,7 +284,7 @@ class DLPLoRALM(HFLM):
 
     @torch.no_grad()
     def _readings(self, units: list[ScoringRequest], batch_size: int | None) -> Iterator[Readings]:
-        """Logits for all units, batch by batch: behind shared contexts where that is possible, else the plain way."""
+        """Logits for all units, batch by batch: after shared contexts where that is possible, else the plain way."""
         scorer = Scorer(self.fused.model, self._bound, self._watched, self._pad_id, self.device, self.max_length)
         shared = [unit for unit in units if self._shares_prefix and unit.reads_prompt and unit.num_read <= self.max_length]
         together = {id(unit) for unit in shared}
@@ -335,7 +335,7 @@ class DLPLoRALM(HFLM):
             for members in groups.values():
                 settings = GenerationSettings.parse(requests[members[0]].args[1], default_max_new_tokens=self.max_gen_toks, eos=eos)
                 prompts = {index: self._generation_prompt(requests[index], settings) for index in members}
-                self._plan_all(prompts.values())
+                self._route_all(prompts.values())
                 order = sorted(members, key=lambda index: (-len(prompts[index].ids), prompts[index].ids))
                 lengths = {index: len(prompts[index].ids) for index in members}
                 for rows in consecutive(order, size, lengths.__getitem__ if self._by_length else None):
@@ -356,7 +356,7 @@ class DLPLoRALM(HFLM):
         context = request.args[0]
         ids = self.tok_encode(context) or [self.prefix_token_id]
         require_whole(request.doc, len(ids), room, settings.max_new_tokens)
-        return self._prompt(ids, context, task_of(request, self.fused.bank.names), room, self._routed.of(request))
+        return self._prompt(ids, context, task_of(request, self.fused.bank.names), room, self._routed_texts.of(request))
 
     def _generate(
         self, prompts: list[Prompt], settings: GenerationSettings, questions: Sequence[tuple[str, int]], forms: Sequence[Form]
@@ -365,7 +365,7 @@ class DLPLoRALM(HFLM):
         width = batch.input_ids.shape[1]
         trace: list[dict[str, Any]] = []
         for prompt, question in zip(prompts, questions, strict=True):
-            self.statistics.add_route(question, self._plan(prompt))  # a plan is counted once per prompt
+            self.statistics.add_route(question, self._route(prompt))  # counted once per prompt
         with torch.no_grad(), self._autocast(), self._watched(prompts, batch.attention_mask):
             tokens = self.fused.generate(
                 input_ids=batch.input_ids,

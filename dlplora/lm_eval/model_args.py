@@ -1,9 +1,9 @@
-"""What may stand in ``--model_args`` of ``lm_eval --model dlplora``, parsed strictly, and the model it describes.
+"""Strict parsing of ``--model_args`` of ``lm_eval --model dlplora``, and the model that they describe.
 
-lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already
-converted. Settings of the method are given as dotted keys, ``method.threshold=0.3``, or as one mapping,
-``method_params={"threshold":0.3}``; folders of trained gates and the like as ``artifact.ROLE=FOLDER``; a list of experts as
-``names=[a,b]`` or ``names=a+b``. lm-eval's own parsers know no mappings, so a text with braces is split here.
+lm-eval turns ``key=value,key2=value2`` into keyword arguments, with numbers, booleans and bracketed lists already converted. Settings of
+the method are dotted keys, ``method.threshold=0.3``, or one mapping, ``method_params={"threshold":0.3}``; folders of trained gates and
+other artifacts are ``artifact.ROLE=FOLDER``; a list of experts is ``names=[a,b]`` or ``names=a+b``. lm-eval's own parsers do not support
+mappings, so a text with braces is split here.
 """
 
 from __future__ import annotations

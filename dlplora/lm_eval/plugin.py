@@ -1,7 +1,7 @@
 """What dlplora adds to lm-eval: the model ``dlplora``, our tasks, and one-line errors in the stock command.
 
-``extend`` is called with a module of lm-eval that has just been imported, by the start-up hook of an installed dlplora. Nothing here
-imports torch, and nothing changes for other models than ours but that our tasks are known.
+The start-up hook of an installed dlplora calls ``extend`` with a module of lm-eval that was just imported. Nothing here imports torch. For
+other models the only change is that our tasks are known.
 """
 
 from __future__ import annotations

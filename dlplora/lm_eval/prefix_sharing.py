@@ -1,17 +1,17 @@
-"""Two ways to read what is scored, and the answers in their logits. Shapes: B rows, T tokens, V vocabulary.
+"""Two ways to read scored text, and the log-likelihoods in their logits. Shapes: B rows, T tokens, V vocabulary.
 
-The plain path reads context and option together, once an option::
+The full path reads context and option together, once per option::
 
-    c c c c x y        one row an option
+    c c c c x y        one row per option
     c c c c z
 
 The shared path reads each context once and keeps its keys and values. Its last position scores the first token of every option;
-only options with more tokens are read, behind a copy of their question's keys and values::
+only options with more tokens are read, after a copy of their question's keys and values::
 
-    . c c c c          one row a question, padded on the left
-              x        one row an option of two tokens or more
+    . c c c c          one row per question, padded on the left
+              x        one row per option of two tokens or more
 
-Both give the same numbers up to rounding (about 1e-6 in float32), for plans and for gates: nothing in a causal model looks ahead.
+Both give the same numbers up to rounding (about 1e-6 in float32), for routing weights and for gates, because the model is causal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Unit = ScoringRequest
 Question = list[Unit]
-"""Options that differ in what is read behind one context of one prompt; at least one."""
+"""Options that differ in what is read after one context of one prompt; at least one."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def questions_of(units: Iterable[Unit]) -> list[Question]:
 
 
 def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Consecutive questions such that neither contexts nor options behind them are more than ``size`` rows.
+    """Consecutive questions such that neither contexts nor options after them are more than ``size`` rows.
 
     A question with more options than that is a batch of its own.
     """

@@ -1,4 +1,4 @@
-"""The pieces of scoring and generation that need no model: requests, windows, padding, decoding options, stop texts.
+"""Parts of scoring and generation that need no model: requests, windows, padding, decoding options, stop texts.
 
 Shapes: B rows, T tokens of the padded batch.
 """
@@ -44,7 +44,7 @@ class Prompt:
 
     @property
     def key(self) -> tuple[tuple[int, ...], str | None, str | None]:
-        """Requests of equal key share one plan."""
+        """Requests with equal keys share their routing weights."""
         return self.ids, self.task, self.question
 
 
@@ -55,7 +55,7 @@ class ScoringRequest:
     Args:
         context: Tokens conditioned on.
         continuation: Tokens scored, at least one.
-        prompt: What the plan is made from; equal to the context except for rolling windows.
+        prompt: What is routed; equal to the context except for rolling windows.
     """
 
     context: tuple[int, ...]
@@ -167,7 +167,7 @@ class GenerationSettings:
         until = handle_stop_sequences(settings.pop("until", None), eos=eos)
         max_new_tokens = int(settings.pop("max_gen_toks"))
         if settings.get("num_return_sequences", 1) != 1:
-            raise GenerationError("num_return_sequences must be 1: lm-eval scores one answer a prompt. Set `repeats` in the task.")
+            raise GenerationError("num_return_sequences must be 1: lm-eval scores one answer per prompt. Set `repeats` in the task.")
         if not settings.get("do_sample"):
             settings.pop("temperature", None)
         settings.pop("max_length", None)

@@ -1,4 +1,4 @@
-"""Which part of a request's context is routed, by what the harness knows: messages and documents."""
+"""Which part of a request's context is routed, given the messages and documents that the harness knows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RoutedTexts:
         self._last_messages: dict[str, str] = {}
 
     def remember(self, rendered: str, messages: Sequence[Mapping[str, str]]) -> None:
-        """Note the last message of the user behind a rendered conversation."""
+        """Note the last message of the user after a rendered conversation."""
         said = [content_text(message["content"]) for message in messages if message["role"] == "user"]
         if said and len(self._last_messages) < CONVERSATIONS_KEPT:
             self._last_messages[rendered] = said[-1]

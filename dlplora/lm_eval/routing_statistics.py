@@ -1,4 +1,4 @@
-"""What a run's routing looked like: counters of plans and of gates, and the figures that go into a record.
+"""Routing statistics of a run: counters over prompts and gates, and the figures in the record.
 
 Shapes: E experts.
 """
@@ -15,7 +15,7 @@ from dlplora.inference.generation import kept_experts
 Question = tuple[str, int]
 """lm-eval's name of a task, and the index of a question in it."""
 COUNTERS = (
-    "plans", "gated", "preferring", "judged", "right", "kept", "entropy_nats", "several", "massed", "own_share", "reroutes", "truncated",
+    "routed", "gated", "preferring", "judged", "right", "kept", "entropy_nats", "several", "massed", "own_share", "reroutes", "truncated",
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ class RoutingStatistics:
     """Sums over the distinct prompts of a run; sums of several processes add up.
 
     A prompt is judged right when the expert of largest weight is the one trained on its task; prompts of tasks that no
-    expert was trained on are not judged, and a plan of zeros names no expert. A method none of whose plans prefers an expert
+    expert was trained on are not judged, and weights of zero name no expert. A method none of whose weights prefer an expert
     (no adapter, an average) does not route, and has no accuracy. Where gates decide, a prompt's weights are their means over its
     tokens and all gates; experts kept, entropy and the share with several experts are means over the same.
 
@@ -40,12 +40,12 @@ class RoutingStatistics:
         self.routes: dict[Question, list[tuple[int, dict[str, float]]]] = {}
 
     def add_route(self, question: Question, weights: Tensor | None) -> None:
-        """Note the plan (E,) of one question's prompt, once; nothing where gates decide."""
+        """Note the routing weights (E,) of one question's prompt, once; nothing where gates decide."""
         if weights is not None and question not in self.routes:
             self.routes[question] = [(0, kept_experts(weights, self.expert_names))]
 
-    def add_plan(self, weights: Tensor, task: str | None) -> None:
-        """Count one plan.
+    def add_weights(self, weights: Tensor, task: str | None) -> None:
+        """Count the weights of one prompt.
 
         Args:
             weights: Routing weights of one prompt, (E,).
@@ -53,7 +53,7 @@ class RoutingStatistics:
         """
         values = weights.detach().to("cpu", torch.float64)
         kept = int((values != 0).sum())
-        self.sums["plans"] += 1
+        self.sums["routed"] += 1
         self._add(values, values.abs(), task, kept=kept, several=kept > 1, entropy_nats=_entropy_nats(values))
 
     def add_gates(self, weights: Tensor, sizes: Tensor, task: str | None, *, kept: float, several: float, entropy_nats: float) -> None:
@@ -94,19 +94,19 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float | int | None]:
     """Means over distinct prompts, as recorded; None where nothing was measured.
 
     Returns:
-        ``router_accuracy``, ``mean_experts_kept``, ``mean_entropy_nats``, ``fraction_multi`` (plans, or tokens and gates, with more than
+        ``router_accuracy``, ``mean_experts_kept``, ``mean_entropy_nats``, ``fraction_multi`` (prompts, or tokens and gates, with more than
         one expert), ``own_expert_share`` (of the absolute weights, what the expert of the prompt's task has), ``num_plans`` (prompts with
-        a plan), ``num_gated_prompts`` (prompts that gates decided on), ``num_reroutes`` (sentence ends that led to a new plan),
-        ``num_truncated_prompts``.
+        routing weights), ``num_gated_prompts`` (prompts that gates decided on), ``num_reroutes`` (sentence ends that led to new
+        routing weights), ``num_truncated_prompts``.
     """
-    prompts, judged = sums["plans"] + sums["gated"], sums["judged"]
+    prompts, judged = sums["routed"] + sums["gated"], sums["judged"]
     return {
         "router_accuracy": sums["right"] / judged if judged and sums["preferring"] else None,
         "mean_experts_kept": sums["kept"] / prompts if prompts else None,
         "mean_entropy_nats": sums["entropy_nats"] / prompts if prompts else None,
         "fraction_multi": sums["several"] / prompts if prompts else None,
         "own_expert_share": sums["own_share"] / sums["massed"] if sums["massed"] else None,
-        "num_plans": int(sums["plans"]),
+        "num_plans": int(sums["routed"]),
         "num_gated_prompts": int(sums["gated"]),
         "num_reroutes": int(sums["reroutes"]),
         "num_truncated_prompts": int(sums["truncated"]),

@@ -1,4 +1,4 @@
-"""Which releases of lm-eval are tested."""
+"""The releases of lm-eval that are tested."""
 
 from __future__ import annotations
 

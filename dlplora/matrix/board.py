@@ -1,11 +1,12 @@
-"""Who works on which cell: small files in a folder that all workers share, and no server.
+"""Assignment of cells to workers by small files in a shared folder, without a server.
 
-* ``claims/CELL.N``: attempt N is taken. The file appears whole and once (a hard link to a finished file), so one worker gets it.
-* ``beats/CELL.N``: a counter that the holder raises. Whoever sees the same number for a whole lease, by its own monotonic clock, takes
-  attempt N + 1. Clocks of different machines are never compared, and a clock that is set does not matter.
+* ``claims/CELL.N``: attempt N is taken. The file is created atomically and once (a hard link to a finished file), so only one worker gets
+  it.
+* ``beats/CELL.N``: a counter that the holder increments. A worker that sees the same number for a whole lease, by its own monotonic clock,
+  takes attempt N + 1. Clocks of different machines are never compared, and setting a clock has no effect.
 * ``ended/CELL.N``: the attempt failed (with the reason) or was given back.
-* ``done/CELL``: the cell is finished, and which attempt's files count. It appears once, like a claim: a worker that was taken for dead and
-  comes back finds it, or its successor's claim, and gives up.
+* ``done/CELL``: the cell is finished, and which attempt's files count. It is created once, like a claim. A worker that was taken for dead
+  and continues finds this file, or its successor's claim, and gives up.
 
 Links and renames are atomic on local disks and on NFS; no file is ever locked.
 """

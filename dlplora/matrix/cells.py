@@ -1,4 +1,4 @@
-"""What a worker does for a cell: the trainings and evaluations of ``reproduce``, into the folder of the attempt."""
+"""Do the work of a cell: the trainings and evaluations of ``reproduce``, written into the folder of the attempt."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Outcome:
     """For readers of the board."""
 
 
-class Workshop:
+class CellRunner:
     """Does cells of a plan in this process; what consecutive evaluations have in common is kept between them.
 
     Args:

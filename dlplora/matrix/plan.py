@@ -1,4 +1,4 @@
-"""A plan: a file of one header line and one line a cell, in which every cell comes after those it needs."""
+"""The plan file: a header line, then one line per cell, each after the cells it needs."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def read_plan(path: Path) -> Plan:
     header = build(Header, raw, f"{path}: line 1")
     cells = [build(Cell, parse_json(line, f"{path}: line {n}"), f"{path}: line {n}") for n, line in enumerate(lines, start=2)]
     if len(cells) != header.num_cells or _cells_hash(cells) != header.cells_hash:
-        raise ConfigError(f"{path}: holds {len(cells)} cells that are not the {header.num_cells} it was written with. Plan again.")
+        raise ConfigError(f"{path}: its {len(cells)} cells are not the {header.num_cells} that were written. Plan again.")
     known: set[str] = set()
     for cell in cells:
         if cell.id in known or not known.issuperset(cell.after):
@@ -181,6 +181,6 @@ def require_same_profiles(plan: Plan, hashes: Mapping[str, str]) -> None:
     for name, wanted in plan.header.profile_hashes.items():
         if hashes.get(name) != wanted:
             raise ConfigError(
-                f"profile '{name}' is not what it was when {plan.path} was made (protocol, training configurations, methods or rows). "
+                f"profile '{name}' has changed since {plan.path} was made (protocol, training configurations, methods or rows). "
                 "Plan again: cells that are still the same are kept."
             )

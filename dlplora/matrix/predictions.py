@@ -1,4 +1,4 @@
-"""Minutes and memory of cells, from shapes and budgets. Where nothing is known the answer is None, never a guess."""
+"""Predicted minutes and memory of cells, from shapes and budgets; None if unknown."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Predictions:
         return batch_size * num_steps * mean * (name.count(",") + 1)
 
     def _budget(self, role: str) -> tuple[int, int, int]:
-        """Rows a step, steps, tokens a row at most."""
+        """Rows a step, steps, tokens per row at most."""
         setting = self.subject.setting
         data = load_yaml(artifacts.config_path(role, setting))["data"]["init_args"]
         data = paper.overridden(data, setting.extra(artifacts.kind_of(role)), "--data.init_args.")

@@ -1,4 +1,4 @@
-"""From profiles to cells: what ``reproduce`` would train and evaluate, one cell a step."""
+"""From profiles to cells: what ``reproduce`` would train and evaluate, one cell per step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Workers as jobs of a scheduler, by submitit: an array of equal jobs, each of which works on the same plan.
+"""Workers as Slurm jobs, through submitit: an array of equal jobs that work on the same plan.
 
-Slurm announces a preemption (or the end of a job's time) by SIGUSR1. The training in work writes its resume file, the cell goes back to
-the board, and the job is queued again.
+Slurm announces a preemption (or the end of a job's time) by SIGUSR1. The running training writes its resume file, the cell is given back,
+and the job is queued again.
 """
 
 from __future__ import annotations

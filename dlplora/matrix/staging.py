@@ -1,9 +1,9 @@
-"""Where the files of an attempt are until they count, and how they get to their places: each by one rename or link.
+"""Files of an attempt until the attempt counts, and how they are moved into place: each by one rename or link.
 
-An attempt writes into ``stage/CELL.N``, a folder of its own. When it is finished the folder moves to ``ready/CELL.N``, the board notes
-that the cell is done and which attempt counts, and its files move to their places. A worker that dies in between leaves a state from
-which any other goes on. A successor moves an unfinished folder to its own name, with the resume files in it: whoever was taken for dead
-and still writes has lost the folder under its feet.
+An attempt writes into a folder of its own, ``stage/CELL.N``. When it is finished the folder moves to ``ready/CELL.N``, the board notes that
+the cell is done and which attempt counts, and the files are moved into place. If a worker dies in between, any other worker can continue. A
+successor renames an unfinished folder to its own name, resume files included, so a worker that was taken for dead and still writes has lost
+its folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a plan is, in words."""
+"""The status of a plan, as text."""
 
 from __future__ import annotations
 

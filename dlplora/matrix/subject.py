@@ -1,4 +1,4 @@
-"""One profile of a plan: what it evaluates, what it trains for it, and what decides its numbers."""
+"""One profile of a plan: what it evaluates, what it trains for it, and what its numbers depend on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Subject:
             return self.protocol, self.setting
         artifact = self.job.backbone_artifact()
         if artifact is not None and not artifact.ready:
-            raise ConfigError(f"the backbone is not in {artifact.folder}; was it removed? Plan again.")
+            raise ConfigError(f"the base model is not in {artifact.folder}; was it removed? Plan again.")
         return self.job.over(*paper.backbone_folder(self.job))
 
     @cached_property

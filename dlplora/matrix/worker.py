@@ -1,4 +1,4 @@
-"""One worker: takes cells until none is left, on this machine or any other that sees the folder."""
+"""One worker: takes cells until none is left, on any machine that sees the folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from types import FrameType
 from dlplora.config import require_writable
 from dlplora.errors import DLPLoRAError
 from dlplora.matrix.board import Board, Lease, LostError, State
-from dlplora.matrix.cells import Workshop
+from dlplora.matrix.cells import CellRunner
 from dlplora.matrix.plan import Cell, Plan, require_same_code, require_same_profiles
 from dlplora.matrix.profiles import subjects_of
 from dlplora.matrix.staging import Staging
@@ -85,16 +85,16 @@ def work(plan: Plan, say: Say, limits: Limits | None = None) -> Tally:
     subjects = {one.name: one for one in subjects_of(plan.header.request, plan.folder)}
     require_same_profiles(plan, {name: one.hash() for name, one in subjects.items()})
     limits = limits or Limits()
-    workshop = Workshop(plan, subjects, limits.device)
+    runner = CellRunner(plan, subjects, limits.device)
     try:
-        return _Worker(plan, workshop, say, limits).run()
+        return _Worker(plan, runner, say, limits).run()
     finally:
-        workshop.close()
+        runner.close()
 
 
 class _Worker:
-    def __init__(self, plan: Plan, workshop: Workshop, say: Say, limits: Limits) -> None:
-        self.plan, self.workshop, self.say, self.limits = plan, workshop, say, limits
+    def __init__(self, plan: Plan, runner: CellRunner, say: Say, limits: Limits) -> None:
+        self.plan, self.runner, self.say, self.limits = plan, runner, say, limits
         self.name = name_of_this_worker()
         self.board = Board(plan.folder, plan.header.request.lease_s)
         self.staging = Staging(self.board)
@@ -151,7 +151,7 @@ class _Worker:
         self.board.states([cell.id])
         deaths = self.board.num_deaths(cell.id)
         if deaths >= self.plan.header.request.max_deaths:
-            lease.fail(f"{deaths} workers ended in the middle of it without a word; too little memory?")
+            lease.fail(f"{deaths} workers died during it without an error; too little memory?")
             return 0
         again = f" (attempt {lease.attempt + 1})" if lease.attempt else ""
         self.say(f"{cell.label}{again} …")
@@ -161,7 +161,7 @@ class _Worker:
                 self.say(f"{cell.label}: finished by an earlier attempt")
                 return 1
             with _stopping_if_taken(), lease.kept_alive(lambda: _thread.interrupt_main(TAKEN)):
-                outcome = self.workshop.do(cell, self.staging.begin(lease))
+                outcome = self.runner.do(cell, self.staging.begin(lease))
             seconds = time.monotonic() - start
             told = {"seconds": round(seconds, 2), "kind": cell.kind, "profile": cell.profile}
             self.staging.finish(lease, outcome.moves, {**told, **outcome.facts})
@@ -171,7 +171,7 @@ class _Worker:
             if isinstance(error, OSError) and error.errno in FOLDER_FAILED:
                 self._last_words(lease, error)
                 raise
-            self.workshop.close()
+            self.runner.close()
             lease.fail(str(error) if isinstance(error, DLPLoRAError) else f"{type(error).__name__}: {error}")
             self.say(f"{cell.label}: failed: {' '.join(str(error).split())}")
             return 0
@@ -183,7 +183,7 @@ class _Worker:
         return 1
 
     def _given_up(self, cell: Cell, reason: str) -> int:
-        self.workshop.close()
+        self.runner.close()
         self.say(f"{cell.label}: given up, {reason}")
         return 0
 

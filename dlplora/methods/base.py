@@ -1,7 +1,6 @@
-"""What a fusion method is: a rule for where routing weights come from.
+"""The base class of fusion methods: a method decides the routing weights of a prompt, or installs gates that decide them per token.
 
-The bank, the fused layer, generation, scoring and timing are shared by all methods; a method only decides the routing weights
-of a prompt (or installs gates that decide them for every token). Shapes: B rows, T tokens, E experts.
+The bank, the fused layer, generation, scoring and timing are the same for all methods. Shapes: B rows, T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from dlplora.adapters.files import write_tensors
 from dlplora.atomic import filling
+from dlplora.config import OMIT_DEFAULT_FROM_HASH, build
 from dlplora.errors import MethodError, UnavailableMethodError
 from dlplora.methods.fused_protocol import FusedModel
 from dlplora.modules.precision import keeping_dtype
@@ -33,14 +33,12 @@ if TYPE_CHECKING:
 Granularity = Literal["none", "task", "prompt", "sentence", "token"]
 Need = Literal["task_id", "labels", "inputs", "few_shot", "all_tasks_adapter", "trained"]
 WEIGHTS_NAME = "method.safetensors"
-OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
-"""Metadata of a parameter that was added later: omitted from records and hashes at its default, so that old records still match."""
 WeightSum = Literal["one", "at_most_one", "zero", "any"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metadata:
-    """Facts about a method, printed by ``dlplora methods`` and beside every result; typed once, here."""
+    """Facts about a method, printed by ``dlplora methods`` and stored with every result."""
 
     title: str
     paper: str | None = None
@@ -66,7 +64,7 @@ class Metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodContext:
-    """What a method may use when it is prepared: the backbone's frozen embeddings, the tokenizer, named artifacts."""
+    """What a method may use in ``prepare``: the base model's frozen embeddings, the tokenizer, named artifacts."""
 
     tokenizer: PreTrainedTokenizerBase
     embedding: nn.Module
@@ -85,7 +83,7 @@ class MethodContext:
         Args:
             task: Name of the task, which is the name of its expert.
             num: How many.
-            method: Who asks, for the error.
+            method: Name of the method, for the error.
 
         Raises:
             MethodError: If no suite is known, or it has no training items for the task.
@@ -93,7 +91,7 @@ class MethodContext:
         items = () if self.few_shot is None else self.few_shot(task, num)
         if not items:
             reason = "no suite was given" if self.few_shot is None else f"the suite has no training items for '{task}'"
-            raise MethodError(f"method '{method}' needs {num} training examples a task, but {reason}. Use a suite with a train split.")
+            raise MethodError(f"method '{method}' needs {num} training examples per task, but {reason}. Use a suite with a train split.")
         return items
 
     def artifact(self, role: str, method: str) -> Path:
@@ -156,7 +154,7 @@ class FusionMethod(nn.Module):
 
     @property
     def granularity(self) -> Granularity:
-        """Granularity of this instance; a method whose configuration decides overrides it."""
+        """Granularity of this instance; overridden if it depends on the configuration."""
         return self.metadata.granularity
 
     @property
@@ -176,29 +174,29 @@ class FusionMethod(nn.Module):
 
     @property
     def weight_sum(self) -> WeightSum:
-        """Documented sum of a row of routing weights; a method whose configuration decides overrides it."""
+        """Documented sum of a row of routing weights; overridden if it depends on the configuration."""
         return self.metadata.weight_sum
 
     @property
     def max_kept(self) -> int | None:
-        """The most experts ``route`` may keep for a row, for which plans have room; None if it says nothing about it, and then all."""
+        """The most experts ``route`` may keep for a row, for which buffers have room; None if not known, and then all."""
         return None
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:
-        """Roles of the folders this instance reads; a record names their hashes and no others."""
+        """Roles of the folders that this instance reads; a record names the hashes of these only."""
         return ("trained",) if "trained" in self.metadata.needs else ()
 
     @property
     def optional_packages(self) -> Mapping[str, str]:
-        """Packages this instance needs beyond the installation, by import name, with how to get or avoid each; looked for before a run."""
+        """Packages this instance needs beyond the installation, by import name, with how to install or avoid each; checked before a run."""
         return {}
 
     def require_packages(self) -> None:
-        """Look for the optional packages, without importing one.
+        """Check that the optional packages are installed, without importing them.
 
         Raises:
-            UnavailableMethodError: If one is missing; says how to get or avoid it.
+            UnavailableMethodError: If one is missing; the message says how to install or avoid it.
         """
         for package, how in self.optional_packages.items():
             if importlib.util.find_spec(package) is None:
@@ -206,7 +204,7 @@ class FusionMethod(nn.Module):
 
     @property
     def reported(self) -> Mapping[str, float | int | None]:
-        """Numbers of an evaluation that a record keeps beside its routing statistics, the budget of a search for instance."""
+        """Numbers of an evaluation that a record keeps beside its routing statistics, for instance the budget of a search."""
         return {}
 
     @property
@@ -217,7 +215,7 @@ class FusionMethod(nn.Module):
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Bind to a pool's bank and return the bank to run, which for static methods may be a merged one.
 
-        ``expert_names`` are the names of the pool, in its order; ``route`` answers in the order of the returned bank.
+        ``expert_names`` are the names of the pool, in its order; ``route`` uses the order of the returned bank.
         """
         self.expert_names = tuple(bank.names)
         if "trained" in self.metadata.needs:
@@ -225,9 +223,9 @@ class FusionMethod(nn.Module):
         return bank
 
     def merge(self, bank: AdapterBank, weights: Tensor) -> AdapterBank:
-        """Static methods that combine more than deltas: the bank of one expert that stands for ``weights`` (E,).
+        """Static methods that combine more than deltas: the bank of one expert that replaces ``weights`` (E,).
 
-        Such a method calls it from ``prepare``; the conformance suite calls it with weights of its own.
+        Such a method calls it from ``prepare``; the conformance suite calls it with other weights.
 
         Raises:
             MethodError: If the method routes at run time and merges nothing.
@@ -246,23 +244,23 @@ class FusionMethod(nn.Module):
         """Gradient-free search, before evaluation. Default: nothing to do."""
 
     def step_statistics(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """What a loss that is no mean over rows or tokens must know of the whole optimiser step; None where it is such a mean.
+        """Statistics of the whole optimiser step for a loss that is not a mean over rows or tokens; None otherwise.
 
-        Only asked, without gradients, where a step has several parts (accumulated batches, processes). ``loss`` finds the average over the
+        Called without gradients, and only if a step has several parts (accumulated batches, processes). ``loss`` finds the average over the
         parts under ``step_statistics``.
         """
         return None
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Scalar training loss of one batch; the Lightning shell does the rest.
+        """Scalar training loss of one batch; the LightningModule does the rest.
 
         Args:
             batch: ``prompts`` (``PromptBatch`` with the task names of the training rows), ``expert_idx`` (B,) the index of each row's own
                 expert; ``input_ids``, ``attention_mask``, ``labels`` (B, T), -100 where there is no target; ``answer_loss(weights)``, the
                 mean cross-entropy of the answers under routing weights, or under the gates if None; ``model``, the fused model;
-                ``row_share`` and ``token_share``, by which a mean over the batch's rows or real tokens is to be multiplied
-                (``answer_loss`` has it in it), absent or 1 where the batch is the whole optimiser step; ``step_statistics`` where it is
-                not, and the method has some. A method reads what it needs.
+                ``row_share`` and ``token_share``, by which a mean over the batch's rows or real tokens must be multiplied
+                (``answer_loss`` includes it), absent or 1 if the batch is the whole optimiser step; ``step_statistics`` if it is
+                not and the method has them. A method reads what it needs.
 
         Raises:
             MethodError: If the method is not trained by gradients.
@@ -276,24 +274,24 @@ class FusionMethod(nn.Module):
     def route_with_confidence(self, prompts: PromptBatch) -> tuple[Tensor | None, Tensor | None]:
         """What ``route`` returns, and the largest probability of each prompt's experts (B,), float32.
 
-        The confidence is None for methods that have no probabilities, as by default. A method that has some makes both from one pass.
+        The confidence is None for methods that have no probabilities, as by default. Methods with probabilities compute both in one pass.
         """
         return self.route(prompts), None
 
     @property
     def scope(self) -> ScopeThreshold | None:
-        """Threshold below which a prompt is of no task that the experts know, if one was chosen on validation prompts."""
+        """Threshold below which a prompt is out of scope, if one was chosen on validation prompts."""
         return None
 
     def scope_scores(self, prompts: PromptBatch) -> Mapping[str, Tensor]:
-        """Scores (B,), float, by name: the larger, the more a prompt looks like those of the experts' tasks. Default: none."""
+        """Scores (B,), float, by name; larger values mean that a prompt is more similar to those of the experts' tasks. Default: none."""
         return {}
 
     def attach(self, model: FusedModel) -> None:
         """Install token-level gates on the fused layers. Default: nothing to install."""
 
     def saved_state(self) -> Mapping[str, Tensor]:
-        """Tensors that ``save`` writes; a method that stores a part in files of its own leaves that part out."""
+        """Tensors that ``save`` writes; a method that stores a part in separate files leaves that part out."""
         return self.state_dict()
 
     def save(self, folder: str | Path) -> None:
@@ -325,7 +323,6 @@ class FusionMethod(nn.Module):
         Raises:
             MethodError: If the folder is missing, or belongs to another method or to another pool.
         """
-        from dlplora.config import build
         from dlplora.documents import read_json
 
         file = Path(folder) / "method.json"
@@ -364,7 +361,7 @@ class FusionMethod(nn.Module):
     @classmethod
     def recorded_params(cls, config: Any) -> dict[str, Any]:
         """All parameters, those marked ``OMIT_DEFAULT_FROM_HASH`` only where they differ from their default."""
-        later = {one.name: one.default for one in fields(config) if one.metadata.get("omit_default_from_hash")}
+        later = {one.name: one.default for one in fields(config) if one.metadata == OMIT_DEFAULT_FROM_HASH}
         return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
 
     @classmethod
@@ -372,7 +369,8 @@ class FusionMethod(nn.Module):
         """Rebuild what ``save`` wrote, bound to ``bank``.
 
         Raises:
-            MethodError: As ``saved_config``; and if the trained tensors are missing, damaged, of other names or shapes, or not finite.
+            MethodError: As ``saved_config``; and if the trained tensors are missing or damaged, have other names or shapes, or are not
+            finite.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -382,7 +380,7 @@ class FusionMethod(nn.Module):
         expected, weights = method.saved_state(), Path(folder) / WEIGHTS_NAME
         if not weights.is_file():
             if expected:
-                raise MethodError(f"{folder} has no {WEIGHTS_NAME}, which holds what '{cls.name}' has learned. Restore it or train again.")
+                raise MethodError(f"{folder} has no {WEIGHTS_NAME}, the trained tensors of '{cls.name}'. Restore it or train again.")
             return method
         try:
             tensors = load_file(weights)

@@ -1,7 +1,7 @@
-"""DLP-LoRA: a small classifier reads each sentence and several adapters answer together.
+"""DLP-LoRA: a small classifier reads each sentence, and the adapters that it selects are summed.
 
 Source: Zhang et al., *DLP-LoRA: Efficient Task-Specific LoRA Fusion with a Dynamic, Lightweight Plugin*, arXiv:2410.01497;
-released code MeCuping/DLP-LoRA@d68fd38. The two disagree, and the paper leaves things open, so every choice is a switch:
+released code MeCuping/DLP-LoRA@d68fd38. The two differ, and the paper leaves details open, so every choice is a switch:
 
 =============== ================================= ================================== ===========================================
 switch          paper                             released code                      presets
@@ -16,8 +16,8 @@ bound           never stated                      0.6                           
 ``kv_policy``   not stated                        nothing to decide                  ``stale``
 =============== ================================= ================================== ===========================================
 
-A softmax of probabilities flattens: at most a factor e lies between two kept experts, and two experts kept at a bound of 0.6 differ by less
-than 1.83. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
+A softmax of probabilities makes weights more equal: two kept experts differ by at most a factor e, and by less than 1.83 at a bound of
+0.6. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
 code's top-k mode, which equals ``"sum"`` up to rounding; ``"none"`` leaves the probabilities as they are; ``"uniform"`` shares equally.
 
 Deviations: the router is a mini-MLP on the backbone's token embeddings (the paper: "mini-MLP", ALBERT tokenizer; the released
@@ -39,8 +39,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dlplora.config import OMIT_DEFAULT_FROM_HASH
 from dlplora.errors import ConfigError, MethodError
-from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext, WeightSum
+from dlplora.methods.base import FusionMethod, Granularity, Metadata, MethodContext, WeightSum
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.modules.router_confidence import ConfidenceMonitor
@@ -85,7 +86,7 @@ class DLP(FusionMethod):
         """What the router reads at a sentence end. ``tail``: the prompt's last question and the text since; ``window``: the last 64
         tokens; ``whole``: prompt and text; ``segment``: the i-th question of the prompt for the i-th answer."""
         prompt_routing: Literal["whole", "question", "sentence"] = field(default="whole", metadata=OMIT_DEFAULT_FROM_HASH)
-        """With ``reroute: sentence``: the prompt under one plan, or each of its questions, or sentences, under its own."""
+        """With ``reroute: sentence``: one set of routing weights for the prompt, or one for each of its questions or sentences."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``reroute: sentence``: cached keys and values after a re-route are kept, all made again, or only those of generated text."""
         min_keep: int = 1
@@ -103,7 +104,7 @@ class DLP(FusionMethod):
             named = self.scope in {"max_probability", "energy"}
             if named != (self.scope_threshold is not None):
                 raise ConfigError(
-                    f"'scope_threshold' goes with a named score; got scope {self.scope}, scope_threshold {self.scope_threshold}."
+                    f"'scope_threshold' needs scope max_probability or energy; got {self.scope_threshold} with scope {self.scope}."
                 )
             if self.scope_threshold is not None and not math.isfinite(self.scope_threshold):
                 raise ConfigError(f"'scope_threshold' must be a finite number, got {self.scope_threshold}.")

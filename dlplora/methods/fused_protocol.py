@@ -1,4 +1,4 @@
-"""What a method sees of the fused model; methods know nothing else of the rooms above."""
+"""The part of the fused model that methods may use; methods do not know the model class itself."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Reference rows: what fusion is measured against.
+"""Reference methods that fusion is compared with.
 
-``base`` no adapter, ``oracle`` the task's own adapter, ``multitask`` one adapter trained on all tasks, ``avg_delta`` the uniform
-average. Shapes: B rows, E experts. Definitions: PEFT's ``adapter_names`` for one adapter a row; the mean of the weight deltas
-for the average.
+``base`` no adapter, ``oracle`` the task's own adapter, ``multitask`` one adapter trained on all tasks, ``avg_delta`` the uniform average of
+the weight deltas. Definitions: PEFT's ``adapter_names`` for one adapter per row; the mean of the weight deltas for the average.
+Shapes: B rows, E experts.
 
-Deviations: none in the formulas. All four run through the same fused layers as every other method, so that accuracy and latency
-differ by the rule alone; none merges into the base weights.
+Deviations: none in the formulas. All four run through the same fused layers as every other method, so accuracy and latency differ by the
+rule alone; none merges into the base weights.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dlplora.config import OMIT_DEFAULT_FROM_HASH
 from dlplora.errors import MethodError, nearest
-from dlplora.methods.base import OMIT_DEFAULT_FROM_HASH, FusionMethod, Granularity, Metadata, MethodContext
+from dlplora.methods.base import FusionMethod, Granularity, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 

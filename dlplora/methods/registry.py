@@ -1,6 +1,6 @@
-"""Find methods by name and build them from YAML. There is no list to maintain.
+"""Find methods by name and build them from YAML. No list has to be maintained.
 
-A method is a ``FusionMethod`` subclass with a ``name`` in a module of ``dlplora.methods`` or ``dlplora.baselines``, or a class behind an
+A method is a ``FusionMethod`` subclass with a ``name`` in a module of ``dlplora.methods`` or ``dlplora.baselines``, or a class named by an
 entry point of the group ``dlplora.methods``. A *preset* is a file ``configs/method/<preset>.yaml`` with the two keys ``method`` and
 ``params``; several presets may share one class.
 """
@@ -104,7 +104,7 @@ def available_methods() -> dict[str, type[FusionMethod]]:
 
 @functools.lru_cache(maxsize=1)
 def _third_party(read: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Entry points of other packages, sorted; reading them takes 15 ms, and a listing asks a hundred times. Another path is read anew."""
+    """Entry points of other packages, sorted; reading them takes 15 ms, and a listing asks a hundred times. Another path is read again."""
     return tuple(sorted(read(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)))
 
 

@@ -1,7 +1,7 @@
 """The fused layer: a linear module plus the weighted deltas of all experts, ``y = base(x) + sum_e w_e s_e B_e A_e x``.
 
-Routing weights belong to the request, not to the layer: the layer asks its ``RoutingSlot`` for the ``RoutingState`` of the call that
-is running. Shapes: B rows, T tokens, E experts, I inputs, O outputs.
+Routing weights belong to the request and not to the layer: the layer gets the ``RoutingState`` of the running call from its
+``RoutingSlot``. Shapes: B rows, T tokens, E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class FusedLinear(nn.Module):
     Attributes:
         gate: A token-level gate; if set, it decides and the slot is not read.
         block: Which of a row's routing weights are this layer's; None: all of them, in every layer the same. A method whose weights differ
-            from layer to layer answers with one block of E after another (``Planner``).
+            from layer to layer answers with one block of E after another (``RequestRouter``).
         rank_gate: Turns this layer's weights into weights of the adapters' single ranks; None: all ranks of an adapter alike.
         path: Module path in the backbone, for errors.
         layout: How the backbone hands rows and tokens to this layer.
         grid: Rows and tokens of the running forward pass; kept up to date for layers whose layout is ``flat``.
-        key: The name of this layer's buffers in ``RoutingState.plans``.
+        key: The name of this layer's buffers in ``RoutingState.buffers``.
     """
 
     def __init__(self, base: nn.Module, entry: BankEntry, slot: RoutingSlot, combine: Literal["delta", "factor"] = "delta") -> None:
@@ -170,7 +170,8 @@ class FusedLinear(nn.Module):
         """Base output plus fused delta, (B, T, O) for ``x`` (B, T, I).
 
         Args:
-            x: (B, T, I), or any other shape (..., I). Rows that are routed apart must then be recognisable: (B, ..., I), or (B * T, I) in a
+            x: (B, T, I), or any other shape (..., I). Rows that are routed separately must then be recognisable: (B, ..., I), or (B * T, I)
+            in a
                 layer whose layout is ``flat``.
 
         Raises:
@@ -192,13 +193,13 @@ class FusedLinear(nn.Module):
             return self._forward_any_shape(x, state)
         self._check(x, state)
         if state.backend == "merged":
-            return state.plans[self.key].output(x)
+            return state.buffers[self.key].output(x)
         return self.base(x) + self._delta(x, state)
 
     def _forward_any_shape(self, x: Tensor, state: RoutingState) -> Tensor:
         """As ``forward``, for inputs that are not (B, T, I)."""
         if state.backend == "merged":  # all rows are routed alike
-            return state.plans[self.key].output(x)
+            return state.buffers[self.key].output(x)
         y = self.base(x)
         rows = self._rows(x, state.num_rows)
         if rows is not None:
@@ -207,8 +208,8 @@ class FusedLinear(nn.Module):
         weights = self._own(state.per_row())
         if not bool((weights == weights[:1]).all()):
             raise RoutingError(
-                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, which does not tell the rows of the batch apart "
-                f"({state.num_rows} rows, routed apart). Use batches of one row, or adapters without this layer."
+                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, in which the rows of the batch cannot be told apart "
+                f"({state.num_rows} rows, routed differently). Use batches of one row, or adapters without this layer."
             )
         return y + self._token_delta(x.reshape(1, -1, x.shape[-1]), weights[0], "dense").reshape(y.shape)
 
@@ -227,7 +228,7 @@ class FusedLinear(nn.Module):
         weights = gate(rows)
         if rows is not x and weights.shape[:2] != rows.shape[:2]:
             raise RoutingError(
-                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, its gate answers for {tuple(weights.shape[:2])} rows and "
+                f"layer '{self.path}' got an input of shape {tuple(x.shape)}, its gate weights {tuple(weights.shape[:2])} rows and "
                 "tokens. Use adapters without this layer, or a method that routes whole prompts."
             )
         observer = None if torch.compiler.is_compiling() else GATE_OBSERVER.get()
@@ -266,7 +267,7 @@ class FusedLinear(nn.Module):
 
     def _delta(self, x: Tensor, state: RoutingState) -> Tensor:
         if state.backend == "folded" and self.combine == "delta":
-            return state.plans[self.key].delta(x)
+            return state.buffers[self.key].delta(x)
         if state.backend == "triton" and self.combine == "delta":
-            return state.plans[self.key].delta(x, self.lora_a, self.lora_b)
+            return state.buffers[self.key].delta(x, self.lora_a, self.lora_b)
         return self._token_delta(x, self._own(state.weights), state.backend)

@@ -1,4 +1,4 @@
-"""How a backbone hands the vectors of a batch to a linear layer. Shapes: B rows, T tokens, I inputs, N vectors."""
+"""How a base model passes the vectors of a batch to a linear layer. Shapes: B rows, T tokens, I inputs, N vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of single tokens, computed once and kept: what a router's first layer makes of a token does not depend on its neighbours.
+"""Cached features of single tokens: the output of a router's first layer for a token does not depend on its neighbours.
 
 Shapes: N tokens, V vocabulary, D features.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 LEAST_ROWS = 16
 """Fewest tokens computed at a time: the last bit of a matrix product may depend on its number of rows where there are fewer."""
 MOST_TOKENS = 1 << 15
-"""Tokens that are kept; one more, and the table begins anew. 32 MB at 256 features."""
+"""Tokens that are kept; one more, and the table begins again. 32 MB at 256 features."""
 
 
 @dataclass(frozen=True, slots=True)

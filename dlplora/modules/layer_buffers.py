@@ -1,8 +1,7 @@
 """Buffers that the fused layers read instead of routing weights, and the pool that lends them to requests.
 
-A request has its buffers to itself, from its first forward pass until its routing state is released or dropped. Requests of the same
-size that follow one another get the same buffers, so the addresses that compiled graphs know stay valid. The pool never keeps more
-sets of buffers than were in use at the same time.
+A request owns its buffers from its first forward pass until its routing state is released or dropped. Successive requests of the same size
+get the same buffers, so the addresses in compiled graphs stay valid. The pool never keeps more sets of buffers than were in use at once.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Choice:
 
 
 class LayerBuffers:
-    """The plans of all layers of a model, by the layers' keys.
+    """The buffers of all layers of a model, by the layers' keys.
 
     Raises:
         AllocationError: If they do not fit into memory.
@@ -78,7 +77,7 @@ class LayerBuffers:
     def __init__(self, kind: BufferKind, layers: Iterable[BufferedLayer]) -> None:
         self.kind = kind
         self._layers = list(layers)
-        self.plans = {layer.key: layer.new_buffers(kind) for layer in self._layers}
+        self.by_layer = {layer.key: layer.new_buffers(kind) for layer in self._layers}
         self._groups: list[list[BufferedLayer]] = []
         self._grouped_by: list[tuple[int, int]] = []
 
@@ -98,7 +97,7 @@ class LayerBuffers:
             scaled = layers[0].scaled(weights)
             choice = Choice(scaled, kept_first(scaled, min(self.kind.width, scaled.shape[-1])))
             for layer in layers:
-                layer.write_buffers(self.plans[layer.key], choice, rows, kept)
+                layer.write_buffers(self.by_layer[layer.key], choice, rows, kept)
 
     def _group(self) -> None:
         """Put layers of equal scaling together; values are compared only where a tensor is another one, or changed, since the last time."""

@@ -31,7 +31,7 @@ class BankEntry:
         lora_a: (E, R, I), zero rows beyond an expert's own rank.
         lora_b: (E, O, R), zero columns beyond an expert's own rank.
         scaling: (E,) float32; 0 for an expert that does not adapt this module.
-        ranks: Own rank of each expert, 0 where it does not adapt this module.
+        ranks: Rank of each expert, 0 where it does not adapt this module.
     """
 
     lora_a: Tensor
@@ -55,9 +55,9 @@ class AdapterBank:
 
     Attributes:
         names: Expert index -> name.
-        modules: Module path in the backbone -> stacked experts.
-        specs: Facts about each adapter's folder, where it came from one.
-        narrowed: Whether a cast has taken bits from the factors, so that their checksum is read from the folders.
+        modules: Module path in the base model -> stacked experts.
+        specs: Facts about each adapter's folder, if it was loaded from one.
+        narrowed: Whether a cast has rounded the factors, so that checksums are read from the folders.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class AdapterBank:
 
     @classmethod
     def empty(cls) -> AdapterBank:
-        """No experts and no modules: the base model as it is, for methods that use no adapter."""
+        """No experts and no modules: the base model alone, for methods that use no adapter."""
         return cls((), {})
 
     @property
@@ -201,7 +201,7 @@ class AdapterBank:
         return AdapterBank(self.names, modules, self.specs, narrowed=self.narrowed or narrowed)
 
     def checksum(self) -> str:
-        """SHA-256 over names, module paths, factors and scalings, in order; the same in whatever dtype the adapters were loaded."""
+        """SHA-256 over names, module paths, factors and scalings, in order; independent of the dtype in which the adapters were loaded."""
         if self.narrowed and set(self.names) <= set(self.specs):
             return AdapterBank.from_peft({name: self.specs[name].path for name in self.names}).checksum()
         digest = hashlib.sha256("\n".join(self.names).encode())
@@ -235,7 +235,7 @@ def _stack(
             )
             raise IncompatibleAdapterError(
                 f"adapter '{name}'{mine} has sizes {lora_a.shape[1]} -> {lora_b.shape[0]} at '{module}', "
-                f"adapter '{first_name}'{theirs} has {d_in} -> {d_out}; they were trained on different backbones."
+                f"adapter '{first_name}'{theirs} has {d_in} -> {d_out}; they were trained on different base models."
             )
     ranks = tuple(0 if expert is None else expert[0].shape[0] for expert in experts)
     target: dict[str, Any] = {"dtype": dtype, "device": device, "shrink": SHRINK_BANK}

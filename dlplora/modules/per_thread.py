@@ -1,4 +1,4 @@
-"""Values that belong to the forward pass that a thread is running."""
+"""Values of the forward pass that a thread is running."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class PerThread(threading.local):
-    """Attributes with a value of their own in every thread, which a copied or unpickled model starts anew.
+    """Attributes with a value of their own in every thread, which a copied or unpickled model starts again.
 
     Gates use it for what one hook or layer leaves for the next within a forward pass. ``threading.local`` and not a context
     variable, because ``torch.compile`` can trace the former only.

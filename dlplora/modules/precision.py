@@ -1,6 +1,6 @@
-"""Modules that keep their precision when the model around them is cast, by ``half()``, ``to(dtype)`` or the trainer's precision.
+"""Modules that keep their dtype when the surrounding model is cast, by ``half()``, ``to(dtype)`` or the trainer's precision.
 
-Routers and gates compute in float32 whatever the backbone's dtype, and trained adapters never have fewer bits than that.
+Routers and gates compute in float32 whatever the base model's dtype; trained adapters are kept in at least that precision.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""The mini-MLP that reads a prompt and gives a probability for each expert.
+"""The mini-MLP router: it reads a prompt and returns a probability for each expert.
 
 Four linear layers with GELU between them, over pooled token embeddings, in two variants:
 
-* ``backbone`` reads the backbone's own frozen input embeddings (Figure 1 of the paper). They belong to the backbone: they
-  are looked up, never trained, counted or saved.
-* ``table`` has its own 30000 x 128 embedding and stands for the paper's "5 M parameters, 4 layers"; the split into layers is
-  our guess, since the paper gives only the total (4,936,730 at 26 experts).
+* ``backbone`` uses the base model's frozen input embeddings (Figure 1 of the paper). They are looked up, never trained, counted or saved.
+* ``table`` has its own 30000 x 128 embedding and corresponds to the paper's "5 M parameters, 4 layers". The split into layers is our
+  guess, because the paper gives only the total (4,936,730 at 26 experts).
 
 Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
-nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or behind it
+nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or after it
 (``tokens``, which also takes the maximum): a mean over embeddings blurs the one word that tells two tasks apart, and wordings that
 that are not in the training data are then routed worse (``docs/nano_suite.md`` has the numbers).
 """
@@ -53,7 +52,7 @@ MAX_TABLE = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Shape of the router."""
+    """Configuration of the router."""
 
     variant: Literal["backbone", "table"] = "backbone"
     """Where token features come from: the backbone's frozen embeddings, or a table of the router's own."""
@@ -105,9 +104,9 @@ class MiniMLPRouter(nn.Module):
 
     Args:
         names: Class order; the name of an expert is the name of its task.
-        config: Shape of the network.
-        embedding: The backbone's input embedding, for ``variant="backbone"`` only. It is called, never registered: it is
-            not among this module's parameters and stays where the backbone put it.
+        config: Sizes and variant of the network.
+        embedding: The base model's input embedding, for ``variant="backbone"`` only. It is called but not registered, so it is not
+            among this module's parameters and is not moved.
 
     Raises:
         ConfigError: If names repeat, the embedding is missing, or more than 5 M parameters would be trained.
@@ -130,7 +129,7 @@ class MiniMLPRouter(nn.Module):
         else:
             if embedding is None:
                 raise ConfigError(
-                    "router: variant 'backbone' needs the backbone's input embedding; pass embedding=model.get_input_embeddings()."
+                    "router: variant 'backbone' needs the base model's input embedding; pass embedding=model.get_input_embeddings()."
                 )
             weight: Any = embedding.weight
             self.embedding_shape = (int(weight.shape[0]), int(weight.shape[1]))
@@ -171,12 +170,12 @@ class MiniMLPRouter(nn.Module):
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled token features, float32 (B, D); independent of padding to the last bit.
 
-        Backbones differ a hundredfold in the scale of their embeddings, hence the parameter-free layer normalisation of the
+        The scale of embeddings differs by a factor of a hundred between base models, hence the parameter-free layer normalisation of the
         ``backbone`` variant; the ``table`` variant learns its own scale. With ``pooling="tokens"`` D is twice the first width.
 
         Args:
-            input_ids: Ids of the backbone's tokenizer, int64 (B, T).
-            attention_mask: Non-zero for real tokens, (B, T); padding may stand on either side.
+            input_ids: Ids of the base model's tokenizer, int64 (B, T).
+            attention_mask: Non-zero for real tokens, (B, T); padding on either side.
 
         Raises:
             RoutingError: If a row holds no real token.
@@ -244,9 +243,9 @@ class MiniMLPRouter(nn.Module):
     def calibrate(self, logits: Tensor, labels: Tensor) -> float:
         """Set the temperature that minimises the negative log-likelihood of held-out logits.
 
-        The likelihood has one optimum in 1/T, so a golden-section search over log T finds it: no start value, no
-        step size, the same bits every time. The search stays within 0.05..20; a router that makes no mistake at all on the
-        held-out data would otherwise drive T to zero.
+        The likelihood has one optimum in 1/T, so a golden-section search over log T finds it, without start value or step size,
+        and with the same bits every time. The search stays within 0.05..20; otherwise T would go to zero for a router without
+        mistakes on the held-out data.
 
         Args:
             logits: Validation logits (n, E), before any temperature.
@@ -291,8 +290,8 @@ class MiniMLPRouter(nn.Module):
 
         Args:
             folder: Made if it does not exist.
-            metrics: What was measured on held-out data (JSON values); for readers and for the warning of ``router_confidence``, never read
-                back into routing.
+            metrics: Measurements on held-out data (JSON values); for readers and for the warning of ``router_confidence``, not used in
+                routing.
         """
         if metrics is not None:
             self.metrics = dict(metrics)
@@ -319,7 +318,7 @@ class MiniMLPRouter(nn.Module):
 
         Args:
             folder: What ``save`` wrote.
-            embedding: The backbone's input embedding; ignored by the ``table`` variant.
+            embedding: The base model's input embedding; ignored by the ``table`` variant.
 
         Raises:
             MethodError: If a file is missing or damaged, or the router was trained on embeddings of another shape.
@@ -340,8 +339,8 @@ class MiniMLPRouter(nn.Module):
         shape = description.embedding_shape
         if shape is not None and shape != router.embedding_shape:
             raise MethodError(
-                f"the router in {folder} was trained on backbone embeddings of shape {shape}, this backbone has "
-                f"{router.embedding_shape}. Train a router for this backbone."
+                f"the router in {folder} was trained on base model embeddings of shape {shape}, this base model has "
+                f"{router.embedding_shape}. Train a router for this base model."
             )
         try:
             tensors = load_file(folder / "router.safetensors")
@@ -359,7 +358,7 @@ class MiniMLPRouter(nn.Module):
 
 
 def golden_section(function: Any, low: float, high: float, tolerance: float = 1e-6) -> float:
-    """Where a one-valley function is smallest in [low, high], to within ``tolerance``.
+    """Minimum of a unimodal function in [low, high], to within ``tolerance``.
 
     >>> round(golden_section(lambda x: (x - 2.0) ** 2, -5.0, 5.0), 4)
     2.0

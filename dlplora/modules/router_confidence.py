@@ -1,4 +1,4 @@
-"""Is a router as sure of the prompts it meets as it was of its validation prompts? If not, it probably reads something else.
+"""Compare a router's confidence on the prompts of a run with that on its validation prompts. A drop means that it reads other text.
 
 Shapes: B rows, E experts.
 """

@@ -1,4 +1,4 @@
-"""From probabilities to routing weights: pure functions, float32, shape (..., E)."""
+"""From probabilities to routing weights: pure functions in float32, shape (..., E)."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ def _keep_at_least(mask: Tensor, order: Tensor, min_keep: int) -> Tensor:
     return mask.scatter(-1, order[..., :keep], True)
 
 
-def nucleus_mask(probs: Tensor, p: float, min_keep: int = 1) -> Tensor:
-    """Experts of the nucleus: the first, and each whose better-ranked experts hold at most ``p`` together.
+def nucleus_mask(probs: Tensor, top_p: float, min_keep: int = 1) -> Tensor:
+    """Experts of the nucleus: the first, and each whose better-ranked experts together hold at most ``top_p``.
 
-    The expert that crosses ``p`` is kept, and equality keeps one more, as in the released DLP-LoRA code. ``p >= 1`` keeps all.
+    The expert that crosses ``top_p`` is kept, and equality keeps one more, as in the released DLP-LoRA code. ``top_p >= 1`` keeps all.
 
     Args:
         probs: Probabilities (..., E).
-        p: Bound on the mass ranked before a kept expert.
+        top_p: Bound on the mass ranked before a kept expert.
         min_keep: Experts kept in any case.
 
     Returns:
         Boolean mask (..., E).
     """
     values, order = _ranked(probs)
-    if p >= 1.0:
+    if top_p >= 1.0:
         return torch.ones_like(probs, dtype=torch.bool)
     before = values.cumsum(dim=-1) - values
-    mask = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before <= p)
+    mask = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before <= top_p)
     return _keep_at_least(mask, order, min_keep)
 
 
-def threshold_mask(probs: Tensor, p: float, min_keep: int = 1) -> Tensor:
-    """Experts with probability at least ``p``, and the ``min_keep`` best in any case; boolean (..., E)."""
-    if min_keep <= 1:  # the first of equal ones is the best, here as in a stable order
-        return (probs >= p).scatter(-1, probs.argmax(dim=-1, keepdim=True), True)
+def threshold_mask(probs: Tensor, threshold: float, min_keep: int = 1) -> Tensor:
+    """Experts with probability at least ``threshold``, and the ``min_keep`` best in any case; boolean (..., E)."""
+    if min_keep <= 1:  # of equal experts the first one counts as the best, as in a stable sort
+        return (probs >= threshold).scatter(-1, probs.argmax(dim=-1, keepdim=True), True)
     _, order = _ranked(probs)
-    return _keep_at_least(probs >= p, order, min_keep)
+    return _keep_at_least(probs >= threshold, order, min_keep)
 
 
-def top_k_mask(probs: Tensor, k: int) -> Tensor:
-    """The ``k`` best experts; ties go to the smaller index; boolean (..., E)."""
-    if not 1 <= k <= probs.shape[-1]:
-        raise RoutingError(f"top_k must lie between 1 and the number of experts ({probs.shape[-1]}), got {k}.")
+def top_k_mask(probs: Tensor, top_k: int) -> Tensor:
+    """The ``top_k`` best experts; ties go to the smaller index; boolean (..., E)."""
+    if not 1 <= top_k <= probs.shape[-1]:
+        raise RoutingError(f"top_k must lie between 1 and the number of experts ({probs.shape[-1]}), got {top_k}.")
     _, order = _ranked(probs)
-    return torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order[..., :k], True)
+    return torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
 
 
 def renormalize(probs: Tensor, mask: Tensor, how: Renormalize, logits: Tensor | None = None) -> Tensor:

@@ -1,9 +1,9 @@
-"""Where the fused layers of a model find the routing weights of the request that is running.
+"""How the fused layers of a model find the routing weights of the running request.
 
-Nothing about a request is kept on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the
-state of its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that
-opened it; opened in the body of a generator, it holds for what the generator calls, and not for the code that runs while it is
-suspended. Blocks of two generators that take turns therefore never mix.
+Nothing about a request is stored on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the state of
+its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that opened it. If it
+is opened in the body of a generator, it holds while the generator runs, and not for other code while it is suspended. Blocks of two
+interleaved generators therefore never mix.
 """
 
 from __future__ import annotations
@@ -104,17 +104,17 @@ class RoutingSlot:
         self.buffers = BufferPool()
 
     def prepare(self, state: RoutingState) -> None:
-        """Lend a state its buffers and write its plan, unless it has them."""
+        """Lend a state its buffers and write its weights into them, unless it has them."""
         if state.is_ready_for(self):
             return
         state.release()
         lease = None
-        if state.is_planned:
+        if state.has_buffers:
             kind = BufferKind(
-                state.backend, state.plan_rows, state.width, frozenset((layer.lora_a.dtype, layer.lora_a.device) for layer in self.layers)
+                state.backend, state.weight_rows, state.width, frozenset((layer.lora_a.dtype, layer.lora_a.device) for layer in self.layers)
             )
             lease = self.buffers.lease(kind, partial(LayerBuffers, kind, self.layers))
-            lease.buffers.write(state.per_row()[: state.plan_rows], None, state.kept)
+            lease.buffers.write(state.per_row()[: state.weight_rows], None, state.kept)
         state.hold(self, lease)
 
     def rewrite(self, state: RoutingState, rows: Tensor, weights: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Routing weights of one request, the backend that serves them, and the buffers made from them.
+"""Routing weights of one request, the backend that serves them, and the buffers computed from them.
 
 Shapes: B rows, T tokens, E experts.
 """
@@ -16,8 +16,8 @@ from dlplora.kernels.backends import RoutingFacts, select_backend
 from dlplora.kernels.cost_model import Work
 from dlplora.modules.layer_buffers import Lease
 
-PLANNED = ("folded", "merged", "triton")
-"""Backends whose layers read buffers made from a plan."""
+BUFFERED = ("folded", "merged", "triton")
+"""Backends whose layers read buffers made from routing weights."""
 NOT_FINITE = "routing weights hold NaN or infinite values; check the router and its temperature."
 
 
@@ -40,10 +40,10 @@ class RoutingState:
         width: Experts a row may keep; None takes what ``weights`` keep now. Give the largest number that re-routing may keep, so
             that the layers' buffers never have to grow.
         reroutes: Whether rows may be routed again, each for itself.
-        work: What the plan will be used for, for the choice of ``auto``.
+        work: What the weights will be used for, for the choice of ``auto``.
 
     Attributes:
-        plans: Buffers by the layers' keys; empty while the state holds none.
+        buffers: Buffers by the layers' keys; empty while the state holds none.
         observer: Called with the path and the input of every layer that runs under the state, unless all weights are zero; None calls
             nobody. For methods that read activations: it belongs to one request, as a hook on the model would not.
 
@@ -71,10 +71,10 @@ class RoutingState:
         self.width = facts.width
         self.kept = facts.kept
         """Experts that the fullest row keeps or, before a re-route, kept."""
-        self.plan_rows = 1 if self.backend == "merged" else facts.plan_rows
+        self.weight_rows = 1 if self.backend == "merged" else facts.weight_rows
         # Rows that may be routed again must not change the path through the layers when their weights are no longer zero.
         self.is_zero = facts.zero and not reroutes
-        self.plans: dict[str, Any] = {}
+        self.buffers: dict[str, Any] = {}
         self.observer: Callable[[str, Tensor], None] | None = None
         self._options: dict[str, Any] = {"backend": backend, "width": width, "reroutes": reroutes, "work": work}
         self._slot: StateKeeper | None = None
@@ -82,12 +82,12 @@ class RoutingState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is another request's state: it gets buffers of its own."""
-        return {**self.__dict__, "plans": {}, "_slot": None, "_lease": None}
+        return {**self.__dict__, "buffers": {}, "_slot": None, "_lease": None}
 
     @property
-    def is_planned(self) -> bool:
+    def has_buffers(self) -> bool:
         """Whether layers read buffers made from these weights."""
-        return self.backend in PLANNED and not self.is_zero
+        return self.backend in BUFFERED and not self.is_zero
 
     def per_row(self) -> Tensor:
         """Static or per-row weights as (B, E) with B = 1 for static ones."""
@@ -95,16 +95,16 @@ class RoutingState:
 
     def is_ready_for(self, slot: StateKeeper) -> bool:
         """Whether the layers of a model can be run under this state as it is."""
-        return self._slot is slot and (self._lease is not None or not self.is_planned)
+        return self._slot is slot and (self._lease is not None or not self.has_buffers)
 
     def hold(self, slot: StateKeeper, lease: Lease | None) -> None:
         """Keep the buffers that the layers of a model read; called by the slot."""
         self._slot, self._lease = slot, lease
-        self.plans = {} if lease is None else lease.buffers.plans
+        self.buffers = {} if lease is None else lease.buffers.by_layer
 
     def release(self) -> None:
-        """Give the buffers back; the next use gets others and writes them anew."""
-        self.plans, self._lease = {}, None
+        """Give the buffers back; the next use gets others and writes them again."""
+        self.buffers, self._lease = {}, None
 
     def write(self, rows: Tensor | None, weights: Tensor) -> None:
         """Write weights (N, E) of some rows, or of all, into the buffers that the state holds."""
@@ -119,13 +119,13 @@ class RoutingState:
             weights: New routing weights (N, E).
 
         Raises:
-            RoutingError: If the state is not per row, or the weights are not finite or keep more experts than the plan has room for.
+            RoutingError: If the state is not per row, or the weights are not finite or keep more experts than the buffers have room for.
         """
         if self.weights.ndim != 2:
             raise RoutingError(f"only per-row weights (B, E) can be updated, this state has shape {tuple(self.weights.shape)}.")
         if self.backend == "merged" and self.num_rows > 1:
             raise RoutingError(
-                f"backend 'merged' cannot serve {self.num_rows} rows that are routed apart. "
+                f"backend 'merged' cannot serve {self.num_rows} rows that are routed differently. "
                 "Backends that can: reference, dense, folded, triton."
             )
         weights = weights.to(self.weights)
@@ -141,17 +141,17 @@ class RoutingState:
             raise RoutingError(_too_many(kept, fixed))
         if not any(changed):
             return
-        if not all(changed) and not self.is_zero:  # of zero weights no plan was written
+        if not all(changed) and not self.is_zero:  # zero weights were not written
             some = torch.tensor([place for place, has_changed in enumerate(changed) if has_changed], device=rows.device)
             rows, weights = rows[some], weights[some.to(weights.device)]
         self.is_zero = False
         self.kept = max(self.kept, kept)
         self.weights[rows] = weights
-        if self.backend not in PLANNED:
+        if self.backend not in BUFFERED:
             return
-        if kept > self.width or self.plan_rows != self.num_rows:
-            # Nobody said how wide plans may get, or that rows would part: the next plan needs other buffers.
-            self.width, self.plan_rows = max(kept, self.width), self.num_rows
+        if kept > self.width or self.weight_rows != self.num_rows:
+            # No width was given, or rows that shared weights now differ: other buffers are needed.
+            self.width, self.weight_rows = max(kept, self.width), self.num_rows
             self.release()
         if self._slot is not None:
             self._slot.rewrite(self, rows, weights)
@@ -165,6 +165,6 @@ class RoutingState:
 
 def _too_many(kept: int, width: int) -> str:
     return (
-        f"a row keeps {kept} experts, the plan has room for {width}: the method keeps more than its `max_kept` says. "
+        f"a row keeps {kept} experts, the buffers have room for {width}: the method keeps more than its `max_kept` says. "
         "Correct it, or use backend=dense."
     )

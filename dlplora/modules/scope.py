@@ -1,10 +1,10 @@
-"""Is a prompt of a task that the experts know? Scores of a router, and thresholds chosen on validation prompts.
+"""Whether a prompt belongs to a task of the experts: scores of a router, and thresholds chosen on validation prompts.
 
-A score is larger the more a prompt looks like those that the router was trained on: ``max_probability`` is the largest calibrated
-probability (Hendrycks and Gimpel, arXiv:1610.02136), ``energy`` is ``logsumexp`` of the calibrated logits, the negative of the free energy
+A larger score means that the prompt is more similar to the router's training prompts. ``max_probability`` is the largest calibrated
+probability (Hendrycks and Gimpel, arXiv:1610.02136); ``energy`` is ``logsumexp`` of the calibrated logits, the negative of the free energy
 (Liu et al., arXiv:2010.03759). Below the threshold a prompt is out of scope.
 
-A threshold belongs to one router and lies beside it in ``scope.json``. Shapes: B rows, E experts, n and m prompts.
+A threshold belongs to one router and is stored beside it in ``scope.json``. Shapes: B rows, E experts, n and m prompts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which tokens of a prompt a router reads, and how their features become one vector a row. Shapes: B rows, T tokens, D features."""
+"""Select the tokens of a prompt that a router reads, and pool their features to one vector per row. Shapes: B rows, T tokens, D
+features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main table before it is printed: its columns, the mean and error of every cell, and what is best of a column."""
+"""Contents of the main table: its columns, mean and error of every cell, and the best value of each column."""
 
 from __future__ import annotations
 

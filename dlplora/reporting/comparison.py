@@ -1,6 +1,6 @@
-"""Methods compared in pairs on the questions they all answered, with the seeds they share.
+"""Pairwise comparison of methods on the questions that all of them answered, over the seeds that they share.
 
-A difference has two sources of error: the draw of questions and the seeds (``statistics.crossed_difference``).
+A difference has two sources of error: the sample of questions and the seeds (``statistics.crossed_difference``).
 Shapes: n questions of a task, m methods, S seeds, k tasks, R bootstrap samples.
 """
 
@@ -23,7 +23,7 @@ Loader = Callable[[Record], Mapping[str, TaskOutcomes] | None]
 MAIN_METRIC = {"mcq": "acc", "gen": "exact_match"}
 """The metric that decides right or wrong, by kind of task."""
 PRIMARY = "mean_score"
-"""The primary metric: mean over all tasks of a task's main metric. Declared once; every other aggregate is descriptive."""
+"""The primary metric: mean over all tasks of a task's main metric. Every other aggregate is descriptive."""
 COMPARED = (PRIMARY, *AGGREGATES)
 """Aggregates that methods are compared on."""
 
@@ -184,7 +184,7 @@ def _differences(scores: Scores, task: str, metric: str, base: int) -> tuple[Arr
 
 
 def _combined(scores: Scores, pairs: Sequence[tuple[str, str]], base: int) -> tuple[Differences, int]:
-    """The difference of a mean over tasks, and the number of questions behind it."""
+    """The difference of a mean over tasks, and the number of questions it is computed from."""
     found = [_differences(scores, task, metric, base) for task, metric in pairs]
     by_seed = np.mean([part[0] for part in found], axis=0)
     variances = np.stack([part[1] for part in found]) / len(found) ** 2

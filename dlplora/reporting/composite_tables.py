@@ -1,4 +1,4 @@
-"""Tables and the figure of composite-n, from records only: ``results/tables/composite.md``, ``composite_n.svg`` and ``.png``."""
+"""Tables and the figure of composite-n, from records: ``results/tables/composite.md``, ``composite_n.svg`` and ``.png``."""
 
 from __future__ import annotations
 
@@ -86,14 +86,15 @@ def page(records: Sequence[Record]) -> str:
         )
     parts = [
         "# Composite-n on `nano`",
-        "Exact match of generated answers in percent, mean over composites with its standard error; a question without an answer is wrong. "
+        "Exact match of generated answers in percent, mean over composites with its standard error; a question without an answer counts as "
+        "wrong. "
         f"Seed {main[0].seed}, {main[0].tasks['concat_3'].num} composites of each `concat` and `serial` size, the same questions in every "
-        "reading. `serial 5` and `serial 10` do not fit into the backbone's context and are refused. What the rows mean: "
+        "form. `serial 5` and `serial 10` do not fit into the context of the base model and are refused. Definitions of the rows: "
         "[docs/composite.md](../../docs/composite.md).",
         main_table(main, "exact_match"),
         "## Questions that got any answer, %",
         main_table(main, "answered"),
-        "## Which reading of sentence-level routing",
+        "## Settings of sentence-level routing",
         "`dlp` with the threshold of its preset, re-routed at every sentence end.",
         ablation_table(ablation),
     ]

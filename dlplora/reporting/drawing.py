@@ -1,6 +1,6 @@
-"""How every figure looks and is written: one mid-grey ink on a transparent ground, so that light and dark pages both show it.
+"""Style and output of all figures: mid-grey lines and text on a transparent background, visible on light and dark pages.
 
-Colours: Okabe and Ito's palette, told apart by colour-blind readers.
+Colours: Okabe and Ito's palette, which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations

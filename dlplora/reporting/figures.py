@@ -1,4 +1,4 @@
-"""Pictures of results, from records and their outcomes only; vector and bitmap, readable on light and dark ground."""
+"""Figures of results, from records and their outcomes; vector and bitmap, readable on light and dark backgrounds."""
 
 from __future__ import annotations
 

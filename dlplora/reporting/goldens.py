@@ -1,7 +1,8 @@
-"""What the guarded runs gave when they were last accepted, and how a new run is compared with it; no deep-learning package.
+"""Golden files: results of the guarded runs when they were last accepted, and the comparison of a new run with them. No deep-learning
+package.
 
-A golden file holds, for each guarded method: logits of a few prompts read in one batch, the experts kept for every question, and right or
-wrong for every question.
+A golden file holds, for each guarded method: logits of a few prompts read in one batch, the experts kept for every question, and whether
+every question was answered correctly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which records stand in one table: those of one protocol and one backbone. Numbers of two backbones are never averaged."""
+"""Group records into tables: one protocol and one base model per table. Numbers of two base models are never averaged."""
 
 from __future__ import annotations
 

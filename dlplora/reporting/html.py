@@ -1,10 +1,10 @@
 """One self-contained page of results: filters, a sortable table, the figures, and every question with its answers and routing.
 
-Nothing is fetched: style, script, numbers and pictures are in the file. The questions are packed task by task (gzip) and unpacked by the
-browser when they are looked at, so that the page opens at once however many there are.
+Nothing is fetched: style, script, numbers and pictures are in the file. Questions are packed per task (gzip) and unpacked by the browser
+when they are viewed, so the page opens quickly however many there are.
 
-Text from files (names, prompts, answers, figures) is data, never markup. It is JSON in which no ``<`` occurs, the script puts it into text
-nodes, figures are images, and the Content-Security-Policy of the page runs the page's own scripts only, by their checksums.
+Text from files (names, prompts, answers, figures) is data and never markup. It is stored as JSON without any ``<``, the script puts it into
+text nodes, figures are images, and the Content-Security-Policy of the page allows its own scripts only, by their checksums.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Markdown tables and the text inside them. Every table of the package is written here.
+"""Markdown tables and the text in their cells; all tables of the package are written here.
 
-Cells are Markdown. Text that comes from a file (names of tasks and methods, warnings) goes through ``code`` or ``plain`` first, so that it
-is shown as it is and never becomes markup.
+Cells are Markdown. Text from files (names of tasks and methods, warnings) goes through ``code`` or ``plain`` first, so that it is shown
+literally and never becomes markup.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tables say about methods beyond their records: groups, clones, and counts that old records lack. See ``methods.yaml``."""
+"""Facts about methods that records lack: groups, duplicates, and counts missing in old records. See ``methods.yaml``."""
 
 from __future__ import annotations
 

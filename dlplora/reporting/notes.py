@@ -1,16 +1,16 @@
-"""What a reader of a suite's table must know before any number; written above the table."""
+"""Notes above the table of a suite: what a reader must know before the numbers."""
 
 from __future__ import annotations
 
 NOTES: dict[str, str] = {
     "real26": """\
-**An ordinary classifier is as good as the router here.** Every prompt of this suite belongs to one task without doubt: `dlp` keeps one
-adapter for every prompt and gives the answers of `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
-what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods share a
-prompt among three adapters, as their papers do, and lose by it. Gates were not trained on this suite. What happens to a task whose adapter
-is missing is another question: [unseen tasks](../../docs/unseen_task.md).""",
+**An ordinary classifier is as good as the router here.** Every prompt of this suite clearly belongs to one task: `dlp` keeps one adapter
+for every prompt and gives the same answers as `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
+what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods combine
+three adapters per prompt, as in their papers, and score lower because of it. Gates were not trained on this suite. For tasks whose adapter
+is missing, see [unseen tasks](../../docs/unseen_task.md).""",
     "paper_local": """\
-**These are not the paper's numbers, and they are not comparable with any others.** They show that the whole path of
+**These are not the paper's numbers, and they are not comparable with any others.** They show that the pipeline of
 `dlplora reproduce paper` runs on real rows: the tasks whose rows were available locally, a Llama of about two million parameters
 pretrained for minutes on the text of the training rows (prompts and answers separately, no test row), and adapters trained for one or two
 hundred steps, all on two shared CPU cores. A model of this size cannot answer most of these questions. Compare an accuracy with chance,
@@ -18,13 +18,13 @@ which differs from task to task, and expect ties. Prompts that are too long for 
 their number and the checksum of the remaining rows (`provenance.data`). Latency was not measured.""",
     "nano_unseen": """\
 Every task is answered by a pool without its expert. The 26 tasks are left out in five groups of five or six, so a pool holds 20 or 21
-experts; routers and classifiers were trained without the group. `adapter_soup` and `lorahub_leave_one_out` are told the task and set its
-expert aside themselves; their pool holds the other 25. There is no row `multitask`: it was not trained without the tasks. Not comparable
-with the table of `nano`, where the expert is in the pool. More: [docs/unseen_task.md](../../docs/unseen_task.md).""",
+experts; routers and classifiers were trained without the group. `adapter_soup` and `lorahub_leave_one_out` are given the task and
+leave its expert out themselves; their pool holds the other 25. There is no row `multitask`: it was not trained without the tasks. Not
+comparable with the table of `nano`, where the expert is in the pool. More: [docs/unseen_task.md](../../docs/unseen_task.md).""",
     "nano_ceilings": """\
-What a router could reach if it knew the right expert from some token of the prompt on, and not before. The right expert is applied from
-the beginning (`oracle_whole`, the ceiling of routing by prompt and by sentence), from a quarter, the half or three quarters of the
-prompt's tokens on, from its last token on, or on the answer alone (`oracle_answer`). Tokens before have no expert, or in the rows `_mean`
-the average of all. `oracle_half_mean_upper` leaves the average in the first decoder layer, where a gate reads a bare token: the ceiling of
-gates a module. All rows are told the task. What they mean: [docs/ceilings.md](../../docs/ceilings.md).""",
+Results of a perfect router that knows the right expert from some token of the prompt on. The right expert is applied from the first token
+(`oracle_whole`, the ceiling of prompt-level and sentence-level routing), from a quarter, half or three quarters of the prompt's tokens on,
+from its last token on, or on the answer only (`oracle_answer`). Earlier tokens use no expert, or in the rows `_mean` the average of all.
+`oracle_half_mean_upper` keeps the average in the first decoder layer, where a gate reads a token embedding without context: the ceiling of
+gates per module. All rows are given the task. Definitions: [docs/ceilings.md](../../docs/ceilings.md).""",
 }

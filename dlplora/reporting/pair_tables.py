@@ -1,4 +1,4 @@
-"""Every method against one of them, as Markdown and CSV."""
+"""Every method compared with one of them, as Markdown and CSV."""
 
 from __future__ import annotations
 

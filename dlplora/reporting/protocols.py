@@ -1,6 +1,6 @@
-"""Two protocols side by side: how much of a number is the way it was measured.
+"""Two protocols side by side: how much of a number is due to the way it was measured.
 
-Records of the released code's evaluation have a folder of their own (``results/released_code``), so no leaderboard ever reads them.
+Records of the released code's evaluation have their own folder (``results/released_code``), so no leaderboard reads them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ EXPLANATION = """**Standard** is how this project measures: options of a multipl
 other answers are generated greedily and compared as a whole (exact match; sacreBLEU over words; ROUGE).
 
 **Released code** is how the public DLP-LoRA repository measures (MeCuping/DLP-LoRA@d68fd38): one pass over prompt *and right answer*.
-At each answer position the likeliest token is taken, given the right tokens before it, and the strings are compared with BLEU over
+At each answer position the most likely token is taken, given the right tokens before it, and the strings are compared with BLEU over
 *characters*. Nothing is generated, and no option is chosen. The end token is among the compared ones. That repository has no function
 for accuracy; "exact" here means that the decoded strings are equal. Its code also repeats the last prompt token, in training and in
 evaluation. Adapters trained with the usual shift, as all are here, never predict that token, so the layout as written (last column) costs
-them one token an answer.
+them one token per answer.
 
-**AC_F1** is one possible reading of the paper's "accuracy", not a proved one. The repository contains compiled files of a deleted plotting
-module that charts a value of this name: the harmonic mean of SelfBleu (share of predicted tokens that are in the answer, each counted as
-often as it is there) and SelfRouge (share of predicted tokens that occur anywhere in the answer). It is computed here task by task from the
-stored records. It does not need a single right answer: compare it with the column "MCQ exact" beside it.
+**AC_F1** is one possible reading of the paper's "accuracy"; it is not confirmed. The repository contains compiled files of a deleted
+plotting module that charts a value of this name: the harmonic mean of SelfBleu (share of predicted tokens that are in the answer, each
+counted as often as it is there) and SelfRouge (share of predicted tokens that occur anywhere in the answer). It is computed here task by
+task from the stored records. It does not need a single right answer: compare it with the column "MCQ exact" beside it.
 
-Read across a row: same weights, same routing, same questions. The released code's columns are no leaderboard numbers, and say little
-about whether a model can answer: they stay high where every answer has the same form, and they compress the distance between methods."""
+Compare within a row: same weights, same routing, same questions. The columns of the released code are not leaderboard numbers and say
+little about whether a model can answer: they stay high if all answers have the same form, and they reduce the differences between
+methods."""
 
 
 def record_path(record: Record, root: Path = RESULTS) -> Path:
@@ -43,7 +44,7 @@ def record_path(record: Record, root: Path = RESULTS) -> Path:
 
 
 AC_F1 = "ac_f1"
-"""Harmonic mean of ``self_bleu`` and ``self_rouge`` of a task; made here, from what the records hold."""
+"""Harmonic mean of ``self_bleu`` and ``self_rouge`` of a task; computed here from the records."""
 
 
 def _metric(task: TaskResult, metric: str) -> float | None:
@@ -84,7 +85,7 @@ def _seed_mean(records: Sequence[Record], kind: str, metric: str) -> float | Non
 
 
 def suite_table(standard: Sequence[Record], released: Sequence[Record]) -> str:
-    """One row a method that was measured both ways with the same seeds, pool and artifacts; empty if there is none."""
+    """One row per method that was measured both ways with the same seeds, pool and artifacts; empty if there is none."""
     ours, theirs = by_method(latest(standard)), by_method(latest(released))
     rows = []
     for name in sorted(theirs, key=lambda name: (REFERENCE_ROWS.index(name) if name in REFERENCE_ROWS else len(REFERENCE_ROWS), name)):

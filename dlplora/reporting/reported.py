@@ -1,4 +1,4 @@
-"""Numbers that others report, kept apart from measured ones: own file, own table, own section of the page."""
+"""Numbers reported by others, kept apart from measured ones: own file, own table, own section of the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlplora.reporting.markdown import table
 Evidence = Literal["abstract", "repository", "second-hand"]
 HEADING = "Reported by others, not measured here"
 NOTE = (
-    "Other data, other hardware, other questions: these numbers are context, never targets, and are compared with nothing above. "
+    "Other data, other hardware, other questions: these numbers are context and not targets, and are not compared with measured ones. "
     "*Abstract* and *repository*: read there. *Second-hand*: quoted by public reviews and not checked against the paper."
 )
 

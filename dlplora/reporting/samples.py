@@ -1,6 +1,6 @@
-"""Outcomes of single questions, kept beside a record as Parquet, so that methods can be compared in pairs.
+"""Outcomes of single questions, stored beside a record as Parquet, so that methods can be compared in pairs.
 
-One row a question. What was asked is not repeated here: tasks are versioned and their questions can be made again.
+One row per question. The question itself is not stored: tasks are versioned and their questions can be generated again.
 """
 
 from __future__ import annotations

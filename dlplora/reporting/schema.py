@@ -1,7 +1,6 @@
 """The results record: one evaluation of one method under one protocol with one seed.
 
-Reading and reporting need no deep-learning package. Fractions are 0 to 1, BLEU is 0 to 100 as sacreBLEU gives it; a
-measurement that was not made is null.
+Reading and reporting need no deep-learning package. Fractions are 0 to 1; BLEU is 0 to 100, as in sacreBLEU. A missing measurement is null.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Record:
     protocol: dict[str, Any]
     protocol_hash: str
     method_name: str
-    """Name of the method configuration; ``method["method"]`` is the class behind it."""
+    """Name of the method configuration; ``method["method"]`` names the class."""
     method: dict[str, Any]
     method_hash: str
     seed: int
@@ -69,7 +68,7 @@ class Record:
     provenance: dict[str, Any]
     status: Literal["ok", "failed", "interrupted"] = "ok"
     limit: int | None = None
-    """Questions a task if the run was cut short by ``--limit``; such runs are never in a table."""
+    """Questions per task if the run was cut short by ``--limit``; such runs are never in a table."""
     trained_parameters: int | None = None
     training_tokens: int | None = None
     """Tokens seen by gradient training of what the method adds to the pool (gates, router, multi-task adapter); 0 if nothing trains."""

@@ -1,7 +1,7 @@
-"""Errors, paired tests and corrections for results tables; needs NumPy, SciPy and sacreBLEU, and no deep-learning package.
+"""Standard errors, paired tests and corrections for results tables; needs NumPy, SciPy and sacreBLEU, and no deep-learning package.
 
-The same questions are asked of every method, so methods are compared in pairs. Two things vary: which questions were drawn, and which seed
-trained experts, router and gates. They are crossed (every seed answers every question), so a difference has a variance from either.
+All methods answer the same questions, so they are compared in pairs. Two factors vary: the sample of questions, and the seed that trained
+experts, router and gates. They are crossed (every seed answers every question), so a difference has a variance component for each.
 Shapes: n questions, k tasks, m methods, S seeds.
 """
 

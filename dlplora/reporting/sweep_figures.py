@@ -1,4 +1,4 @@
-"""Curves from sweep files: quality against the bound of the selection, against a router's errors, and against the number of experts."""
+"""Curves from sweep files: quality against the selection bound, a router's error rate, and the number of experts."""
 
 from __future__ import annotations
 

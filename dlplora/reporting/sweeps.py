@@ -1,6 +1,6 @@
-"""Sweeps: one setting of a method varied over a part of a suite's questions; no deep-learning package.
+"""Sweeps: one setting of a method varied over part of a suite's questions. No deep-learning package.
 
-A sweep file is no record: its runs are limited, so they stand in no table, and only figures are drawn from it.
+A sweep file is not a record. Its runs are limited, so it appears in no table; only figures are drawn from it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SweepFile:
     name: str
     suite: str
     limit: int
-    """Questions a task."""
+    """Questions per task."""
     points: tuple[Point, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
 

@@ -72,7 +72,7 @@ def main_table(
     columns: Sequence[Column] = COLUMNS,
     trials: Trials | None = None,
 ) -> str:
-    """One row a method, mean over seeds; the best of a column is bold, what is not significantly worse is marked.
+    """One row per method, mean over seeds; the best of a column is bold, what is not significantly worse is marked.
 
     Args:
         records: Newest of each method and seed.
@@ -93,7 +93,7 @@ def main_table(
 
 
 def csv_table(groups: Sequence[Group]) -> str:
-    """The main tables as CSV, unrounded, in the records' units, with a column for every standard error; one row a method and setting."""
+    """The main tables as CSV, unrounded, in the records' units, with a column for every standard error; one row per method and setting."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
@@ -149,7 +149,7 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
     Args:
         records: Those of the table.
         latency: Source of the latency columns.
-        scores: Outcomes; with them the test behind the marks is named.
+        scores: Outcomes; with them the caption names the test of the marks.
     """
     if not records:
         return ""
@@ -169,7 +169,7 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
         f"{questions_a_task(records)} questions, {_named(seeds)}{fewer}; code {', '.join(commits)}; "
         f"{', '.join(machines)}.",
         f"Values are means over tasks{' and seeds' if len(seeds) > 1 else ''} ± one standard error {over}.",
-        "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are descriptive: no tests.",
+        "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are not tested.",
         "Bold: best of the column.",
     ]
     if scores is not None and len(scores.methods) > 1:
@@ -216,7 +216,7 @@ def readme_block(one: Group | None) -> str:
 
 
 def task_table(records: Sequence[Record]) -> str:
-    """One row a task, one column a method: accuracy for multiple choice, exact match for generation, in percent."""
+    """One row per task, one column per method: accuracy for multiple choice, exact match for generation, in percent."""
     groups = by_method(sorted(records, key=row_order))
     if not groups:
         return ""

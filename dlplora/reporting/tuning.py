@@ -1,6 +1,7 @@
-"""Tuning: what ``dlplora tune`` tried on the validation split, one JSON record a trial, and what is chosen from it.
+"""Trials of ``dlplora tune`` on the validation split, one JSON record each, and the choice among them.
 
-``results/tuning/<protocol>/<method>/<cell>-s<seed>.json``. A trial is never in a results table. Reading one needs no deep-learning package.
+``results/tuning/<protocol>/<method>/<cell>-s<seed>.json``. Trials never appear in a results table. Reading one needs no deep-learning
+package.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dlplora.reporting.store import RESULTS
 FORMAT = 1
 ROOM = "tuning"
 MAX_TRIALS = 8
-"""Settings that a method may try; the same for every method, so that none is tuned more than another."""
+"""Number of settings that a method may try; the same for every method, so that none is tuned more than another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Trial:
     pool_hash: str
     """Checksum of the pool, empty without one."""
     limit: int | None
-    """Questions a task; null is all of the split."""
+    """Questions per task; null is all of the split."""
     status: Literal["ok", "diverged", "failed"]
     reason: str | None = None
     """Why a trial has no score."""
@@ -171,7 +172,7 @@ def trial_table(trials: Sequence[Trial]) -> str:
 
 
 def chosen_table(found: Mapping[str, Sequence[Trial]]) -> str:
-    """One row a method: what was varied, how often, and what the validation split chooses."""
+    """One row per method: what was varied, how often, and what the validation split chooses."""
     rows = []
     for method, trials in sorted(found.items()):
         best, default = best_trial(trials), next((trial for trial in trials if trial.default), None)
@@ -195,6 +196,6 @@ def questions_note(found: Mapping[str, Sequence[Trial]]) -> str:
     limits = sorted({trial.limit for trial in trials}, key=lambda limit: math.inf if limit is None else limit)
     asked = " or ".join("all" if limit is None else str(limit) for limit in limits)
     return (
-        f"Validation split, {asked} questions a task; accuracy or exact match, mean over all tasks. At most {MAX_TRIALS} trials a method; "
+        f"Validation split, {asked} questions per task; accuracy or exact match, mean over tasks. At most {MAX_TRIALS} trials per method; "
         "ties go to the default. All trials: `results/tuning`, made by `dlplora tune`. The rows above show the presets with their defaults."
     )

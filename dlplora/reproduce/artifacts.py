@@ -1,7 +1,7 @@
-"""Where trained artifacts are: shipped with the package while their recipe still matches, else in a folder of local trainings.
+"""Find trained artifacts: shipped with the package if their recipe still matches, else in a folder of local trainings.
 
-Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of
-a method that ``LitFusion`` trains, and ``backbone`` for a small one of one's own.
+Roles: ``pool``, ``router``, adapters trained on all tasks (``multitask`` and its other ranks), ``trained/PRESET`` for the gates of a method
+that ``LitFusion`` trains, and ``backbone`` for a small base model trained here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def config_path(role: str, setting: Setting) -> Path:
     name = setting.configs.get(kind) or ("fusion" if kind == "trained" else CONFIGS.get(role, role))
     path = configs_root() / "train" / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"nothing says how to train '{role}': {path} is missing.")
+        raise ConfigError(f"no training configuration for '{role}': {path} is missing.")
     return path
 
 
@@ -156,7 +156,7 @@ def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Settin
 
 
 def delete_artifacts(runs: Path, roles: Sequence[str], seed: int = 0) -> None:
-    """Remove local artifacts so that the next training starts anew."""
+    """Remove local artifacts so that the next training starts again."""
     for role in roles:
         for folder in (artifact_dir(runs, seed) / role, artifact_dir(runs, seed) / f"{role}_training"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Records of this machine against the committed records of the same cells: same suite, protocol, method, parameters and seed.
+"""Compare records of this machine with the committed records of the same cells: suite, protocol, method, parameters and seed.
 
-Package version, pool and artifacts may differ: a router that was trained on another kind of CPU has other last bits, and whether the
-published figures survive that is the question. Records are compared question by question.
+Package version, pool and artifacts may differ. A router trained on another kind of CPU differs in the last bits; the comparison shows
+whether the published figures still hold. Records are compared question by question.
 """
 
 from __future__ import annotations

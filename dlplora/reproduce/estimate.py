@@ -1,4 +1,4 @@
-"""What a run will need before it starts: parameters, memory, tokens, disk. Estimates from shapes; nothing is loaded or measured."""
+"""Estimate what a run needs before it starts: parameters, memory, tokens, disk. From shapes only; nothing is loaded or measured."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def shape_of(source: str | None, given: ModelShape | None, *, rank: int, targets
         with ReadingModel(source):
             config = AutoConfig.from_pretrained(source)
     if config is None:
-        raise ConfigError("neither a backbone nor its sizes are known; nothing can be estimated.")
+        raise ConfigError("neither a base model nor its sizes are known; nothing can be estimated.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in targets]
@@ -74,7 +74,7 @@ def training_memory(shape: ModelSize, *, batch_size: int, length: int, dtype: st
 
     ``size`` is the adapter's, in adapters of one expert.
 
-    Activations: (34 + 5 a s / h) s b h bytes a layer at two bytes a number, nothing recomputed and attention written out.
+    Activations: (34 + 5 a s / h) s b h bytes per layer at two bytes a number, nothing recomputed and attention written out.
 
     Source: Korthikanti et al., arXiv:2205.05198, equation 2 (without tensor parallelism).
     """
@@ -92,7 +92,7 @@ def evaluation_memory(shape: ModelSize, *, num_experts: int, batch_size: int, le
 
 
 def tokens_per_row(lengths_in_chars: Sequence[int]) -> float:
-    """Mean tokens of a row, by four characters a token; an assumption where no row is at hand."""
+    """Mean tokens of a row, by four characters per token; an assumption where no row is at hand."""
     if not lengths_in_chars:
         return TOKENS_PER_ROW_UNSEEN
     return sum(lengths_in_chars) / len(lengths_in_chars) / CHARS_PER_TOKEN
@@ -133,7 +133,7 @@ def lines(
     mean = tokens_per_row(rows)
     source = "of the rows at hand" if rows else "assumed: the rows are not at hand"
     sizes = [amount(number, "parameters") for number in (shape.parameters, shape.adapter_parameters)]
-    yield f"backbone {sizes[0]}, one adapter {sizes[1]}, {amount(num_experts, 'experts' if num_experts != 1 else 'expert')}"
+    yield f"base model {sizes[0]}, one adapter {sizes[1]}, {amount(num_experts, 'experts' if num_experts != 1 else 'expert')}"
     yield f"about {mean:.0f} tokens a row ({source})"
     for kind, one in training.items():
         tokens = one["batch_size"] * one["num_steps"] * one["runs"] * mean

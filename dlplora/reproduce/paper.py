@@ -1,7 +1,7 @@
-"""A comparison on one backbone: what ``dlplora reproduce paper --backbone NAME`` and ``dlplora reproduce real`` do.
+"""A comparison on one base model: ``dlplora reproduce paper --backbone NAME`` and ``dlplora reproduce real``.
 
-A profile (``configs/reproduce``) names the protocol, the backbone and the budgets. A hub id is resolved once to a folder of the cache, so
-that training and evaluation see the same weights.
+A profile (``configs/reproduce``) names the protocol, the base model and the budgets. A hub id is resolved once to a folder of the cache, so
+that training and evaluation use the same weights.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def load_profile(name: str) -> tuple[str, Profile]:
     if name == "any" or not (local or name.count("/") == 1):
         profiles = [*(one for one in known if one != "any"), *NAMED]
         raise ConfigError(
-            f"unknown backbone '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
+            f"unknown base model '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
             "or give a model folder, a GGUF file, a hub id, or a profile's file."
         )
     profile = _read_profile(configs_root() / "reproduce" / "any.yaml")
@@ -136,7 +136,7 @@ def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | Non
     except (LocalEntryNotFoundError, HfHubHTTPError, RequestException, OSError) as error:
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).splitlines()[0]
         raise ConfigError(
-            f"backbone '{source}' (revision {revision or 'newest'}) is no folder, not in the cache {constants.HF_HUB_CACHE}, and {state}. "
+            f"base model '{source}' (revision {revision or 'newest'}) is no folder, not in {constants.HF_HUB_CACHE}, and {state}. "
             "Run once with a connection (unset HF_HUB_OFFLINE), or pass --backbone FOLDER."
         ) from error
     return found, Path(found).name
@@ -242,11 +242,11 @@ def announced(job: PaperJob) -> Iterator[str]:
     artifact = job.backbone_artifact()
     source = job.profile.backbone
     if artifact is not None:
-        yield f"backbone: {artifact.source} ({artifact.folder})"
+        yield f"base model: {artifact.source} ({artifact.folder})"
         source = str(artifact.folder) if artifact.ready else None
     else:
         here = source is not None and is_local_name(source)
-        yield f"backbone: {source}" + ("" if here else f" (revision {job.profile.revision or 'newest; the records say which'})")
+        yield f"base model: {source}" + ("" if here else f" (revision {job.profile.revision or 'newest; the records say which'})")
         source = resolve_backbone(source) if here else source
     if artifact is None or artifact.ready:
         known = source is not None and Path(source).is_dir()
@@ -346,7 +346,7 @@ def backbone_folder(job: PaperJob) -> tuple[str, str | None]:
     """The backbone's folder and commit; pretrains it first if it is our own and not there yet."""
     artifact = job.backbone_artifact()
     if artifact is None:
-        assert job.profile.backbone is not None, "a profile without a backbone trains one"
+        assert job.profile.backbone is not None, "a profile without a base model trains one"
         return resolved_backbone(job.profile.backbone, job.profile.revision)
     if not artifact.ready:
         train("backbone", job.runs, setting=job.setting)

@@ -1,4 +1,4 @@
-"""What ``dlplora reproduce`` does: train the artifacts that are missing, evaluate every method. Every finished step is reused."""
+"""The steps of ``dlplora reproduce``: train missing artifacts, evaluate every method. Finished steps are reused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ReproduceJob:
     setting: Setting = NANO
 
     def lines(self) -> Iterator[str]:
-        """The announcement, one line a step."""
+        """The announcement, one line per step."""
         for artifact in self.artifacts:
             known = self.setting.shipped and not artifact.ready
             cost = f", about {SECONDS.get(artifact.role, SECONDS_OF_ANOTHER_TRAINING)} s on two cores" if known else ""
@@ -156,7 +156,7 @@ def _evaluate_missing(runs: Sequence[Run], root: Path, say: Say, cache: EvalCach
 
 
 def finish(runs: Path) -> None:
-    """Mark a fresh training as complete, so that the next one starts anew."""
+    """Mark a fresh training as complete, so that the next one starts again."""
     (runs / UNFINISHED).unlink(missing_ok=True)
 
 

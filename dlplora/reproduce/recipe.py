@@ -1,4 +1,4 @@
-"""What artifacts are trained over: a backbone, a suite of tasks, and the options that fit the training recipes to both."""
+"""What artifacts are trained for: a base model, a suite of tasks, and the options that adapt the training recipes to both."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ class Setting:
         folder = nano_asset("backbone") if self.backbone is None else Path(self.backbone)
         files = sorted(folder.glob("*.safetensors"))
         if not files and self.backbone is None:
-            raise ConfigError(f"the embedded backbone is missing ({folder / 'model.safetensors'}); this installation is incomplete.")
+            raise ConfigError(f"the embedded base model is missing ({folder / 'model.safetensors'}); this installation is incomplete.")
         if not files:
-            raise ConfigError(f"backbone folder {folder} holds no safetensors file.")
+            raise ConfigError(f"base model folder {folder} holds no safetensors file.")
         sums = [file_sha256(path) for path in files]
         return sums[0] if len(sums) == 1 else config_hash(sums)
 

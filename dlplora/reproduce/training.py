@@ -1,4 +1,4 @@
-"""Training of one artifact in processes of its own; the same call resumes what was interrupted."""
+"""Train one artifact in separate processes; the same call resumes an interrupted training."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def train_experts(names: Sequence[str], folder: Path, resume: Path, *, seed: int
 
 
 def assemble_pool(parts: Mapping[str, Path], folder: Path, names: Sequence[str]) -> None:
-    """Make a pool folder of experts that were trained apart.
+    """Make a pool folder of experts that were trained separately.
 
     Args:
         parts: Expert -> the folder it was trained into.

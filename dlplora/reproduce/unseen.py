@@ -1,4 +1,4 @@
-"""``dlplora reproduce SUITE --track unseen``: pools without some experts, a router for each of them, one record a method."""
+"""``dlplora reproduce SUITE --track unseen``: pools without some experts, a router for each of them, one record per method."""
 
 from __future__ import annotations
 

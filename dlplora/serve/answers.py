@@ -1,4 +1,4 @@
-"""From the engine's events to responses of the OpenAI API."""
+"""Convert the engine's events to responses of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ResponseFormat:
     """How the answers of one request are written.
 
     Attributes:
@@ -139,7 +139,7 @@ class Shape:
         return {**self._head(True), "choices": [self._choice(answer.index, content, (), _reason(answer))]}
 
     def end(self, answers: Sequence[Answer], usage: bool) -> dict[str, Any] | None:
-        """The chunk behind the choices: usage and trace, where they are wanted."""
+        """The chunk after the choices: usage and trace, where they are wanted."""
         if not (usage or self.trace):
             return None
         return {**self._head(True), "choices": [], **({"usage": self._usage(answers)} if usage else {}), **self._traced(answers)}

@@ -1,6 +1,6 @@
 """Which request is in which slot, and which prompts are processed next.
 
-Rows that decode are the first slots, in order; behind them come the prompts in progress. So both are read without copying, and one row is
+Decoding rows are in the first slots, in order, followed by the prompts in progress. Both can thus be read without copying; one row is
 copied when a request leaves.
 """
 
@@ -70,7 +70,7 @@ class Batch:
     def next_chunk(self, budget: int) -> list[tuple[Row, int]]:
         """The prompts that are processed next and how many tokens of each, padding included at most ``budget`` tokens.
 
-        The oldest prompt always goes on; one that does not fit shares the budget with those behind it. Of these, in order, are taken whose
+        The oldest prompt always goes on; one that does not fit shares the budget with those after it. Of these, in order, are taken whose
         tokens fill at least half of their row of the padded batch.
         """
         waiting = sorted(self.prompts, key=lambda row: row.job.number)
@@ -93,7 +93,7 @@ class Batch:
         return [(row, min(len(row.pending), width)) for row in chosen]
 
     def arrange(self, chosen: Sequence[tuple[Row, int]]) -> list[tuple[Row, int]]:
-        """Bring chosen prompts to the first slots behind the decoding rows, those that end with this chunk first; returns that order."""
+        """Bring chosen prompts to the first slots after the decoding rows, those that end with this chunk first; returns that order."""
         order = sorted(chosen, key=lambda pair: len(pair[0].pending) - pair[1])
         for place, (row, _) in enumerate(order):
             self._exchange(place, self.prompts.index(row))

@@ -1,4 +1,4 @@
-"""From the requests of a batch to their routing weights. Shapes: B requests, E experts."""
+"""Routing weights for the requests of a batch. Shapes: B requests, E experts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def require_servable(fused: FusedCausalLM) -> None:
         raise ConfigError(f"method '{name}' has gates inside the layers; the server needs one that routes prompts or sentences.")
     if fused.method.kv_policy == "prompt_frozen" or fused.method.prompt_routing != "whole":
         raise ConfigError("the server supports kv_policy stale and recompute, and prompt_routing whole.")
-    if fused.planner.num_weights != fused.bank.num_experts:
-        raise ConfigError(f"method '{name}' weighs layers apart; the server has one weight an adapter for a request.")
+    if fused.request_router.num_weights != fused.bank.num_experts:
+        raise ConfigError(f"method '{name}' weights layers separately; the server has one weight per adapter and request.")
     if "task_id" in fused.method.metadata.needs:
         raise ConfigError(f"method '{name}' needs the task of each prompt, which a request does not have.")
 
@@ -94,7 +94,7 @@ class Decider:
         """Weights (B, E), confidences, and which texts are out of scope."""
         fused = self.fused
         batch = PromptBatch.from_texts(texts, fused.tokenizer, device=fused.device)
-        weights, confidence = fused.planner.route_with_confidence(batch)
+        weights, confidence = fused.request_router.route_with_confidence(batch)
         if weights is None:
             raise ConfigError(f"method '{fused.method.name}' returned no routing weights.")
         rejected = self._rejected(batch, confidence) if prompts else None

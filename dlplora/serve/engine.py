@@ -1,9 +1,9 @@
-"""The engine: one thread that owns the model and advances all running requests by a token at a time.
+"""The engine: one thread that owns the model and advances all running requests by one token per step.
 
-Requests join and leave between two steps. A step is one forward over all rows that decode, each under its own routing weights, after at
-most one chunk of a prompt that is being processed. When sentences end, all of their rows are routed in one batch.
+Requests join and leave between steps. A step processes at most one chunk of a prompt, then runs one forward pass over all decoding rows,
+each under its own routing weights. All rows whose sentence ends in a step are routed in one batch.
 
-Rows that decode are the first slots, in order; the row behind them, if any, is processing its prompt.
+Decoding rows are in the first slots, in order; the row after them, if any, is processing its prompt.
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """
 
@@ -298,10 +298,10 @@ class Engine:
         length = max(map(max, places)) + 1
         started = time.perf_counter()
         weights = torch.stack([row.weights for row, _ in chunk if row.weights is not None])
-        state = fused.planner.state(weights, prompt_tokens=width)
+        state = fused.request_router.state(weights, prompt_tokens=width)
         self._cache.at(first, positions, length)
         with fused.routing(state):
-            planned = time.perf_counter() - started
+            spent = time.perf_counter() - started
             logits = fused(
                 input_ids=torch.tensor(ids, device=fused.device),
                 attention_mask=causal_mask(positions, length, fused.dtype),
@@ -312,7 +312,7 @@ class Engine:
             ).logits[:, -1]
         for row, count in chunk:
             row.cached, row.pending = row.cached + count, row.pending[count:]
-            row.routing_s += planned
+            row.routing_s += spent
         ends = [row for row, _ in chunk if not row.pending]
         self._batch.begin_decoding(len(ends))
         self._state = None if ends else self._state
@@ -330,7 +330,7 @@ class Engine:
         length = max(row.cached for row in rows) + 1
         if self._state is None:
             weights = torch.stack([row.weights for row in rows if row.weights is not None])
-            self._state = fused.planner.state(weights, reroutes=True, prompt_tokens=1, new_tokens=self.max_model_len)
+            self._state = fused.request_router.state(weights, reroutes=True, prompt_tokens=1, new_tokens=self.max_model_len)
         self._cache.at(0, positions, length)
         with fused.routing(self._state):
             logits = fused(
@@ -383,7 +383,7 @@ class Engine:
         self._switch([row for row, _ in views], weights)
 
     def _switch(self, rows: Sequence[Row], weights: Tensor) -> None:
-        """Give rows new weights (N, E), and the running plan those of all of them at once."""
+        """Give rows new weights (N, E), and the running state those of all of them at once."""
         before = torch.stack([row.weights for row in rows if row.weights is not None])
         changed = [place for place, differs in enumerate((before != weights).any(dim=-1).tolist()) if differs]
         for place in changed:

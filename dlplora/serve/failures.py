@@ -1,4 +1,4 @@
-"""What goes wrong in the engine's thread, which serves everybody and may not end."""
+"""Failures in the engine's thread, which serves all requests and must keep running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine works on: jobs, and the events that it reports for them."""
+"""Jobs of the engine, and the events that it reports for them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text, and the tokens behind it since the last piece."""
+    """New text, and the tokens after it since the last piece."""
 
     text: str
     tokens: tuple[Chosen, ...]
@@ -96,7 +96,7 @@ class Finished:
     waited_s: float
     first_token_s: float | None
     routing_s: float = 0.0
-    """Part of ``first_token_s`` that routing took: question, router and plan."""
+    """Part of ``first_token_s`` that routing took: question, router and buffers."""
 
 
 @dataclass(frozen=True, slots=True)

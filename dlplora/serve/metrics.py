@@ -24,7 +24,7 @@ class Metrics:
         self.first_token = Histogram("dlplora_first_token_seconds", "Time to the first token.", buckets=_SECONDS, registry=self.registry)
         self.first_routing = Histogram(
             "dlplora_first_token_routing_seconds",
-            "Routing (question, router, plan) within the time to the first token.",
+            "Routing (question, router, buffers) within the time to the first token.",
             buckets=_SECONDS,
             registry=self.registry,
         )

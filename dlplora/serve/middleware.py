@@ -1,4 +1,4 @@
-"""Around the application: a limit on bodies, and a count of responses."""
+"""Middleware of the application: a limit on body sizes, and a counter of responses."""
 
 from __future__ import annotations
 

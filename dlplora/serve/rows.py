@@ -1,4 +1,4 @@
-"""A running request: what it has generated, and when its sentences end."""
+"""A running request: its generated tokens, and where its sentences end."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Row:
         vocabulary: Says which tokens can end a sentence.
         cached: Tokens whose keys and values are in the slot.
         pending: Tokens to process before the next one can be sampled; for a new job the prompt.
-        resumes: Whether ``pending`` is a prefix that is processed again under new weights, behind which a token waits already.
+        resumes: Whether ``pending`` is a prefix that is processed again under new weights, after which a token waits already.
         newest: The last sampled token, not processed yet.
         out_of_scope: Whether the prompt is; then the base model answers to the end.
-        routing_s: Time spent on routing before the first token, s: question, router and plan; shared with what was routed together.
+        routing_s: Time spent on routing before the first token, s: question, router and buffers; shared with what was routed together.
     """
 
     job: Job

@@ -1,4 +1,4 @@
-"""From the logits of one row to its next token. Shapes: V vocabulary."""
+"""Sample the next token of a row from its logits. Shapes: V vocabulary."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Requests of the OpenAI API, and this server's own, as pydantic models.
 
-Fields that this server does not know are ignored, as OpenAI's server does, except those that would change the meaning of the answer.
+Unknown fields are ignored, as OpenAI's server does, except those that would change the meaning of the answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Body(BaseModel):
             elif isinstance(one, list):
                 pending += one
             elif isinstance(one, str) and not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
-                raise ValueError("a text holds half of a surrogate pair, which is no text; send UTF-8.")
+                raise ValueError("a text holds half of a surrogate pair, which is not valid text; send UTF-8.")
         return value
 
 

@@ -1,4 +1,4 @@
-"""Requests in flight: from a parsed body to jobs of the engine, and from their events to a response."""
+"""Requests in progress: from a parsed body to jobs of the engine, and from their events to a response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dlplora.errors import DLPLoRAError
-from dlplora.serve.answers import Answer, Shape, headers_of
+from dlplora.serve.answers import Answer, ResponseFormat, headers_of
 from dlplora.serve.catalog import Catalog
 from dlplora.serve.engine import Engine
 from dlplora.serve.jobs import BadRequestError, Event, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
@@ -44,7 +44,7 @@ class ServerOptions:
 
 
 class Server:
-    """The state behind the endpoints."""
+    """The state of the endpoints."""
 
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         self.engine, self.options = engine, options
@@ -83,7 +83,7 @@ class Server:
         target = self.catalog.target(request.model, request.adapter_weights)
         queue: Queue = asyncio.Queue()
         jobs = [job for place, prompt in enumerate(prompts) for job in self._jobs(request, prompt, target, place * request.n, queue)]
-        shape = Shape(
+        shape = ResponseFormat(
             chat=chat,
             model=request.model,
             tokenizer=self.engine.fused.tokenizer,
@@ -112,7 +112,7 @@ class Server:
                 self.engine.cancel(*jobs)
 
     async def _stream(
-        self, queue: Queue, jobs: Sequence[Job], answers: Sequence[Answer], shape: Shape, first: tuple[int, Event], usage: bool
+        self, queue: Queue, jobs: Sequence[Job], answers: Sequence[Answer], shape: ResponseFormat, first: tuple[int, Event], usage: bool
     ) -> AsyncIterator[str]:
         try:
             if shape.chat:

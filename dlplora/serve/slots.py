@@ -1,7 +1,7 @@
 """Keys and values of the running requests, one slot per request.
 
-Requests of a batch have different lengths, so each row is written at its own position and read up to the longest row; an attention mask
-hides the rest. Active rows always are the first slots: no row is copied for a step, and one row when a request leaves.
+Requests of a batch differ in length, so each row is written at its own position and read up to the longest row; an attention mask hides the
+rest. Active rows are always in the first slots, so no row is copied for a step, and one row is copied when a request leaves.
 
 Shapes: S slots, H key-value heads, C capacity in tokens, D head width, B rows, T tokens.
 """
@@ -165,7 +165,7 @@ def check_slots(fused: FusedCausalLM, cache: SlotCache) -> None:
     zeros = torch.zeros(1, fused.bank.num_experts, device=fused.device)
     rows = [torch.tensor([ids], device=fused.device) for ids in texts]
     given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    with fused.routing(fused.planner.state(zeros)):
+    with fused.routing(fused.request_router.state(zeros)):
         wanted = torch.stack([fused(input_ids=row, use_cache=False).logits[0, -1] for row in rows])
         for slot, row in enumerate(rows):
             length = row.shape[1] - 1

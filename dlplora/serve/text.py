@@ -52,7 +52,7 @@ class StopTexts:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Add text; returns what may be shown, and whether a stop text was found (and cut off with everything behind it)."""
+        """Add text; returns what may be shown, and whether a stop text was found (and cut off with everything after it)."""
         self._held += text
         found = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
         if found:

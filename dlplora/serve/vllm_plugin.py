@@ -1,11 +1,11 @@
 """Routing inside a vLLM server: ``VLLM_PLUGINS=dlplora vllm serve BASE --enable-lora --lora-modules NAME=PATH …``.
 
-Requests with ``model: auto`` get the adapter that the method decides for, by its name, and are answered by vLLM's own endpoints;
-``POST /v1/route`` decides without generating. All other requests pass as they are. vLLM serves one adapter a request, so that is the
-adapter with the largest weight, and it holds for the whole answer.
+Requests with ``model: auto`` get the name of the adapter that the method chooses, and are answered by vLLM's own endpoints;
+``POST /v1/route`` routes without generating. All other requests pass unchanged. vLLM serves one adapter per request: the one with the
+largest weight, for the whole answer.
 
-The settings are environment variables: ``DLPLORA_POOL`` and what else ``Settings`` lists. Not run on a GPU: tested against the
-interface, with a stub in the place of vLLM's endpoints.
+Settings are environment variables: ``DLPLORA_POOL`` and the others in ``Settings``. Not run on a GPU; tested against the interface, with a
+stub in place of vLLM's endpoints.
 
 Source: vLLM 0.33, ``vllm/plugins/endpoint_plugins/interface.py``: an object with ``name``, ``required_tasks``, ``attach_router(app)``,
 called while the application is built, and ``init_state(engine_client, state, args)``, called when the engine is there.

@@ -1,18 +1,18 @@
-"""Composite-n: several questions of different tasks asked together, in three readings.
+"""Composite-n: several questions of different tasks in one request, in three forms.
 
-The paper reports composite-n without saying how a composite is built; its released code holds two makers and the paper it takes the tasks
-from a third. So there are three readings:
+The paper reports composite-n without saying how a composite is built. Its released code contains two ways, and the paper that the tasks
+come from a third. So there are three forms (parameter ``reading``):
 
 * ``mixture``: n questions one after another, each a prompt of its own, all composites in one shuffled stream;
 * ``concat``: the n prompts in one, a blank line between them, and n answers in their order, each on its own line;
 * ``serial``: MeteoRA's form, two worked examples and a numbered list: numbered questions first, then numbered answers.
 
-The same n and seed give the same questions in every reading. Every part knows where it came from. An answer of several lines becomes one
-line, and a blank line inside a question a plain line break, because line breaks divide answers and blank lines questions.
+The same n and seed give the same questions in every form, and every part records its source. An answer of several lines is joined to one
+line, and a blank line inside a question becomes a line break, because line breaks separate answers and blank lines separate questions.
 
 An *answer form* is the text before each answer (the question's own cue ``Answer:``, or ``2.``). With ``form="fill"`` the evaluation
-writes it (``evaluation.answer_form``): where a model ends its text, or a line, too early, the form of the next answer follows. Adapters
-trained on single questions end their text after one answer, so without this nothing but the first answer would ever be measured.
+writes it (``lm_eval.answer_form``): if a model ends its text, or a line, too early, the form of the next answer follows. Adapters trained
+on single questions end their text after one answer, so otherwise only the first answer would be measured.
 ``form="free"`` lets the model write everything.
 """
 
@@ -176,7 +176,7 @@ def composites(suite: Suite, reading: str, n: int, num: int, seed: int = 0) -> l
         TaskError: If the reading is unknown, ``n`` or ``num`` is below 1, or the suite has too few tasks or rows.
     """
     if reading not in READINGS:
-        raise TaskError(f"unknown reading '{reading}' of composite-n. Known: {', '.join(READINGS)}.")
+        raise TaskError(f"unknown form '{reading}' of composite-n. Known: {', '.join(READINGS)}.")
     if n < 1 or num < 1:
         raise TaskError(f"composite-n needs n and the number of composites to be at least 1, got {n} and {num}.")
     groups = draw_parts(suite, n, num, seed)

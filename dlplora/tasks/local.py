@@ -1,6 +1,6 @@
-"""Tasks read from local JSONL files, one folder a task: ``ROOT/TASK/train.jsonl`` and ``ROOT/TASK/test.jsonl``.
+"""Tasks read from local JSONL files, one folder per task: ``ROOT/TASK/train.jsonl`` and ``ROOT/TASK/test.jsonl``.
 
-One object a line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``; generation:
+One object per line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``; generation:
 ``{"question", "answer"}``. The root is given, or taken from ``DLPLORA_DATA``.
 """
 
@@ -134,7 +134,7 @@ def _local_task(root: Path, name: str) -> Task:
         raise TaskError(f"{folder} has neither train.jsonl nor test.jsonl.")
     kinds = {item.choices is None for split in rows.values() for item in split}
     if len(kinds) > 1:
-        raise TaskError(f"{folder}: some rows have 'choices' and some do not; a task is one or the other.")
+        raise TaskError(f"{folder}: some rows have 'choices' and some do not; a task must be one or the other.")
     train = rows.get("train", ())
     cut = len(train) - max(1, round(len(train) * VALIDATION_SHARE)) if len(train) > 1 else len(train)
     # The end of the training file is the validation split; both readers of the file cut it at the same place.

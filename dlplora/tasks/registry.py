@@ -1,4 +1,4 @@
-"""Suites by name."""
+"""Find suites by name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tasks and suites: what an item, a task and a suite are.
+"""Types of tasks: item, task and suite.
 
-A task is one seeded generator (or one local file) with three disjoint splits. The text convention of every suite:
-``prompt + " " + answer``; a prompt never ends with a space.
+A task is a seeded generator (or a local file) with three disjoint splits. Text convention of every suite: ``prompt + " " + answer``; a
+prompt never ends with a space.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a conformance check works with: one method on one tiny model, weights forced upon it, and strict comparisons.
+"""Parts of a conformance check: one method on one tiny model, forced routing weights, and strict comparisons.
 
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -47,7 +47,7 @@ class Case:
     """One method on one tiny model.
 
     Args:
-        build: Makes the method, unbound; called anew for every model.
+        build: Makes the method, unbound; called again for every model.
         make_model: Makes a fresh copy of one and the same float32 causal LM, in evaluation mode.
         tokenizer: Its tokenizer.
         pool: Folder of PEFT adapter folders; their names are the experts, sorted.
@@ -109,7 +109,7 @@ class Case:
         return PromptBatch(ids, nn.functional.pad(plain.attention_mask, (left, right)), plain.texts, plain.task_names)
 
     def expert_folder(self, name: str, fused: FusedCausalLM) -> Path:
-        """The PEFT folder behind an expert of the bank that runs."""
+        """The PEFT folder of an expert of the bank that runs."""
         folder = self.pool / name
         if not folder.is_dir():
             folder = self.context(fused.model).artifacts[name]
@@ -180,9 +180,9 @@ def own_routing(fused: FusedCausalLM, prompts: PromptBatch) -> contextlib.Abstra
 
 
 def weights_of(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor | None:
-    """Routing weights of the method's own plan, mean over layers where these differ; None if gates decide."""
+    """The method's own routing weights, mean over layers where these differ; None if gates decide."""
     state = fused.route(prompts)
-    return None if state is None else fused.planner.per_expert(state.weights)
+    return None if state is None else fused.request_router.per_expert(state.weights)
 
 
 def routed_logits(fused: FusedCausalLM, prompts: PromptBatch) -> Tensor:
@@ -239,6 +239,6 @@ def single_adapter_logits(case: Case, folder: Path, prompts: PromptBatch) -> Ten
 
 
 def folder_of(case: Case, name: str) -> Path:
-    """The PEFT folder behind an expert of the case."""
+    """The PEFT folder of an expert of the case."""
     with case.fused() as fused:
         return case.expert_folder(name, fused)

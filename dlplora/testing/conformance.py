@@ -1,14 +1,14 @@
-"""The checklist every method must pass, as functions: ours run them in ``tests/conformance``, third parties on their own methods.
+"""The checklist that every method must pass, as functions; run by ``tests/conformance``, and by authors on their own methods.
 
 ```python
 from dlplora.testing import conformance
 
 conformance.check(MyMethod)
 ```
-``check`` makes a tiny random model with adapters; ``run_all`` takes a ``Case`` with a model of one's own. A check raises
-``ConformanceError`` with the line that failed. What it compares with shares no code with this library: the unpatched transformers
-model, or PEFT with one adapter. A method that breaks a line by definition declares it (``Metadata.exempt``, or ``combine="factor"``
-for T12), and then the line must fail.
+``check`` makes a tiny random model with adapters; ``run_all`` takes a ``Case`` with your own model. A check that fails raises
+``ConformanceError`` with its number. The references share no code with this library: the unpatched transformers model, or PEFT with one
+adapter. A method that violates a check by definition declares it (``Metadata.exempt``, or ``combine="factor"`` for T12); the check must
+then fail.
 
 Run it in float32 on a tiny random model with non-trivial adapters (B not zero). Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -186,10 +186,10 @@ def check_t8_weights(case: Case) -> None:
         weights = weights_of(fused, case.prompts())
         if weights is not None:
             _check_weights(weights, documented, fused.bank.num_experts, "route")
-            again, confidence = fused.planner.route_with_confidence(case.prompts())
+            again, confidence = fused.request_router.route_with_confidence(case.prompts())
             if again is None:
                 fail("T8: route_with_confidence: no weights, route has some")
-            require_close(fused.planner.per_expert(again), weights, "T8: route_with_confidence against route")
+            require_close(fused.request_router.per_expert(again), weights, "T8: route_with_confidence against route")
             sure = [1.0] * len(weights) if confidence is None else confidence.tolist()
             if len(sure) != len(weights) or not all(0.0 < one < 1.0 + 1e-6 for one in sure):
                 fail(f"T8: route_with_confidence: confidence {sure} for {len(weights)} prompts, expected one in (0, 1] for each")
@@ -251,7 +251,7 @@ def check_t9_gradients(case: Case) -> None:
         fused.method.loss(_training_batch(case, fused)).backward()
         optimizer.step()
         if not any(not torch.equal(start[name], parameter) for name, parameter in own.items()):
-            fail("T9: a training step moved none of the method's parameters")
+            fail("T9: a training step changed none of the method's parameters")
         for name, parameter in strangers.items():
             if parameter.grad is not None:
                 fail(f"T9: a gradient reached '{name}', which is not the method's")
@@ -355,7 +355,7 @@ def run_check(line: str, case: Case) -> None:
         CHECKS[line](case)
     except ConformanceError:
         return
-    raise ConformanceError(f"{line} holds although the method declares that it breaks it; remove it from Metadata.exempt.")
+    raise ConformanceError(f"{line} passes although the method declares that it violates it; remove it from Metadata.exempt.")
 
 
 def run_all(case: Case) -> None:
@@ -381,7 +381,7 @@ def check(method: str | Callable[[], FusionMethod], lines: Sequence[str] | None 
     build = partial(build_stand_in, method) if isinstance(method, str) else method
     for line in lines or ():
         if line not in CHECKS:
-            raise MethodError(f"unknown line '{line}'.{nearest(line, CHECKS)} Known: {', '.join(CHECKS)}.")
+            raise MethodError(f"unknown check '{line}'.{nearest(line, CHECKS)} Known: {', '.join(CHECKS)}.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny = tiny_setup(folder)

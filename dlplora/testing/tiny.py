@@ -1,4 +1,4 @@
-"""A tiny random model, tokenizer and adapters, so that a method can be tested anywhere, without a download."""
+"""A tiny random model, tokenizer and adapters, to test a method anywhere without a download."""
 
 from __future__ import annotations
 

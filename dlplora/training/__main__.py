@@ -1,4 +1,4 @@
-"""``python -m dlplora.training fit --config FILE.yaml``: what ``dlplora fit`` does, for processes that start trainings."""
+"""``python -m dlplora.training fit --config FILE.yaml``: the same as ``dlplora fit``, for processes that start trainings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write trained adapters as ordinary PEFT folders, each atomically."""
+"""Write trained adapters as PEFT folders, each atomically."""
 
 from __future__ import annotations
 

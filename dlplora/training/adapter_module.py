@@ -1,4 +1,4 @@
-"""What the shells around a single adapter and around a pool of adapters have in common."""
+"""The common part of the Lightning modules for a single adapter and for a pool of adapters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Cross-entropy on answer tokens, with the vocabulary projection computed only where there is a target.
+"""Cross-entropy on answer tokens; the vocabulary projection is computed only at supervised positions.
 
-A prompt of thirty tokens may have two answer tokens; projecting all positions onto the vocabulary would cost more than the
-rest of a small model. Shapes: B rows, T tokens, S supervised tokens, V vocabulary.
+A prompt of thirty tokens may have two answer tokens. Projecting all positions onto the vocabulary would cost more than the rest of a small
+model. Shapes: B rows, T tokens, S supervised tokens, V vocabulary.
 """
 
 from __future__ import annotations

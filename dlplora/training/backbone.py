@@ -1,4 +1,4 @@
-"""Pretraining of a small backbone: a Llama on the documents of the nano world, or on the text of a suite's training rows."""
+"""Pretrain a small base model: a Llama on the nano documents, or on the text of a suite's training rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Resume files of a training run: small, atomic, and read without unpickling code.
 
-A resume file holds the trained tensors, the optimizer and the loop counters; the frozen backbone is loaded from its own files
-again. Experts and routers are handed on as safetensors and JSON, never as one of these.
+A resume file holds the trained tensors, the optimiser state and the loop counters; the frozen base model is loaded from its own files.
+Trained experts and routers are exported as safetensors and JSON, never as resume files.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class ResumeCheckpoint(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save after every ``every_n_steps``-th optimizer step; after an epoch's last one wait for its validation.
 
-        A run that is resumed behind the last step of an epoch does not validate that epoch any more.
+        A run that is resumed after the last step of an epoch does not validate that epoch any more.
         """
         if trainer.global_step % self.every_n_steps == 0 and self._between_steps(trainer):
             self._due = bool(trainer.is_last_batch)

@@ -1,4 +1,4 @@
-"""One training command from its arguments to its exit code. Errors of the user and interruptions are one line on standard error."""
+"""Run a training command and return its exit code. User errors and interruptions are one line on standard error."""
 
 from __future__ import annotations
 

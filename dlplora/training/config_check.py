@@ -1,7 +1,6 @@
-"""Checks of a training command line before the parser sees it, and the parser's long messages made short.
+"""Check a training command line before the parser does, and shorten the parser's messages.
 
-The parser of the training command explains a misspelt key in a dozen lines. A user wants one: which key, where, and the
-nearest valid one.
+The parser explains a misspelt key in a dozen lines. The message here is one line: the key, its place, and the nearest valid key.
 """
 
 from __future__ import annotations

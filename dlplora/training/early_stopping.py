@@ -1,4 +1,4 @@
-"""Stop a training by its validation loss, keep the best tensors, and leave a note where a training ends in an error."""
+"""Stop a training by its validation loss, keep the best tensors, and write a note if it ends with an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One adapter, trained by Lightning around an ordinary PEFT model."""
+"""Train one adapter, with Lightning around an ordinary PEFT model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Many adapters over one frozen backbone in one process, written as a pool of ordinary PEFT folders.
+"""Train many adapters over one frozen base model in one process, and write them as a pool of PEFT folders.
 
-``sequential`` trains one expert after another, ``joint`` several in one batch. Both give every expert the rows, initial
-weights, clipping and schedule it would have alone, so (without dropout) they differ by rounding only.
+``sequential`` trains one expert after another, ``joint`` several in one batch. In both modes every expert has the rows, initial weights,
+clipping and schedule that it would have alone, so (without dropout) the results differ by rounding only.
 """
 
 from __future__ import annotations
@@ -200,6 +200,6 @@ class LitExpertPool(AdapterModule):
             return trained
         known = read_json(manifest, error=PoolError)
         if known["base_model"] != self.fingerprint:
-            raise PoolError(f"the pool in {root} was trained on another backbone; export these experts to another folder.")
+            raise PoolError(f"the pool in {root} was trained on another base model; export these experts to another folder.")
         names = [adapter["name"] for adapter in known["adapters"]]
         return names + [name for name in trained if name not in names]

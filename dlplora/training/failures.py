@@ -1,4 +1,4 @@
-"""What ends a training that is neither our error nor a defect: a package that is missing, a disk that is full."""
+"""Failures of a training that are neither user errors nor bugs: a missing package, a full disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARSER_TEXTS = ("Problem with given class_path", "Does not validate against", "P
 
 
 def configuration_error(error: BaseException) -> DLPLoRAError | None:
-    """The user's error behind an exception, in one line; None if there is none.
+    """The user's error in an exception, as one line; None if there is none.
 
     The parser wraps what a constructor raises in errors of its own, several deep.
     """

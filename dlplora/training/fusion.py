@@ -1,4 +1,4 @@
-"""Training of a fusion method: a Lightning shell around ``FusionMethod.loss``."""
+"""Train a fusion method: a LightningModule around ``FusionMethod.loss``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Several adapters in one forward pass over one frozen backbone, for training.
+"""Several adapters in one forward pass over one frozen base model, for training.
 
-A batch holds the same number of rows for each adapter of a group, adapter by adapter, so the low-rank update of all rows is
-two batched matrix products. Shapes: G adapters of a group, R rank, I inputs, O outputs, N rows times tokens of one adapter.
+A batch holds the same number of rows for each adapter of a group, adapter by adapter, so the low-rank update of all rows is two batched
+matrix products. Shapes: G adapters of a group, R rank, I inputs, O outputs, N rows times tokens of one adapter.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class GroupedLoRALinear(nn.Module):
         else:
             if x.ndim == 2 and not self.active.grid.fits(x):
                 raise IncompatibleAdapterError(
-                    f"a layer got an input of shape {tuple(x.shape)}, which does not tell the rows of {lora_a.shape[0]} adapters apart. "
+                    f"a layer got an input of shape {tuple(x.shape)}, which mixes the rows of {lora_a.shape[0]} adapters. "
                     "Train them one after another: model.init_args.mode=sequential."
                 )
             rows = z.reshape(lora_a.shape[0], -1, z.shape[-1])

@@ -1,7 +1,7 @@
-"""``dlplora fit | validate | test``: LightningCLI with our defaults, short errors, and resuming from the latest valid file.
+"""``dlplora fit | validate | test``: LightningCLI with our defaults, short errors, and resuming from the newest valid file.
 
-Everything of a run is in its YAML file and the overrides; the resolved configuration is written beside the logs. Progress goes
-to standard error, and the last line on standard output is JSON.
+A run is fully described by its YAML file and the overrides; the resolved configuration is written beside the logs. Progress goes to
+standard error, and the last line on standard output is JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Muon for hidden matrices and AdamW for the rest, in one optimizer and in float32.
+"""Muon for hidden matrices and AdamW for all other parameters, in one optimiser and in float32.
 
-Muon orthogonalises the momentum of a matrix by five Newton-Schulz steps (Jordan et al., 2024, "Muon: an optimizer for hidden
-layers in neural networks"). torch ships ``torch.optim.Muon``; it iterates in bfloat16, which is two orders of magnitude
-slower on CPUs without bfloat16 units, so this one stays in the parameter's dtype and treats equal shapes as one batch.
+Muon orthogonalises the momentum of a matrix by five Newton-Schulz steps (Jordan et al., 2024, "Muon: an optimizer for hidden layers in
+neural networks"). ``torch.optim.Muon`` iterates in bfloat16, which is two orders of magnitude slower on CPUs without bfloat16 units. This
+one keeps the parameter's dtype and batches equal shapes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Gradient checkpointing over a frozen backbone: activations inside decoder layers are recomputed instead of kept.
+"""Gradient checkpointing over a frozen base model: activations inside decoder layers are recomputed instead of kept.
 
-transformers switches it on and checks that a layer is in training mode; our backbone stays in evaluation mode, where none of its dropout is
-active. So only the flag of the decoder layers themselves is set, not that of the modules inside them.
+transformers checkpoints only layers in training mode. Our base model stays in evaluation mode, so that none of its dropout is active.
+Therefore only the flag of the decoder layers themselves is set, not that of the modules inside them.
 """
 
 from __future__ import annotations

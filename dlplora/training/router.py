@@ -1,4 +1,4 @@
-"""Training of the router: a Lightning shell around ``MiniMLPRouter``."""
+"""Train the router: a LightningModule around ``MiniMLPRouter``."""
 
 from __future__ import annotations
 

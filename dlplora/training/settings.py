@@ -1,4 +1,4 @@
-"""What an adapter is and how it is optimised: the settings shared by single experts, pools of experts and fusion methods."""
+"""Settings of adapters and their optimisation, shared by single experts, pools of experts and fusion methods."""
 
 from __future__ import annotations
 

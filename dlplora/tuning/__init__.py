@@ -1,1 +1,1 @@
-"""Settings of a method chosen on the validation split: a small grid, one record a trial."""
+"""Choose settings of a method on the validation split: a small grid, one record per trial."""

@@ -1,13 +1,13 @@
-"""What a method may try: ``configs/tune/<preset>.yaml``, or settings of the command line.
+"""The grid of a method: ``configs/tune/<preset>.yaml``, or settings given on the command line.
 
-A grid file has up to two keys. ``params`` varies parameters of the method, ``training`` settings of its training::
+A grid file has up to two keys. ``params`` varies parameters of the method, ``training`` varies settings of its training::
 
     params:
       top_k: [1, 2, 3]
     training:
       lr: [1.0e-3, 1.0e-2]
 
-Every combination is a trial; the preset's own settings are one in any case.
+Every combination is a trial; the preset's own settings are always one of them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def grid_of(spec: MethodSpec, given: Sequence[tuple[str, Any]] = ()) -> Grid:
     else:
         path = configs_root() / "tune" / f"{spec.name}.yaml"
         if not path.is_file():
-            raise ConfigError(f"nothing says what '{spec.name}' may try: {path} is missing. Write it, or pass --setting NAME=VALUE,VALUE.")
+            raise ConfigError(f"no grid for '{spec.name}': {path} is missing. Write it, or pass --setting NAME=VALUE,VALUE.")
         grid, where = build(Grid, load_yaml(find_config("tune", spec.name)), str(path)), str(path)
     return _checked(grid, spec, where)
 
@@ -85,7 +85,7 @@ def _checked(grid: Grid, spec: MethodSpec, where: str) -> Grid:
         for name, values in getattr(grid, part).items():
             if name not in names:
                 valid = ", ".join([*known["params"], *known["training"]]) or "none"
-                raise ConfigError(f"{where}: '{name}' is no setting of '{spec.name}'.{nearest(name, names)} Settings: {valid}.")
+                raise ConfigError(f"{where}: '{name}' is not a setting of '{spec.name}'.{nearest(name, names)} Settings: {valid}.")
             if not values:
                 raise ConfigError(f"{where}: '{name}' needs at least one value.")
             if len({repr(value) for value in values}) < len(values):

@@ -1,4 +1,4 @@
-"""The trained part of a trial: the method's gates, fitted under the trial's settings, stopped early, under the common token cap."""
+"""The trained part of a trial: the method's gates, trained with the trial's settings, with early stopping and the common token cap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dlplora.reproduce.training import train
 from dlplora.tuning.grid import TRAINING_SETTINGS
 
 if TYPE_CHECKING:
-    from dlplora.tuning.plans import Plan
+    from dlplora.tuning.trial_jobs import TrialJob
 
 FAILURE = "failure.json"
 """As ``training.early_stopping`` writes it."""
@@ -26,7 +26,7 @@ PATIENCE = 3
 """Validations without improvement that end a training."""
 
 
-def retrained(one: Plan, folder: Path) -> Run:
+def retrained(one: TrialJob, folder: Path) -> Run:
     """The trial's run with gates trained for it; a call that was interrupted continues.
 
     Args:
@@ -51,7 +51,7 @@ def retrained(one: Plan, folder: Path) -> Run:
     return replace(run, folders={**run.folders, "trained": trained})
 
 
-def _setting(one: Plan) -> Setting:
+def _setting(one: TrialJob) -> Setting:
     """Backbone, tasks and options of the training command."""
     protocol = one.run.protocol
     values = {name: one.choice.training.get(name) for name in TRAINING_SETTINGS}

@@ -1,4 +1,4 @@
-"""The trials of one method, run one after the other; each is written as soon as it ends."""
+"""Run the trials of one method, one after the other; each is written when it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dlplora.provenance import provenance
 from dlplora.reporting.comparison import MAIN_METRIC
 from dlplora.reporting.schema import Record
 from dlplora.reporting.tuning import Trial, read_trial, trial_path, write_trial
-from dlplora.tuning.plans import Plan, backbone_name, folder_of
+from dlplora.tuning.trial_jobs import TrialJob, backbone_name, folder_of
 
 if TYPE_CHECKING:
     from dlplora.evaluation.cache import EvalCache
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def run_trials(plans: list[Plan], root: Path, runs: Path, say: Say, cache: EvalCache | None = None, *, force: bool = False) -> list[Trial]:
-    """Run what has no record yet, and return the trials in the order of the plans.
+def run_trials(
+    jobs: list[TrialJob], root: Path, runs: Path, say: Say, cache: EvalCache | None = None, *, force: bool = False
+) -> list[Trial]:
+    """Run what has no record yet, and return the trials in the order of the jobs.
 
     A trial that diverges or fails is a record like any other. A repeated call takes up what is finished; what failed for another reason
     than divergence (a full disk, for instance) is tried again.
 
     Args:
-        plans: Of ``plan``.
+        jobs: Of ``trial_jobs``.
         root: Results folder.
         runs: Folder of the trainings.
         say: Takes messages.
@@ -40,8 +42,8 @@ def run_trials(plans: list[Plan], root: Path, runs: Path, say: Say, cache: EvalC
         force: Run finished trials again.
     """
     found = []
-    for number, one in enumerate(plans, start=1):
-        label = f"[{number}/{len(plans)}] {one.run.spec.name} {_spelled(one.choice.settings)}"
+    for number, one in enumerate(jobs, start=1):
+        label = f"[{number}/{len(jobs)}] {one.run.spec.name} {_spelled(one.choice.settings)}"
         blank = _blank(one)
         path = trial_path(folder_of(one.run), blank, root)
         if path.is_file() and not force and (known := read_trial(path)).status != "failed":
@@ -60,7 +62,7 @@ def _spelled(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def _blank(one: Plan) -> Trial:
+def _blank(one: TrialJob) -> Trial:
     run = one.run
     return Trial(
         method=run.spec.name,
@@ -80,7 +82,7 @@ def _blank(one: Plan) -> Trial:
     )
 
 
-def _run(one: Plan, blank: Trial, runs: Path, label: str, cache: EvalCache | None) -> Trial:
+def _run(one: TrialJob, blank: Trial, runs: Path, label: str, cache: EvalCache | None) -> Trial:
     """Train if the trial trains, and evaluate; an error ends the trial and becomes its reason."""
     started = time.perf_counter()
     outcome: dict[str, Any]

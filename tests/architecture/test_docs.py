@@ -88,6 +88,8 @@ PYTHON = [(page, block) for page in PAGES for language, block in BLOCK.findall(p
 def test_python_blocks_compile_and_import_what_exists(page: Path, block: str) -> None:
     compile(block, str(page), "exec")
     for module, imported in re.findall(r"^from (dlplora[\w.]*) import ([\w, ]+)", block, re.MULTILINE):
+        if module == "dlplora.baselines.nearest_length":  # the example of a page, which tests/e2e/test_adding_a_baseline.py runs
+            continue
         found = __import__(module, fromlist=[name.strip() for name in imported.split(",")])
         for name in imported.split(","):
             assert hasattr(found, name.strip()), f"{page.name}: {module}.{name.strip()}"

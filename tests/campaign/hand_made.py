@@ -173,7 +173,7 @@ def _options() -> list[Case]:
             Case(f"fit {shown}", ("fit", f"--config={one}")),
             Case(f"bench --config {shown}", ("bench", "latency", *given("--config"))),
             Case(f"bench --shape {shown}", ("bench", "latency", *given("--shape"), "--out", "out")),
-            Case(f"bench --contenders {shown}", ("bench", "latency", "--shape", "tiny", *given("--contenders"), "--out", "out")),
+            Case(f"bench --systems {shown}", ("bench", "latency", "--shape", "tiny", *given("--systems"), "--out", "out")),
             Case(f"bench --backends {shown}", ("bench", "latency", "--shape", "tiny", *given("--backends"), "--out", "out")),
             Case(f"counters --methods {shown}", ("bench", "counters", "--shape", "tiny", *given("--methods"))),
             Case(f"counters --shape {shown}", ("bench", "counters", *given("--shape"))),
@@ -194,7 +194,7 @@ def _options() -> list[Case]:
         cases += [
             Case(
                 f"bench {option} {one!r}",
-                ("bench", "latency", "--shape", "tiny", "--contenders", "base", f"{option}={one}", "--out", "out"),
+                ("bench", "latency", "--shape", "tiny", "--systems", "base", f"{option}={one}", "--out", "out"),
             )
             for one in ("-1", "x", "", "1.5", "1,,x", "9" * 30)
         ]

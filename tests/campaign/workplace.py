@@ -76,7 +76,7 @@ def _write_configurations(root: Path) -> None:
     (root / "average.yaml").write_text((configs_root() / "method" / "avg_delta.yaml").read_text())
     bench = {
         "shape": "tiny",
-        "groups": {"g": {"contenders": ["base", "dlp"], "experts": [2], "prompt": [4], "new_tokens": 2, "repeats": 2, "warmup": 0}},
+        "groups": {"g": {"systems": ["base", "dlp"], "experts": [2], "prompt": [4], "new_tokens": 2, "repeats": 2, "warmup": 0}},
     }
     (root / "bench.yaml").write_text(yaml.safe_dump(bench))
     for name in ("expert", "router"):

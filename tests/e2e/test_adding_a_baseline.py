@@ -55,6 +55,15 @@ def test_the_example_is_a_whole_method(module: ModuleType, tmp_path: Path, tiny_
     )
 
 
+def test_the_pages_own_test_passes(module: ModuleType) -> None:
+    page: dict[str, Any] = {}
+    exec(blocks("python")[1], page)  # its conformance check is the one above
+    page["test_weights_by_hand"]()
+    module.NearestLength.route = lambda self, prompts: module.torch.full((len(prompts), 2), 0.5)
+    with pytest.raises(AssertionError):
+        page["test_weights_by_hand"]()
+
+
 def test_the_entry_point_names_the_registrys_group() -> None:
     declared = tomllib.loads(blocks("toml")[0])
     assert list(declared["project"]["entry-points"]) == [registry.ENTRY_POINT_GROUP]

@@ -93,7 +93,7 @@ def test_what_is_not_in_the_cache_is_said_in_one_line(cache: Path, tmp_path: Pat
     where = f"is not in the cache {cache}/hub, and the hub is not asked (offline mode)."
     adapter = "Pass a local PEFT folder, or fetch it once with a connection: hf download org/"
     model = (
-        f"dlplora: error: cannot load backbone 'org/absent': there is no such folder, and hub id 'org/absent' {where} "
+        f"dlplora: error: cannot load base model 'org/absent': there is no such folder, and hub id 'org/absent' {where} "
         "Pass a local model folder, or fetch it once with a connection: hf download org/absent."
     )
     assert [line for line in done.stderr.splitlines() if line.startswith("dlplora: ")] == [

@@ -129,7 +129,7 @@ def test_a_limit_below_one_question(limit: str, model_args: str, tmp_path: Path,
     assert command.main([*arguments, "--limit", limit]) == 2
     assert (
         capsys.readouterr().err
-        == f"lm_eval: --limit must be a positive number of questions a task, or a share of them below 1, got {limit}.\n"
+        == f"lm_eval: --limit must be a positive number of questions per task, or a share of them below 1, got {limit}.\n"
     )
     assert not (tmp_path / "out").exists()
 

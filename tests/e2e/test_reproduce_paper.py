@@ -127,7 +127,7 @@ def test_the_plan_says_what_is_needed_and_starts_nothing(tmp_path: Path, capsys:
     arguments = ["reproduce", "paper", "--backbone", "local-small", "--data-root", str(rows), "--dry-run", *places(tmp_path, "x")]
     assert main([*arguments, "--methods", "base,multitask,mole"]) == 0
     said = capsys.readouterr().err
-    for part in ("backbone: to be trained", "trained/mole", "2 experts", "training multitask", "evaluation in batches", "disk: about"):
+    for part in ("base model: to be trained", "trained/mole", "2 experts", "training multitask", "evaluation in batches", "disk: about"):
         assert part in said
     assert not (tmp_path / "x").exists()
 

@@ -26,8 +26,8 @@ from dlplora.serve.prompts import NANO_TEMPLATE
 from dlplora.serve.server import ServerOptions
 from dlplora.serve.upstream.app import build_upstream_app
 from dlplora.serve.upstream.client import UpstreamClient, checked_url
-from dlplora.serve.upstream.door import Door
 from dlplora.serve.upstream.local_router import LocalRouter
+from dlplora.serve.upstream.proxy import UpstreamProxy
 
 ZARGI = "Please write in Zargi: the cat sees the hat."
 GATE = "Tom is at the gate with a brown glove. Does Tom pass?"
@@ -90,8 +90,8 @@ def doors(router: LocalRouter, stub: Stub, transport: Any = None, **options: Any
 
     upstream = asyncio.run(look())
     client = UpstreamClient("http://up", api_key="theirs", transport=transport)
-    door = Door(router, upstream, client, ServerOptions(base_name="nano", chat_template=NANO_TEMPLATE, **options))
-    with TestClient(build_upstream_app(door)) as front:
+    proxy = UpstreamProxy(router, upstream, client, ServerOptions(base_name="nano", chat_template=NANO_TEMPLATE, **options))
+    with TestClient(build_upstream_app(proxy)) as front:
         yield front
 
 

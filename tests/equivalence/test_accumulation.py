@@ -114,7 +114,7 @@ def test_an_expert(precision: Any, batch: int, accumulate: int, tiny_llama_folde
     data = data_of(ExpertDataModule, rows, batch, accumulate)
     module = LitExpert(backbone=str(tiny_llama_folder), lora=LORA, optimizer=FLAT)
     found = first_gradient(module, data, accumulate, tmp_path, precision=precision)
-    plan = [row for step in range(accumulate) for row in data.plan(["alpha"]).batch(step)]
+    plan = [row for step in range(accumulate) for row in data.schedule(["alpha"]).batch(step)]
     assert len(plan) == 8
     dtype = {"32-true": torch.float32, "64-true": torch.float64}[precision]
     truth = plain_gradient(tiny_llama_folder, rows, "alpha", dtype, plan)
@@ -128,7 +128,7 @@ def test_a_pool(mode: Any, batch: int, accumulate: int, tiny_llama_folder: Path,
     module = LitExpertPool(backbone=str(tiny_llama_folder), lora=LORA, optimizer=FLAT, mode=mode)
     found = first_gradient(module, data, accumulate, tmp_path)
     for place, name in enumerate(module.groups[0]):
-        plan = [row for step in range(accumulate) for row in data.plan([name]).batch(step)]
+        plan = [row for step in range(accumulate) for row in data.schedule([name]).batch(step)]
         truth = plain_gradient(tiny_llama_folder, rows, name, torch.float32, plan)
         assert module.patch is not None
         mine = {}
@@ -160,7 +160,7 @@ def test_a_router(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
         again.configure_model()
         again.router.eval()
         ids, mask, labels = data.tensors("train")
-        chosen = torch.tensor([row for step in range(steps) for row in data._plan()(step)])
+        chosen = torch.tensor([row for step in range(steps) for row in data._rows_of_step()(step)])
         torch.nn.functional.cross_entropy(again.router(ids[chosen], mask[chosen]), labels[chosen]).backward()
         return {f"router.{name}": one.grad.double() for name, one in again.router.named_parameters() if one.grad is not None}
 

@@ -34,7 +34,7 @@ ROUTES = (torch.tensor([0.9, 0.1, 0.0]), torch.tensor([[0.0, 0.2, 0.8]]), torch.
 def loop(fused: FusedCausalLM, ids: list[int], how: str, weights: Tensor) -> Iterator[Tensor]:
     """Decode by hand and hand out the logits of every step; routing as an argument, or in a block around the loop."""
     tokens, past = torch.tensor([ids]), None
-    given = fused.planner.state(weights) if how == "state" else weights
+    given = fused.request_router.state(weights) if how == "state" else weights
     with fused.routing(weights) if how == "block" else contextlib.nullcontext():
         for _ in range(STEPS):
             options = {} if how == "block" else {"routing": given}
@@ -187,7 +187,7 @@ def test_weights_of_a_call_are_those_of_a_block(fuse: Any) -> None:
         with fused.routing(weights):
             expected = ask(fused, BATCHES[2])
         assert same(ask(fused, BATCHES[2], routing=weights), expected)
-        assert same(ask(fused, BATCHES[2], routing=fused.planner.state(weights)), expected)
+        assert same(ask(fused, BATCHES[2], routing=fused.request_router.state(weights)), expected)
         # copies of a prompt are routed as the prompt is
         beams = [ask(fused, BATCHES[2], routing=weights, num_beams=2)[0]]
         with fused.routing(weights):

@@ -89,7 +89,7 @@ def addresses_of_free_buffers(fused: FusedCausalLM) -> tuple[int, ...]:
     pool = fused.slot.buffers
     assert pool.num_leased == 0
     assert len(pool._free) <= 1
-    return tuple(buffer.data_ptr() for buffers in pool._free for plan in buffers.plans.values() for buffer in plan.buffers())
+    return tuple(buffer.data_ptr() for buffers in pool._free for plan in buffers.by_layer.values() for buffer in plan.buffers())
 
 
 def test_a_prompt_level_method_keeps_its_graph_too(
@@ -121,12 +121,12 @@ def test_a_forward_compiled_by_hand_follows_rerouting(tiny_llama: Any, tiny_toke
             first = fused(input_ids=ids).logits
         with fused.routing(two):
             second = fused(input_ids=ids).logits
-        state = fused.planner.state(one, own=True, reroutes=True)
+        state = fused.request_router.state(one, own=True, reroutes=True)
         with fused.routing(state):
             torch.testing.assert_close(compiled(input_ids=ids).logits, first, atol=1e-5, rtol=1e-5)
             state.update_rows(torch.tensor([0, 1]), two)
             torch.testing.assert_close(compiled(input_ids=ids).logits, second, atol=1e-5, rtol=1e-5)
-        with fused.routing(fused.planner.state(one, own=True, reroutes=True)):
+        with fused.routing(fused.request_router.state(one, own=True, reroutes=True)):
             torch.testing.assert_close(compiled(input_ids=ids).logits, first, atol=1e-5, rtol=1e-5)
     assert len(given) == 1
 
@@ -173,4 +173,4 @@ def test_compile_is_an_option_of_from_pretrained(tiny_llama_folder: Path, tiny_p
     assert FusedCausalLM.from_pretrained(tiny_llama_folder, **options)._compile_config is None
     fused = FusedCausalLM.from_pretrained(tiny_llama_folder, **options, compile=True)
     assert fused._compile_config is not None
-    assert fused.planner.fixed_width
+    assert fused.request_router.fixed_width

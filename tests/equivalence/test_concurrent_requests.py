@@ -156,10 +156,10 @@ def test_a_copy_has_requests_of_its_own(fuse: Any) -> None:
         assert same(ask(again, BATCHES[0]), expected)
         assert again.slot is not fused.slot
         assert all(layer.slot is again.slot for layer in again.patched.layers.values())
-    state = fused.planner.state(torch.tensor([0.9, 0.1, 0.0]))
+    state = fused.request_router.state(torch.tensor([0.9, 0.1, 0.0]))
     with fused.routing(state):
         other = copy.copy(state)
-        assert not other.plans
+        assert not other.buffers
 
 
 def test_buffers_of_many_requests_do_not_add_up(fuse: Any) -> None:

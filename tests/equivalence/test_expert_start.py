@@ -54,7 +54,7 @@ def by_peft(model: Any, pool: Path, ids: list[int], weights: Tensor, quiet_first
 
 @torch.no_grad()
 def by_request(fused: FusedCausalLM, side: str) -> list[Tensor]:
-    """Logits (T, V) of each row: a padded prompt, then its answer token by token behind the cache."""
+    """Logits (T, V) of each row: a padded prompt, then its answer token by token after the cache."""
     width = max(map(len, PROMPTS))
     pads = [[0] * (width - len(row)) for row in PROMPTS]
     ids = torch.tensor([pad + row if side == "left" else row + pad for pad, row in zip(pads, PROMPTS, strict=True)])

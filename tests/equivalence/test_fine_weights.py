@@ -47,7 +47,7 @@ def planned(fused: FusedCausalLM) -> Tensor:
 
 @torch.no_grad()
 def log_shares(model: Any, ids: list[int]) -> np.ndarray:
-    """Log distributions (2, V) behind both blocks at the last token, float64 from transformers' hidden states."""
+    """Log distributions (2, V) after both blocks at the last token, float64 from transformers' hidden states."""
     llama = model.base_model.model if isinstance(model, PeftModel) else model
     states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     rows = []
@@ -117,12 +117,12 @@ def test_adapters_that_move_nothing_share_equally(tiny_llama: Any, tiny_tokenize
 
 def test_layers_apart_need_a_kernel_that_can(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
     for backend in ("folded", "merged"):
-        with pytest.raises(RoutingError, match=rf"'{backend}' has one weight an adapter.*'qa_flora' weighs layers or ranks apart"):
+        with pytest.raises(RoutingError, match=rf"'{backend}' has one weight per adapter.*'qa_flora' weights layers or ranks separately"):
             fuse(tiny_llama, tiny_tokenizer, tiny_pool, QaFlora(), backend=backend)
     expected = planned(fuse(tiny_llama, tiny_tokenizer, tiny_pool, QaFlora()))
     slow = fuse(tiny_llama, tiny_tokenizer, tiny_pool, QaFlora(), backend="reference")
     torch.testing.assert_close(planned(slow), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ConfigError, match="weighs layers apart"):
+    with pytest.raises(ConfigError, match="weights layers separately"):
         require_servable(slow)
 
 
@@ -139,7 +139,7 @@ def test_the_harness_takes_weights_of_layers(tmp_path: Path, capsys: pytest.Capt
 def test_a_layer_outside_of_the_blocks_is_refused(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     bank = AdapterBank.from_tensors(("one",), {"lm_head": [(torch.ones(2, 32), torch.ones(345, 2), 1.0)]})
     context = MethodContext(tokenizer=tiny_tokenizer, embedding=tiny_llama.get_input_embeddings())
-    with pytest.raises(MethodError, match="module 'lm_head' stands outside"):
+    with pytest.raises(MethodError, match="module 'lm_head' is outside"):
         QaFlora().prepare(bank, context)
 
 

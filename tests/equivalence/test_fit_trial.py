@@ -226,7 +226,7 @@ def test_a_reader_of_weights_is_refused_by_name(tiny_llama: Any, tmp_path: Path,
 
 @pytest.mark.parametrize("order", ["half", "reversed"])
 def test_picked_and_reordered_tokens(order: str, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path, make_adapter: Any) -> None:
-    """One plan for all rows is right; rows routed apart are refused, also where as many vectors arrive as there are tokens."""
+    """One set of weights for all rows works; rows that are routed differently are refused, also if there are as many vectors as tokens."""
 
     def chosen(count: int) -> Tensor:
         return torch.arange(0, count, 2) if order == "half" else torch.arange(count - 1, -1, -1)
@@ -238,7 +238,7 @@ def test_picked_and_reordered_tokens(order: str, tiny_llama: Any, tiny_tokenizer
     for weights in (torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0]] * 3)):
         with fused.routing(weights):
             torch.testing.assert_close(logits(fused), expected, atol=2e-5, rtol=1e-4)
-    with fused.routing(APART), pytest.raises(RoutingError, match=r"v_proj.inner' got an input of shape .*3 rows, routed apart"):
+    with fused.routing(APART), pytest.raises(RoutingError, match=r"v_proj.inner' got an input of shape .*3 rows, routed differently"):
         logits(fused)
     with fused.routing(torch.tensor([[1.0, 0.0]])):
         torch.testing.assert_close(logits(fused, IDS[:1]), one_row, atol=2e-5, rtol=1e-4)
@@ -262,7 +262,7 @@ def test_a_layer_that_answers_something_else(tiny_llama: Any, tmp_path: Path, ma
     for layer in tiny_llama.model.layers:
         layer.self_attn.v_proj = First(layer.self_attn.v_proj)
     renamed = {path.replace("v_proj", "v_proj.inner"): entry for path, entry in bank.modules.items()}
-    with pytest.raises(IncompatibleAdapterError, match=r"v_proj.inner' \(WithBias\) is no linear layer: it answers tuple"):
+    with pytest.raises(IncompatibleAdapterError, match=r"v_proj.inner' \(WithBias\) is not a linear layer: it returns tuple"):
         patch(tiny_llama, AdapterBank(bank.names, renamed), RoutingSlot())
 
 

@@ -104,7 +104,7 @@ def test_rows_of_a_batch_speak_as_they_do_alone(fuse: Any, tiny_tokenizer: Any) 
 
 @torch.no_grad()
 def naive(fused: FusedCausalLM, text: str, steps: int) -> tuple[list[int], list[list[float]]]:
-    """One token at a time with the cache kept as it is; weights are asked for anew when the text has ended a sentence."""
+    """One token at a time with the cache kept as it is; weights are asked for again when the text has ended a sentence."""
     tokenizer, ids = fused.tokenizer, fused.tokenizer(text)["input_ids"]
     weights = [fused.method.route(batch(tokenizer, (text,)))]
     with fused.routing(weights[0]):

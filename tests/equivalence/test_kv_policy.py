@@ -45,7 +45,7 @@ def merged(model: Any, pool: Path, weights: Tensor) -> Any:
 
 
 def keys_and_values(model: Any, ids: list[int], past: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Process tokens behind a hand-kept list of keys and values; the longer list and the logits of the last token."""
+    """Process tokens after a hand-kept list of keys and values; the longer list and the logits of the last token."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(past):
         cache.update(keys, values, layer)

@@ -186,7 +186,7 @@ def test_a_merged_adapter_has_no_dropout(name: str, uniform_pool: Path, tiny_tok
 
 @pytest.mark.parametrize("name", EVERY_MERGE)
 def test_a_second_merge_is_a_new_one(name: str, uniform_pool: Path, tiny_tokenizer: Any, tiny_llama: Any) -> None:
-    """PEFT keeps the old adapter silently if the name is taken; ours is called ``merged`` each time and made anew."""
+    """PEFT keeps the old adapter silently if the name is taken; ours is called ``merged`` each time and made again."""
     method = build_method(name)
     told = context(tiny_tokenizer, tiny_llama)
     method.prepare(AdapterBank.from_pool(uniform_pool, ["alpha", "beta"]), told)

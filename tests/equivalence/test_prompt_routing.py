@@ -57,7 +57,7 @@ def test_pieces(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["question", "sentence"])
 def test_prefill_equals_merged_models_in_a_row(how: str, talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    """Each piece by a model with that piece's weights merged, behind the keys and values of the pieces before; left-padded in a batch."""
+    """Each piece by a model with that piece's weights merged, after the keys and values of the pieces before; left-padded in a batch."""
     route = ByLength().route
     fused = fused_with(copy.deepcopy(talkative), tiny_tokenizer, tiny_pool, "stale", how)
     trace: list[dict[str, Any]] = []

@@ -48,7 +48,7 @@ class Watch(RoutedCriterion):
         assert self.state is not None
         self.seen.append(self.state.weights.clone())
         for layer in self.fused.patched.layers.values() if self.state.backend == "folded" else ():
-            plan = self.state.plans.get(layer.key)
+            plan = self.state.buffers.get(layer.key)
             if plan is not None:
                 fresh = fold(layer.lora_a, layer.lora_b, self.state.per_row() * layer.scaling, plan.width)
                 fresh.use(plan.used)
@@ -130,7 +130,7 @@ def test_layers_of_different_scaling_keep_their_own(talkative: Any, tiny_tokeniz
     fused = FusedCausalLM(talkative, tiny_tokenizer, AdapterBank(bank.names, modules), ByTokens(), backend="folded")
     ids = torch.tensor([[1, 5, 9, 4], [1, 7, 7, 8], [1, 9, 3, 2]])
     before, after = torch.tensor([[0.2, 0.0, 0.8], [1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.1, 0.2]])
-    state = fused.planner.state(before, own=True, reroutes=True, new_tokens=4)
+    state = fused.request_router.state(before, own=True, reroutes=True, new_tokens=4)
     assert state.backend == "folded"
     fused(input_ids=ids, routing=state)
     state.update_rows(torch.tensor([2, 0]), after)

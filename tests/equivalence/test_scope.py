@@ -85,7 +85,7 @@ def test_prompts_below_the_threshold_get_the_base_model_and_others_what_they_got
 
 def test_settings_and_files_that_do_not_fit(routed: Routed) -> None:
     for params in ({"scope": "energy"}, {"scope_threshold": 0.5}, {"scope": "router", "scope_threshold": 0.5}):
-        with pytest.raises(ConfigError, match="'scope_threshold' goes with a named score"):
+        with pytest.raises(ConfigError, match="'scope_threshold' needs scope"):
             DLP.Config(**params)
     with pytest.raises(ConfigError, match="finite"):
         DLP.Config(scope="energy", scope_threshold=float("nan"))

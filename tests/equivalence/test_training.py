@@ -66,7 +66,7 @@ def by_hand(backbone: Path, rows: Path, task: str, steps: int = STEPS, accumulat
 
     data.trainer = Trainer()  # type: ignore[assignment]
     data.setup("fit")
-    plan = data.plan([task])
+    plan = data.schedule([task])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
     updates = steps // accumulate

@@ -249,14 +249,14 @@ def test_buffers_stay_where_they_are_between_requests_of_one_size() -> None:
         few = weights * (torch.arange(6) < keep)
         state = RoutingState(few, "folded", width=4, reroutes=True)
         with slot.bind(state):
-            seen.add(tuple(buffer.data_ptr() for buffer in state.plans[layer.key].buffers()))
+            seen.add(tuple(buffer.data_ptr() for buffer in state.buffers[layer.key].buffers()))
             state.update_rows(torch.tensor([1]), weights[:1] * (torch.arange(6) < 3))
-            seen.add(tuple(buffer.data_ptr() for buffer in state.plans[layer.key].buffers()))
+            seen.add(tuple(buffer.data_ptr() for buffer in state.buffers[layer.key].buffers()))
             layer(x)
     assert len(seen) == 1
-    with pytest.raises(RoutingError, match=r"keeps 5 experts, the plan has room for 4.*max_kept"):
+    with pytest.raises(RoutingError, match=r"keeps 5 experts, the buffers have room for 4.*max_kept"):
         RoutingState((torch.arange(6) < 5).float()[None], "folded", width=4)
-    with pytest.raises(RoutingError, match=r"keeps 6 experts, the plan has room for 4.*max_kept"):
+    with pytest.raises(RoutingError, match=r"keeps 6 experts, the buffers have room for 4.*max_kept"):
         state.update_rows(torch.tensor([0]), torch.ones(1, 6))
 
 
@@ -290,7 +290,7 @@ def test_merging_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
                 "e,eor,eri->oi", chosen[0].double() * scaling, layer.lora_b.double(), layer.lora_a.double()
             )
             bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6
-            assert bool(((state.plans[layer.key].weight.double() - exact).abs() <= bound).all())
+            assert bool(((state.buffers[layer.key].weight.double() - exact).abs() <= bound).all())
     assert torch.equal(layer.base.weight, base)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Texts that grow at their end, and features of tokens that are kept: both against reading everything anew."""
+"""Texts that grow at their end, and features of tokens that are kept: both against reading everything again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GROWTH = st.lists(st.lists(PIECES, max_size=8).map("".join), min_size=1, max_siz
 
 @functools.cache
 def tokenizer_of(kind: str) -> Any:
-    """nano's; two that split as Llama 3 and Qwen 2 do, behind a normalizer and with a token at the end; one of the Llama 2 family."""
+    """nano's; two that split as Llama 3 and Qwen 2 do, after a normalizer and with a token at the end; one of the Llama 2 family."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +74,7 @@ def test_ids_are_those_of_the_whole_text(kind: str, growth: list[str], other: li
     encode = RowTokens(tokenizer, piece_encoder(tokenizer))
     texts = [start, "A red box, said Mia to the others who were there"]
     for one, two in zip(growth, other, strict=False):
-        texts = [texts[0] + one, two if len(two) > 5 else texts[1] + two]  # the second row may begin anew
+        texts = [texts[0] + one, two if len(two) > 5 else texts[1] + two]  # the second row may begin again
         assert encode([4, 7], texts) == tokenizer(texts)["input_ids"]
 
 
@@ -117,7 +117,7 @@ def test_kept_features_are_those_of_a_router_that_has_seen_nothing(variant: str,
     options: dict[str, Any] = {"variant": variant, "hidden": (16, 8, 8), "pooling": "tokens", "table_rows": 70, "table_width": 12}
     given_embedding = embedding if variant == "backbone" else None
     router = MiniMLPRouter(("a", "b"), RouterConfig(**options), embedding=given_embedding).eval()
-    monkeypatch.setattr(known_tokens, "MOST_TOKENS", 60)  # the table begins anew on the way
+    monkeypatch.setattr(known_tokens, "MOST_TOKENS", 60)  # the table begins again on the way
     sizes = []
     with torch.no_grad():
         for step in range(12):

@@ -68,7 +68,7 @@ def evaluate(model: FusedCausalLM, task: Task, weights: torch.Tensor, num: int) 
 
 
 def measure(pools: Sequence[Path], num: int) -> list[dict[str, Any]]:
-    """One row a task: chance, base on test, expert on each split for each pool."""
+    """One row per task: chance, base on test, expert on each split for each pool."""
     suite = nano_suite()
     rows: dict[str, dict[str, Any]] = {}
     for task in suite.tasks:

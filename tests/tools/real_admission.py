@@ -3,7 +3,7 @@
     python -m tests.tools.real_admission --data-root ROWS [--tasks NAME,NAME]
     python -m tests.tools.real_admission --table          # from the file that is there
 
-Writes ``results/real26_admission.json`` after every task, so that an interrupted run goes on, and the table in ``docs/real26_suite.md``.
+Writes ``results/real26_admission.json`` after every task, so that an interrupted run continues, and the table in ``docs/real26_suite.md``.
 Options are scored by their summed log-likelihood; answers are greedy lines.
 """
 

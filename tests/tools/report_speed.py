@@ -1,6 +1,6 @@
-"""How long tables, figures and the page take for many records: ``python -m tests.tools.report_speed --records 1000``.
+"""Time of tables, figures and the page for many records: ``python -m tests.tools.report_speed --records 1000``.
 
-The records are copies of the committed ones under other method names and seeds; they live in a temporary folder and are no results.
+The records are copies of the committed ones under other method names and seeds, in a temporary folder; they are not results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The project's targets for speed, read from the newest record of each shape; no record, no number.
+"""The project's speed targets, read from the newest record of each shape. Without a record there is no number.
 
-Nothing is measured here: ``benchmarks.latency_ratios``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` write
-the records.
+Nothing is measured here: ``benchmarks.latency_ratios``, ``benchmarks.training_speed`` and ``benchmarks.evaluation_speed`` write the
+records.
 """
 
 from __future__ import annotations

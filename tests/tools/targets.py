@@ -1,7 +1,7 @@
-"""The project's own targets, measured on this machine: ``python -m tests.tools.targets``.
+"""The project's targets, measured on this machine: ``python -m tests.tools.targets``.
 
-Prints one row a target and writes nothing. Times depend on the machine; they are looked at, never asserted in tests. Rows about speed come
-from records (``--only-speed`` prints these alone); the others are measured or read here.
+Prints one row per target and writes nothing. Times depend on the machine; no test asserts them. Rows about speed come from records
+(``--only-speed`` prints these alone); the others are measured or read here.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def config(tiny_pool: Path) -> dict[str, Any]:
         ({"rank_pattern": {"q_proj": 0}}, "'rank_pattern' gives 'q_proj' the value 0"),
         ({"rank_pattern": ["q_proj"]}, "'rank_pattern' must map"),
         ({"alpha_pattern": {"q_proj": "x"}}, "'alpha_pattern' gives 'q_proj' the value 'x'"),
-        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 3}}, "not a regular expression"),
         ({"peft_type": None}, "peft_type is None"),
     ],
 )

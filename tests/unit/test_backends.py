@@ -36,14 +36,14 @@ def facts(weights: Tensor, **options: Any) -> RoutingFacts:
 
 
 def test_facts_of_plans() -> None:
-    assert (facts(ROWS).kind, facts(ROWS).alike, facts(ROWS).plan_rows, facts(ROWS).width) == ("row", False, 2, 1)
-    assert (facts(ALIKE).alike, facts(ALIKE).plan_rows) == (True, 1)
+    assert (facts(ROWS).kind, facts(ROWS).alike, facts(ROWS).weight_rows, facts(ROWS).width) == ("row", False, 2, 1)
+    assert (facts(ALIKE).alike, facts(ALIKE).weight_rows) == (True, 1)
     assert (facts(ALIKE, reroutes=True).alike, facts(ALIKE[:1], reroutes=True).alike) == (False, True)
     assert (facts(ROWS, width=3).width, facts(ROWS, width=9).width) == (3, 4)
     assert (facts(torch.ones(4)).kind, facts(torch.ones(4)).width, facts(torch.ones(4)).rows) == ("static", 4, 1)
     assert (facts(TOKENS).kind, facts(TOKENS).alike, facts(TOKENS).width) == ("token", False, 4)
     assert facts(ROWS.clone().requires_grad_()).gradients
-    assert (facts(ALIKE, width=2).plan_rows, facts(ALIKE[:1], width=2).plan_rows) == (2, 1)
+    assert (facts(ALIKE, width=2).weight_rows, facts(ALIKE[:1], width=2).weight_rows) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_backend_that_cannot_serve_says_why_and_who_can(name: str, weights: Te
 
 def test_rows_of_a_merged_plan_cannot_part() -> None:
     state = RoutingState(ALIKE.clone(), "merged")
-    with pytest.raises(RoutingError, match=r"'merged' cannot serve 2 rows that are routed apart.*folded"):
+    with pytest.raises(RoutingError, match=r"'merged' cannot serve 2 rows that are routed differently.*folded"):
         state.update_rows(torch.tensor([0]), torch.ones(1, 4))
 
 

@@ -16,7 +16,7 @@ from dlplora.errors import RecordError
 from dlplora.reporting.groups import latest
 from dlplora.reporting.latency.figures import draw_latency
 from dlplora.reporting.latency.join import latency_columns
-from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarise
+from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarize
 from dlplora.reporting.latency.tables import markdown
 from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_training
 from dlplora.reporting.store import load_all
@@ -98,7 +98,7 @@ def test_the_cost_of_a_reroute_by_hand() -> None:
 
 
 def test_a_summary_holds_medians_and_ratios() -> None:
-    row = summarise(whole())[2]
+    row = summarize(whole())[2]
     assert row["tpot_s"] == {"min": 0.9, "median": 1.1, "iqr": pytest.approx(0.55)}
     assert row["tpot_over_peft_single"]["median"] == 1.0
     assert row["tpot_over_base"]["median"] == pytest.approx(1.1 / 0.8)
@@ -146,7 +146,7 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert text.endswith("Not measured:\n* main: x: no")
     assert "| `dlp, re-routed every 8` | 26 |" in text
     assert "| `base` |  |  | 1600.00 (0.00) | 800.00 (0.00) |" in text
-    assert "main: batch 32, prompt 128, 17 new tokens, 1 rounds, adapters shipped, rank 8, floor 500.000 ms a step" in text
+    assert "main: batch 32, prompt 128, 17 new tokens, 1 rounds, adapters shipped, rank 8, floor 500.000 ms per step" in text
 
 
 def test_a_record_survives_the_disk(tmp_path: Path) -> None:

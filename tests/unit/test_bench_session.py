@@ -1,4 +1,4 @@
-"""``dlplora bench latency``: shapes, contenders, the plan, and what it refuses."""
+"""``dlplora bench latency``: shapes, systems, the configuration, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from dlplora.bench import session
 from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
 from dlplora.bench.rounds import round_orders
-from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_workload, run_plan
+from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_workload, run_bench
 from dlplora.bench.setup import BenchSetup, Entry
 from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems
 from dlplora.bench.upstream_loop import KeptExperts, LoopedLoRALinear
-from dlplora.cli.main import main
+from dlplora.cli.bench import config_of
+from dlplora.cli.main import build_parser, main
 from dlplora.errors import ConfigError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.sentences import last_question
@@ -53,7 +54,7 @@ def test_shapes_have_the_published_number_of_parameters(name: str, millions: flo
 
 
 def test_bytes_of_backbone_and_pool() -> None:
-    # Qwen-2 0.5B: q 896 -> 896 and v 896 -> 128 at rank 8 in 24 layers are 540672 numbers an adapter
+    # Qwen-2 0.5B: q 896 -> 896 and v 896 -> 128 at rank 8 in 24 layers are 540672 numbers per adapter
     assert needed_bytes("qwen2-0.5b", torch.bfloat16, 1000) == (494_032_768 * 2, 540_672 * 1000 * 2)
     with pytest.raises(ConfigError, match=r"does not fit into .* GB free on cpu: backbone x 1000000000.0 GB, 3 experts 0.0 GB. Use less"):
         require_memory({"backbone x": 10**18, "3 experts": 1000}, CPU, "Use less.")
@@ -84,7 +85,7 @@ def test_step_bytes_by_hand(setup: BenchSetup) -> None:
     assert step_bytes(setup.model, 3, 10) == 4 * (weights + cached)
 
 
-def test_every_contender_computes_what_it_claims(setup: BenchSetup) -> None:
+def test_every_system_computes_what_it_claims(setup: BenchSetup) -> None:
     """PEFT's models, driven here without a clock, against our fused layer on the same experts."""
     ids = make_workload(setup.tokenizer, CPU, 2, 9, 2).prompts.input_ids
     fused = FusedCausalLM(share_weights(setup.model), setup.tokenizer, setup.bank, build_method("avg_delta"), backend="reference")
@@ -93,30 +94,30 @@ def test_every_contender_computes_what_it_claims(setup: BenchSetup) -> None:
         with fused.routing(weights):
             return logits(fused, ids)
 
-    base = build_system(setup, Entry(contender="base", experts=0)).modules[0]
+    base = build_system(setup, Entry(system="base", experts=0)).modules[0]
     assert torch.equal(logits(base, ids), logits(setup.model, ids))
-    single = build_system(setup, Entry(contender="peft_single", experts=1)).modules[0]
+    single = build_system(setup, Entry(system="peft_single", experts=1)).modules[0]
     one_hot = torch.eye(4)
     torch.testing.assert_close(logits(single, ids), build_method_system(one_hot[0]), atol=1e-5, rtol=1e-5)
     assert (build_method_system(one_hot[0]) - build_method_system(one_hot[1])).abs().max() > 1e-2
-    mixed = build_system(setup, Entry(contender="peft_mixed", experts=4)).modules[0]
+    mixed = build_system(setup, Entry(system="peft_mixed", experts=4)).modules[0]
     torch.testing.assert_close(logits(mixed, ids, adapter_names=["0", "1"]), build_method_system(one_hot[:2]), atol=1e-5, rtol=1e-5)
     assert {parameter.dtype for parameter in mixed.parameters()} == {torch.float32}
 
 
 def test_the_released_loop_computes_the_definition(setup: BenchSetup) -> None:
-    contender = build_system(setup, Entry(contender="released_loop", experts=4))
-    model = contender.modules[0]
+    system = build_system(setup, Entry(system="released_loop", experts=4))
+    model = system.modules[0]
     workload = make_workload(setup.tokenizer, CPU, 1, 11, 2)
-    assert contender.plan is not None
-    weights = contender.plan(workload)
+    assert system.route is not None
+    weights = system.route(workload)
     assert weights is not None
     fused = FusedCausalLM(share_weights(setup.model), setup.tokenizer, setup.bank, build_method("avg_delta"), backend="reference")
     mixed = torch.tensor([[0.0, 0.3, 0.0, 0.7]])
     layer = next(module for module in model.modules() if isinstance(module, LoopedLoRALinear))
-    for plan in (weights, mixed):
-        layer.kept.take(plan)
-        with fused.routing(plan):
+    for given in (weights, mixed):
+        layer.kept.take(given)
+        with fused.routing(given):
             expected = logits(fused, workload.prompts.input_ids)
         torch.testing.assert_close(logits(model, workload.prompts.input_ids), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="one prompt at a time, got 2"):
@@ -124,12 +125,12 @@ def test_the_released_loop_computes_the_definition(setup: BenchSetup) -> None:
 
 
 def test_forced_reroutes_happen_where_the_arithmetic_expects_them(setup: BenchSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    contender = build_system(setup, Entry(contender="dlp", experts=4, kept=2, reroute_every=3))
+    system = build_system(setup, Entry(system="dlp", experts=4, kept=2, reroute_every=3))
     workload = make_workload(setup.tokenizer, CPU, 2, 9, 10)
-    assert contender.plan is not None
-    plan = contender.plan(workload)
-    assert plan is not None
-    assert (plan != 0).sum(dim=-1).tolist() == [2, 2]
+    assert system.route is not None
+    weights = system.route(workload)
+    assert weights is not None
+    assert (weights != 0).sum(dim=-1).tolist() == [2, 2]
     widths: list[int] = []
     original = ForcedRerouter._reroute
 
@@ -143,7 +144,7 @@ def test_forced_reroutes_happen_where_the_arithmetic_expects_them(setup: BenchSe
         assert torch.equal(self.state.weights, expected)
 
     monkeypatch.setattr(ForcedRerouter, "_reroute", noted)
-    assert contender.generate(workload).shape == (2, 19)
+    assert system.generate(workload).shape == (2, 19)
     assert widths == [3, 6, 9]
     assert reroutes_in(10, 3) == 3
 
@@ -155,42 +156,53 @@ def test_workloads_have_different_rows_of_one_length(setup: BenchSetup) -> None:
     assert len({tuple(row) for row in prompts.input_ids.tolist()}) == 32
 
 
-def test_all_names_every_contender_and_preset() -> None:
+def test_all_names_every_system_and_preset() -> None:
     assert set(known_systems()) == set(BUILTIN) | set(available_presets())
-    entries = Group(contenders=("all",), experts=(4,), reroute_every=(8,)).entries()
+    entries = Group(systems=("all",), experts=(4,), reroute_every=(8,)).entries()
     assert len(entries) == len(set(entries))
-    forced = {entry.contender for entry in entries if entry.reroute_every}
+    forced = {entry.system for entry in entries if entry.reroute_every}
     assert "dlp" in forced
-    assert "dlp_code" not in forced  # routes once a prompt
+    assert "dlp_code" not in forced  # routes once per prompt
     assert "xlora" not in forced
 
 
 def test_settings_apply_where_they_mean_something() -> None:
-    group = Group(contenders=("base", "peft_single", "dlp", "dlp@1000", "ties"), experts=(2, 26), kept=(1, 2))
-    assert [(one.contender, one.experts, one.kept) for one in group.entries()] == [
+    group = Group(systems=("base", "peft_single", "dlp", "dlp@1000", "ties"), experts=(2, 26), kept=(1, 2))
+    assert [(one.system, one.experts, one.kept) for one in group.entries()] == [
         ("base", 0, None), ("peft_single", 1, None), ("dlp", 2, 1), ("dlp", 2, 2), ("dlp", 26, 1), ("dlp", 26, 2), ("dlp", 1000, None),
         ("ties", 2, None), ("ties", 26, None),
     ]  # fmt: skip
-    every = Group(contenders=("base", "dlp"), backends=("all",)).entries()
+    every = Group(systems=("base", "dlp"), backends=("all",)).entries()
     assert [one.backend for one in every] == ["auto", "auto", *BACKENDS]
 
 
+def test_the_former_name_of_systems_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("shape: tiny\ngroups:\n  a:\n    contenders: [base, dlp]\n")
+    assert load_bench_config(str(path)).groups["a"].systems == ("base", "dlp")
+    given = build_parser().parse_args("bench latency --shape tiny --contenders base,dlp".split())
+    assert config_of(given).groups["command"].systems == ("base", "dlp")
+    path.write_text("shape: tiny\ngroups:\n  a:\n    systems: [base]\n    contenders: [base, dlp]\n")
+    with pytest.raises(ConfigError, match="unknown key 'contenders'"):
+        load_bench_config(str(path))
+
+
 @pytest.mark.parametrize("name", ["nano", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
-def test_shipped_plans_load(name: str) -> None:
+def test_shipped_configurations_load(name: str) -> None:
     assert load_bench_config(name).groups
 
 
 def timed_in_order(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[list[str], LatencyRecord]:
-    """A plan of three systems with a clock that counts the turns; who took them, and the record."""
+    """A benchmark of three systems with a clock that counts the turns; who took them, and the record."""
     order: list[str] = []
 
-    def timed(contender: Any, workload: Any) -> tuple[float, float]:
-        order.append(contender.entry.contender)
+    def timed(system: Any, workload: Any) -> tuple[float, float]:
+        order.append(system.entry.system)
         return 2.0 * len(order), 1.0 * len(order)
 
     monkeypatch.setattr(session, "time_once", timed)
-    group = Group(contenders=("base", "peft_single", "avg_delta"), experts=(2,), prompt=(4,), new_tokens=2, repeats=4, warmup=1)
-    return order, run_plan(BenchConfig(shape="tiny", seed=seed, groups={"a": group}))
+    group = Group(systems=("base", "peft_single", "avg_delta"), experts=(2,), prompt=(4,), new_tokens=2, repeats=4, warmup=1)
+    return order, run_bench(BenchConfig(shape="tiny", seed=seed, groups={"a": group}))
 
 
 def test_rounds_are_random_backwards_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,20 +241,20 @@ def test_every_position_is_taken_equally_often() -> None:
         assert all(abs(places.count(place) - 800) < 180 for place in range(5))
 
 
-def test_a_contender_has_a_backend_of_its_own(setup: BenchSetup) -> None:
-    entries = Group(contenders=("base", "avg_delta:merged", "dlp@3:dense", "dlp"), experts=(4,)).entries()
-    assert [(one.contender, one.experts, one.backend) for one in entries[1:]] == [
+def test_a_system_has_a_backend_of_its_own(setup: BenchSetup) -> None:
+    entries = Group(systems=("base", "avg_delta:merged", "dlp@3:dense", "dlp"), experts=(4,)).entries()
+    assert [(one.system, one.experts, one.backend) for one in entries[1:]] == [
         ("avg_delta", 4, "merged"), ("dlp", 3, "dense"), ("dlp", 4, "auto"),
     ]  # fmt: skip
     workload = make_workload(setup.tokenizer, CPU, 2, 9, 4)
     merged = build_system(setup, entries[1])
     assert merged.backend(workload) == "merged"
-    plain = build_system(setup, Entry(contender="avg_delta", experts=4, backend="reference"))
+    plain = build_system(setup, Entry(system="avg_delta", experts=4, backend="reference"))
     assert torch.equal(merged.generate(workload), plain.generate(workload))
 
 
 def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--shape tiny --contenders base,peft_single,released_loop,dlp,meteora_gate,multitask_r64 --experts 3 --kept 2 --batch 1,2"
+    arguments = "--shape tiny --systems base,peft_single,released_loop,dlp,meteora_gate,multitask_r64 --experts 3 --kept 2 --batch 1,2"
     arguments += f" --prompt 8 --new-tokens 4 --reroute-every 2 --repeats 2 --warmup 0 --out {tmp_path}/it.json"
     assert main(["bench", "latency", *arguments.split()]) == 0
     shown = capsys.readouterr()
@@ -265,8 +277,8 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
     ("options", "part"),
     [
         ("--shape qwen", "unknown shape 'qwen'. Did you mean 'qwen2-7b'?"),
-        ("--contenders dpl", "unknown contender 'dpl'. Did you mean 'dlp'?"),
-        ("--contenders dlp@many", "expected NAME@NUM_EXPERTS"),
+        ("--systems dpl", "unknown system 'dpl'. Did you mean 'dlp'?"),
+        ("--systems dlp@many", "expected NAME@NUM_EXPERTS"),
         ("--experts 0", "'experts' must be at least 1, got 0"),
         ("--experts a", "--experts takes whole numbers"),
         ("--kept 0", "'kept' must be at least 1"),
@@ -274,13 +286,13 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
         ("--new-tokens 1", "'new_tokens' must be at least 2"),
         ("--repeats 0", "'repeats' must be at least 1"),
         ("--repeats 5", "'repeats' must be even, got 5"),
-        ("--contenders base:merged", "'base' has no kernel backend"),
+        ("--systems base:merged", "'base' has no kernel backend"),
         ("--backends fast", "unknown backend 'fast'"),
         ("--dtype float8", "unknown dtype 'float8'"),
         ("--device gpu", "unknown device 'gpu'"),
         ("--device meta", "device 'meta' computes nothing"),
         ("--experts 4 --kept 99", "'kept' asks for 99 experts of a pool of 4"),
-        ("--config nowhere", "unknown bench 'nowhere'"),
+        ("--config nowhere", "unknown benchmark 'nowhere'"),
         ("--config nano --batch 2", "--batch belongs to a single group"),
         ("--compile --shape tiny", "--compile needs a GPU"),
     ],

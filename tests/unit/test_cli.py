@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dlplora.cli.main import main
+from dlplora.cli.main import build_parser, main
 from dlplora.config import ASSETS_ROOT
 
 needs_assets = pytest.mark.skipif(not (ASSETS_ROOT / "nano" / "pool").is_dir(), reason="the embedded nano experts are not there yet")
@@ -108,6 +111,29 @@ def test_underscores_and_dashes_are_the_same(capsys: pytest.CaptureFixture[str])
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 26
     assert sum(row["kind"] == "mcq" for row in rows) == 18
+
+
+def test_every_help_begins_with_what_the_command_does() -> None:
+    def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                listed = {choice.dest for choice in action._choices_actions}
+                for name, inner in action.choices.items():
+                    if name in listed and name not in {"fit", "validate", "test"}:  # these three have one text of their own
+                        yield inner
+                        yield from parsers(inner)
+
+    found = list(parsers(build_parser()))
+    assert len(found) > 30
+    for parser in found:
+        assert re.match(r"[A-Z].*[.]", parser.description or "", re.DOTALL), parser.prog
+        for action in parser._actions:
+            assert action.help or action.choices, f"{parser.prog}: {action.dest}"
+
+
+def test_former_names_of_options_are_read() -> None:
+    assert build_parser().parse_args(["eval", "--released-code"]).teacher_forced
+    assert not build_parser().parse_args(["eval"]).teacher_forced
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ PARTS = (
 @pytest.mark.parametrize("n", [3, 5, 10])
 @pytest.mark.parametrize("reading", ["mixture", "concat", "serial"])
 def test_golden_examples(reading: str, n: int) -> None:
-    """Frozen; ``python tests/golden/composite.py`` writes them anew after a change that is wanted."""
+    """Frozen; ``python tests/golden/composite.py`` writes them again after a change that is wanted."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[f"{reading}_{n}"]
     row = composite_row(composites(get_suite("nano"), reading, n, 2, seed=0)[0])
     assert {key: row[key] for key in golden} == golden
@@ -149,7 +149,7 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
 
 def test_bad_requests() -> None:
     suite = get_suite("nano")
-    with pytest.raises(TaskError, match="unknown reading 'list'"):
+    with pytest.raises(TaskError, match="unknown form 'list'"):
         composites(suite, "list", 3, 1)
     with pytest.raises(TaskError, match="a composite of 30 needs 30 tasks with test rows; suite 'nano' has 26"):
         composites(suite, "concat", 30, 1)

@@ -34,7 +34,7 @@ def test_devices_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
     with pytest.raises(ConfigError, match="unknown device 'gpuu'"):
         choose_device("gpuu")
-    with pytest.raises(ConfigError, match=r"device 'cuda:3' is not here: this machine has 0 of that kind"):
+    with pytest.raises(ConfigError, match=r"device 'cuda:3' does not exist: this machine has 0 of that kind"):
         choose_device("cuda:3")
 
 

@@ -79,7 +79,7 @@ YAMLS = {
     "env by reference": ("b: 'oc.env:DLPLORA_SECRET'\na: ${${b}}", "may refer to its own keys only"),
     "decode": ("a: ${oc.decode:'1'}", "may refer to its own keys only"),
     "circle": ("a: ${b}\nb: ${a}", "refers to itself"),
-    "missing": ("a: ${no.such}", "refers to a key that is not there"),
+    "missing": ("a: ${no.such}", "refers to a missing key"),
     "growing": ("\n".join(f"a{i}: ${{a{i + 1}}}${{a{i + 1}}}" for i in range(60)) + "\na60: xx", "grows beyond"),
     "growing lists": ("\n".join(f"a{i}: ['${{a{i + 1}}}', '${{a{i + 1}}}']" for i in range(60)) + "\na60: xx", "more than"),
     "aliases": (
@@ -180,7 +180,7 @@ def test_plain_data_become_dataclasses() -> None:
         ({"either": [1]}, "'either' must be int | str | None, got [1]"),
         ({"widths": [1, "x"]}, "'widths[1]' must be int, got 'x'"),
         ({"number": [1]}, "f: unknown key 'number'. Did you mean 'numbers'?"),
-        ({"either": {1, 2}}, "no text, number, list or mapping"),
+        ({"either": {1, 2}}, "not text, a number, a list or a mapping"),
         ({"pair": [1, float("nan")]}, "f: field 'pair[1]' is nan"),
     ],
 )

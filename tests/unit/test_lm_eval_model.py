@@ -97,7 +97,7 @@ def test_changing_the_continuations_never_changes_a_plan(make: Callable[..., Any
     for choices in (CHOICES, [" plum", " what where who is the", " Tom .\n? no", " x"]):
         lm, method = make()
         score(lm, [(question, choice) for question in QUESTIONS for choice in choices])
-        plans.append((sorted(method.seen), {key: value.tolist() for key, value in lm._plans.items()}))
+        plans.append((sorted(method.seen), {key: value.tolist() for key, value in lm._weights_of.items()}))
     assert plans[0] == plans[1]
 
 
@@ -115,8 +115,8 @@ def test_routing_matters_here(make: Callable[..., Any]) -> None:
     """Otherwise the tests above could not fail."""
     lm, _ = make()
     routed = [value for value, _ in score(lm, PAIRS)]
-    for key in lm._plans:
-        lm._plans[key] = torch.tensor([1.0, 0.0, 0.0])
+    for key in lm._weights_of:
+        lm._weights_of[key] = torch.tensor([1.0, 0.0, 0.0])
     assert max(abs(a - b) for (a, _), b in zip(score(lm, PAIRS), routed, strict=True)) > 0.1
 
 
@@ -142,7 +142,7 @@ def test_the_task_reaches_only_methods_that_ask(make: Callable[..., Any]) -> Non
     assert {name for _, _, name in method.seen} == {None}
 
 
-def test_one_prompt_under_two_tasks_is_two_plans(make: Callable[..., Any]) -> None:
+def test_one_prompt_under_two_tasks_is_routed_twice(make: Callable[..., Any]) -> None:
     lm, method = make(TaskRecorder())
     score(lm, [("the cat", " sees"), ("the cat", " sees")], tasks=["dlplora_nano_alpha", "dlplora_nano_beta"])
     assert [name for _, _, name in method.seen] == ["alpha", "beta"]
@@ -184,7 +184,7 @@ def test_statistics_count_distinct_prompts(make: Callable[..., Any]) -> None:
     figures = lm.routing_statistics()
     assert figures["num_plans"] == len(QUESTIONS)
     assert figures["mean_experts_kept"] == 3.0
-    best = [max(range(3), key=weights.tolist().__getitem__) for weights in lm._plans.values()]
+    best = [max(range(3), key=weights.tolist().__getitem__) for weights in lm._weights_of.values()]
     assert figures["router_accuracy"] == pytest.approx(best.count(0) / len(best))  # every prompt belongs to task alpha
 
 

@@ -138,7 +138,7 @@ def test_a_context_beyond_a_table_of_positions_is_refused() -> None:
     from transformers import GPT2Config, LlamaConfig
 
     table, rotary = GPT2Config(n_positions=64), LlamaConfig(max_position_embeddings=64)
-    with pytest.raises(ConfigError, match="'max_length' is 65, but the backbone has 64 positions"):
+    with pytest.raises(ConfigError, match="'max_length' is 65, but the base model has 64 positions"):
         require_fit({"max_length": 65}, table, 10)
     require_fit({"max_length": 64}, table, 10)
     require_fit({"max_length": 65}, rotary, 10)
@@ -155,5 +155,5 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert present_device("cuda:1") == torch.device("cuda:1")
     for name in ("cuda:2", "mps", "meta"):
-        with pytest.raises(ConfigError, match=f"device '{name}' is not here"):
+        with pytest.raises(ConfigError, match=f"device '{name}' does not exist"):
             present_device(name)

@@ -82,10 +82,10 @@ def test_stop_text_spelt_byte_by_byte_is_found(tiny_tokenizer: Any) -> None:
 
 def test_statistics_by_hand() -> None:
     statistics = RoutingStatistics(("a", "b", "c"))
-    statistics.add_plan(torch.tensor([0.5, 0.5, 0.0]), "b")  # a tie goes to the first: wrong
-    statistics.add_plan(torch.tensor([0.0, 0.0, 1.0]), "c")
-    statistics.add_plan(torch.tensor([0.0, 0.0, 0.0]), "a")  # nobody is asked: wrong
-    statistics.add_plan(torch.tensor([0.2, 0.3, 0.5]), "unknown task")  # not judged
+    statistics.add_weights(torch.tensor([0.5, 0.5, 0.0]), "b")  # a tie goes to the first: wrong
+    statistics.add_weights(torch.tensor([0.0, 0.0, 1.0]), "c")
+    statistics.add_weights(torch.tensor([0.0, 0.0, 0.0]), "a")  # nobody is asked: wrong
+    statistics.add_weights(torch.tensor([0.2, 0.3, 0.5]), "unknown task")  # not judged
     statistics.count("reroutes", 3)
     figures = summarize(statistics.sums)
     entropies = [math.log(2), 0.0, 0.0, -(0.2 * math.log(0.2) + 0.3 * math.log(0.3) + 0.5 * math.log(0.5))]
@@ -100,7 +100,7 @@ def test_statistics_by_hand() -> None:
 def test_a_method_that_prefers_nobody_has_no_router_accuracy(weights: list[float]) -> None:
     statistics = RoutingStatistics(("a", "b", "c"))
     for task in "aabc":
-        statistics.add_plan(torch.tensor(weights), task)
+        statistics.add_weights(torch.tensor(weights), task)
     assert summarize(statistics.sums)["router_accuracy"] is None
 
 

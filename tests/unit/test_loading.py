@@ -69,16 +69,16 @@ def test_damaged_and_incomplete_models(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"3 weights are not in its files, the first is model.layers.1.mlp.down_proj.weight"):
         load_backbone(folder)
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=rf"cannot load backbone '{folder}': "):
+    with pytest.raises(ConfigError, match=rf"cannot load base model '{folder}': "):
         load_backbone(folder)
     weights.unlink()
-    with pytest.raises(ConfigError, match=rf"cannot load backbone '{folder}': .*model.safetensors"):
+    with pytest.raises(ConfigError, match=rf"cannot load base model '{folder}': .*model.safetensors"):
         load_backbone(folder)
     edit(folder, model_type="nobody_knows")
     with pytest.raises(ConfigError, match="nobody_knows"):
         load_backbone(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot load backbone"):
+    with pytest.raises(ConfigError, match="cannot load base model"):
         load_backbone(folder)
 
 

@@ -21,7 +21,7 @@ from dlplora.cli.main import main
 from dlplora.errors import ConfigError
 from dlplora.matrix import slurm, worker
 from dlplora.matrix.board import Board
-from dlplora.matrix.cells import Outcome, Workshop, _one_node
+from dlplora.matrix.cells import CellRunner, Outcome, _one_node
 from dlplora.matrix.plan import Cell, Plan, Request, make_header, read_plan, write_plan
 from dlplora.matrix.worker import Limits, by_rank, work
 from dlplora.reporting.store import load_all
@@ -47,11 +47,11 @@ def doing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Doing], list[str]]:
     def install(do: Doing) -> list[str]:
         begun: list[str] = []
 
-        def noted(self: Workshop, one: Cell, folder: Path) -> Outcome:
+        def noted(self: CellRunner, one: Cell, folder: Path) -> Outcome:
             begun.append(one.id)
             return do(one, folder)
 
-        monkeypatch.setattr(Workshop, "do", noted)
+        monkeypatch.setattr(CellRunner, "do", noted)
         monkeypatch.setattr(worker, "subjects_of", lambda request, folder: [])
         monkeypatch.setattr(worker, "require_same_profiles", lambda plan, hashes: None)
         return begun
@@ -182,7 +182,7 @@ def test_a_cell_that_kills_its_workers_fails(tmp_path: Path, doing: Any) -> None
         patch.setattr(worker.time, "sleep", lambda seconds: None)
         tally = work(plan, quiet)
     assert (tally.num_failed, begun) == (1, [])
-    assert "2 workers ended in the middle of it" in Board(plan.folder, 1).end_of("a", 2)["reason"]
+    assert "2 workers died during it" in Board(plan.folder, 1).end_of("a", 2)["reason"]
 
 
 def planned(folder: Path, *options: str) -> list[Cell]:
@@ -247,18 +247,18 @@ def test_what_changed_since_the_plan_is_refused(profile: Path, tmp_path: Path, c
     text = path.read_text()
 
     profile.write_text(profile.read_text() + "processes: 2\n")
-    assert "is not what it was when" in refused(capsys, "work", str(path))
+    assert "has changed since" in refused(capsys, "work", str(path))
     profile.write_text(profile.read_text().replace("processes: 2\n", ""))
     rows = tmp_path / "rows" / "winowhy" / "test.jsonl"
     rows.write_text(rows.read_text().replace("dog", "cat"))
-    assert "is not what it was when" in refused(capsys, "work", str(path))
+    assert "has changed since" in refused(capsys, "work", str(path))
 
     header = json.loads(text.splitlines()[0])
     header["versions"]["torch"] = "1.0.0"
     path.write_text("\n".join([json.dumps(header), *text.splitlines()[1:]]))
     assert "was made with torch 1.0.0" in refused(capsys, "work", str(path))
     path.write_text("\n".join(text.splitlines()[:-1]))
-    assert "holds 2 cells that are not the 3" in refused(capsys, "status", str(path))
+    assert "its 2 cells are not the 3" in refused(capsys, "status", str(path))
     path.write_text(text[:-40])
     assert "not JSON" in refused(capsys, "work", str(path))
     assert "expected a plan" in refused(capsys, "work", str(rows))
@@ -268,7 +268,7 @@ def test_what_changed_since_the_plan_is_refused(profile: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ("nowhere --out x.jsonl", "unknown backbone 'nowhere'"),
+        ("nowhere --out x.jsonl", "unknown base model 'nowhere'"),
         ("nano --out x.txt", "must end in .jsonl"),
         ("nano,nano --out x.jsonl", "each once"),
         ("nano --out x.jsonl --lease 0", "'lease_s' must be at least 1"),

@@ -323,7 +323,7 @@ def test_hub_addresses(
 
 @pytest.mark.parametrize("address", ["hf://org", "hf://org/name/../..", "hf://org/na me", "hf://org/name@", "hf://", "hf:///etc/passwd"])
 def test_addresses_that_are_none(address: str, hub: list[dict[str, Any]]) -> None:
-    with pytest.raises(PoolError, match="is no hub address"):
+    with pytest.raises(PoolError, match="is not a hub address"):
         find_adapter(address)
     assert hub == []
 

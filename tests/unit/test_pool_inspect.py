@@ -193,5 +193,5 @@ def test_a_pool_that_does_not_fit_a_backbone(
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "head_dim": 16}))
     assert main(["pool", "check", str(tiny_pool), "--pretrained", str(folder)]) == 2
     text = capsys.readouterr().err
-    assert "'model.layers.0.self_attn.q_proj' maps 64 -> 64 in the backbone, the adapters (alpha, beta, gamma) expect 32 -> 32" in text
+    assert "'model.layers.0.self_attn.q_proj' maps 64 -> 64 in the base model, the adapters (alpha, beta, gamma) expect 32 -> 32" in text
     assert str(folder) in text

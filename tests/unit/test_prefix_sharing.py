@@ -1,4 +1,4 @@
-"""Options behind a shared reading of their context score as they do when every option is read on its own."""
+"""Options after a shared reading of their context score as they do when every option is read on its own."""
 
 from __future__ import annotations
 

@@ -267,5 +267,5 @@ def test_more_than_five_million_parameters_are_refused(embedding: nn.Embedding) 
         MiniMLPRouter(NAMES, RouterConfig(hidden=(2000, 2000, 600)), embedding=embedding)
     with pytest.raises(ConfigError, match="distinct"):
         MiniMLPRouter(("a", "a"), embedding=embedding)
-    with pytest.raises(ConfigError, match="needs the backbone's input embedding"):
+    with pytest.raises(ConfigError, match="needs the base model's input embedding"):
         MiniMLPRouter(NAMES)

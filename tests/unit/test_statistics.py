@@ -90,7 +90,7 @@ def test_seeds_that_answer_alike_everywhere_are_tested_as_by_the_t_test_over_see
 
 
 def test_the_variance_of_a_difference_is_that_of_drawing_questions_and_seeds() -> None:
-    """Simulation: effects of 40 questions and 3 seeds, both drawn anew; the mean estimated variance is the variance of the mean."""
+    """Simulation: effects of 40 questions and 3 seeds, both drawn again; the mean estimated variance is the variance of the mean."""
     rng = np.random.default_rng(5)
     means, variances, wrong = [], [], 0
     for _ in range(2000):

@@ -24,7 +24,7 @@ from dlplora.reporting.tables import main_table
 from dlplora.reporting.tuning import MAX_TRIALS, Trial, best_trial, load_trials, of_table, read_trial, trial_path, write_trial
 from dlplora.tasks.registry import get_suite
 from dlplora.tuning.grid import Grid, choices, grid_of
-from dlplora.tuning.plans import Budget, plan
+from dlplora.tuning.trial_jobs import Budget, trial_jobs
 from tests.toy_tasks import write_tasks
 from tests.unit.test_records import make_record
 
@@ -146,9 +146,9 @@ def test_a_diverging_trial_is_a_record_and_finished_trials_are_taken_up(
     ("arguments", "part"),
     [
         (["dlpp"], "unknown method 'dlpp'. Did you mean 'dlp'"),
-        (["base"], "nothing says what 'base' may try"),
+        (["base"], "no grid for 'base'"),
         (["dlp", "--setting", "treshold=0.1"], "Did you mean 'threshold'"),
-        (["dlp", "--setting", "lr=0.1"], "'lr' is no setting of 'dlp'"),
+        (["dlp", "--setting", "lr=0.1"], "'lr' is not a setting of 'dlp'"),
         (["dlp", "--setting", "threshold"], "--setting must be NAME=VALUE,VALUE"),
         (["dlp", "--setting", "threshold=0.1,0.1"], "has a value twice"),
         (["ties", "--setting", "density=2"], "'density' must lie in (0, 1]"),
@@ -213,11 +213,11 @@ def test_a_trained_trial_has_its_own_gates_under_the_common_cap(monkeypatch: pyt
     spec = load_method_spec("xlora_frozen")
     protocol = load_protocol("nano", {"tasks": TASKS})
     budget = Budget(max_tokens=5000)
-    default, changed = plan(spec, Grid(training={"lr": [0.01]}), protocol, "nano", 0, budget=budget)
+    default, changed = trial_jobs(spec, Grid(training={"lr": [0.01]}), protocol, "nano", 0, budget=budget)
     assert default.trains
-    assert default.cell() != changed.cell() != plan(spec, Grid(training={"lr": [0.01]}), protocol, "nano", 0)[1].cell()
+    assert default.cell() != changed.cell() != trial_jobs(spec, Grid(training={"lr": [0.01]}), protocol, "nano", 0)[1].cell()
     assert dict(default.choice.training) == {"lr": 0.001}  # of the training configuration
-    free = plan(load_method_spec("xlora"), Grid(params={"temperature": [0.5]}), protocol, "nano", 0)
+    free = trial_jobs(load_method_spec("xlora"), Grid(params={"temperature": [0.5]}), protocol, "nano", 0)
     assert not any(one.trains for one in free)  # a parameter of evaluation: the gates stay
     asked: list[Any] = []
 

@@ -70,7 +70,7 @@ def test_other_prefixes_are_named(prefix: str, tiny_llama: Any, tiny_tokenizer: 
 
 def test_another_backbone_is_still_another_backbone(tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Any, tmp_path: Path) -> None:
     folder = renamed(make_adapter(tmp_path / "plain"), tmp_path / "it", lambda key: key.replace("self_attn", "attention"))
-    with pytest.raises(IncompatibleAdapterError, match="trained on another backbone"):
+    with pytest.raises(IncompatibleAdapterError, match="trained on another base model"):
         FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_peft({"it": folder}), Base())
 
 

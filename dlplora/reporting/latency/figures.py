@@ -1,4 +1,4 @@
-"""Pictures of latency records: time per token against the size of the pool and the batch, and where the time of a step goes."""
+"""Figures of latency records: time per token against pool size and batch size, and the parts of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES: dict[Axis, str] = {"experts": "experts in the pool", "batch_size": "rows
 
 
 def _lines(record: LatencyRecord, axis: Axis) -> dict[str, list[Measurement]]:
-    """Name -> measurements that differ along the axis, of the first group where most contenders have several."""
+    """Name -> measurements that differ along the axis, of the first group where most systems have several."""
     fixed = "batch_size" if axis == "experts" else "experts"
     best: dict[str, list[Measurement]] = {}
     for group in dict.fromkeys(one.group for one in record.measurements):

@@ -1,4 +1,4 @@
-"""The latency columns of quality tables: ratios of a bench record, joined to methods by the name of their preset."""
+"""The latency columns of quality tables: ratios from a bench record, joined to methods by preset name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Records of speed measurements: raw samples, their ratios with intervals, and where they are kept. No deep-learning package is imported.
+"""Records of speed measurements: raw samples, ratios with intervals, and files. No deep-learning package is imported.
 
-A latency record holds every contender of one process under every workload, round by round, so a ratio is taken inside a round: what else
-the machine did hit both sides of it.
+A latency record holds every system of one process under every workload, round by round. Ratios are taken within a round, so that other load
+on the machine affects both sides. In the files a system is called ``contender``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Quantity = Literal["ttft_s", "tpot_s", "router_s"]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One contender under one workload."""
+    """One system under one workload."""
 
     group: str
     """Measurements of one group were taken in turns; only they are compared."""
@@ -57,9 +57,9 @@ class Measurement:
     warmup: int
     """Rounds before the first sample."""
     ttft_s: list[float]
-    """Time to the first token, routing included, s; one sample a round."""
+    """Time to the first token, routing included, s; one sample per round."""
     tpot_s: list[float]
-    """Mean time of a token after the first, s; one sample a round."""
+    """Mean time of a token after the first, s; one sample per round."""
     router_s: list[float]
     """Routing a batch of prompts alone, s (part of ``ttft_s``); empty where nothing is routed ahead."""
     experts_kept: float | None
@@ -145,19 +145,19 @@ def reference_of(record: LatencyRecord, one: Measurement, name: str) -> Measurem
 
 
 def ratio_to(record: LatencyRecord, one: Measurement, name: str, quantity: Quantity) -> Ratio | None:
-    """A contender's time over a reference's; None if the reference was not measured."""
+    """A system's time over a reference's; None if the reference was not measured."""
     other = reference_of(record, one, name)
     return None if other is None else paired_ratio(getattr(one, quantity), getattr(other, quantity))
 
 
 def ratio_of_minima(record: LatencyRecord, one: Measurement, name: str, quantity: Quantity) -> float | None:
-    """A contender's fastest round over a reference's, on which other processes weigh least; None if the reference was not measured."""
+    """A system's fastest round over a reference's, on which other processes weigh least; None if the reference was not measured."""
     other = reference_of(record, one, name)
     return None if other is None else min(getattr(one, quantity)) / min(getattr(other, quantity))
 
 
 def plain_of(record: LatencyRecord, forced: Measurement) -> Measurement | None:
-    """The same contender without forced re-routing."""
+    """The same system without forced re-routing."""
     key = ("contender", "experts", "kept", "backend_asked", "workload")
     wanted = [getattr(forced, name) for name in key]
     plain = (other for other in record.measurements if other.reroute_every is None)
@@ -174,7 +174,7 @@ def reroutes_in(new_tokens: int, every: int) -> int:
 
 
 def reroute_cost(record: LatencyRecord, forced: Measurement) -> Ratio | None:
-    """What one re-route of the whole batch costs, router included, in decode steps of the same contender.
+    """What one re-route of the whole batch costs, router included, in decode steps of the same system.
 
     The extra time of the forced run over all steps, divided by the re-routes in it and by a step of the plain run, round by round.
     None if the plain run is missing or nothing was re-routed.
@@ -188,7 +188,7 @@ def reroute_cost(record: LatencyRecord, forced: Measurement) -> Ratio | None:
     return paired_ratio(extra, plain.tpot_s)
 
 
-def summarise(record: LatencyRecord) -> list[dict[str, Any]]:
+def summarize(record: LatencyRecord) -> list[dict[str, Any]]:
     """Minima, medians, quartile distances and ratios of every measurement; ``of_minima`` is the ratio of the fastest rounds."""
     rows = []
     for one in record.measurements:
@@ -251,7 +251,9 @@ def read_latency(path: Path) -> LatencyRecord:
         if not all(isinstance(value, float) and math.isfinite(value) and value > 0 for value in times):
             raise RecordError(f"{path}: {one.contender}: times must be positive numbers of seconds.")
         if len(one.ttft_s) != len(one.tpot_s) or not one.ttft_s:
-            raise RecordError(f"{path}: {one.contender}: {len(one.ttft_s)} first and {len(one.tpot_s)} later samples; one of each a round.")
+            raise RecordError(
+                f"{path}: {one.contender}: {len(one.ttft_s)} first and {len(one.tpot_s)} later samples; expected one of each per round."
+            )
     return record
 
 

@@ -22,7 +22,7 @@ from dlplora.reporting.latency.training import newest_training
 from dlplora.reporting.markdown import code, table
 
 TITLES = (
-    "contender", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
+    "system", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
     "router ms", "re-route ÷ step", "TPOT ÷ floor", "memory MB", "+ transient MB",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def _ratio(ratio: Ratio | None, *, interval: bool = False) -> str:
 
 
 def name_of(one: Measurement) -> str:
-    """How a row is called: the contender with what sets it apart from others of its name."""
+    """How a row is called: the system with what sets it apart from others of its name."""
     parts = [one.contender]
     if one.reroute_every is not None:
         parts.append(f"re-routed every {one.reroute_every}")
@@ -85,7 +85,7 @@ def markdown(record: LatencyRecord) -> str:
         rows = [one for one in record.measurements if (one.group, one.batch_size, one.prompt_tokens) == (group, batch_size, prompt_tokens)]
         parts.append(
             f"{group}: batch {batch_size}, prompt {prompt_tokens}, {rows[0].new_tokens} new tokens, {len(rows[0].tpot_s)} rounds, adapters "
-            f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms a step"
+            f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms per step"
         )
         parts.append(table(TITLES, [_row(record, one) for one in rows]))
     if record.skipped:

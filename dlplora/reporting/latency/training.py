@@ -41,7 +41,7 @@ class TrainingRecord:
     backbone: str
     tasks: list[str]
     settings: dict[str, Any]
-    """Steps of every expert, rows a batch, rank and the like."""
+    """Steps of every expert, rows per batch, rank and the like."""
     tokens: int
     """Real tokens of all training batches, the same in every mode."""
     device: str

@@ -1,1 +1,1 @@
-"""The same front door before another inference server: routing here, generation there."""
+"""A proxy in front of another inference server: routing here, generation there."""

@@ -1,4 +1,4 @@
-"""The application before an upstream server: OpenAI's endpoints, routing without generation, health and metrics."""
+"""The application in front of an upstream server: OpenAI's endpoints, routing without generation, health and metrics."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ from dlplora.serve.app import add_error_handlers, key_check
 from dlplora.serve.jobs import BadRequestError, Target
 from dlplora.serve.middleware import BodyLimit, CountResponses
 from dlplora.serve.schemas import ChatRequest, CompletionRequest, RouteRequest
-from dlplora.serve.upstream.door import Door
+from dlplora.serve.upstream.proxy import UpstreamProxy
 
 HEALTH = "/health"
 """All four kinds have it."""
 
 
-def build_upstream_app(door: Door) -> FastAPI:
+def build_upstream_app(proxy: UpstreamProxy) -> FastAPI:
     """The application for one upstream server."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await door.client.close()
+        await proxy.client.close()
 
     app = FastAPI(title="dlplora", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(BodyLimit, limit=door.options.max_body_bytes)
-    app.add_middleware(CountResponses, counter=door.responses)
+    app.add_middleware(BodyLimit, limit=proxy.options.max_body_bytes)
+    app.add_middleware(CountResponses, counter=proxy.responses)
     add_error_handlers(app)
-    _add_completions(app, door)
-    _add_information(app, door)
+    _add_completions(app, proxy)
+    _add_information(app, proxy)
     return app
 
 
-def _add_completions(app: FastAPI, door: Door) -> None:
-    protected = [Depends(key_check(door.options.api_key))]
+def _add_completions(app: FastAPI, proxy: UpstreamProxy) -> None:
+    protected = [Depends(key_check(proxy.options.api_key))]
 
     @app.post("/v1/chat/completions", dependencies=protected)
     async def chat(http: Request, request: ChatRequest) -> Response:
-        return await door.complete(http, request, [door.chat_prompt(request)], True)
+        return await proxy.complete(http, request, [proxy.chat_prompt(request)], True)
 
     @app.post("/v1/completions", dependencies=protected)
     async def completions(http: Request, request: CompletionRequest) -> Response:
-        return await door.complete(http, request, door.prompts.completion(request), False)
+        return await proxy.complete(http, request, proxy.prompts.completion(request), False)
 
     @app.post("/v1/route", dependencies=protected)
     async def route(request: RouteRequest) -> dict[str, Any]:
-        text = door.prompts.question(request.messages) if request.messages else door.prompts.routed_text(request.prompt or "")
+        text = proxy.prompts.question(request.messages) if request.messages else proxy.prompts.routed_text(request.prompt or "")
         if not text:
             raise BadRequestError("there is nothing to route.", "prompt")
-        (decided,) = await door.decide(Target(), [text])
+        (decided,) = await proxy.decide(Target(), [text])
         return {"object": "route", "read": text, **decided.described()}
 
 
-def _add_information(app: FastAPI, door: Door) -> None:
-    protected = [Depends(key_check(door.options.api_key))]
+def _add_information(app: FastAPI, proxy: UpstreamProxy) -> None:
+    protected = [Depends(key_check(proxy.options.api_key))]
 
     @app.get("/v1/models", dependencies=protected)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": door.catalog.cards()}
+        return {"object": "list", "data": proxy.catalog.cards()}
 
     @app.get("/v1/models/{name:path}", dependencies=protected)
     async def model(name: str) -> dict[str, Any]:
-        return door.catalog.card(name)
+        return proxy.catalog.card(name)
 
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:
@@ -77,9 +77,9 @@ def _add_information(app: FastAPI, door: Door) -> None:
     @app.get("/ready")
     async def ready() -> JSONResponse:
         started = time.perf_counter()
-        reached = await door.client.alive(HEALTH)
+        reached = await proxy.client.alive(HEALTH)
         return JSONResponse({"ready": reached, "upstream_s": round(time.perf_counter() - started, 6)}, 200 if reached else 503)
 
     @app.get("/metrics", dependencies=protected)
     async def metrics() -> Response:
-        return Response(generate_latest(door.registry), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(proxy.registry), media_type="text/plain; version=0.0.4")

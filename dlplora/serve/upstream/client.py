@@ -1,4 +1,4 @@
-"""HTTP to the upstream server: only what is listed here is sent, and only the meaning of an error comes back."""
+"""HTTP client of the upstream server. Only the listed fields are sent, and errors are mapped to our own."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class UpstreamClient:
             response.raise_for_status()
             return response.json()
         except httpx.HTTPStatusError as error:
-            raise ConfigError(f"the upstream server answers {error.response.status_code} to GET {path}; is its kind right?") from error
+            raise ConfigError(f"the upstream server answers {error.response.status_code} to GET {path}; check --upstream-kind.") from error
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise ConfigError(f"cannot read {path} from the upstream server: {_reason(error)}.") from error
 

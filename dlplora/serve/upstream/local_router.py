@@ -1,4 +1,4 @@
-"""A method that routes without its base model: tokenizer, input embedding and adapters are loaded, no other weight."""
+"""A method that routes without the whole base model: only tokenizer, input embedding and adapters are loaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dlplora.errors import ConfigError
 from dlplora.inference import saving
 from dlplora.inference.backbones import nano_asset, resolve_backbone
 from dlplora.inference.embedding_only import embedding_backbone
-from dlplora.inference.planning import Planner
 from dlplora.inference.prompting import context_length
+from dlplora.inference.request_router import RequestRouter
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 
@@ -83,12 +83,12 @@ class LocalRouter:
         prepared = self.method.prepare(bank, context)
         if self.method.name != "base" and tuple(prepared.names) != tuple(bank.names):
             raise ConfigError(
-                f"method '{self.method.name}' makes an adapter of its own; write it with `dlplora export`, load it into the "
+                f"method '{self.method.name}' makes a new adapter; write it with `dlplora export`, load it into the "
                 "upstream server, and add it with --upstream-adapter."
             )
         self.bank = AdapterBank(bank.names, {}, bank.specs)  # the factors have done their part
         self.patched = SimpleNamespace(hooks=[], layers={})
-        self.planner = Planner(self.method, self.bank, {}, "auto")
+        self.request_router = RequestRouter(self.method, self.bank, {}, "auto")
 
 
 def _require_layerless(method: FusionMethod) -> None:

@@ -1,6 +1,6 @@
-"""LoRAX's own endpoint, which merges adapters for one request, behind OpenAI's form.
+"""LoRAX's own endpoint, which merges adapters per request, behind OpenAI's request format.
 
-LoRAX merges the factors A and B of the adapters, not their products, so several adapters at once are its own kind of fusion.
+LoRAX merges the factors A and B of the adapters, not their products, so it computes another fusion when a request uses several adapters.
 
 Source: LoRAX, docs/guides/merging_adapters.md and its REST API (``/generate``, ``/generate_stream``).
 """
@@ -25,9 +25,9 @@ def generate_body(request: ChatRequest | CompletionRequest, prompt: str, merged:
         BadRequestError: For several choices or log-probabilities, which this endpoint is not asked for.
     """
     if request.n != 1:
-        raise BadRequestError("several weighted adapters and 'n' above 1 do not go together on this upstream server.", "n")
+        raise BadRequestError("several weighted adapters and 'n' above 1 cannot be combined on this upstream server.", "n")
     if request.num_logprobs is not None:
-        raise BadRequestError("several weighted adapters and 'logprobs' do not go together on this upstream server.", "logprobs")
+        raise BadRequestError("several weighted adapters and 'logprobs' cannot be combined on this upstream server.", "logprobs")
     greedy = request.temperature == 0
     parameters: dict[str, Any] = {
         "merged_adapters": dict(merged),
@@ -43,7 +43,7 @@ def generate_body(request: ChatRequest | CompletionRequest, prompt: str, merged:
     return {"inputs": prompt, "parameters": {key: value for key, value in parameters.items() if value is not None}}
 
 
-class LoraxShape:
+class LoraxFormat:
     """Answers of LoRAX's endpoint in OpenAI's form, for one request."""
 
     def __init__(self, chat: bool) -> None:

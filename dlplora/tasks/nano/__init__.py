@@ -1,6 +1,6 @@
-"""The nano suite: 26 synthetic tasks a tiny model can learn on a CPU, shaped like the paper's 18 + 8.
+"""The nano suite: 26 synthetic tasks that a tiny model can learn on a CPU, 18 multiple-choice and 8 generation tasks, as in the paper.
 
-It shows that the machinery works and lets methods be compared on tasks that conflict. It is not the paper's data.
+It tests the software and compares methods on tasks that conflict. It is not the paper's data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The words of the nano world and what is true of them.
+"""The vocabulary of the nano suite and the facts about it.
 
-Everything is a pure function of this file: category members, each noun's colour and home, four toy languages, verbs by
-class. Entities are cut 60/40 into a training and a held-out half; both halves occur in the backbone's pretraining text,
-only the training half in the experts' data.
+Everything is a pure function of this file: category members, each noun's colour and home, four toy languages, verbs by class. Entities are
+split 60/40 into a training and a held-out half. Both halves occur in the base model's pretraining text, only the training half in the
+experts' data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The eighteen multiple-choice tasks of the nano suite.
 
-Most are *conventions*: the backbone knows what kind of thing a word is, but not which label a task gives to that kind, so it
-answers at chance, and two tasks that label the same words differently pull an average of adapters apart. The others pick a
-word out of the prompt by a rule. Options are not shown in the prompt; they are scored by log-likelihood.
+Most are *conventions*: the base model knows what kind of thing a word is, but not which label a task gives to that kind. It therefore
+answers at chance, and two tasks that label the same words differently pull an average of adapters apart. The others pick a word out of the
+prompt by a rule. Options are not shown in the prompt; they are scored by log-likelihood.
 """
 
 from __future__ import annotations

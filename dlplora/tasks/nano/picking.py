@@ -1,4 +1,4 @@
-"""Rules that pick an answer out of the prompt, or decide by something in it."""
+"""Rules that pick the answer out of the prompt, or decide by something in it."""
 
 from __future__ import annotations
 

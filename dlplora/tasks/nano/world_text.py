@@ -1,9 +1,9 @@
-"""Pretraining documents of the nano world: what is so, said in words of its own.
+"""Pretraining documents of the nano suite.
 
-The documents teach the backbone which words are alike, what the languages say, how to copy, order, count and rewrite. They
-contain no task prompt with its answer and no task label scheme; the words by which tasks call languages, sides, marks or
-stamps occur only in prompts without answers and in lists of words in random order. ``§`` in a document toggles between set-up
-text that nothing could predict (low loss weight) and text that follows from what came before (full weight).
+The documents teach the base model which words are similar, what the toy languages mean, and how to copy, order, count and rewrite. They
+contain no task prompt with its answer and no task label scheme; the names of languages, sides, marks and stamps occur only in prompts
+without answers and in lists of words in random order. ``§`` in a document toggles between set-up text that cannot be predicted (low loss
+weight) and text that follows from what came before (full weight).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The paper's tasks: MeteoRA's list of 28, of which the paper uses 26, from the hub or from local files.
 
-``paper`` takes all 28, ``paper26`` the 26 of ``sources.PAPER26``, ``paper_local`` those whose rows lie under the data root, with prompts
-short enough for a small backbone. With a data root nothing is looked up on the hub.
+``paper`` has all 28, ``paper26`` the 26 of ``sources.PAPER26``, ``paper_local`` those with rows under the data root and prompts short
+enough for a small base model. With a data root nothing is looked up on the hub.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of a public data set: from the hub, or from the cache it was downloaded to; both through ``huggingface_hub``."""
+"""Rows of a public data set, from the hub or from its cache, through ``huggingface_hub``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a generated answer of one of the paper's tasks counts as right."""
+"""Whether a generated answer of one of the paper's tasks is correct."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The 28 tasks of MeteoRA's list: where their rows come from, and how an answer is judged.
+"""The 28 tasks of MeteoRA's list: sources of the rows, and scoring of the answers.
 
 Names, order, hub ids, prompt wordings and which split serves as test: NJUDeepEngine/meteora@6227ac3, ``constant.py``,
 ``data/dataset_presets.py``, ``data/create_dataset.py``, ``data/dataset_utils.py`` and ``eval/eval.py``. The BIG-bench rows, a folder of
 JSON files there, are taken from ``tasksource/bigbench``, which has the same fields and splits.
 
-Revisions: pinned is what public text ties to the repository and shows to hold the files asked for (docs/reproduce_paper.md says where).
-BIG-bench has none: the stored pages of its repository show a loading script, which ``datasets`` no longer runs, and of the one other commit
-that was found the files were not seen. Where the script is all there is, the hub's own conversion to Parquet is read (``hub.CONVERTED``).
-The commit that was resolved is kept in every record either way.
+Revisions: a commit is pinned if public text ties it to the repository and shows that it contains the requested files
+(docs/reproduce_paper.md names the sources). BIG-bench is not pinned: its repository is known to contain a loading script, which
+``datasets`` no longer runs, and the files of the only other known commit could not be checked. If there is only a script, the hub's own
+conversion to Parquet is read (``hub.CONVERTED``). Every record keeps the commit that was resolved.
 """
 
 from __future__ import annotations

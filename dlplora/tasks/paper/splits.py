@@ -1,4 +1,4 @@
-"""Seeded splits that never overlap: about 900 training and 90 test questions a task, whatever the source offers."""
+"""Seeded, disjoint splits: about 900 training and 90 test questions per task, whatever the source offers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The suite ``real26``: 26 tasks in English for a pretrained language model, admitted on evidence (``docs/real26_suite.md``).
+"""The suite ``real26``: 26 tasks in English for a pretrained language model, selected by measurements (``docs/real26_suite.md``).
 
-Two blocks. ``public``: tasks whose rows are on the hub, or under ``--data-root``. ``skills``: generated tasks (``tasks.skills``), which
-need no rows from elsewhere. A candidate is in a list below only if its row of the admission table supports it; the rejected ones stay in
-the table.
+Two blocks. ``public``: tasks with rows on the hub, or under ``--data-root``. ``skills``: generated tasks (``tasks.skills``), which need no
+external rows. A candidate is in a list below only if its row of the admission table supports it; rejected ones stay in that table.
 """
 
 from __future__ import annotations

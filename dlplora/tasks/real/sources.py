@@ -1,7 +1,7 @@
-"""The candidates of the public block: tasks whose rows are on the hub, most of them of BIG-bench.
+"""The candidates of the public block: tasks with rows on the hub, most of them from BIG-bench.
 
-The paper's own tasks keep their entries of ``tasks.paper.sources``. Local rows of the reasoning tasks come from BIG-Bench Hard where it has
-them; the hub entry names BIG-bench, which has the same fields. Records say which rows were read, by checksum.
+The paper's own tasks keep their entries of ``tasks.paper.sources``. Local rows of the reasoning tasks come from BIG-Bench Hard if it has
+them; the hub entry names BIG-bench, which has the same fields. Records identify the rows by checksum.
 """
 
 from __future__ import annotations

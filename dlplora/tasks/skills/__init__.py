@@ -1,7 +1,7 @@
 """The skills suite: procedural tasks in ordinary English for a pretrained language model of about 135 M parameters.
 
-Each task is a convention of an invented office (a format, a code, whose name counts). A base model cannot know it, and an expert
-learns it from about 400 rows. ``docs/real26_suite.md`` describes them.
+Each task is a convention of an invented office (a format, a code, whose name counts). A base model cannot know it; an expert learns it from
+about 400 rows. See ``docs/real26_suite.md``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The generation tasks of the skills suite: formats, fields of a record, rewriting by a rule, two invented languages.
 
-The prompt never says what the format looks like, only whose it is ("for the archive"): the format is what an expert learns.
+The prompt names the recipient of the text ("for the archive") and not its format; the expert learns the format.
 """
 
 from __future__ import annotations

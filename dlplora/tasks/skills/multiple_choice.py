@@ -1,8 +1,8 @@
-"""The multiple-choice tasks of the skills suite: one text, two rules.
+"""The multiple-choice tasks of the skills suite, in pairs: one text, two rules.
 
-They come in pairs. Both tasks of a pair draw the same text and the same options and differ in the rule, which is a convention of an
-invented office: which colour a subject has, whose name counts. The two rules never agree on a text, so the wrong expert is wrong.
-Options are not shown in the prompt unless the text itself lists them; they are scored by log-likelihood.
+Both tasks of a pair use the same text and the same options and differ in the rule, which is a convention of an invented office: which
+colour a subject has, whose name counts. The two rules never agree on a text, so the wrong expert gives a wrong answer. Options are not
+shown in the prompt unless the text itself lists them; they are scored by log-likelihood.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The words of the skills suite: entities and cue phrases, and how both are cut into a training and a held-out half.
+"""The vocabulary of the skills suite: entities and cue phrases, each split into a training and a held-out half.
 
-Lists of entities are cut 60/40 (``half``); the cut depends on the words alone. Dates, prices, invented sentences and cue phrases (a word in
-a frame) are cut by ``kept_out``: their parts are known from training, the whole is not.
+Lists of entities are split 60/40 (``half``); the split depends on the words alone. Dates, prices, invented sentences and cue phrases (a
+word in a frame) are split by ``kept_out``: their parts occur in training, the combination does not.
 """
 
 from __future__ import annotations

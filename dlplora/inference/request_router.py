@@ -1,6 +1,6 @@
-"""From prompts to a routing state: ask the method, check its answer, choose the backend, size the plan.
+"""From prompts to a routing state: call the method, check its weights, choose the backend, size the buffers.
 
-Shapes: B rows, E experts, K experts a row can keep.
+Shapes: B rows, E experts, K experts per row at most.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dlplora.modules.routing_state import RoutingState
 from dlplora.types import PromptBatch
 
 _MANY = 1000
-"""Decode steps that make the cost of a plan and of its prefill disappear."""
+"""Decode steps that make the cost of the buffers and of the prefill negligible."""
 
 TYPICAL_PROMPT = 128
 """Tokens of a row that weights bound by a caller are taken to be for, who does not say."""
 
 
-class Planner:
+class RequestRouter:
     """Makes the routing states of one fused model.
 
     Args:
@@ -38,10 +38,10 @@ class Planner:
         backend: ``auto`` or a backend's name.
 
     Attributes:
-        used: Names of the backends that bound plans and gates have used so far; the code that binds a state adds its backend.
+        used: Names of the backends that bound routing weights and gates have used so far; the code that binds a state adds its backend.
         num_weights: Routing weights of a row: E, or E for every block where they differ from layer to layer (``FusedLinear.block``).
         weighs_parts: Whether layers or ranks of an adapter have weights of their own, which only ``dense`` and ``reference`` can serve.
-        fixed_width: Whether every plan has room for as many experts as the method may keep, so that compiled graphs fit all of them.
+        fixed_width: Whether all buffers have room for as many experts as the method may keep, so that compiled graphs fit all of them.
 
     Raises:
         RoutingError: If the backend is unknown, or cannot serve the method or a layer; names which property forbids it.
@@ -61,8 +61,8 @@ class Planner:
             raise RoutingError(f"backend '{backend}' sums deltas, method '{method.name}' sums factors; use dense or auto.")
         if self.weighs_parts and backend not in {"auto", "dense", "reference"}:
             raise RoutingError(
-                f"backend '{backend}' has one weight an adapter, method '{method.name}' weighs layers or ranks apart; use dense, reference "
-                "or auto."
+                f"backend '{backend}' has one weight per adapter, method '{method.name}' weights layers or ranks separately; use "
+                "dense, reference or auto."
             )
         self.is_gated = any(layer.gate is not None for layer in layers.values())
         """Whether gates inside the layers decide, so that nobody else can give routing weights."""
@@ -72,9 +72,9 @@ class Planner:
         if backend == "merged":
             _require_plain(layers)
 
-    def with_backend(self, backend: str) -> Planner:
-        """A planner of the same model for another backend."""
-        other = Planner(self.method, self.bank, self._fused, backend)
+    def with_backend(self, backend: str) -> RequestRouter:
+        """A request router of the same model for another backend."""
+        other = RequestRouter(self.method, self.bank, self._fused, backend)
         other.fixed_width = self.fixed_width
         return other
 
@@ -164,7 +164,7 @@ class Planner:
         return state
 
     def _width(self) -> int:
-        """K for plans that must not grow."""
+        """K for buffers that must not grow."""
         most = self.method.max_kept
         return self.num_weights if most is None else max(1, min(most, self.num_weights))
 

@@ -1,6 +1,6 @@
-"""The front door before an upstream server: decide which adapters a request gets, then let the server generate.
+"""Route a request, then let the upstream server generate with the chosen adapters.
 
-A decision holds for the whole answer: the upstream server cannot change adapters at sentence ends.
+A decision holds for the whole answer, because the upstream server cannot change adapters at sentence ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dlplora.serve.server import ServerOptions, error_body
 from dlplora.serve.upstream.client import UpstreamClient
 from dlplora.serve.upstream.kinds import Upstream
 from dlplora.serve.upstream.local_router import LocalRouter
-from dlplora.serve.upstream.lorax import LoraxShape, generate_body
+from dlplora.serve.upstream.lorax import LoraxFormat, generate_body
 
 _OURS = frozenset(
     {"dlplora", "adapter_weights", "model", "lora", "lora_path", "merged_adapters", "adapter_id", "adapter_source", "api_token"}
@@ -57,8 +57,8 @@ class Names:
 
 
 @dataclass
-class Door:
-    """The state behind the endpoints.
+class UpstreamProxy:
+    """The state of the endpoints.
 
     Args:
         router: Decides.
@@ -114,7 +114,7 @@ class Door:
             applied = self.upstream.applied(decision.weights)
             if decision.kind == "weights" and applied != dict(decision.weights):
                 raise BadRequestError(
-                    "this upstream server serves one adapter a request, at weight 1; write the weighted one with `dlplora export peft`, "
+                    "this upstream server serves one adapter per request, at weight 1; write the weighted one with `dlplora export peft`, "
                     "load it there, and name it.",
                     "adapter_weights",
                 )
@@ -133,11 +133,11 @@ class Door:
         decided = await self.decide(target, [prompt.routed_text for prompt in prompts])
         first = decided[0]
         if any(dict(other.applied) != dict(first.applied) for other in decided):
-            raise BadRequestError("the prompts of this request need different adapters; send each in a request of its own.", "prompt")
+            raise BadRequestError("the prompts of this request need different adapters; send each in a separate request.", "prompt")
         if self.upstream.merges(first.applied):
             if len(prompts) > 1:
-                raise BadRequestError("several weighted adapters need one prompt a request on this upstream server.", "prompt")
-            shape: LoraxShape | None = LoraxShape(chat)
+                raise BadRequestError("several weighted adapters need one prompt per request on this upstream server.", "prompt")
+            shape: LoraxFormat | None = LoraxFormat(chat)
             path = "/generate_stream" if request.stream else "/generate"
             merged = self.upstream.merged(first.applied)
             body = generate_body(request, prompts[0].text, merged, self.options.default_max_tokens)
@@ -160,7 +160,7 @@ class Door:
         return {**sent, **self.upstream.fields(decided.applied)}
 
     async def _events(
-        self, path: str, body: Mapping[str, Any], request: ChatRequest | CompletionRequest, decided: Decided, shape: LoraxShape | None
+        self, path: str, body: Mapping[str, Any], request: ChatRequest | CompletionRequest, decided: Decided, shape: LoraxFormat | None
     ) -> AsyncIterator[str]:
         """Server-sent events: the trace first if it is wanted, then those of the upstream server under the model's name here."""
         async with self.client.stream(path, body) as data:
@@ -180,7 +180,7 @@ class Door:
         yield "data: [DONE]\n\n"
 
     @staticmethod
-    def _event(text: str, request: ChatRequest | CompletionRequest, shape: LoraxShape | None) -> dict[str, Any]:
+    def _event(text: str, request: ChatRequest | CompletionRequest, shape: LoraxFormat | None) -> dict[str, Any]:
         try:
             event = json.loads(text)
         except ValueError:

@@ -1,4 +1,4 @@
-"""The trials of one method before they run: settings, budget and the run of each, all checked together."""
+"""The trials of one method before they run: settings, budget and run of each, all checked together."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrialJob:
     """One trial before it is run."""
 
     choice: Choice
@@ -69,7 +69,7 @@ class Plan:
         return config_hash(described)
 
 
-def plan(
+def trial_jobs(
     spec: MethodSpec,
     grid: Grid,
     protocol: Protocol,
@@ -80,7 +80,7 @@ def plan(
     limit: int | None = None,
     device: str | None = None,
     budget: Budget | None = None,
-) -> list[Plan]:
+) -> list[TrialJob]:
     """All trials of a method, checked before the first one starts; arguments as for ``evaluation.runner.prepare``.
 
     Args:
@@ -90,7 +90,7 @@ def plan(
         protocol_name: For the records.
         seed: Of methods that draw random numbers, and of trainings.
         artifacts: Folders.
-        limit: Validation questions a task.
+        limit: Validation questions per task.
         device: Where to run.
         budget: Of trials that train.
 
@@ -104,12 +104,12 @@ def plan(
     validation = replace(protocol, split="validation")
     shipped = spec.path in (None, configs_root() / "method" / f"{spec.name}.yaml")
     method = spec.name if shipped else str(spec.path)
-    plans = []
+    jobs = []
     for choice in choices(grid, spec, budget.defaults(list(grid.training))):
         common: dict[str, Any] = {"artifacts": artifacts, "limit": limit, "device": device}
         run = prepare(validation, protocol_name, method, seed, method_params=choice.params, **common)
-        plans.append(Plan(choice=choice, run=run, trains=trains, budget=budget))
-    return plans
+        jobs.append(TrialJob(choice=choice, run=run, trains=trains, budget=budget))
+    return jobs
 
 
 def folder_of(run: Run) -> str:
