@@ -57,8 +57,8 @@ README_COLUMNS = tuple(
 )
 REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
 """First rows of every table."""
-README_ROWS = (*REFERENCE_ROWS, "lorauter", "tfidf_linear")
-"""The only rows in the README: the references, a method without a trained router, and an ordinary classifier."""
+README_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "lorauter", "tfidf_linear", "meteora_gate")
+"""The only rows in the README: the references, a method without a trained router, an ordinary classifier, and gates for each token."""
 Trials = Mapping[str, Sequence[Trial]]
 """Preset -> its trials."""
 GATED = "†"

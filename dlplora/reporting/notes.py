@@ -7,8 +7,9 @@ NOTES: dict[str, str] = {
 **An ordinary classifier is as good as the router here.** Every prompt of this suite clearly belongs to one task: `dlp` keeps one adapter
 for every prompt and gives the same answers as `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
 what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods combine
-three adapters per prompt, as in their papers, and score lower because of it. Gates were not trained on this suite. For tasks whose adapter
-is missing, see [unseen tasks](../../docs/unseen_task.md).""",
+three adapters per prompt, as in their papers, and score lower because of it. The gates of `meteora_gate` saw a
+twelfth of the router's training tokens at one learning rate, which was not searched. No other gates were trained on this suite. For
+tasks whose adapter is missing, see [unseen tasks](../../docs/unseen_task.md).""",
     "paper_local": """\
 **These are not the paper's numbers, and they are not comparable with any others.** They show that the pipeline of
 `dlplora reproduce paper` runs on real rows: the tasks whose rows were available locally, a Llama of about two million parameters
