@@ -33,8 +33,10 @@ if [ -n "${WHEELS:-}" ]; then
   fi
   export PYTHONPATH="$PYTHONPATH:$SITE"
 fi
+# Everything that the cells import, so that a missing package is known before a second of the GPU is spent.
 "$PYTHON" -c '
 import sys, torch, transformers, lm_eval, lightning, peft
+import dlplora.lm_eval.model, dlplora.matrix.worker, dlplora.reporting.tables, dlplora.training.command
 print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__, file=sys.stderr)'
 
 if [ "${SMOKE:-0}" = 1 ]; then
@@ -131,4 +133,5 @@ root = Path(sys.argv[1])
 records = [record for room in ("runs", "scratch") for record in load_all(root, "paper_local", room)[0]]
 print(f"{tables.main_table(records)}\n\n{tables.caption(records)}" if records else "no record yet")
 print(records[0].provenance["hardware"].get("gpu") or records[0].provenance["hardware"]["cpu"] if records else "")
+sys.exit(not records)
 PY
