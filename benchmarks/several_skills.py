@@ -87,6 +87,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         backbone=str(resolve_backbone(arguments.backbone)),
         base_model_name=identity["name"],
         suite="skills_several",
+        tasks=None if arguments.tasks is None else tuple(arguments.tasks.split(",")),
         configs={"pool": "several_experts", "router": "several_router"},
         processes=arguments.processes,
     )
@@ -118,7 +119,8 @@ class Track:
             raise ConfigError(f"no trained {missing[0]} in {arguments.runs}; run `python -m benchmarks.several_skills train` first.")
         self.pool, self.router = Path(str(folders["pool"])), Path(str(folders["router"]))
         self.backbone, self.dtype = arguments.backbone, arguments.dtype
-        self.prompts = {n: composed(TASKS, n, arguments.num) for n in SIZES}
+        self.tasks = TASKS if arguments.tasks is None else tuple(arguments.tasks.split(","))
+        self.prompts = {n: composed(self.tasks, n, arguments.num) for n in SIZES}
 
     def facts(self) -> dict[str, Any]:
         """What a record's figures depend on, besides the methods."""
@@ -127,7 +129,7 @@ class Track:
             "dtype": self.dtype,
             "pool": load_pool(self.pool).checksum(),
             "router": folder_hash(self.router),
-            "tasks": list(TASKS),
+            "tasks": list(self.tasks),
             "prompts": {str(n): len(prompts) for n, prompts in self.prompts.items()},
         }
 
@@ -291,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=["train", "run", "report"])
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tasks", metavar="TASK,TASK", help="some tasks of skills_several, at least three (default: all)")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows to evaluate, separated by commas; the record keeps those it has")
     parser.add_argument("--num", type=int, default=100, help="prompts of each size (default: 100)")
     parser.add_argument("--batch-size", type=int, default=50)
