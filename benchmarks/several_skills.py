@@ -4,7 +4,7 @@
 ``run`` asks composed prompts, whose questions are of different tasks, and scores every answer by its position. It writes its record after
 every row and goes on where it stopped; ``report`` writes the table into ``docs/several_skills.md``.
 
-Nobody labels the questions, writes a cue between two answers, or tells a router where one question ends. Rows in ``TOLD`` are told more.
+Nobody labels the questions, writes a cue between two answers, or tells a router where one question ends. Rows with ``told`` are references.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ ROWS = {
     "oracle_sentence_recompute": Row("oracle", "the same, prefix read again", _RECOMPUTED, "all"),
     "routed_by_question": Row("oracle", "router given question i for sentence i, prefix read again", _RECOMPUTED, "routed"),
 }
-TOLD = tuple(name for name, row in ROWS.items() if row.told != "nothing")
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
@@ -258,6 +257,13 @@ def table(record: dict[str, Any]) -> str:
     return markdown.table(head, rows, left=2)
 
 
+def shown(record: dict[str, Any]) -> str:
+    """What the record covers, and its table."""
+    count = " and ".join(sorted({str(number) for number in record["prompts"].values()}))
+    tasks = ", ".join(markdown.code(name) for name in record["tasks"])
+    return f"{count} prompts of each number of questions; tasks: {tasks}; base model {record['backbone']['name']}.\n\n{table(record)}"
+
+
 def routing_table(record: dict[str, Any]) -> str:
     """What re-routing saw: experts kept, and how often the expert with the largest weight was the sentence's own."""
     rows = []
@@ -268,6 +274,23 @@ def routing_table(record: dict[str, Any]) -> str:
                 if count and kept:
                     rows.append([markdown.code(name), n, str(position), str(count), f"{kept:.2f}", f"{100 * best:.1f}"])
     return markdown.table(["row", "questions", "sentence", "routed", "experts kept", "own expert has the largest weight"], rows)
+
+
+def task_table(record: dict[str, Any]) -> str:
+    """Share of right answers of each task, over the prompts of two and three questions."""
+    names = [name for name in ("dlp", "oracle_sentence", "oracle_sentence_recompute") if name in record["scores"]]
+    right: dict[str, dict[str, list[int]]] = {task: {name: [] for name in names} for task in record["tasks"]}
+    for n in SIZES[1:]:
+        prompts = composed(record["tasks"], n, record["prompts"][str(n)])
+        for name in names:
+            for one, row in zip(prompts, record["scores"][name][str(n)]["right"], strict=True):
+                for part, correct in zip(one.parts, row, strict=True):
+                    right[part.task][name].append(correct)
+    rows = [
+        [task, str(len(found[names[0]])), *(f"{100 * sum(found[name]) / len(found[name]):.1f}" if found[name] else "" for name in names)]
+        for task, found in right.items()
+    ]
+    return markdown.table(["task", "questions", *map(markdown.code, names)], rows)
 
 
 def record_path(arguments: argparse.Namespace) -> Path:
@@ -282,7 +305,8 @@ def report(arguments: argparse.Namespace) -> None:
         ConfigError: If there is no record.
     """
     record = read_json(record_path(arguments))
-    page = with_table(PAGE.read_text(encoding="utf-8"), NAME, table(record))
+    page = with_table(PAGE.read_text(encoding="utf-8"), NAME, shown(record))
+    page = with_table(page, f"{NAME}-tasks", task_table(record))
     write_atomically(PAGE, with_table(page, f"{NAME}-routing", routing_table(record)))
     print(f"wrote {PAGE}")
 

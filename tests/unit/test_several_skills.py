@@ -154,6 +154,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Pat
 def test_the_page_shows_the_record() -> None:
     record = json.loads((ROOT / "results" / "bench" / "several_skills.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "several_skills.md").read_text(encoding="utf-8")
-    shown = with_table(page, "several_skills", several_skills.table(record))
-    assert with_table(shown, "several_skills-routing", several_skills.routing_table(record)) == page
+    first = with_table(page, "several_skills", several_skills.shown(record))
+    first = with_table(first, "several_skills-tasks", several_skills.task_table(record))
+    assert with_table(first, "several_skills-routing", several_skills.routing_table(record)) == page
     assert torch.tensor(record["scores"]["dlp"]["3"]["right"]).shape == (record["prompts"]["3"], 3)
