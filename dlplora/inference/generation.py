@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.errors import GenerationError
-from dlplora.inference.prompt_routing import answer_index, answers_by_line, asked_questions, segment_task, segment_text
+from dlplora.inference.prompt_routing import answer_index, answers_by_line, asked_questions, num_tasks, segment_task, segment_text
 from dlplora.inference.question import routed_tail
 from dlplora.inference.sentences import decides_sentence, known_sentence_ends, may_end_sentence
 from dlplora.modules.routing_state import RoutingState
@@ -268,12 +268,15 @@ class SentenceRerouter(StoppingCriteria):
         ids = () if self.encode is None else (self.encode(rows, views),)
         if self.task_names is None:
             return self.route(views, None, *ids) if ids else self.route(views)
-        indices = [
-            answer_index(asked_questions(self.prompts[row]), text, self._sentences[row].number)
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        indices = [self._answer(row, text) for row, text in zip(rows, texts, strict=True)]
         names = [segment_task(self.task_names[row], index) for row, index in zip(rows, indices, strict=True)]
         return self.route(views, names, *ids)
+
+    def _answer(self, row: int, text: str) -> int:
+        """Which answer of a row comes next, from 0; every sentence is one if more tasks were told than the layout shows questions."""
+        asked, number = asked_questions(self.prompts[row]), self._sentences[row].number
+        told = num_tasks(None if self.task_names is None else self.task_names[row])
+        return number if told > max(1, len(asked.spans)) else answer_index(asked, text, number)
 
     def _note(self, rows: list[int], views: list[str], texts: list[str], weights: Tensor) -> None:
         if self.trace is None:

@@ -131,6 +131,11 @@ def segment_task(names: str | None, index: int) -> str | None:
     return parts[min(index, len(parts) - 1)]
 
 
+def num_tasks(names: str | None) -> int:
+    """How many tasks ``names`` holds."""
+    return 0 if names is None else names.count(TASK_SEPARATOR) + 1
+
+
 def split_prompt(prompt: str, how: str) -> list[tuple[int, int]]:
     """The parts of a prompt that are routed by themselves: (start, end) in characters, ascending, never empty.
 

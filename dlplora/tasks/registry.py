@@ -11,8 +11,12 @@ from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.paper import SUITES, paper_names, paper_suite
 from dlplora.tasks.real import SUITES as REAL_SUITES
 from dlplora.tasks.real import real_names, real_suite
+from dlplora.tasks.several import several_suite
 from dlplora.tasks.skills import skills_suite
 from dlplora.tasks.types import Suite
+
+GENERATED = frozenset({"nano", "nano_composite", "skills", "skills_several"})
+"""Suites that read no rows."""
 
 
 def get_suite(name: str, data_root: str | None = None) -> Suite:
@@ -20,13 +24,13 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
     Args:
         name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
-            ``local_composite:TASK,TASK`` for composites of either; ``skills``; or one of the paper's.
+            ``local_composite:TASK,TASK`` for composites of either; ``skills``; ``skills_several``; or one of the paper's.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
-    return _suite(name, data_root, () if name in {"nano", "nano_composite", "skills"} else rows_state(data_root))
+    return _suite(name, data_root, () if name in GENERATED else rows_state(data_root))
 
 
 def suite_names(name: str) -> tuple[str, ...]:
@@ -43,6 +47,8 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return nano_suite()
     if name == "skills":
         return skills_suite()
+    if name == "skills_several":
+        return several_suite()
     if name.startswith("local:"):
         return local_suite(name.removeprefix("local:").split(","), data_root)
     if name in SUITES:
@@ -50,7 +56,7 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
     if name in REAL_SUITES:
         return real_suite(name, data_root)
     known = (
-        "nano, skills, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, paper_local; "
-        "real26, real26_public, real26_skills"
+        "nano, skills, skills_several, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, "
+        "paper_local; real26, real26_public, real26_skills"
     )
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")
