@@ -36,7 +36,7 @@ fi
 # Everything that the cells import, so that a missing package is known before a second of the GPU is spent.
 "$PYTHON" -c '
 import sys, torch, transformers, lm_eval, lightning, peft
-import dlplora.lm_eval.model, dlplora.matrix.worker, dlplora.reporting.tables, dlplora.training.command
+import datasets, lm_eval.tasks, dlplora.lm_eval.model, dlplora.matrix.worker, dlplora.reporting.tables, dlplora.training.command
 print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__, file=sys.stderr)'
 
 if [ "${SMOKE:-0}" = 1 ]; then
