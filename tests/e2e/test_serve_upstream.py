@@ -264,7 +264,7 @@ def test_what_the_upstream_lacks_is_found_at_the_start(router: LocalRouter) -> N
         asyncio.run(find(Stub("vllm", list(router.bank.names)), model="BASSE"))
     other = Stub("vllm", some)
     other.kind = "llama.cpp"
-    with pytest.raises(ConfigError, match="answers 404 to GET /lora-adapters; is its kind right"):
+    with pytest.raises(ConfigError, match="answers 404 to GET /lora-adapters; check --upstream-kind"):
         asyncio.run(find(other))
     found = asyncio.run(find(Stub("vllm", [*some, "v2"]), given={first: "v2", "mix": some[0]}))
     assert (found.ids[first], found.ids["mix"], found.base) == ("v2", some[0], "BASE")
