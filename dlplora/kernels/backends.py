@@ -71,7 +71,7 @@ class RoutingFacts:
         kinds: dict[int, Kind] = {1: "static", 2: "row", 3: "token"}
         kind, experts = kinds[weights.ndim], weights.shape[-1]
         rows = 1 if kind == "static" else weights.shape[0]
-        flat = weights.detach().reshape(-1, experts)
+        flat = weights.detach().reshape(weights.shape[:-1].numel(), experts)  # -1 is ambiguous in an empty bank
         kept = (flat != 0).sum(-1).max()
         finite, most, same = torch.stack([torch.isfinite(flat).all().to(kept), kept, (flat == flat[:1]).all().to(kept)]).tolist()
         return cls(

@@ -91,7 +91,7 @@ class RoutingState:
 
     def per_row(self) -> Tensor:
         """Static or per-row weights as (B, E) with B = 1 for static ones."""
-        return self.weights.reshape(-1, self.weights.shape[-1])
+        return self.weights.reshape(self.weights.shape[:-1].numel(), self.weights.shape[-1])
 
     def is_ready_for(self, slot: StateKeeper) -> bool:
         """Whether the layers of a model can be run under this state as it is."""

@@ -171,10 +171,13 @@ def test_oracle_generation(task_folder: Path, make_ours: Callable[..., DLPLoRALM
     assert len(answers) == len(EXPERTS), "the adapters must generate different texts for this to mean anything"
 
 
-def test_base_equals_the_stock_model_without_an_adapter(make_ours: Callable[..., DLPLoRALM], tiny_llama_folder: Path) -> None:
+@pytest.mark.parametrize("with_pool", [True, False])
+def test_base_equals_the_stock_model_without_an_adapter(
+    with_pool: bool, make_ours: Callable[..., DLPLoRALM], tiny_llama_folder: Path
+) -> None:
     plain = HFLM(pretrained=str(tiny_llama_folder), dtype="float32", device="cpu", batch_size=3)
     requests = requests_of("loglikelihood", PAIRS)
-    ours = make_ours("base", batch_size=5).loglikelihood(requests, disable_tqdm=True)
+    ours = make_ours("base", batch_size=5, **({} if with_pool else {"pool": None})).loglikelihood(requests, disable_tqdm=True)
     for (value, greedy), (expected, expected_greedy) in zip(ours, plain.loglikelihood(requests, disable_tqdm=True), strict=True):
         assert value == pytest.approx(expected, abs=1e-5)
         assert greedy == expected_greedy
