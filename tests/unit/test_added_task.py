@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.added_task import table
 
 
-def test_means_over_the_added_tasks_and_no_training_where_there_is_none() -> None:
+def test_scores_are_means_over_the_added_tasks_and_no_training_where_there_is_none() -> None:
     row = {"old_before": 0.5, "old_after": 0.25, "new_after": 1.0, "build_s": 2.0}
     other = {"old_before": 0.75, "old_after": 0.75, "new_after": 0.5, "build_s": 4.0}
     costs = {
