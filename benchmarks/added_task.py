@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.docs_table import with_table
-from benchmarks.unseen_task import PAGE, subject
+from benchmarks.unseen_task import subject, suite_command
 from dlplora.atomic import write_atomically
 from dlplora.evaluation.cache import EvalCache, eval_cache
 from dlplora.evaluation.protocol import Protocol
@@ -27,7 +26,6 @@ from dlplora.evaluation.runner import Artifacts, measure, prepare
 from dlplora.methods.registry import build_method
 from dlplora.provenance import provenance
 from dlplora.reporting import markdown
-from dlplora.reporting.store import RESULTS
 from dlplora.reproduce.artifacts import RECIPE
 from dlplora.reproduce.recipe import Setting
 from dlplora.reproduce.training import train
@@ -85,7 +83,7 @@ class Addition:
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the record lacks."""
     protocol, setting, pool = subject(arguments.suite, arguments.data_root, arguments.pool)
-    path = record_path(arguments)
+    path: Path = arguments.record
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suite": arguments.suite, "costs": {}}
     folder = arguments.runs / arguments.suite
     if "train_s" not in record or not (folder / "router" / RECIPE).is_file():
@@ -125,32 +123,7 @@ def table(record: dict[str, Any]) -> str:
     return markdown.table(head, rows, left=1)
 
 
-def record_path(arguments: argparse.Namespace) -> Path:
-    """Where the record of a suite lies."""
-    return Path(arguments.out) / "bench" / f"added_task-{arguments.suite}.json"
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """Write the table into the page."""
-    text, record = PAGE.read_text(encoding="utf-8"), json.loads(record_path(arguments).read_text(encoding="utf-8"))
-    write_atomically(PAGE, with_table(text, f"added_task-{arguments.suite}", table(record)))
-    print(f"wrote {PAGE}")
-
-
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--suite", default="nano", help="nano, or a profile such as real26")
-    parser.add_argument("--pool", type=Path, help="default for nano: the embedded one")
-    parser.add_argument("--data-root")
-    parser.add_argument("--tasks", help=f"added one at a time, separated by commas; default: {NEW_TASKS} of the suite")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/added_task"))
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
-    arguments = parser.parse_args()
-    {"run": run, "report": report}[arguments.action](arguments)
-
-
 if __name__ == "__main__":
-    main()
+    suite_command(
+        __doc__, run, table, "added_task", METHODS, f"added one at a time, separated by commas; default: {NEW_TASKS} of the suite"
+    )

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def subject(suite: str, data_root: str | None, pool: Path | None) -> tuple[Proto
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the record lacks."""
     protocol, setting, pool = subject(arguments.suite, arguments.data_root, arguments.pool)
-    path = record_path(arguments)
+    path: Path = arguments.record
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suite": arguments.suite, "scores": {}}
     methods = arguments.methods.split(",")
     with eval_cache() as cache:
@@ -140,32 +140,42 @@ def table(record: dict[str, Any]) -> str:
     return markdown.table(["task", "kind", *map(markdown.code, methods)], head + rows, left=2)
 
 
-def record_path(arguments: argparse.Namespace) -> Path:
-    """Where the record of a suite lies."""
-    return Path(arguments.out) / "bench" / f"unseen_task-{arguments.suite}.json"
+def suite_command(
+    about: str | None,
+    run: Callable[[argparse.Namespace], None],
+    table: Callable[[dict[str, Any]], str],
+    name: str,
+    methods: Sequence[str],
+    tasks: str,
+) -> None:
+    """Read the command line of a benchmark over a suite's pool; measure, or write the table into the page.
 
-
-def report(arguments: argparse.Namespace) -> None:
-    """Write the table into the page."""
-    text, record = PAGE.read_text(encoding="utf-8"), json.loads(record_path(arguments).read_text(encoding="utf-8"))
-    write_atomically(PAGE, with_table(text, f"unseen_task-{arguments.suite}", table(record)))
-    print(f"wrote {PAGE}")
-
-
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    Args:
+        about: Help text.
+        run: Fills the record at ``arguments.record``.
+        table: Record -> Markdown.
+        name: Of the record, ``results/bench/NAME-SUITE.json``, and of the default folder ``runs/NAME``.
+        methods: Unless others are named.
+        tasks: Help text of ``--tasks``.
+    """
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--suite", default="nano", help="nano, or a profile such as real26")
     parser.add_argument("--pool", type=Path, help="default for nano: the embedded one")
     parser.add_argument("--data-root")
-    parser.add_argument("--tasks", help="some tasks, separated by commas; the record keeps those it has")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/unseen_task"))
+    parser.add_argument("--tasks", help=tasks)
+    parser.add_argument("--methods", default=",".join(methods))
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name)
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
     arguments = parser.parse_args()
-    {"run": run, "report": report}[arguments.action](arguments)
+    arguments.record = Path(arguments.out) / "bench" / f"{name}-{arguments.suite}.json"
+    if arguments.action == "run":
+        run(arguments)
+        return
+    text, record = PAGE.read_text(encoding="utf-8"), json.loads(arguments.record.read_text(encoding="utf-8"))
+    write_atomically(PAGE, with_table(text, f"{name}-{arguments.suite}", table(record)))
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":
-    main()
+    suite_command(__doc__, run, table, "unseen_task", METHODS, "some tasks, separated by commas; the record keeps those it has")
