@@ -92,6 +92,37 @@ class BatchSchedule:
         return np.random.default_rng([self._seed, zlib.crc32(b"rounds"), number]).permutation(len(self._streams))
 
 
+def parts_by_length(lengths: Sequence[int], count: int) -> list[int]:
+    """Cut rows that are sorted by length into batches with as little padding as possible.
+
+    No batch holds more tokens, padding included, than one with an equal share of the rows, each as long as the longest of all: accumulation
+    is there to save memory.
+
+    Args:
+        lengths: Tokens of each row, ascending; at least ``count`` rows.
+        count: Batches.
+
+    Returns:
+        Where each batch ends, ascending; the last is the number of rows.
+    """
+    width, num_rows = np.asarray(lengths), len(lengths)
+    bound = -(-num_rows // count) * width[-1]
+    least = np.full(num_rows + 1, np.inf)  # tokens of the first j rows in as many batches as were placed
+    least[0] = 0
+    begins = []
+    for _ in range(count):
+        totals = np.full((num_rows + 1, num_rows + 1), np.inf)  # [j, i]: the last batch is rows i to j
+        for end in range(1, num_rows + 1):
+            tokens = (end - np.arange(end)) * width[end - 1]
+            totals[end, :end] = np.where(tokens <= bound, least[:end] + tokens, np.inf)
+        begins.append(totals.argmin(axis=1))
+        least = totals.min(axis=1)
+    ends = [num_rows]
+    for begin in reversed(begins[1:]):
+        ends.append(int(begin[ends[-1]]))
+    return ends[::-1]
+
+
 class StepLoader:
     """What Lightning iterates over: batch ``s`` is ``make(s)``.
 

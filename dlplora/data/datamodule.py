@@ -3,20 +3,21 @@
 Items are drawn and encoded once, in ``setup``. Which rows form a batch is a pure function of seed and step (``batching``). With several
 processes, each takes its share of the same global batch, so the number of processes only changes the order of floating-point sums. The
 same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole optimiser step, so a step over several
-small batches has the gradient of one large batch.
+small batches has the gradient of one large batch. Its rows are dealt to these batches by length, which saves padding.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlplora.data.batching import BatchSchedule, StepLoader
+from dlplora.data.batching import BatchSchedule, StepLoader, parts_by_length
 from dlplora.data.encoding import EncodedItem, EncodedSet, collate, encode_items, encode_texts
 from dlplora.data.suite_data import SuiteDataModule, select_tasks
 from dlplora.data.wrappers import wrapped
@@ -160,6 +161,16 @@ class ExpertDataModule(SuiteDataModule):
         """The rows of the whole optimiser step that batch ``step`` belongs to."""
         return [item for other in self._accumulated(step, num_steps) for item in self.rows(schedule.batch(other))]
 
+    def _parts(self, whole: Sequence[EncodedItem]) -> list[list[EncodedItem]]:
+        """This process's batches of an optimiser step, rows of similar length together; no batch is larger than ``batch_size`` rows as long
+        as the longest of them would be."""
+        count = -(-len(whole) // self.hparams["batch_size"])
+        if count == 1:
+            return [list(self._share(whole))]
+        mine = self._share(sorted(whole, key=len))
+        ends = parts_by_length([len(item) for item in mine], count)
+        return [list(mine[start:end]) for start, end in pairwise([0, *ends])]
+
     def shares(self, mine: Sequence[EncodedItem], whole: Sequence[EncodedItem]) -> dict[str, Any]:
         """What else a batch says about its part of the optimiser step; nothing here.
 
@@ -177,7 +188,7 @@ class ExpertDataModule(SuiteDataModule):
         def make(step: int) -> dict[str, Any]:
             whole = self._step_rows(schedule, step, steps)
             weight = self._num_parts / num_targets(whole)
-            mine = self._share(self.rows(schedule.batch(step)))
+            mine = self._parts(whole)[step - self._accumulated(step, steps).start]
             return {**self.batch(mine, [weight] * len(mine)), **self.shares(mine, whole)}
 
         return StepLoader(make, steps, self._epoch)
@@ -256,11 +267,9 @@ class FusionDataModule(ExpertDataModule):
         """
         tokens = sum(map(len, mine)) / sum(map(len, whole))
         facts = {"row_share": self._num_parts * len(mine) / len(whole), "token_share": self._num_parts * tokens}
-        size = self.hparams["batch_size"]
 
         def step_batches() -> Iterator[dict[str, Any]]:
-            for start in range(0, len(whole), size):
-                rows = self._share(whole[start : start + size])
+            for rows in self._parts(whole):
                 yield self.batch(rows) | {"token_share": self._num_parts * sum(map(len, rows)) / sum(map(len, whole))}
 
         return {**facts, "num_parts": self._num_parts, "step_batches": step_batches}

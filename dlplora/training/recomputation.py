@@ -21,7 +21,7 @@ def recompute_activations(model: Any, around: Callable[[], AbstractContextManage
 
     Args:
         model: The causal LM, changed in place.
-        around: ParsedQuestions in the forward pass of every layer for what has to be in force when the layer runs again.
+        around: Entered in the forward pass of every layer for what has to be in force when the layer runs again.
 
     Returns:
         The layers; ``keep_recomputing`` restores their flag after somebody has called ``eval()``.

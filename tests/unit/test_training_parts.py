@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlplora.data.batching import BatchSchedule, StepLoader, TaskStream
+from dlplora.data.batching import BatchSchedule, StepLoader, TaskStream, parts_by_length
 from dlplora.data.encoding import collate, encode_items, encode_pairs
 from dlplora.errors import ConfigError, TaskError
 from dlplora.inference.backbones import NANO_ASSETS
@@ -230,3 +232,21 @@ def test_the_shipped_router_knows_wordings_it_never_saw() -> None:
     assert right / total >= 0.97
     assert math.isfinite(float(router.temperature))
     assert 0.05 < float(router.temperature) < 20
+
+
+def test_rows_of_a_step_are_cut_with_the_least_padding() -> None:
+    assert parts_by_length([25, 28, 30, 31, 35, 40, 45, 122], 2) == [7, 8]
+    assert parts_by_length([9] * 7 + [10], 2) == [4, 8]  # 7 and 1 would need the memory of 63 tokens, 40 are what two equal batches need
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        lengths = sorted(rng.integers(1, 130, rng.integers(1, 10)).tolist())
+        count = int(rng.integers(1, len(lengths) + 1))
+        bound = -(-len(lengths) // count) * lengths[-1]
+
+        def sizes(ends: Sequence[int], lengths: list[int] = lengths) -> list[int]:
+            return [(end - start) * lengths[end - 1] for start, end in itertools.pairwise([0, *ends])]
+
+        every = [sizes([*inner, len(lengths)]) for inner in itertools.combinations(range(1, len(lengths)), count - 1)]
+        found = parts_by_length(lengths, count)
+        assert len(found) == count and found == sorted(set(found)) and found[-1] == len(lengths)
+        assert max(sizes(found)) <= bound and sum(sizes(found)) == min(sum(one) for one in every if max(one) <= bound)
