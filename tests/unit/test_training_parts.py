@@ -248,5 +248,8 @@ def test_rows_of_a_step_are_cut_with_the_least_padding() -> None:
 
         every = [sizes([*inner, len(lengths)]) for inner in itertools.combinations(range(1, len(lengths)), count - 1)]
         found = parts_by_length(lengths, count)
-        assert len(found) == count and found == sorted(set(found)) and found[-1] == len(lengths)
-        assert max(sizes(found)) <= bound and sum(sizes(found)) == min(sum(one) for one in every if max(one) <= bound)
+        assert len(found) == count
+        assert found == sorted(set(found))
+        assert found[-1] == len(lengths)
+        assert max(sizes(found)) <= bound
+        assert sum(sizes(found)) == min(sum(one) for one in every if max(one) <= bound)
