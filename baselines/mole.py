@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlplora.errors import ConfigError
@@ -73,27 +72,48 @@ class MoLE(TrainedGates):
         """Keep the experts that the gates look at."""
         self._entries = {module: bank.modules[module] for module in first_modules(bank, self.name).values()}
         self._pass = PerThread(weights=dict)
+        self._folded: dict[str, tuple[object, tuple[Tensor, Tensor]]] = {}
         return super().prepare(bank, context)
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """The layer's weights; computed at its first module, used by the others in the same forward pass."""
         layer = layer_of(module)
         if module in self._entries:
-            features = self.features(layer, module, x)
-            weights = (features @ self.gates[key_of(layer)] / self.log_tau[key_of(layer)].exp()).softmax(dim=-1)
+            weights = self.scores(layer, module, x).softmax(dim=-1)
             self.record(layer, weights)
             self._pass.weights[layer] = weights
         return self._pass.weights[layer]  # type: ignore[no-any-return]
 
-    def features(self, layer: str, module: str, x: Tensor) -> Tensor:
-        """What the gate reads: the normalised outputs of all experts, one after another, (B, T, N O) or (B, T, N p)."""
-        entry = self._entries[module]
-        low = torch.einsum("bti,eri->bter", x.float(), entry.lora_a.float())
-        answers = torch.einsum("bter,eor,e->bteo", low, entry.lora_b.float(), entry.scaling)
-        if self.config.projection is not None:
-            answers = answers @ self.projections[key_of(layer)]
-        flat = answers.flatten(-2)
-        return F.rms_norm(flat, (flat.shape[-1],), eps=1e-6)
+    def scores(self, layer: str, module: str, x: Tensor) -> Tensor:
+        """``RMSNorm(e) E / tau`` (B, T, N), computed without ``e`` (B, T, N O), which would need gigabytes in training.
+
+        With ``e_i = C_i l_i``, ``l_i = A_i x`` of size R: ``e E = sum_i l_i (C_i^T E_i)`` and ``|e|^2 = sum_i l_i^T (C_i^T C_i) l_i``.
+        """
+        low = torch.einsum("bti,eri->bter", x.float(), self._entries[module].lora_a.float())
+        gates, grams, width = *self.folded(layer, module), self.gates[key_of(layer)].shape[0]
+        squares = torch.einsum("bter,ers,btes->bt", low, grams, low)
+        norm = torch.rsqrt(squares / width + 1e-6)
+        return (low.flatten(-2) @ gates) * norm[..., None] / self.log_tau[key_of(layer)].exp()
+
+    def folded(self, layer: str, module: str) -> tuple[Tensor, Tensor]:
+        """``C_i^T E_i`` of all experts (N R, N) and ``C_i^T C_i`` (N, R, R); kept from call to call where nothing trains."""
+        parts = [table[key_of(layer)] for table in (self.gates, self.projections) if key_of(layer) in table]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
+            return self._fold(module, parts)
+        state = [(part.data_ptr(), part._version) for part in parts]
+        known = self._folded.get(layer)
+        if known is None or known[0] != state:
+            known = self._folded[layer] = (state, self._fold(module, parts))
+        return known[1]
+
+    def _fold(self, module: str, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        entry, (gates, *projections) = self._entries[module], parts
+        up = torch.einsum("eor,e->eor", entry.lora_b.float(), entry.scaling)
+        for projection in projections:
+            up = torch.einsum("eor,op->epr", up, projection)
+        experts, width, _ = up.shape
+        by_rank = torch.einsum("epr,epn->ern", up, gates.view(experts, width, experts))
+        return by_rank.flatten(0, 1), torch.einsum("epr,eps->ers", up, up)
 
     def step_statistics(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The experts' shares (N,): the balancing loss is a function of those of the whole step."""
