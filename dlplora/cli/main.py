@@ -108,7 +108,11 @@ def _evaluation(commands: Any) -> None:
     parser.set_defaults(run=_lazy("scope", "run_scope"))
 
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
-    parser.add_argument("suite", choices=["nano", "paper", "real"], help="nano: the embedded model; paper: the paper's tasks; real: real26")
+    parser.add_argument(
+        "suite",
+        choices=["nano", "nano_linear", "paper", "real"],
+        help="nano: the embedded model; nano_linear: the same with adapters on all linear layers; paper: the paper's tasks; real: real26",
+    )
     parser.add_argument(
         "--track",
         choices=["in-pool", "unseen"],

@@ -1,4 +1,4 @@
-"""A comparison on one base model: ``dlplora reproduce paper --backbone NAME`` and ``dlplora reproduce real``.
+"""A comparison on one base model: ``dlplora reproduce paper --backbone NAME``, ``reproduce real``, ``reproduce nano_linear``.
 
 A profile (``configs/reproduce``) names the protocol, the base model and the budgets. A hub id is resolved once to a folder of the cache, so
 that training and evaluation use the same weights.
@@ -41,7 +41,7 @@ RANKS = {"multitask_r64": 64, "multitask_r208": 208}
 """Adapters on all tasks of other ranks; otherwise they are trained as ``multitask`` is, with alpha twice the rank."""
 
 
-PROFILES = {"paper": "local-small", "real": "real26"}
+PROFILES = {"paper": "local-small", "real": "real26", "nano_linear": "nano_linear"}
 """Suite of ``dlplora reproduce`` -> the profile that is taken if none is named."""
 
 
@@ -52,7 +52,7 @@ class Profile:
     protocol: str
     """Name in ``configs/protocol``, or a file."""
     backbone: str | None = None
-    """Folder or hub id."""
+    """Folder or hub id; None is the embedded nano model, or the one that is pretrained here."""
     revision: str | None = None
     """Commit of a hub id; None takes the newest, and the records say which it was."""
     train_backbone: bool = False
@@ -188,6 +188,8 @@ class PaperJob:
 
     def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
         """The same over a backbone that is there."""
+        if self.profile.backbone is None and not self.profile.train_backbone:
+            return self.protocol, self.setting
         named = str(self.profile.backbone)
         label = self.name if commit is None else named
         # Hashes and records hold a short name rather than the folder that it stands for on this machine.
@@ -245,8 +247,8 @@ def announced(job: PaperJob) -> Iterator[str]:
         yield f"base model: {artifact.source} ({artifact.folder})"
         source = str(artifact.folder) if artifact.ready else None
     else:
-        here = source is not None and is_local_name(source)
-        yield f"base model: {source}" + ("" if here else f" (revision {job.profile.revision or 'newest; the records say which'})")
+        here = source is None or is_local_name(source)
+        yield f"base model: {source or 'nano'}" + ("" if here else f" (revision {job.profile.revision or 'newest; the records say which'})")
         source = resolve_backbone(source) if here else source
     if artifact is None or artifact.ready:
         known = source is not None and Path(source).is_dir()
@@ -255,7 +257,7 @@ def announced(job: PaperJob) -> Iterator[str]:
         yield from _roles(job)
     training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := budget(job, setting, kind))["runs"]}
     rows, count = rows_at_hand(job)
-    lora = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]
+    lora = lora_of(job)
     shape = estimate.shape_of(source, known_shape(job), rank=lora["rank"], targets=lora["target_modules"])
     wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
     yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
@@ -294,20 +296,28 @@ def overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -
     return {**values, **{key: int(value) for key, value in given.items() if value.isdigit()}}
 
 
+def lora_of(job: PaperJob) -> dict[str, Any]:
+    """Rank, targets and the other settings of the experts' adapters."""
+    lora = load_yaml(artifacts.config_path("pool", job.setting))["model"]["init_args"]["lora"]
+    options = job.profile.options.get("pool", {})
+    changed = options.get("model", {}).get("init_args", {}).get("lora", {}) if isinstance(options, dict) else {}
+    return {**lora, **changed}
+
+
 def budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
     """Steps and rows of one kind of training, and how many of it there are."""
     data = load_yaml(artifacts.config_path(kind, setting))["data"]["init_args"]
     data = overridden(data, setting.extra(kind), "--data.init_args.")
     roles = [role for role in roles_of(job.methods) if artifacts.kind_of(role) == kind]
     runs = len(roles) * len(job.seeds) * (rows_at_hand(job)[1] if kind == "pool" else 1)
-    rank = load_yaml(artifacts.config_path("pool", setting))["model"]["init_args"]["lora"]["rank"]
+    rank = lora_of(job)["rank"]
     size = RANKS.get(kind, rank) // rank
     return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs, "size": size}
 
 
 def has_rows(protocol: Protocol) -> bool:
     """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
-    return protocol.suite in {"paper_local", "real26_skills"} or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
+    return protocol.suite in {"nano", "paper_local", "real26_skills"} or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
 
 
 def _hub_answers(protocol: Protocol) -> bool:
@@ -346,8 +356,11 @@ def backbone_folder(job: PaperJob) -> tuple[str, str | None]:
     """The backbone's folder and commit; pretrains it first if it is our own and not there yet."""
     artifact = job.backbone_artifact()
     if artifact is None:
-        assert job.profile.backbone is not None, "a profile without a base model trains one"
-        return resolved_backbone(job.profile.backbone, job.profile.revision)
+        return (
+            (resolve_backbone(None), None)
+            if job.profile.backbone is None
+            else resolved_backbone(job.profile.backbone, job.profile.revision)
+        )
     if not artifact.ready:
         train("backbone", job.runs, setting=job.setting)
     return str(artifact.folder), None

@@ -41,7 +41,7 @@ class Setting:
     @property
     def shipped(self) -> bool:
         """Whether the package may hold artifacts of this setting."""
-        return self.backbone is None and self.suite == "nano"
+        return self.backbone is None and self.suite == "nano" and not self.options
 
     def chosen(self) -> Suite:
         """The tasks that are trained on."""
@@ -61,7 +61,7 @@ class Setting:
         if self.tasks is not None:
             named = ",".join(self.tasks)
             told.append(f"--data.init_args.tasks={f'[{named}]' if kind == 'backbone' else named}")
-        if kind != "backbone":
+        if kind != "backbone" and self.backbone is not None:
             told.append(f"--model.init_args.{BACKBONE_OPTIONS.get(kind, 'backbone')}={self.backbone}")
         if kind not in {"backbone", "trained", *ROUTERS} and self.base_model_name is not None:
             told.append(f"--model.init_args.base_model_name={self.base_model_name}")
