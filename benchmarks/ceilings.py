@@ -1,8 +1,9 @@
-"""Ceilings on nano: accuracy of the right expert against the token from which it is applied.
+"""Ceilings: accuracy of the right expert against the token from which it is applied.
 
-    python -m benchmarks.ceilings run [--out results] [--limit N]
+    python -m benchmarks.ceilings run [--protocol nano] [--pool FOLDER] [--data-root FOLDER] [--out results] [--limit N]
 
-One record per setting, suite ``nano_ceilings``; finished ones are reused. ``dlplora report build --suite nano_ceilings`` writes the table.
+One record per setting, suite ``PROTOCOL_ceilings``; finished ones are reused. ``dlplora report build --suite PROTOCOL_ceilings`` writes the
+table.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from dlplora.errors import ConfigError
 from dlplora.evaluation.cache import EvalCache, eval_cache
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.protocol import load_protocol
-from dlplora.evaluation.runner import Run, evaluate_run, make_record, open_model, prepare
+from dlplora.evaluation.runner import Artifacts, Run, evaluate_run, make_record, open_model, prepare
 from dlplora.inference.expert_start import ExpertStart, expert_start
 from dlplora.reporting.store import find_cell, save
 
-SUITE = "nano_ceilings"
 SETTINGS = {
     "oracle_whole": ExpertStart(),
     "oracle_quarter": ExpertStart(start=0.25),
@@ -37,7 +37,7 @@ SETTINGS = {
 
 def cell_of(run: Run, setting: ExpertStart) -> str:
     """Hash of everything the numbers depend on."""
-    return config_hash([SUITE, run.cell(), dataclasses.asdict(setting)])
+    return config_hash([run.protocol_name, run.cell(), dataclasses.asdict(setting)])
 
 
 def evaluate_setting(run: Run, name: str, root: Path, cache: EvalCache) -> Path:
@@ -59,7 +59,7 @@ def evaluate_setting(run: Run, name: str, root: Path, cache: EvalCache) -> Path:
     params = dataclasses.asdict(setting)
     record = dataclasses.replace(
         record,
-        suite=SUITE,
+        suite=run.protocol_name,
         method_name=name,
         method={"method": "oracle", "params": params},
         method_hash=config_hash(["oracle", params]),
@@ -72,13 +72,20 @@ def main() -> None:
     """Run all settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["run"])
+    parser.add_argument("--protocol", default="nano", metavar="NAME", help="of configs/protocol (default: nano)")
+    parser.add_argument(
+        "--pool", type=Path, metavar="FOLDER", help="needed where the base model is not the embedded one, or the pool is not"
+    )
+    parser.add_argument("--data-root", metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
-    run = prepare(load_protocol("nano"), SUITE, "oracle", 0, limit=arguments.limit)
+    suite = f"{Path(arguments.protocol).stem}_ceilings"
+    protocol = load_protocol(arguments.protocol, {"data_root": arguments.data_root} if arguments.data_root else {})
+    run = prepare(protocol, suite, "oracle", 0, artifacts=Artifacts(pool=arguments.pool), limit=arguments.limit)
     with eval_cache() as cache:
         for name, setting in SETTINGS.items():
-            known = find_cell(cell_of(run, setting), 0, SUITE, name, arguments.out, scratch=True)
+            known = find_cell(cell_of(run, setting), 0, suite, name, arguments.out, scratch=True)
             path = known or evaluate_setting(run, name, arguments.out, cache)
             print(f"{name}: {'reused ' if known else ''}{path}", flush=True)
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+CEILINGS = """\
+Results of a perfect router that knows the right expert from some token of the prompt on. The right expert is applied from the first token
+(`oracle_whole`, the ceiling of prompt-level and sentence-level routing), from a quarter, half or three quarters of the prompt's tokens on,
+from its last token on, or on the answer only (`oracle_answer`). Earlier tokens use no expert, or in the rows `_mean` the average of all.
+`oracle_half_mean_upper` keeps the average in the first decoder layer, where a gate reads a token embedding without context: the ceiling of
+gates per module. All rows are given the task. Definitions: [docs/ceilings.md](../../docs/ceilings.md)."""
+
 NOTES: dict[str, str] = {
     "real26": """\
 **An ordinary classifier is as good as the router here.** Every prompt of this suite clearly belongs to one task: `dlp` keeps one adapter
@@ -22,10 +29,7 @@ Every task is answered by a pool without its expert. The 26 tasks are left out i
 experts; routers and classifiers were trained without the group. `adapter_soup` and `lorahub_leave_one_out` are given the task and
 leave its expert out themselves; their pool holds the other 25. There is no row `multitask`: it was not trained without the tasks. Not
 comparable with the table of `nano`, where the expert is in the pool. More: [docs/unseen_task.md](../../docs/unseen_task.md).""",
-    "nano_ceilings": """\
-Results of a perfect router that knows the right expert from some token of the prompt on. The right expert is applied from the first token
-(`oracle_whole`, the ceiling of prompt-level and sentence-level routing), from a quarter, half or three quarters of the prompt's tokens on,
-from its last token on, or on the answer only (`oracle_answer`). Earlier tokens use no expert, or in the rows `_mean` the average of all.
-`oracle_half_mean_upper` keeps the average in the first decoder layer, where a gate reads a token embedding without context: the ceiling of
-gates per module. All rows are given the task. Definitions: [docs/ceilings.md](../../docs/ceilings.md).""",
+    "nano_ceilings": CEILINGS,
+    "nano_linear_ceilings": CEILINGS,
+    "real26_ceilings": CEILINGS,
 }
