@@ -110,8 +110,9 @@ def _evaluation(commands: Any) -> None:
     parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
     parser.add_argument(
         "suite",
-        choices=["nano", "nano_linear", "paper", "real"],
-        help="nano: the embedded model; nano_linear: the same with adapters on all linear layers; paper: the paper's tasks; real: real26",
+        choices=["nano", "nano_linear", "paper", "real", "confusable"],
+        help="nano: the embedded model; nano_linear: the same with adapters on all linear layers; paper: the paper's tasks; real: real26; "
+        "confusable: four pairs of tasks that a router confuses",
     )
     parser.add_argument(
         "--track",

@@ -20,8 +20,8 @@ def run_unseen(arguments: argparse.Namespace) -> int:
     from dlplora.reporting.store import is_publishable
     from dlplora.reproduce import pipeline, unseen
 
-    if arguments.suite == "paper":
-        raise ConfigError("--track unseen runs on nano and real; the paper's tasks have the in-pool track only.")
+    if arguments.suite not in {"nano", "real"}:
+        raise ConfigError(f"--track unseen runs on nano and real; {arguments.suite} has the in-pool track only.")
     if arguments.fresh:
         raise ConfigError("--fresh and --track exclude each other; remove the folder of --runs instead.")
     if arguments.seeds not in {None, "0"}:

@@ -1,4 +1,4 @@
-"""A comparison on one base model: ``dlplora reproduce paper --backbone NAME``, ``reproduce real``, ``reproduce nano_linear``.
+"""A comparison on one base model: ``dlplora reproduce paper --backbone NAME``, ``reproduce real``, ``nano_linear``, ``confusable``.
 
 A profile (``configs/reproduce``) names the protocol, the base model and the budgets. A hub id is resolved once to a folder of the cache, so
 that training and evaluation use the same weights.
@@ -41,7 +41,7 @@ RANKS = {"multitask_r64": 64, "multitask_r208": 208}
 """Adapters on all tasks of other ranks; otherwise they are trained as ``multitask`` is, with alpha twice the rank."""
 
 
-PROFILES = {"paper": "local-small", "real": "real26", "nano_linear": "nano_linear"}
+PROFILES = {"paper": "local-small", "real": "real26", "nano_linear": "nano_linear", "confusable": "confusable"}
 """Suite of ``dlplora reproduce`` -> the profile that is taken if none is named."""
 
 
@@ -317,7 +317,11 @@ def budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
 
 def has_rows(protocol: Protocol) -> bool:
     """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
-    return protocol.suite in {"nano", "paper_local", "real26_skills"} or protocol.data_root is not None or bool(os.environ.get(ENV_ROOT))
+    return (
+        protocol.suite in {"nano", "paper_local", "real26_skills", "skills"}
+        or protocol.data_root is not None
+        or bool(os.environ.get(ENV_ROOT))
+    )
 
 
 def _hub_answers(protocol: Protocol) -> bool:
