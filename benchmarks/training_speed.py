@@ -1,5 +1,7 @@
 """Training speed of a pool of experts, compared with PEFT one by one: ``python -m benchmarks.training_speed``.
 
+Nano, or another base model: ``--backbone smollm2-135m --suite skills --dtype bfloat16``.
+
 All modes get the same rows in the same batches, the same initial weights, AdamW, schedule and clipping, so all end at the same loss; a
 common evaluation of the exported adapters checks this. Each run is a separate process (so that peak memory is its own), and the modes
 alternate.
@@ -38,9 +40,9 @@ from dlplora.errors import DLPLoRAError
 from dlplora.provenance import provenance
 from dlplora.reporting.latency.records import FOLDER, save_bench
 from dlplora.reporting.latency.training import ONE_BY_ONE, TrainingMode, TrainingRecord, markdown
-from dlplora.tasks.nano import nano_suite
+from dlplora.tasks.registry import get_suite
 from dlplora.training.expert_pool import LitExpertPool, plan_groups
-from dlplora.training.frozen import load_frozen, load_tokenizer
+from dlplora.training.frozen import DTYPES, load_frozen, load_tokenizer
 from dlplora.training.settings import LoRASettings, OptimizerSettings, expert_generator, initial_lora_a
 
 LORA = LoRASettings(lora_dropout=0.0)
@@ -80,11 +82,11 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:
-    return nano_suite().names[: options.num_tasks]
+    return get_suite(options.suite).names[: options.num_tasks]
 
 
 def _encoded(options: argparse.Namespace, split: str, num: int) -> dict[str, EncodedSet]:
-    tokenizer, suite = load_tokenizer(None), nano_suite()
+    tokenizer, suite = load_tokenizer(options.backbone), get_suite(options.suite)
     return {name: encode_items(tokenizer, suite.task(name).items(split, num, 0), MAX_LENGTH) for name in _names(options)}  # type: ignore[arg-type]
 
 
@@ -94,7 +96,7 @@ def one_by_one(options: argparse.Namespace, out: Path) -> Watch:
 
     watch, device = Watch(), torch.device(options.device)
     for name, encoded in _encoded(options, "train", options.num_train).items():
-        model = get_peft_model(load_frozen(None), LORA.peft_config()).to(device).train()
+        model = get_peft_model(load_frozen(options.backbone, options.dtype), LORA.peft_config()).to(device).train()
         generator = expert_generator(0, name)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -127,10 +129,10 @@ def pool(options: argparse.Namespace, out: Path, mode: str) -> Watch:
     watch = Watch()
     module = LitExpertPool(
         lora=LORA, optimizer=OPTIMIZER, seed=0, mode=way, group_size=options.group_size, export_folder=str(out),  # type: ignore[arg-type]
-        gradient_checkpointing=extra == "recompute",
+        gradient_checkpointing=extra == "recompute", backbone=options.backbone, dtype=options.dtype,
     )  # fmt: skip
     data = ExpertPoolDataModule(
-        tasks=list(_names(options)), batch_size=options.batch_size // halves, num_steps=options.num_steps * halves,
+        suite=options.suite, tasks=list(_names(options)), batch_size=options.batch_size // halves, num_steps=options.num_steps * halves,
         length_group=1 if extra == "unsorted" else 8, **_data(options),
     )  # fmt: skip
     trainer = L.Trainer(
@@ -149,7 +151,7 @@ def validation_loss(options: argparse.Namespace, folder: Path) -> float:
 
     losses = []
     for name, encoded in _encoded(options, "validation", options.num_validation).items():
-        model = PeftModel.from_pretrained(load_frozen(None), str(folder / name)).eval()
+        model = PeftModel.from_pretrained(load_frozen(options.backbone, options.dtype), str(folder / name)).eval()
         batch = collate(encoded.items, 0)
         losses.append(float(model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss))
     return sum(losses) / len(losses)
@@ -190,9 +192,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str], tell: Callabl
     default = plan_groups(dict.fromkeys(_names(options), 1.0), "auto", options.group_size, torch.device(options.device).type)
     settings = {name: getattr(options, name) for name in ("num_steps", "batch_size", "group_size", "num_train", "num_validation")}
     return TrainingRecord(
-        backbone="nano",
+        backbone=options.backbone or "nano",
         tasks=list(_names(options)),
-        settings={**settings, "rank": LORA.rank, "dtype": "float32"},
+        settings={**settings, "rank": LORA.rank, "dtype": options.dtype},
         tokens=next(iter(runs.values()))[0]["real"],
         device=options.device,
         default_mode="sequential" if all(len(group) == 1 for group in default) else "joint",
@@ -206,6 +208,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str], tell: Callabl
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backbone", metavar="NAME", help="base model (default: nano)")
+    parser.add_argument("--suite", default="nano", help="its first tasks are trained (default: nano)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the base model (default: float32)")
     parser.add_argument("--num-tasks", type=int, default=5, help="experts (default: 5)")
     parser.add_argument("--num-steps", type=int, default=40, help="steps of every expert (default: 40)")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of every expert a step (default: 16)")
@@ -240,7 +245,7 @@ def main() -> int:
     clean = record.provenance.get("git", {}).get("dirty") is not True
     folder = Path(options.out) if options.out else FOLDER if clean else Path("results/scratch/bench")
     stamp = record.created[:19].replace("-", "").replace(":", "")
-    path = save_bench(record, folder / f"training-nano-{record.device.split(':')[0]}-{stamp}.json")
+    path = save_bench(record, folder / f"training-{Path(record.backbone).name}-{record.device.split(':')[0]}-{stamp}.json")
     print(f"wrote {path}", file=sys.stderr)
     print(markdown(record))
     return 0

@@ -18,7 +18,7 @@ from dlplora.reporting.latency.figures import draw_latency
 from dlplora.reporting.latency.join import latency_columns
 from dlplora.reporting.latency.records import LatencyRecord, Measurement, paired_ratio, read_latency, reroute_cost, save_bench, summarize
 from dlplora.reporting.latency.tables import markdown
-from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_training
+from dlplora.reporting.latency.training import TrainingMode, TrainingRecord, newest_trainings
 from dlplora.reporting.store import load_all
 from dlplora.reporting.tables import build, caption, main_table
 from tests.tools import speed_targets
@@ -246,8 +246,7 @@ def test_speedups_of_training(tmp_path: Path) -> None:
     )  # fmt: skip
     assert record.speedups() == {"sequential": 3.0}
     save_bench(record, tmp_path / "training-a.json")
-    assert newest_training(tmp_path, "cpu") == record
-    assert newest_training(tmp_path, "cuda") is None
+    assert newest_trainings(tmp_path) == {("cpu", "nano", "float32"): record}
     rows = {what: measured for what, measured, _ in speed_targets.rows(tmp_path)}
     assert rows["training a pool: speed ÷ PEFT one by one (cpu)"] == "sequential 3.00"
 
@@ -263,7 +262,7 @@ def test_the_gpu_script_runs_without_a_gpu(tmp_path: Path) -> None:
     assert "did not finish" not in done.stderr
     record = read_latency(next(tmp_path.glob("latency-tiny-*.json")))
     assert {one.contender for one in record.measurements} == {"base", "peft_single", "dlp", "meteora_gate"}
-    training = newest_training(tmp_path, "cpu")
+    training = newest_trainings(tmp_path)["cpu", "nano", "float32"]
     assert training is not None
     losses = {name: mode.validation_loss for name, mode in training.modes.items()}
     assert losses["joint"] == pytest.approx(losses["peft_one_by_one"], abs=1e-3)

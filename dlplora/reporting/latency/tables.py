@@ -18,7 +18,7 @@ from dlplora.reporting.latency.records import (
     ratio_to,
     reroute_cost,
 )
-from dlplora.reporting.latency.training import newest_training
+from dlplora.reporting.latency.training import newest_trainings
 from dlplora.reporting.markdown import code, table
 
 TITLES = (
@@ -106,8 +106,8 @@ def speed_page(bench: Path) -> str | None:
         RecordError: If one is damaged.
     """
     parts = [f"## Latency of `{record.shape}`\n\n{markdown(record)}" for record in newest_of_each(latency_records(bench)).values()]
-    trained = [newest_training(bench, device) for device in ("cpu", "cuda")]
-    parts += [f"## Training of a pool\n\n{training_bench.markdown(record)}" for record in trained if record is not None]
+    trained = sorted(newest_trainings(bench).items())
+    parts += [f"## Training of a pool over `{name}`\n\n{training_bench.markdown(record)}" for (_, name, _), record in trained]
     if not parts:
         return None
     how = "Generated from `results/bench` by `dlplora report build`; [docs/performance.md](../../docs/performance.md) says how to read it."

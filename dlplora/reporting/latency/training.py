@@ -75,22 +75,22 @@ def read_training(path: Path) -> TrainingRecord:
     return build(TrainingRecord, raw, str(path), error=RecordError)
 
 
-def newest_training(folder: Path, device_type: str) -> TrainingRecord | None:
-    """The newest training record of a folder on one kind of device.
+def newest_trainings(folder: Path) -> dict[tuple[str, str, str], TrainingRecord]:
+    """(Kind of device, base model, dtype) -> the newest training record of a folder.
 
     Raises:
         RecordError: If a record is damaged.
     """
-    records = [read_training(path) for path in sorted(folder.glob("training-*.json"))]
-    found = [record for record in records if record.device.split(":")[0] == device_type]
-    return max(found, key=lambda record: record.created, default=None)
+    records = sorted((read_training(path) for path in folder.glob("training-*.json")), key=lambda record: record.created)
+    return {(record.device.split(":")[0], record.backbone, record.settings.get("dtype", "float32")): record for record in records}
 
 
 def markdown(record: TrainingRecord) -> str:
     """One row a mode."""
     speedups = record.speedups()
     lines = [
-        f"{len(record.tasks)} experts of `{record.backbone}` on {record.device}, {record.tokens} tokens, `auto` is {record.default_mode}.",
+        f"{len(record.tasks)} experts of `{record.backbone}` on {record.device}, {record.settings.get('dtype', 'float32')}, "
+        f"{record.tokens} tokens, `auto` is {record.default_mode}.",
         *(f"Warning: {warning}." for warning in record.warnings),
         "",
     ]
