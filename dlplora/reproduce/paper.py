@@ -318,7 +318,7 @@ def budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
 def has_rows(protocol: Protocol) -> bool:
     """Whether rows are read from a folder; else they come from the hub, and nothing of them is known before."""
     return (
-        protocol.suite in {"nano", "paper_local", "real26_skills", "skills"}
+        protocol.suite in {"nano", "paper_local", "real26_skills", "skills_confusable"}
         or protocol.data_root is not None
         or bool(os.environ.get(ENV_ROOT))
     )

@@ -12,10 +12,10 @@ from dlplora.tasks.paper import SUITES, paper_names, paper_suite
 from dlplora.tasks.real import SUITES as REAL_SUITES
 from dlplora.tasks.real import real_names, real_suite
 from dlplora.tasks.several import several_suite
-from dlplora.tasks.skills import skills_suite
+from dlplora.tasks.skills import confusable_suite, skills_suite
 from dlplora.tasks.types import Suite
 
-GENERATED = frozenset({"nano", "nano_composite", "skills", "skills_several"})
+GENERATED = frozenset({"nano", "nano_composite", "skills", "skills_confusable", "skills_several"})
 """Suites that read no rows."""
 
 
@@ -24,7 +24,7 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
     Args:
         name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
-            ``local_composite:TASK,TASK`` for composites of either; ``skills``; ``skills_several``; or one of the paper's.
+            ``local_composite:TASK,TASK`` for composites of either; ``skills``; ``skills_confusable``; ``skills_several``; or one of the paper's.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
@@ -47,6 +47,8 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         return nano_suite()
     if name == "skills":
         return skills_suite()
+    if name == "skills_confusable":
+        return confusable_suite()
     if name == "skills_several":
         return several_suite()
     if name.startswith("local:"):
@@ -56,7 +58,7 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
     if name in REAL_SUITES:
         return real_suite(name, data_root)
     known = (
-        "nano, skills, skills_several, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, "
+        "nano, skills, skills_confusable, skills_several, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, "
         "paper_local; real26, real26_public, real26_skills"
     )
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")

@@ -41,3 +41,9 @@ def conflicting() -> tuple[tuple[str, str], ...]:
 def skills_suite() -> Suite:
     """The admitted candidates."""
     return Suite("skills", tuple(task for task in skills_candidates() if task.name not in NOT_ADMITTED))
+
+
+@lru_cache(maxsize=1)
+def confusable_suite() -> Suite:
+    """The suite ``skills_confusable``: both tasks of every pair that a router confuses. lm-eval knows them by their names in ``skills``."""
+    return Suite("skills_confusable", skills_suite().select([name for pair in CONFUSABLE for name in pair]).tasks, prefix="dlplora_skills_")
