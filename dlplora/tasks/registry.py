@@ -24,7 +24,8 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
     Args:
         name: ``nano``; ``local:TASK,TASK`` for JSONL rows under ``data_root/TASK/{train,test}.jsonl``; ``nano_composite`` or
-            ``local_composite:TASK,TASK`` for composites of either; ``skills``; ``skills_confusable``; ``skills_several``; or one of the paper's.
+            ``local_composite:TASK,TASK`` for composites of either; ``skills``, ``skills_confusable``, ``skills_several``; or one of the
+            paper's.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``.
 
     Raises:
@@ -58,7 +59,7 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
     if name in REAL_SUITES:
         return real_suite(name, data_root)
     known = (
-        "nano, skills, skills_confusable, skills_several, local:TASK,TASK (rows under --data-root); with _composite, their composites; paper, paper26, "
-        "paper_local; real26, real26_public, real26_skills"
+        "nano, skills, skills_confusable, skills_several, local:TASK,TASK (rows under --data-root); with _composite, their composites; "
+        "paper, paper26, paper_local; real26, real26_public, real26_skills"
     )
     raise TaskError(f"unknown suite '{name}'. Known: {known}.")

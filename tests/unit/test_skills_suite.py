@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import yaml
 
+from dlplora.errors import TaskError
 from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.skills import CONFUSABLE, conflicting, skills_candidates, skills_suite
@@ -260,3 +261,11 @@ def test_lm_eval_files_agree_with_the_suite() -> None:
     named = {kind: yaml.safe_load((folder / f"_group_{kind}.yaml").read_text())["task"] for kind in ("mcq", "gen")}
     assert named == {kind: [f"dlplora_skills_{task.name}" for task in skills_suite().tasks if task.kind == kind] for kind in ("mcq", "gen")}
     assert {path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")} == set(skills_suite().names)
+
+
+def test_the_confusable_pairs_are_a_suite() -> None:
+    suite = get_suite("skills_confusable")
+    assert suite.names == tuple(name for pair in CONFUSABLE for name in pair)
+    assert all(suite.task(name) == get_suite("skills").task(name) for name in suite.names)
+    with pytest.raises(TaskError, match="has no task 'date_archive'"):
+        suite.task("date_archive")
