@@ -30,7 +30,7 @@ from dlplora.reporting.reported import HEADING, NOTE, reported
 from dlplora.reporting.samples import TaskOutcomes
 from dlplora.reporting.schema import Record
 from dlplora.reporting.sweeps import SweepFile
-from dlplora.reporting.tables import TIE, caption
+from dlplora.reporting.tables import README_SUITE, TIE, caption
 
 MOST_PACKED = 1_700_000
 """Bytes of packed questions of one page; above this every task loses the second half of its questions."""
@@ -65,16 +65,19 @@ def page(
     """The page as text.
 
     Args:
-        groups: What is shown.
+        groups: What is shown; those of the README's suite first.
         load: Outcomes of a record.
         questions: What was asked.
         sweeps: Sweep files by suite; they belong to its first group.
-        others: File name without suffix -> SVG of figures that other commands drew; they follow those of the first group.
+        others: File name without suffix -> SVG of figures that other commands drew, of latency for instance; they follow those of nano, or
+            of the first group where nano is not shown.
     """
+    groups = sorted(groups, key=lambda one: one.suite != README_SUITE)
     first = {one.suite: one for one in reversed(groups)}
     shown = [_group(one, load, (sweeps or {}).get(one.suite, ()) if first[one.suite] is one else ()) for one in groups]
     if shown:
-        shown[0]["figures"] |= {caption_of(name): _trimmed(svg) for name, svg in (others or {}).items()}
+        home = next((one for one in shown if one["suite"] == "nano"), shown[0])
+        home["figures"] |= {caption_of(name): _trimmed(svg) for name, svg in (others or {}).items()}
     most = QUESTIONS
     packed = [_questions(one, load, questions, most) for one in groups]
     while most > 1 and sum(len(text) for part in packed for text in part.values()) > MOST_PACKED:

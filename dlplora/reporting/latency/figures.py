@@ -15,7 +15,7 @@ from dlplora.reporting.latency.tables import name_of, newest_of_each
 
 Axis = Literal["experts", "batch_size"]
 LONGEST = 10
-"""A bar so many times the backbone's is left out: it would squeeze all others."""
+"""A bar so many times the base model's is left out: it would squeeze all others."""
 TITLES: dict[Axis, str] = {"experts": "experts in the pool", "batch_size": "rows of the batch, all different"}
 
 
@@ -77,7 +77,7 @@ def along(record: LatencyRecord, axis: Axis) -> Any:
 
 
 def step(record: LatencyRecord) -> Any:
-    """Where a decode step's time goes at batch 1: backbone, fusion (gates included), re-routing; None without forced re-routing."""
+    """Where a decode step's time goes at batch 1: base model, fusion (gates included), re-routing; None without forced re-routing."""
     forced = [one for one in record.measurements if one.reroute_every is not None and one.batch_size == 1 and one.kept is None]
     if not forced:
         return None
@@ -105,7 +105,7 @@ def step(record: LatencyRecord) -> Any:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("time per decoded token, ms (median)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (INK, PALETTE[0], PALETTE[1])]
-    figure.legend(handles, ["backbone", "fusion and gates", "re-routing"], loc="lower center", ncols=3, fontsize=8)
+    figure.legend(handles, ["base model", "fusion and gates", "re-routing"], loc="lower center", ncols=3, fontsize=8)
     figure.tight_layout(rect=(0, 0.9 / (0.36 * len(rows) + 1.3) * 0.28, 1, 1))
     return figure
 
