@@ -51,7 +51,7 @@ class TokenGated(FusionMethod):
         """Routing weights (B, T, E), float32, of one layer from its input (B, T, I).
 
         Args:
-            module: Path of the layer in the backbone.
+            module: Path of the layer in the base model.
             x: Its input.
         """
         raise NotImplementedError

@@ -136,7 +136,7 @@ class HiLoRA(LearnsFromEncodings):
         """One for the components that a token uses, zero for the others (B, T, E, R).
 
         Args:
-            module: Path of the layer in the backbone.
+            module: Path of the layer in the base model.
             x: Its input (B, T, I).
             weights: Parts, broadcastable to (B, T, E).
         """

@@ -16,7 +16,7 @@ Deviations from PEFT 0.21 ``add_weighted_adapter``, with reasons:
 * PEFT draws DARE's masks from the global generator, in the order of the adapters. Ours depend only on seed, expert and module.
 * The signs of TIES are elected without weights, as in PEFT. An expert of weight zero takes no part, like one that is not listed in PEFT.
 * Without ``svd_rank`` nothing is truncated: the merged adapter then has rank min(I, O), which costs more than one LoRA. Set it for
-  large backbones.
+  large base models.
 * Signs are elected without weights, so TIES is linear in non-zero weights and passes check T12.
 """
 

@@ -165,7 +165,7 @@ class XLoRAFrozen(TrainedGates):
         self.bias = nn.Parameter(torch.zeros(bank.num_experts))
 
     def attach(self, model: FusedModel) -> None:
-        """Keep a way to the backbone; no gates."""
+        """Keep a way to the base model; no gates."""
         self._model = (model,)  # inside a tuple, so that nn.Module does not register it
 
     def route(self, prompts: PromptBatch) -> Tensor:

@@ -74,7 +74,7 @@ def _step(model: Any, rows: int, bind: Callable[[], Any] | None = None) -> Calla
 
 @torch.no_grad()
 def measure(rows: int, alike: bool, turns: int) -> dict[str, dict[str, float]]:
-    """System -> median ratio to the bare backbone with quartiles, ``rows`` prompts routed alike or each to its own expert."""
+    """System -> median ratio to the bare base model with quartiles, ``rows`` prompts routed alike or each to its own expert."""
     calls: dict[str, Callable[[], float]] = {}
     with fused_stand_in("oracle", find_case("nano")) as fused:
         names = [fused.bank.names[0 if alike else row % fused.bank.num_experts] for row in range(rows)]

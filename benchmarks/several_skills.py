@@ -133,7 +133,7 @@ class Track:
         }
 
     def model(self, method: str, params: dict[str, Any]) -> FusedCausalLM:
-        """The backbone under a method; close it before the next."""
+        """The base model under a method; close it before the next."""
         given = {"pool": self.pool, "router": self.router, "dtype": self.dtype, "device": "cpu"}
         return FusedCausalLM.from_pretrained(self.backbone, method=method, method_params=params, **given)
 

@@ -23,7 +23,7 @@ class AdapterError(DLPLoRAError):
 
 
 class IncompatibleAdapterError(AdapterError):
-    """An adapter does not fit the backbone or the other adapters of the pool."""
+    """An adapter does not fit the base model or the other adapters of the pool."""
 
 
 class UnsafeFileError(AdapterError):
@@ -31,7 +31,7 @@ class UnsafeFileError(AdapterError):
 
 
 class PoolError(DLPLoRAError):
-    """A pool folder is missing, damaged, or made for another backbone."""
+    """A pool folder is missing, damaged, or made for another base model."""
 
 
 class RoutingError(DLPLoRAError):

@@ -53,7 +53,7 @@ def add_adapter(
 
     Raises:
         PoolError: If the name is taken or no name for a folder, or the adapter is not found.
-        IncompatibleAdapterError: If it was made for another backbone than the adapters that are there.
+        IncompatibleAdapterError: If it was made for another base model than the adapters that are there.
         AdapterError: If it cannot be fused. Nothing is written after any error.
     """
     options: dict[str, Any] = {"revision": revision, "allow_pickle": allow_pickle, "offline": offline, "allow_other_base": allow_other_base}
@@ -345,7 +345,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
 
 
 def adapters_for_other_bases(pool: Pool, backbone: str) -> dict[str, str]:
-    """Adapters (name -> base) that name another backbone than the hub id given, without those that were let in knowingly."""
+    """Adapters (name -> base) that name another base model than the hub id given, without those that were let in knowingly."""
     found = {}
     for name in pool.names:
         base = base_name(load_config(pool.folders[name], name))

@@ -44,7 +44,7 @@ UNSUPPORTED = {
     "velora_config": "VeLoRA layers have a forward of their own",
 }
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-"""Initialisations that subtract the first factors from the backbone's weights (or, MiCA, replace the layer's forward)."""
+"""Initialisations that subtract the first factors from the base model's weights (or, MiCA, replace the layer's forward)."""
 
 MAX_CONFIG_BYTES = 10_000_000
 _LARGEST_SCALE = 3e38
@@ -54,11 +54,11 @@ _MAX_PATTERN_CHARS = 10_000
 _MATCH_SECONDS = 0.1
 """A pattern that takes longer for one module name is refused; ordinary ones take microseconds."""
 _STORAGE = re.compile(r"[-_.](unsloth|bnb|4bit|8bit|gptq|awq|int4|int8|fp8|bf16|fp16|hf)\b")
-"""Marks of storage in a model's name: the same backbone in another form."""
+"""Marks of storage in a model's name: the same base model in another form."""
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
-    """The backbone the adapter names, None where it names none."""
+    """The base model the adapter names, None where it names none."""
     value = config.get("base_model_name_or_path")
     return str(value) if value else None
 

@@ -107,7 +107,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> tuple[AdapterSpec
 
     Returns:
         Facts, and ``{module path: (A (R, I), B (O, R), scaling)}`` in the stored dtype. Module paths are those of the
-        backbone, sorted.
+        base model, sorted.
 
     Raises:
         UnsafeFileError: If the folder holds pickled weights only.

@@ -19,7 +19,7 @@ _ROWS = 64
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one backbone from another, independent of fused layers, quantisation and dtype.
+    """What tells one base model from another, independent of fused layers, quantisation and dtype.
 
     Returns:
         ``model_type``, ``hidden_size``, ``num_hidden_layers``, ``vocab_size``, and ``embedding_sha256`` over the first 64 rows
@@ -101,7 +101,7 @@ def _check_fingerprint(expected: Mapping[str, Any], model: nn.Module, pool: Path
 
 
 def check_base_names(pool: Pool, backbone: str) -> None:
-    """Compare the base model each adapter names with the backbone, where both are names and no fingerprint decides.
+    """Compare the base model each adapter names with the name of the loaded one, where both are names and no fingerprint decides.
 
     A local folder can be called anything, so only a hub id is compared.
 

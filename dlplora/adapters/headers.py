@@ -20,9 +20,9 @@ from dlplora.errors import AdapterError, UnsafeFileError
 DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""Names that torch.compile, FSDP, activation checkpointing and Fabric put into the keys of what they wrap; no backbone has such modules."""
+"""Names that torch.compile, FSDP, activation checkpointing and Fabric put into the keys of what they wrap; base models have none."""
 AMBIGUOUS_WRAPPER = "module"
-"""What DDP and DataParallel put in front of keys; a backbone may have a module of that name, but not one that holds ``base_model``."""
+"""What DDP and DataParallel put in front of keys; a base model may have a module of that name, but not one that holds ``base_model``."""
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 
@@ -52,7 +52,7 @@ class ModuleHeader:
 
 @dataclass(frozen=True, slots=True)
 class AdapterHeader:
-    """Everything about an adapter but its numbers. ``modules`` is keyed by module path in the backbone, sorted."""
+    """Everything about an adapter but its numbers. ``modules`` is keyed by module path in the base model, sorted."""
 
     name: str
     path: Path

@@ -50,7 +50,7 @@ class Finding:
 class Inspection:
     """All findings of a folder, sorted by name.
 
-    ``bank_bytes`` is the size of one float32 bank of all usable adapters of the most common backbone, padding included;
+    ``bank_bytes`` is the size of one float32 bank of all usable adapters of the most common base model, padding included;
     ``padding_bytes`` is the part of it that is padding.
     """
 
@@ -157,7 +157,7 @@ def _all_zero(header: AdapterHeader) -> bool:
 
 
 def _compare_bases(findings: Sequence[Finding]) -> None:
-    """Leave out adapters that name another backbone than most do."""
+    """Leave out adapters that name another base model than most do."""
     counts = Counter(finding.base for finding in findings if finding.base)
     if not counts:
         return

@@ -37,12 +37,12 @@ def measure_bandwidth(device: torch.device, *, nbytes: int = COPY_BYTES, repeats
 
 
 def step_bytes(model: Any, batch_size: int, context_tokens: int) -> int:
-    """Bytes that one decode step of the bare backbone cannot avoid reading: weights once, and the cached keys and values.
+    """Bytes that one decode step of the bare base model cannot avoid reading: weights once, and the cached keys and values.
 
     An input embedding is looked up, not read whole; one that is also the output head is read as the head.
 
     Args:
-        model: The backbone.
+        model: The base model.
         batch_size: Rows.
         context_tokens: Tokens in the cache of every row.
     """

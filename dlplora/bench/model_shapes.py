@@ -24,7 +24,7 @@ LORA = LoRASettings(rank=8, lora_alpha=16, lora_dropout=0.0, target_modules=("q_
 
 
 def meta_model(name: str) -> Any:
-    """The backbone without any weights: for counting.
+    """The base model without any weights: for counting.
 
     Raises:
         ConfigError: If the name is unknown.
@@ -48,14 +48,14 @@ def adapted_sizes(model: nn.Module, targets: Sequence[str] = LORA.target_modules
 
 
 def needed_bytes(name: str, dtype: torch.dtype, num_experts: int) -> tuple[int, int]:
-    """Bytes of the backbone and of a pool of so many adapters, before anything is allocated."""
+    """Bytes of the base model and of a pool of so many adapters, before anything is allocated."""
     model = meta_model(name)
     per_expert = sum(LORA.rank * (inputs + outputs) for inputs, outputs in adapted_sizes(model).values())
     return sum(one.numel() for one in model.parameters()) * dtype.itemsize, per_expert * num_experts * dtype.itemsize
 
 
 def load_shape(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """The backbone on its device, and a tokenizer whose ids all lie in its vocabulary (the embedded one).
+    """The base model on its device, and a tokenizer whose ids all lie in its vocabulary (the embedded one).
 
     Raises:
         ConfigError: For an unknown shape or dtype, or a dtype the device emulates.

@@ -45,10 +45,10 @@ Cells = dict[str, dict[str, dict[str, int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CountCase:
-    """A backbone with random weights, and the size of its pool; adapters on the query and value projections, as in the paper."""
+    """A base model with random weights, and the size of its pool; adapters on the query and value projections, as in the paper."""
 
     shape: str
-    """Name of the backbone's sizes."""
+    """Name of the base model's sizes."""
     experts: int
     rank: int = 8
 
@@ -80,7 +80,7 @@ def _seeded() -> Iterator[None]:
 
 
 def _backbone(case: CountCase) -> tuple[Any, Any]:
-    """A random causal LM of the nano backbone's kind, float32 on the CPU, and the embedded tokenizer.
+    """A random causal LM of the nano base model's kind, float32 on the CPU, and the embedded tokenizer.
 
     Other sizes are put into nano's configuration: what a method finds in random weights depends on how they are drawn.
     """
@@ -135,7 +135,7 @@ def _examples(task: str, num: int) -> list[Item]:
 
 @contextmanager
 def fused_stand_in(name: str, case: CountCase, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
-    """A method on the backbone of a case, with stand-ins for everything it must have learned; closed afterwards.
+    """A method on the base model of a case, with stand-ins for everything it must have learned; closed afterwards.
 
     Raises:
         MethodError: If the method is unknown.

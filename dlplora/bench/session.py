@@ -158,7 +158,7 @@ def _split(name: str) -> tuple[str, int | None, str | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """One run: a backbone and the groups timed on it."""
+    """One run: a base model and the groups timed on it."""
 
     shape: str = "nano"
     dtype: str = "float32"
@@ -274,7 +274,7 @@ def _allow_compilation(device: torch.device) -> None:
 
 
 def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
-    """The embedded pool where it has the size asked for, on the embedded backbone; otherwise a random one."""
+    """The embedded pool where it has the size asked for, on the embedded base model; otherwise a random one."""
     experts = max(1, experts)
     embedded = load_pool(nano_asset("pool")).names
     shipped = find_shape(config.shape) is None and experts == len(embedded)

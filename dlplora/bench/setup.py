@@ -90,10 +90,10 @@ class BenchSetup:
     """What systems are built from.
 
     Args:
-        model, tokenizer: The backbone; never changed.
+        model, tokenizer: The base model; never changed.
         bank: The largest pool.
         folder: For files; the caller removes it.
-        shipped: Whether backbone and pool are the embedded ones, whose trained artifacts then fit.
+        shipped: Whether base model and pool are the embedded ones, whose trained artifacts then fit.
     """
 
     model: Any
@@ -104,7 +104,7 @@ class BenchSetup:
 
     @property
     def dtype_name(self) -> str:
-        """Name of the backbone's dtype."""
+        """Name of the base model's dtype."""
         return str(dtype_of(self.model)).removeprefix("torch.")
 
     def pool(self, experts: int) -> AdapterBank:

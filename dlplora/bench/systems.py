@@ -85,7 +85,7 @@ def _base(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
 
 def _peft_with(setup: BenchSetup, number: int) -> Any:
-    """The backbone with so many unmerged adapters named 0, 1, …, all in the backbone's dtype."""
+    """The base model with so many unmerged adapters named 0, 1, …, all in the base model's dtype."""
     from peft import PeftModel
 
     first, *others = setup.adapter_folders(number)
@@ -224,7 +224,7 @@ def can_keep(spec: MethodSpec) -> bool:
 
 
 def known_systems() -> list[str]:
-    """Names of everything that can be timed; the preset of the bare backbone is the system of that name."""
+    """Names of everything that can be timed; the preset of the bare base model is the system of that name."""
     return [*BUILTIN, *(name for name in list_configs("method") if name not in BUILTIN)]
 
 

@@ -138,7 +138,7 @@ def _sweeps(suite: str, root: Path, problems: list[str]) -> list[SweepFile]:
 
 
 def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence[SweepFile]) -> list[Path]:
-    """Figures of one suite; where it has several backbones, each has its own."""
+    """Figures of one suite; where it has several base models, each has its own."""
     from dlplora.reporting.drawing import write_figures
     from dlplora.reporting.figures import figures
 

@@ -10,7 +10,7 @@ def quiet_loading(pretrained: str | None) -> None:
     """Switch off transformers' loading bars where they are useless (for the embedded base model, and without a terminal), and a warning.
 
     Args:
-        pretrained: The backbone asked for; None is the embedded one.
+        pretrained: The base model asked for; None is the embedded one.
     """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # PEFT reads it, not the user
     if pretrained is None or not sys.stderr.isatty():

@@ -95,7 +95,7 @@ def encode_items(tokenizer: Any, items: Sequence[Item], max_length: int) -> Enco
     A sequence longer than ``max_length`` loses tokens at the beginning of its prompt, as in lm-eval; the answer is never cut.
 
     Args:
-        tokenizer: Of the backbone; needs an eos token.
+        tokenizer: Of the base model; needs an eos token.
         items: What to encode.
         max_length: Longest sequence in tokens, end token included.
 

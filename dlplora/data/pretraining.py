@@ -98,7 +98,7 @@ class WorldTextDataModule(L.LightningDataModule):
         block_size: Tokens a block.
         batch_size: Blocks a batch.
         vocab_size: Upper bound of the tokenizer's vocabulary.
-        max_length: Positions the backbone supports.
+        max_length: Positions the base model supports.
         low_weight: Loss weight of set-up text.
         end_weight: Loss weight of the end token.
         seed: Seed of documents and order.
@@ -155,9 +155,9 @@ class WorldTextDataModule(L.LightningDataModule):
 
 
 class RowsTextDataModule(L.LightningDataModule):
-    """The text of a suite's training rows, for a small backbone of one's own where none can be downloaded.
+    """The text of a suite's training rows, for a small base model of one's own where none can be downloaded.
 
-    Prompts and answers are documents of their own, in random order: the backbone learns the words and the forms of the tasks, but which
+    Prompts and answers are documents of their own, in random order: the base model learns the words and the forms of the tasks, but which
     answer belongs to which question is left to the experts. Test rows are never read; validation rows give the loss curve.
 
     Args:
@@ -168,7 +168,7 @@ class RowsTextDataModule(L.LightningDataModule):
         block_size: Tokens a block.
         batch_size: Blocks a batch.
         vocab_size: Upper bound of the tokenizer's vocabulary.
-        max_length: Positions the backbone supports.
+        max_length: Positions the base model supports.
         seed: Seed of the order; None is the seed of the run.
     """
 

@@ -34,7 +34,7 @@ def folder_hash(folder: Path, unread: Collection[str] = ()) -> str:
 
 
 def backbone_identity(name: str | None, revision: str | None) -> dict[str, Any]:
-    """Name and checksum of a local backbone, or hub id and revision; nothing is loaded.
+    """Name and checksum of a local base model, or hub id and revision; nothing is loaded.
 
     A model that was converted from a GGUF file is that file: its name with the beginning of its checksum, so that no table mixes it with
     other weights, and the whole checksum.

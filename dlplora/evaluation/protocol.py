@@ -29,19 +29,19 @@ class Protocol:
     tasks: list[str] | None = None
     """Tasks of the suite; null takes all of them. A table is made from complete suites only."""
     backbone: str | None = None
-    """Model folder or hub id; null is the embedded nano backbone."""
+    """Model folder or hub id; null is the embedded nano base model."""
     revision: str | None = None
     """Revision of a hub id: branch, tag or commit; null is the default branch. Records keep the commit that was loaded."""
     dtype: str = "float32"
-    """Dtype of backbone and bank."""
+    """Dtype of base model and bank."""
     load_in_4bit: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
-    """Load the backbone in 4 bits (NF4, bitsandbytes); products and bank keep ``dtype``."""
+    """Load the base model in 4 bits (NF4, bitsandbytes); products and bank keep ``dtype``."""
     load_in_8bit: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
-    """Load the backbone in 8 bits (bitsandbytes)."""
+    """Load the base model in 8 bits (bitsandbytes)."""
     attn_implementation: str | None = dataclasses.field(default=None, metadata=OMIT_DEFAULT_FROM_HASH)
     """Attention of transformers: ``eager``, ``sdpa`` or ``flash_attention_2``; null leaves the choice to transformers."""
     trust_remote_code: bool = dataclasses.field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
-    """Whether Python code of the backbone's repository may run."""
+    """Whether Python code of the base model's repository may run."""
     split: Literal["test", "validation"] = dataclasses.field(default="test", metadata=OMIT_DEFAULT_FROM_HASH)
     """Questions that are asked. ``validation`` is for the choice of settings (``dlplora tune``); its records are in no table."""
     num_fewshot: int = 0
@@ -83,7 +83,7 @@ class Protocol:
         return config_hash({key: value for key, value in values.items() if key not in {"seeds", "data_root"}})
 
     def loading(self) -> dict[str, Any]:
-        """What the backbone's loader is asked for besides its name and dtype."""
+        """What the base model's loader is asked for besides its name and dtype."""
         keys = ("revision", "load_in_4bit", "load_in_8bit", "attn_implementation", "trust_remote_code")
         return {key: getattr(self, key) for key in keys}
 
@@ -100,7 +100,7 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
         raise ConfigError(f"{path}: 'method' is not a protocol key; a protocol is the same for all methods. Pass --method.")
     given = dict(overrides or {})
     if given.get("backbone", values.get("backbone")) != values.get("backbone"):
-        given.setdefault("revision", None)  # the file's commit is one of the file's backbone
+        given.setdefault("revision", None)  # the file's commit is one of the file's base model
     return build(Protocol, _with_retired({**values, **given}, str(path)), str(path))
 
 

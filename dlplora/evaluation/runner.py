@@ -48,7 +48,7 @@ DISAGREEMENT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Artifacts:
-    """Folders a run is given; None means the embedded ones where the backbone is the embedded one."""
+    """Folders a run is given; None means the embedded ones where the base model is the embedded one."""
 
     pool: Path | None = None
     router: Path | None = None

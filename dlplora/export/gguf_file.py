@@ -45,7 +45,7 @@ def export_gguf(
     Args:
         adapter: What to write.
         file: Name ending with ``.gguf``.
-        pretrained: Base model that the adapter belongs to, as for ``FusedCausalLM.from_pretrained``; None is the embedded nano backbone.
+        pretrained: Base model that the adapter belongs to, as for ``FusedCausalLM.from_pretrained``; None is the embedded nano base model.
         dtype: ``float32`` or ``float16``.
         force: Replace an older file.
 

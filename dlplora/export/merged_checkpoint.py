@@ -31,7 +31,7 @@ def export_merged(
     Args:
         adapter: What to merge.
         folder: New or empty folder.
-        pretrained: Base model as for ``FusedCausalLM.from_pretrained``; None is the embedded nano backbone.
+        pretrained: Base model as for ``FusedCausalLM.from_pretrained``; None is the embedded nano base model.
         revision: Of a hub id.
         dtype: Precision of the saved weights; the sum is made in float32.
         force: Replace an older export.

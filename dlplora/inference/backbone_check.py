@@ -13,7 +13,7 @@ from dlplora.modules.routing_slot import RoutingSlot
 
 
 def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: str | None = None) -> str:
-    """Put the bank's layers into an empty model of the backbone's architecture and run two rows through it, shapes only.
+    """Put the bank's layers into an empty model of the base model's architecture and run two rows through it, shapes only.
 
     Args:
         pool, bank: The adapters.
@@ -26,7 +26,7 @@ def check_pool_fits(pool: Pool, bank: AdapterBank, pretrained: str, revision: st
     Raises:
         IncompatibleAdapterError: If a module is missing, has other sizes or is not used as a linear layer, or an adapter names another base
             model.
-        ConfigError: If the backbone's configuration is not found.
+        ConfigError: If the base model's configuration is not found.
     """
     source = resolve_backbone(pretrained)
     model = empty_backbone(source, revision)

@@ -58,7 +58,7 @@ def resolve_backbone(name: str | Path | None) -> str:
     """Where a base model lies: a folder, or a hub id. A GGUF file is converted first, once.
 
     Args:
-        name: Model folder, GGUF file, name of ``NAMED`` or hub id, in this order; None is the embedded nano backbone.
+        name: Model folder, GGUF file, name of ``NAMED`` or hub id, in this order; None is the embedded nano base model.
 
     Raises:
         ConfigError: If it cannot be found: a path that does not exist, a folder without ``config.json``, a name whose package is missing;

@@ -43,7 +43,7 @@ def load_backbone(
     """A causal LM in eval mode and its tokenizer, from a folder or the hub, or kept from before (``backbones_kept``).
 
     Args:
-        name: What ``resolve_backbone`` takes: model folder, GGUF file, short name or hub id; None is the embedded nano backbone.
+        name: What ``resolve_backbone`` takes: model folder, GGUF file, short name or hub id; None is the embedded nano base model.
         dtype: Of weights and products; of what is not quantised in a quantised model. ``auto``: see ``resolve_dtype``.
         device: Where the model goes.
         options: Of ``read_backbone``: revision, quantisation, attention, ``trust_remote_code``.
@@ -130,7 +130,7 @@ def hub_commit(source: str, revision: str | None) -> str | None:
 
 
 def empty_backbone(source: str, revision: str | None = None) -> Any:
-    """The architecture of a backbone without its weights (on the ``meta`` device), from its ``config.json``.
+    """The architecture of a base model without its weights (on the ``meta`` device), from its ``config.json``.
 
     Raises:
         ConfigError: As ``load_backbone``.

@@ -60,9 +60,9 @@ def save(
         target: New or empty folder.
         bank: The experts as they were loaded.
         method: Its ``save`` writes its own folder.
-        base_model: Fingerprint of the backbone.
+        base_model: Fingerprint of the base model.
         artifacts: Folders the method was prepared from, by role; copied.
-        pretrained: Name of the backbone; None is the embedded one.
+        pretrained: Name of the base model; None is the embedded one.
         backend: Kernel backend asked for.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from dlplora.errors import ConfigError, nearest
 
 POSITIONS = 8192
-"""Positions of every benchmarked backbone; rotary positions have no table, so a longer context costs nothing until it is used."""
+"""Positions of every benchmarked base model; rotary positions have no table, so a longer context costs nothing until it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +63,11 @@ SHAPES: dict[str, ModelShape | None] = {
         num_key_value_heads=8, tie_word_embeddings=False,
     ),
 }  # fmt: skip
-"""Name -> sizes. ``nano`` is the embedded backbone with its own weights; ``tiny`` is for trying a command out."""
+"""Name -> sizes. ``nano`` is the embedded base model with its own weights; ``tiny`` is for trying a command out."""
 
 
 def find_shape(name: str) -> ModelShape | None:
-    """The sizes behind a name; None for the embedded backbone.
+    """The sizes behind a name; None for the embedded base model.
 
     Raises:
         ConfigError: If the name is unknown.

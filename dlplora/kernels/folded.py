@@ -78,7 +78,7 @@ class FoldedBuffers(nn.Module):
         return self
 
     def _lay_out(self) -> None:
-        """Keep the views that eager products read and re-routes write: taking them again costs a small backbone 4 % of a decode step."""
+        """Keep the views that eager products read and re-routes write: taking them again costs a small base model 4 % of a decode step."""
         inner = self.used * self.rank
         self._eager = self._factors(inner)
         self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]

@@ -99,7 +99,7 @@ def require_fit(options: Mapping[str, Any], config: Any, num_tokens: int) -> Non
 
     Args:
         options: As ``parse_harness_options`` gave them.
-        config: Of the backbone.
+        config: Of the base model.
         num_tokens: Of the tokenizer.
 
     Raises:

@@ -36,14 +36,14 @@ ARTIFACT_PREFIX = "artifact."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelArgs:
-    """The model to evaluate. Without any argument: the embedded nano backbone, its pool and router, method ``dlp``."""
+    """The model to evaluate. Without any argument: the embedded nano base model, its pool and router, method ``dlp``."""
 
     method: str = "dlp"
     """Name of a method configuration, or the path of a YAML file."""
     method_params: dict[str, Any] = field(default_factory=dict)
     """Settings that override the method file's."""
     pretrained: str | None = None
-    """Folder, GGUF file, short name (``smollm2-135m``) or hub id of the backbone."""
+    """Folder, GGUF file, short name (``smollm2-135m``) or hub id of the base model."""
     pool: str | None = None
     """Folder of the adapters."""
     router: str | None = None
@@ -63,17 +63,17 @@ class ModelArgs:
     device: str | None = None
     """Torch device. ``cuda`` becomes ``cpu`` where there is no CUDA device: lm-eval itself always passes ``cuda:0``."""
     revision: str | None = None
-    """Revision of the backbone on the hub."""
+    """Revision of the base model on the hub."""
     seed: int = 0
     """Seed of methods that draw random numbers."""
     share_prefix: Literal["auto", "always", "never"] = "auto"
-    """Whether the options of a question share one reading of their context. ``auto``: where the backbone's cache allows it."""
+    """Whether the options of a question share one reading of their context. ``auto``: where the base model's cache allows it."""
     trust_remote_code: bool = False
-    """Whether the backbone's repository may run its own code."""
+    """Whether the base model's repository may run its own code."""
     load_in_4bit: bool = False
-    """Load the backbone in 4 bits with bitsandbytes."""
+    """Load the base model in 4 bits with bitsandbytes."""
     load_in_8bit: bool = False
-    """Load the backbone in 8 bits with bitsandbytes."""
+    """Load the base model in 8 bits with bitsandbytes."""
     bnb_4bit_quant_type: str = "nf4"
     """``nf4`` or ``fp4``."""
     bnb_4bit_compute_dtype: str | None = None
@@ -84,7 +84,7 @@ class ModelArgs:
     """Attention of transformers; None leaves the choice to transformers."""
 
     def loading(self) -> dict[str, Any]:
-        """What the backbone's loader is asked for besides its name and dtype."""
+        """What the base model's loader is asked for besides its name and dtype."""
         keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
 

@@ -24,7 +24,7 @@ class Subject:
     protocol: Protocol
     protocol_name: str
     setting: Setting
-    """Tasks and options; of a profile with a backbone of its own without it yet, see ``over_backbone``."""
+    """Tasks and options; of a profile with a base model of its own without it yet, see ``over_backbone``."""
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: Path
@@ -35,12 +35,12 @@ class Subject:
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether a backbone has to be made before all else."""
+        """Whether a base model has to be made before all else."""
         artifact = None if self.job is None else self.job.backbone_artifact()
         return artifact is not None and not artifact.ready
 
     def over_backbone(self) -> tuple[Protocol, Setting]:
-        """Protocol and setting with the backbone, which must be there or on a hub.
+        """Protocol and setting with the base model, which must be there or on a hub.
 
         Raises:
             ConfigError: If it is not.
@@ -54,7 +54,7 @@ class Subject:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What decides the numbers of all cells: backbone, protocol, tasks, rows where they are at hand, options."""
+        """What decides the numbers of all cells: base model, protocol, tasks, rows where they are at hand, options."""
         given = None if self.job is None else dataclasses.asdict(self.job.profile)
         at_hand = self.job is None or paper.has_rows(self.protocol)
         return {

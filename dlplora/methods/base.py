@@ -68,7 +68,7 @@ class MethodContext:
 
     tokenizer: PreTrainedTokenizerBase
     embedding: nn.Module
-    """The backbone's input embedding; frozen, read by routers."""
+    """The base model's input embedding; frozen, read by routers."""
     artifacts: Mapping[str, Path] = field(default_factory=dict)
     """Folders by role: ``router``, ``multitask``, or a method's own name for its trained gates."""
     seed: int = 0

@@ -20,7 +20,7 @@ A softmax of probabilities makes weights more equal: two kept experts differ by 
 0.6. ``renormalize="sum"`` divides by the kept mass instead; ``"logits"`` is the softmax of the kept logits, as in the released
 code's top-k mode, which equals ``"sum"`` up to rounding; ``"none"`` leaves the probabilities as they are; ``"uniform"`` shares equally.
 
-Deviations: the router is a mini-MLP on the backbone's token embeddings (the paper: "mini-MLP", ALBERT tokenizer; the released
+Deviations: the router is a mini-MLP on the base model's token embeddings (the paper: "mini-MLP", ALBERT tokenizer; the released
 code: an ALBERT or RoBERTa encoder, no MLP); its probabilities are calibrated by a temperature; every adapter keeps its own scaling
 (the released code takes the first adapter's for all); classes and adapters are matched by name (the released code relies on
 the order of a directory listing).

@@ -24,7 +24,7 @@ from dlplora.types import PromptBatch
 
 
 class Base(FusionMethod):
-    """The backbone without any adapter: all routing weights are zero."""
+    """The base model without any adapter: all routing weights are zero."""
 
     name = "base"
     metadata = Metadata(title="Base model", granularity="none", weight_sum="zero")

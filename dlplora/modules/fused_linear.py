@@ -62,8 +62,8 @@ class FusedLinear(nn.Module):
         block: Which of a row's routing weights are this layer's; None: all of them, in every layer the same. A method whose weights differ
             from layer to layer answers with one block of E after another (``RequestRouter``).
         rank_gate: Turns this layer's weights into weights of the adapters' single ranks; None: all ranks of an adapter alike.
-        path: Module path in the backbone, for errors.
-        layout: How the backbone hands rows and tokens to this layer.
+        path: Module path in the base model, for errors.
+        layout: How the base model hands rows and tokens to this layer.
         grid: Rows and tokens of the running forward pass; kept up to date for layers whose layout is ``flat``.
         key: The name of this layer's buffers in ``RoutingState.buffers``.
     """
@@ -115,7 +115,7 @@ class FusedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A gate is the method's: it is held, not registered, so that it is no part of the backbone's state."""
+        """A gate is the method's: it is held, not registered, so that it is no part of the base model's state."""
         if name == "gate":
             self.__dict__["gate"] = value
         else:

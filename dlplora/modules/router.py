@@ -55,12 +55,12 @@ class RouterConfig:
     """Configuration of the router."""
 
     variant: Literal["backbone", "table"] = "backbone"
-    """Where token features come from: the backbone's frozen embeddings, or a table of the router's own."""
+    """Where token features come from: the base model's frozen embeddings, or a table of the router's own."""
     hidden: tuple[int, ...] | None = None
-    """Widths between the four linear layers, so three numbers. None: 256-512-256 (backbone), 768-768-512 (table)."""
+    """Widths between the four linear layers, so three numbers. None: 256-512-256 (base model), 768-768-512 (table)."""
     pooling: Literal["embeddings", "tokens"] | None = None
     """``embeddings``: the mean over a prompt's token embeddings enters the first layer. ``tokens``: the first layer runs on every
-    token, and the mean and the maximum over tokens enter the second. None: tokens (backbone), embeddings (table)."""
+    token, and the mean and the maximum over tokens enter the second. None: tokens (base model), embeddings (table)."""
     max_tokens: int = 256
     """Longest input in tokens. Of a longer prompt the first and the last half are read: instructions stand at either end."""
     dropout: float = 0.0

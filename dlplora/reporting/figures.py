@@ -154,9 +154,9 @@ def figures(
     """Figures that the records and sweeps have the numbers for, by name.
 
     Args:
-        records: Newest of each method and seed, of one protocol and backbone.
+        records: Newest of each method and seed, of one protocol and base model.
         load: Outcomes of a record.
-        sweeps: Of the same suite and backbone.
+        sweeps: Of the same suite and base model.
         latency: Ratios of the suite's bench record.
     """
     drawn: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from dlplora.reporting.tuning import Trial, load_trials, of_table
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The newest records of one suite under one protocol on one backbone."""
+    """The newest records of one suite under one protocol on one base model."""
 
     suite: str
     protocol: str
@@ -39,12 +39,12 @@ class Group:
 
 
 def backbone_of(record: Record) -> str:
-    """Name of a record's backbone."""
+    """Name of a record's base model."""
     return str(record.backbone.get("name"))
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Publishable records, the newest for each suite, protocol, backbone, method configuration and seed."""
+    """Publishable records, the newest for each suite, protocol, base model, method configuration and seed."""
     newest: dict[tuple[str, str, str, str, int], Record] = {}
     for record in sorted((record for record in records if is_publishable(record)), key=lambda record: record.created):
         newest[record.suite, record.protocol_name, backbone_of(record), record.method_name, record.seed] = record
@@ -52,7 +52,7 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 def by_setting(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
-    """(Suite, protocol, backbone) -> records, sorted; a protocol named like its suite comes first."""
+    """(Suite, protocol, base model) -> records, sorted; a protocol named like its suite comes first."""
     found: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         found.setdefault((record.suite, record.protocol_name, backbone_of(record)), []).append(record)

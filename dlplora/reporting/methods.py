@@ -40,7 +40,7 @@ class MethodFacts:
     clone_of: Mapping[str, str]
     """Preset -> the preset that it hardly differs from."""
     adapter_parameters: Mapping[str, Mapping[str, int]]
-    """Checksum of the backbone -> preset -> parameters of the adapter that the method trains."""
+    """Checksum of the base model -> preset -> parameters of the adapter that the method trains."""
 
 
 @cache

@@ -230,7 +230,7 @@ def task_table(records: Sequence[Record]) -> str:
 
 
 def page(groups: Sequence[Group], suite: str) -> str:
-    """The content of ``results/tables/<suite>.md``; each protocol and backbone has a section where there are several."""
+    """The content of ``results/tables/<suite>.md``; each protocol and base model has a section where there are several."""
     parts = [f"# Results on {code(suite)}", NOTES.get(suite, "")]
     if not groups:
         parts.append(main_table(()))

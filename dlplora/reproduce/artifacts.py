@@ -76,7 +76,7 @@ def config_path(role: str, setting: Setting) -> Path:
 
 
 def recipe(role: str, seed: int = 0, setting: Setting = NANO) -> dict[str, Any]:
-    """Everything the artifact is a function of: its training configuration, the backbone, the tasks' text; for gates also the
+    """Everything the artifact is a function of: its training configuration, the base model, the tasks' text; for gates also the
     method's parameters and the pool's recipe; the seed if it is not the configuration's own."""
     described: dict[str, Any] = {"config": load_yaml(config_path(role, setting)), **setting.facts(kind_of(role))}
     if role.startswith(TRAINED):
@@ -93,7 +93,7 @@ def recipe_hash(role: str, seed: int = 0, setting: Setting = NANO) -> str:
 def write_recipe(role: str, folder: Path, seed: int = 0, setting: Setting = NANO) -> None:
     """Write the recipe beside a finished artifact; its presence says that training ended.
 
-    What a backbone's pretraining has noted in that file stays, under ``pretraining``.
+    What a base model's pretraining has noted in that file stays, under ``pretraining``.
 
     Raises:
         ConfigError: If the training has exported nothing.
@@ -144,7 +144,7 @@ def locate(role: str, runs: Path, *, fresh: bool, seed: int = 0, setting: Settin
         runs: Folder of local training runs.
         fresh: Whether shipped artifacts are ignored.
         seed: Seed of the training; only seed 0 is shipped.
-        setting: Backbone and tasks.
+        setting: Base model and tasks.
     """
     wanted = recipe_hash(role, seed, setting)
     trained = artifact_dir(runs, seed) / role

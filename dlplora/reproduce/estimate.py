@@ -18,7 +18,7 @@ TOKENS_PER_ROW_UNSEEN = 300
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Sizes of a backbone and of one adapter over it."""
+    """Sizes of a base model and of one adapter over it."""
 
     parameters: int
     adapter_parameters: int
@@ -122,13 +122,13 @@ def lines(
     """The announcement.
 
     Args:
-        shape: Of the backbone.
+        shape: Of the base model.
         num_experts: Tasks.
         training: Kind of training -> ``batch_size``, ``num_steps``, ``runs``, ``max_length``, and the ``size`` of what is trained, in
             adapters of one expert; gates count as one.
         rows: Characters of the rows at hand; empty if there are none.
         protocol: ``batch_size`` and ``max_length`` of the evaluation.
-        dtype: Of the backbone.
+        dtype: Of the base model.
     """
     mean = tokens_per_row(rows)
     source = "of the rows at hand" if rows else "assumed: the rows are not at hand"

@@ -56,7 +56,7 @@ class Profile:
     revision: str | None = None
     """Commit of a hub id; None takes the newest, and the records say which it was."""
     train_backbone: bool = False
-    """Whether the backbone is pretrained here, on the training rows."""
+    """Whether the base model is pretrained here, on the training rows."""
     methods: list[str] = field(default_factory=lambda: list(REFERENCE_ROWS))
     """Methods of the comparison unless others are named."""
     options: dict[str, dict[str, Any] | list[str]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Profile:
     processes: int | None = None
     """Processes that the experts are dealt out to."""
     shape: str | None = None
-    """Name of the backbone's sizes (``inference.shapes``), for estimates without a download."""
+    """Name of the base model's sizes (``inference.shapes``), for estimates without a download."""
     configs: dict[str, str] = field(default_factory=dict)
     """Kind of training -> training configuration, where it is not the paper suite's."""
     without_rows: str | None = None
@@ -92,7 +92,7 @@ def _as_options(settings: Mapping[str, Any], above: str = "--") -> list[str]:
 
 
 def load_profile(name: str) -> tuple[str, Profile]:
-    """A profile by name or file, or the one for any backbone with a folder or hub id in it; also what its runs are called.
+    """A profile by name or file, or the one for any base model with a folder or hub id in it; also what its runs are called.
 
     Raises:
         ConfigError: If the name is neither a profile, nor a folder, nor like a hub id.
@@ -119,7 +119,7 @@ def _read_profile(path: Path) -> Profile:
 
 
 def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | None]:
-    """The folder of a backbone, and its commit if it is a hub id; a folder wins.
+    """The folder of a base model, and its commit if it is a hub id; a folder wins.
 
     Raises:
         ConfigError: If it is neither here, nor in the cache, nor reachable.
@@ -144,7 +144,7 @@ def resolved_backbone(source: str, revision: str | None) -> tuple[str, str | Non
 
 @dataclass(frozen=True, kw_only=True)
 class PaperJob:
-    """A comparison on one backbone, resolved as far as is possible before anything is trained."""
+    """A comparison on one base model, resolved as far as is possible before anything is trained."""
 
     name: str
     profile: Profile
@@ -156,14 +156,14 @@ class PaperJob:
 
     @property
     def protocol_name(self) -> str:
-        """Of the records: one protocol over several backbones is as many protocols."""
+        """Of the records: one protocol over several base models is as many protocols."""
         stem = Path(self.profile.protocol).stem
         own = stem == self.name or stem.startswith(f"{self.name}_")
         return stem if own or self.profile.train_backbone else f"{stem}_{self.name}"
 
     @property
     def setting(self) -> Setting:
-        """Tasks and options, without a backbone yet."""
+        """Tasks and options, without a base model yet."""
         configs = {**CONFIGS, **self.profile.configs}
         return Setting(
             suite=self.protocol.suite,
@@ -183,11 +183,11 @@ class PaperJob:
         return [*self.profile.fit_options.get("router", ()), "--model.init_args.router.variant=table"]
 
     def backbone_artifact(self) -> artifacts.Artifact | None:
-        """The backbone that is pretrained here, or None if it comes from elsewhere."""
+        """The base model that is pretrained here, or None if it comes from elsewhere."""
         return artifacts.locate("backbone", self.runs, fresh=False, setting=self.setting) if self.profile.train_backbone else None
 
     def over(self, folder: str, commit: str | None) -> tuple[Protocol, Setting]:
-        """The same over a backbone that is there."""
+        """The same over a base model that is there."""
         if self.profile.backbone is None and not self.profile.train_backbone:
             return self.protocol, self.setting
         named = str(self.profile.backbone)
@@ -213,7 +213,7 @@ def resolve(
         runs: Folder of artifacts; None is ``runs/paper/NAME``, or ``runs/PROTOCOL`` of a profile with a suite of its own.
 
     Raises:
-        DLPLoRAError: For an unknown backbone, method or task, or rows that are missing or malformed.
+        DLPLoRAError: For an unknown base model, method or task, or rows that are missing or malformed.
     """
     name, profile = load_profile(backbone)
     protocol = load_protocol(profile.protocol, overrides)
@@ -271,7 +271,7 @@ def _roles(job: PaperJob) -> Iterator[str]:
 
 
 def known_shape(job: PaperJob) -> ModelShape | None:
-    """Sizes of the backbone that are known without looking at it: the profile's, or those of the one that is pretrained here."""
+    """Sizes of the base model that are known without looking at it: the profile's, or those of the one that is pretrained here."""
     if job.profile.shape is not None:
         return find_shape(job.profile.shape)
     if not job.profile.train_backbone:
@@ -357,7 +357,7 @@ def rows_at_hand(job: PaperJob) -> tuple[list[int], int]:
 
 
 def backbone_folder(job: PaperJob) -> tuple[str, str | None]:
-    """The backbone's folder and commit; pretrains it first if it is our own and not there yet."""
+    """The base model's folder and commit; pretrains it first if it is our own and not there yet."""
     artifact = job.backbone_artifact()
     if artifact is None:
         return (
@@ -371,5 +371,5 @@ def backbone_folder(job: PaperJob) -> tuple[str, str | None]:
 
 
 def job_over(job: PaperJob, setting: Setting) -> ReproduceJob:
-    """What has to be trained and evaluated over a backbone that is there."""
+    """What has to be trained and evaluated over a base model that is there."""
     return make_job(job.methods, job.seeds, job.runs, fresh=False, setting=setting)

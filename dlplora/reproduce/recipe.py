@@ -16,15 +16,15 @@ from dlplora.tasks.types import Suite
 
 ROUTERS = ("router", "router_paper5m")
 BACKBONE_OPTIONS = {"pool": "backbone", **dict.fromkeys(ROUTERS, "backbone"), "trained": "pretrained"}
-"""Kind of role -> the training module's name for its backbone; adapters on all tasks have the pool's."""
+"""Kind of role -> the training module's name for its base model; adapters on all tasks have the pool's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One backbone and one suite; the default is the embedded nano backbone, whose artifacts are shipped."""
+    """One base model and one suite; the default is the embedded nano base model, whose artifacts are shipped."""
 
     backbone: str | None = None
-    """Folder of the backbone; None is the embedded one."""
+    """Folder of the base model; None is the embedded one."""
     base_model_name: str | None = None
     """What adapters name as their base."""
     suite: str = "nano"
@@ -52,7 +52,7 @@ class Setting:
         return [*self.options.get("all", ()), *self.options.get(kind, ())]
 
     def arguments(self, kind: str) -> list[str]:
-        """Options of ``dlplora fit`` that make a recipe train over this backbone and these tasks."""
+        """Options of ``dlplora fit`` that make a recipe train over this base model and these tasks."""
         if self.shipped:
             return self.extra(kind)
         told = ["--data.init_args.suite=" + self.suite]
@@ -68,7 +68,7 @@ class Setting:
         return [*told, *self.extra(kind)]
 
     def facts(self, kind: str) -> dict[str, Any]:
-        """What an artifact is a function of, besides its configuration: the backbone's weights and the tasks' rows."""
+        """What an artifact is a function of, besides its configuration: the base model's weights and the tasks' rows."""
         described: dict[str, Any] = {}
         if kind != "backbone":
             described["backbone_sha256"] = self.backbone_sha256()
@@ -83,7 +83,7 @@ class Setting:
         return described
 
     def backbone_sha256(self) -> str:
-        """Checksum of the backbone's weights.
+        """Checksum of the base model's weights.
 
         Raises:
             ConfigError: If the folder holds none.

@@ -97,7 +97,7 @@ def train(role: str, runs: Path, *, seed: int = 0, pool: Path | None = None, pro
         seed: Of the training.
         pool: The pool that gates are trained over.
         processes: Processes of a pool; None takes the setting's.
-        setting: Backbone and tasks.
+        setting: Base model and tasks.
 
     Raises:
         ConfigError: If training failed; its own message stands above.
@@ -141,7 +141,7 @@ def train_experts(names: Sequence[str], folder: Path, resume: Path, *, seed: int
         folder: Where they go; ``assemble_pool`` makes a pool of several such folders.
         resume: For resume files.
         seed: Of the training.
-        setting: Backbone and tasks.
+        setting: Base model and tasks.
 
     Raises:
         ConfigError: If training failed; its own message stands above.

@@ -86,7 +86,7 @@ class Case:
     def fused(
         self, *, bank: AdapterBank | None = None, method: FusionMethod | None = None, artifacts: Mapping[str, Path] | None = None
     ) -> Iterator[FusedCausalLM]:
-        """A fused model on a fresh backbone, closed afterwards."""
+        """A fused model on a fresh base model, closed afterwards."""
         from dlplora.inference.fused_model import FusedCausalLM
 
         model = self.make_model()

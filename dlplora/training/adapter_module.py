@@ -25,7 +25,7 @@ from dlplora.training.settings import LoRASettings, OptimizerSettings, step_rng
 
 
 class AdapterModule(ResumableModule):
-    """Trains low-rank adapters on answer tokens over a frozen backbone. See the subclasses for the arguments."""
+    """Trains low-rank adapters on answer tokens over a frozen base model. See the subclasses for the arguments."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class AdapterModule(ResumableModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The backbone's tokenizer."""
+        """The base model's tokenizer."""
         return load_tokenizer(self.backbone)
 
     @property

@@ -22,7 +22,7 @@ class LitExpert(AdapterModule):
     """One LoRA adapter on the task or tasks of the data module; with all tasks it is the multi-task adapter.
 
     Args:
-        backbone: Folder or hub name of the frozen causal LM; None is the embedded nano backbone.
+        backbone: Folder or hub name of the frozen causal LM; None is the embedded nano base model.
         lora: Shape of the adapter.
         optimizer: AdamW and its schedule, which spans the whole run.
         seed: Of the initial weights and of dropout. None: the seed of the run (``seed_everything``), 0 outside the command line.
@@ -30,7 +30,7 @@ class LitExpert(AdapterModule):
         export_folder: The adapter's PEFT folder, written when training ends; None writes nothing.
         export_dtype: Stored precision of the adapter.
         base_model_name: What the exported adapter names as its base; None is ``backbone``.
-        dtype: Precision of the frozen backbone. The adapter itself always trains in float32.
+        dtype: Precision of the frozen base model. The adapter itself always trains in float32.
         gradient_checkpointing: Recompute the decoder layers in the backward pass: less memory, more time, the same gradients.
     """
 
@@ -52,7 +52,7 @@ class LitExpert(AdapterModule):
         self.model: Any = None
 
     def configure_model(self) -> None:
-        """Load the backbone, freeze it, and add the adapter with its seeded initial weights."""
+        """Load the base model, freeze it, and add the adapter with its seeded initial weights."""
         if self.model is not None:
             return
         from peft import get_peft_model

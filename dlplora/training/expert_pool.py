@@ -29,7 +29,7 @@ def plan_groups(mean_lengths: Mapping[str, float], mode: Mode, group_size: int, 
     """Which experts share a batch.
 
     ``joint`` groups experts with sequences of similar length, which keeps padding small. ``auto`` is ``sequential`` on a CPU,
-    where the arithmetic of the backbone decides the speed, and ``joint`` elsewhere, where the number of kernel launches does.
+    where the arithmetic of the base model decides the speed, and ``joint`` elsewhere, where the number of kernel launches does.
 
     Args:
         mean_lengths: Expert name -> mean length of its training sequences in tokens, in the order of the pool.
@@ -50,7 +50,7 @@ class LitExpertPool(AdapterModule):
     expert's own steps. With ``accumulate_grad_batches`` an expert takes ``num_steps`` divided by it steps.
 
     Args:
-        backbone, lora, optimizer, seed, export_dtype, base_model_name, dtype, gradient_checkpointing: As for ``LitExpert``.
+        base model, lora, optimizer, seed, export_dtype, base_model_name, dtype, gradient_checkpointing: As for ``LitExpert``.
         mode: ``joint``, ``sequential``, or ``auto`` (by device).
         group_size: Most experts in a joint batch.
         export_folder: The pool's folder: one PEFT folder per expert, the manifest ``pool.json``, and ``training.json``.
@@ -97,7 +97,7 @@ class LitExpertPool(AdapterModule):
         self.groups = plan_groups(lengths, self.mode, self.group_size, device)
 
     def configure_model(self) -> None:
-        """Load the backbone, freeze it, put the grouped layers in, and draw every expert's initial weights."""
+        """Load the base model, freeze it, put the grouped layers in, and draw every expert's initial weights."""
         if self.model is not None:
             return
         from dlplora.adapters.fingerprint import base_fingerprint

@@ -19,7 +19,7 @@ def backbone_source(backbone: str | None) -> str:
     """Folder or hub id of a base model, as ``resolve_backbone`` finds it; None is the embedded nano model.
 
     Raises:
-        ConfigError: If a local folder is meant and missing, or the package holds no nano backbone.
+        ConfigError: If a local folder is meant and missing, or the package holds no nano base model.
     """
     if backbone is None:
         folder = ASSETS_ROOT / "nano" / "backbone"
@@ -34,7 +34,7 @@ def backbone_source(backbone: str | None) -> str:
 
 
 def load_tokenizer(backbone: str | None) -> Any:
-    """The backbone's tokenizer."""
+    """The base model's tokenizer."""
     from transformers import AutoTokenizer
 
     source = backbone_source(backbone)
@@ -43,7 +43,7 @@ def load_tokenizer(backbone: str | None) -> Any:
 
 
 def load_frozen(backbone: str | None, dtype: str = "float32") -> Any:
-    """The backbone in evaluation mode, with no parameter that trains."""
+    """The base model in evaluation mode, with no parameter that trains."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     source = backbone_source(backbone)

@@ -20,7 +20,7 @@ from dlplora.types import PromptBatch
 
 
 class LitFusion(ResumableModule):
-    """Trains the parameters of one fusion method; backbone and experts stay as they are.
+    """Trains the parameters of one fusion method; base model and experts stay as they are.
 
     The method's ``loss`` receives a mapping with
 
@@ -40,7 +40,7 @@ class LitFusion(ResumableModule):
         optimizer: AdamW and its schedule.
         seed: Of dropout, where a method has any; None as for ``LitExpert``.
         export_folder: Where ``method.save`` writes when training ends.
-        dtype: Precision of the backbone.
+        dtype: Precision of the base model.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class LitFusion(ResumableModule):
         from dlplora.inference.fused_model import FusedCausalLM
 
         device = self._trainer.strategy.root_device if self._trainer is not None else "cpu"
-        with float32_by_default():  # gates are drawn and trained in float32, whatever the trainer's precision makes of the backbone
+        with float32_by_default():  # gates are drawn and trained in float32, whatever the trainer's precision makes of the base model
             return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
 
     @property
     def tokenizer(self) -> Any:
-        """The backbone's tokenizer."""
+        """The base model's tokenizer."""
         return self._fused().tokenizer
 
     def _fused(self) -> Any:

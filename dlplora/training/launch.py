@@ -87,7 +87,7 @@ class TrainingCLI(LightningCLI):
             raise error if isinstance(error, ConfigError) else ConfigError(f"trainer: {one_line(error)}") from error
 
     def before_fit(self) -> None:
-        """Say that work has begun: making the rows and loading the backbone may take a minute."""
+        """Say that work has begun: making the rows and loading the base model may take a minute."""
         if self.trainer.is_global_zero and any(isinstance(one, TrainingProgress) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
             print("fit: preparing data and model", file=sys.stderr, flush=True)
 
@@ -131,7 +131,7 @@ def quieten() -> None:
         "`isinstance\\(treespec",
         "It is recommended to use `self.log.*sync_dist",  # the metrics are TorchMetrics, which have summed over processes already
         "The number of training batches",
-        "Found .* module\\(s\\) in eval mode",  # the frozen backbone is meant to be
+        "Found .* module\\(s\\) in eval mode",  # the frozen base model is meant to be
         "The '.*_dataloader' does not have many workers",  # batches are ready-made tensors
     ):
         warnings.filterwarnings("ignore", message=".*" + message)

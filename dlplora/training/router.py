@@ -27,14 +27,14 @@ class LitRouter(ResumableModule):
     a single token it has never seen sends a prompt astray.
 
     Args:
-        backbone: Whose tokenizer and input embeddings the router reads; None is the embedded nano backbone.
+        backbone: Whose tokenizer and input embeddings the router reads; None is the embedded nano base model.
         router: Shape of the router.
         token_drop: Largest share of a prompt's tokens that is left out in training.
         token_noise: Largest share of a prompt's tokens that is replaced by random tokens in training.
         optimizer: AdamW.
         seed: Of the initial weights and of dropout; None as for ``LitExpert``.
         export_folder: The router's folder (``router.safetensors``, ``router.json``), written when training ends.
-        dtype: Precision the backbone is loaded in.
+        dtype: Precision the base model is loaded in.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LitRouter(ResumableModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The backbone's tokenizer."""
+        """The base model's tokenizer."""
         return load_tokenizer(self.backbone)
 
     @property
@@ -74,7 +74,7 @@ class LitRouter(ResumableModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Build the router over the backbone's embeddings, with seeded initial weights; the rest of the backbone is let go."""
+        """Build the router over the base model's embeddings, with seeded initial weights; the rest of the base model is let go."""
         if self.router is not None:
             return
         embedding = None

@@ -203,7 +203,7 @@ class Foresight(Gated):
 
 
 class TrainsTheBase(DLP):
-    """A loss that reaches the backbone."""
+    """A loss that reaches the base model."""
 
     name = "trains_the_base"
 

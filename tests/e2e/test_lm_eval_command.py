@@ -1,4 +1,4 @@
-"""The lm_eval command from arguments to results, offline, on a tiny backbone with a random router."""
+"""The lm_eval command from arguments to results, offline, on a tiny base model with a random router."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Composites of a user's own rows, from files to a record, on a model whose every answer is known by construction.
 
-The backbone's attention is zero, so a token sees nothing but itself: after the end of a question it says ``who``, after any
+The base model's attention is zero, so a token sees nothing but itself: after the end of a question it says ``who``, after any
 word it ends its text. An adapter adds one direction to what it says there, and the head reads it as the adapter's word. So
 the expert ``colors`` answers ``red`` to everything, ``pets`` ``no``, ``echo`` ``tree``; which one speaks is what the scores tell.
 """

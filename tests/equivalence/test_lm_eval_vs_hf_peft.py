@@ -1,6 +1,6 @@
 """The adapter against lm-eval's own ``hf`` model with PEFT's adapter: same scores, same answers, same accuracy.
 
-Truth shares no code with the fused layer: lm-eval loads the backbone, PEFT the adapter folder. Where rows of one batch
+Truth shares no code with the fused layer: lm-eval loads the base model, PEFT the adapter folder. Where rows of one batch
 need different experts, truth is one stock model per expert.
 """
 

@@ -166,7 +166,7 @@ EVERY_MERGE = [*MERGES, "avg_factor", "avg_core", "ties_core", "dare_core", "tsv
 
 
 def fused_merge(name: str, pool: Path, tokenizer: Any, model: Any, dtype: torch.dtype = torch.float32) -> FusedCausalLM:
-    """The preset's own settings on a fresh backbone; nobody calls ``eval`` on it."""
+    """The preset's own settings on a fresh base model; nobody calls ``eval`` on it."""
     backbone = copy.deepcopy(model).to(dtype)
     bank = AdapterBank.from_pool(pool, dtype=dtype)
     return FusedCausalLM(backbone, tokenizer, bank, build_method(name), context=context(tokenizer, backbone))

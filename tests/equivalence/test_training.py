@@ -179,7 +179,7 @@ def test_recomputation_runs_layers_twice(config: str, tiny_llama_folder: Path, r
         weights.append(exported(folder if config == "expert" else folder / "pets"))
     assert counts[1] - counts[0] == 2 * STEPS  # two layers, each once more a step
     if config == "experts":
-        assert not any(calls)  # the frozen backbone stays in evaluation mode
+        assert not any(calls)  # the frozen base model stays in evaluation mode
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
@@ -299,7 +299,7 @@ def test_a_resumed_run_ends_at_the_same_weights(
 def test_gates_resume_to_the_same_weights(
     preset: str, tiny_llama_folder: Path, rows: Path, make_adapter: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """As above, for what ``LitFusion`` trains; its resume files hold what the method trains, and nothing of backbone or pool."""
+    """As above, for what ``LitFusion`` trains; its resume files hold what the method trains, and nothing of base model or pool."""
     from dlplora.training.fusion import LitFusion
 
     for seed, name in enumerate(("pets", "echo")):

@@ -79,7 +79,7 @@ def test_eval_refuses_them_and_writes_no_record(make_adapter: Any, tmp_path: Pat
 
 @pytest.fixture
 def broken(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> FusedCausalLM:
-    """A backbone whose logits are no numbers."""
+    """A base model whose logits are no numbers."""
     with torch.no_grad():
         tiny_llama.lm_head.weight[7] = torch.nan
     return FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), Base())

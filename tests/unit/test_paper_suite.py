@@ -363,7 +363,7 @@ def test_rows_of_big_bench_and_of_translations_are_converted() -> None:
 
 
 def test_a_pin_goes_with_its_backbone() -> None:
-    """Another backbone must not be looked up, or recorded, under the commit of the protocol's own."""
+    """Another base model must not be looked up, or recorded, under the commit of the protocol's own."""
     own = load_protocol("qwen2-1.5b")
     assert own.revision is not None
     assert load_protocol("qwen2-1.5b", {"backbone": own.backbone}).revision == own.revision

@@ -1,4 +1,4 @@
-"""The text a small backbone is pretrained on: training rows only, questions apart from answers, and the same at every start."""
+"""The text a small base model is pretrained on: training rows only, questions apart from answers, and the same at every start."""
 
 from __future__ import annotations
 

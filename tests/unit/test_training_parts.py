@@ -1,4 +1,4 @@
-"""Parts of training by hand: batches, encoding, schedules, the optimizer of the backbone, disturbed prompts."""
+"""Parts of training by hand: batches, encoding, schedules, the optimizer of the base model, disturbed prompts."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class LatencyColumns:
 def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
     """The ratios for a suite's tables, from the newest bench record whose shape bears the suite's name; None without one.
 
-    Only the suite ``nano`` has a backbone and a pool of its own, so only its tables have these columns. Forced measurements (re-routing,
+    Only the suite ``nano`` has a base model and a pool of its own, so only its tables have these columns. Forced measurements (re-routing,
     number of experts, compilation, backend) do not count.
 
     Args:

@@ -25,7 +25,7 @@ from dlplora.errors import RecordError
 BENCH_VERSION = 1
 FOLDER = Path("results/bench")
 SINGLE, BASE = "peft_single", "base"
-"""The two references: PEFT with one unmerged adapter in the same dtype, and the bare backbone."""
+"""The two references: PEFT with one unmerged adapter in the same dtype, and the bare base model."""
 Quantity = Literal["ttft_s", "tpot_s", "router_s"]
 
 
@@ -38,7 +38,7 @@ class Measurement:
     contender: str
     """Name of a preset, or ``base``, ``peft_single``, ``peft_mixed``, ``peft_xlora``, ``peft_arrow``, ``released_loop``."""
     experts: int
-    """Adapters in the pool it was built with; 0 for the bare backbone."""
+    """Adapters in the pool it was built with; 0 for the bare base model."""
     kept: int | None
     """Experts a row was made to keep; None leaves it to the method."""
     reroute_every: int | None
@@ -67,11 +67,11 @@ class Measurement:
     sentence_reroutes: int | None
     """Re-routes of single rows at sentence ends of the generated text, which the times contain; None for what does not re-route."""
     resident_bytes: int
-    """Parameters and buffers, the backbone's included."""
+    """Parameters and buffers, the base model's included."""
     transient_bytes: int | None
     """Memory one generation needed on top of that; a lower bound on a CPU."""
     floor_s: float
-    """Time in which the memory moves what a decode step of the bare backbone must read."""
+    """Time in which the memory moves what a decode step of the bare base model must read."""
     positions: list[int] = field(default_factory=list)
     """The place in the order of each round, from 0; empty in records made before orders were random."""
 
@@ -88,7 +88,7 @@ class LatencyRecord:
     shape: str
     parameters: int
     weights: str
-    """``random`` or ``shipped``: where the backbone's numbers came from; latency does not depend on them."""
+    """``random`` or ``shipped``: where the base model's numbers came from; latency does not depend on them."""
     adapters: dict[str, str]
     """Group -> the same for its pool, with rank and targets."""
     dtype: str

@@ -25,7 +25,7 @@ class TrainingMode:
     """One way to train the pool; samples in the order of the rounds."""
 
     train_s: list[float]
-    """Wall time of all training steps, s; loading the backbone and making the data not counted."""
+    """Wall time of all training steps, s; loading the base model and making the data not counted."""
     peak_memory_bytes: list[int]
     """On a GPU what torch's allocator counted, on a CPU the peak resident set of the process, libraries included."""
     validation_loss: float

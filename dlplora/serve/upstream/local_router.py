@@ -28,7 +28,7 @@ class LocalRouter:
     """What a ``Decider`` needs of a fused model, without layers.
 
     Args:
-        pretrained: Base model as for ``FusedCausalLM.from_pretrained``; None is the embedded nano backbone with its pool.
+        pretrained: Base model as for ``FusedCausalLM.from_pretrained``; None is the embedded nano base model with its pool.
         pool: Folder of PEFT LoRA folders.
         method: Name of a method configuration, or a YAML file.
         method_params: Overrides of its parameters.

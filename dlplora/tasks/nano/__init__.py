@@ -11,7 +11,7 @@ from functools import lru_cache
 from dlplora.tasks.types import Suite, Task
 
 NOT_ADMITTED = frozenset({"unit_conversion", "colored_objects", "storage_keys", "topical_chat"})
-"""Candidates that missed the bar of ``docs/nano_suite.md``; kept as code because the backbone's text was written with them."""
+"""Candidates that missed the bar of ``docs/nano_suite.md``; kept as code because the base model's text was written with them."""
 
 
 DESCRIPTIONS = {

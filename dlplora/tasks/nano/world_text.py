@@ -250,7 +250,7 @@ def _daily(rng: random.Random) -> str:
 
 
 def _question(rng: random.Random) -> str:
-    """Questions about the world, so that the backbone answers what it is asked; no task asks any of these."""
+    """Questions about the world, so that the base model answers what it is asked; no task asks any of these."""
     noun, name = rng.choice(lx.NOUNS), rng.choice(lx.NAMES)
     category = lx.CATEGORY_OF[noun]
     kind = rng.randrange(10)

@@ -25,7 +25,7 @@ class SplitSettings:
     seed: int = 0
     """Of the draw."""
     max_prompt_chars: int | None = None
-    """Longer prompts are left out of every split, and counted: a small backbone could only be shown their end."""
+    """Longer prompts are left out of every split, and counted: a small base model could only be shown their end."""
     asks_by_options: bool = False
     """Whether the rows share one prompt and differ in their options only, which then tell two questions apart."""
 
