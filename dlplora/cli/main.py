@@ -111,8 +111,7 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument(
         "suite",
         choices=["nano", "nano_linear", "paper", "real", "confusable"],
-        help="nano: the embedded model; nano_linear: the same with adapters on all linear layers; paper: the paper's tasks; real: real26; "
-        "confusable: four pairs of tasks that a router confuses",
+        help="nano; nano_linear: nano with adapters on all linear layers; paper: the paper's tasks; real: real26; confusable: task pairs",
     )
     parser.add_argument(
         "--track",
