@@ -181,7 +181,8 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
         "Experts kept: mean over prompts; for static merges, the number of experts merged.",
         "Router accuracy: share of prompts whose largest routing weight belongs to the expert of the prompt's task; "
         f"{GATED} weights of gates, averaged over tokens and layers.",
-        "Trained parameters and training tokens: what a method trains beyond the experts.",
+        "Trained parameters and training tokens: what a method trains by gradient beyond the experts; classifiers and prototypes that are "
+        "fitted to training prompts while they load count as none.",
         "Data it saw: of the tasks, beyond the experts; labels are answers or the task of a prompt. Trials: settings tried on the "
         "validation split; empty: none.",
         *_searches(records),

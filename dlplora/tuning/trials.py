@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlplora.adapters.pool import load_pool
-from dlplora.errors import DLPLoRAError, NotFiniteError
+from dlplora.errors import AdapterError, DLPLoRAError, NotFiniteError, PoolError
 from dlplora.evaluation.runner import measure, training_tokens
 from dlplora.progress import Progress
 from dlplora.provenance import provenance
@@ -83,7 +83,11 @@ def _blank(one: TrialJob) -> Trial:
 
 
 def _run(one: TrialJob, blank: Trial, runs: Path, label: str, cache: EvalCache | None) -> Trial:
-    """Train if the trial trains, and evaluate; an error ends the trial and becomes its reason."""
+    """Train if the trial trains, and evaluate; an error ends the trial and becomes its reason.
+
+    Raises:
+        AdapterError, PoolError: If the adapters do not fit: that is so in every trial.
+    """
     started = time.perf_counter()
     outcome: dict[str, Any]
     try:
@@ -96,6 +100,8 @@ def _run(one: TrialJob, blank: Trial, runs: Path, label: str, cache: EvalCache |
             record, _ = measure(run, cache, progress)
         outcome = _scores(record)
         outcome["tokens_seen"] = training_tokens(run.folders, run.method.artifact_roles)
+    except (AdapterError, PoolError):
+        raise
     except NotFiniteError as error:
         outcome = {"status": "diverged", "reason": _line(error)}
     except (DLPLoRAError, RuntimeError, ArithmeticError) as error:  # torch and numpy raise the latter for numbers out of range

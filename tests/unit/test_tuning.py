@@ -142,6 +142,17 @@ def test_a_diverging_trial_is_a_record_and_finished_trials_are_taken_up(
     assert read_trial(repeated).scores == trials[0.1].scores
 
 
+def test_a_pool_that_does_not_fit_is_said_once(
+    quick: list[str], make_adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in TASKS:  # of a base model with other sizes
+        make_adapter(tmp_path / "pool" / name)
+    command = ["tune", "lorauter", *quick, "--setting", "temperature=0.1,0.2", "--pool", str(tmp_path / "pool")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.count("dlplora: error:") == 1
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
