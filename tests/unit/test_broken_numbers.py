@@ -136,6 +136,26 @@ def all_nan(folder: Path) -> None:
     save_file({key: torch.full_like(one, torch.nan) for key, one in load_file(file).items()}, file)
 
 
+def one_infinite_after_the_cast(folder: Path) -> None:
+    """Finite in float64, and of a tensor without rows."""
+    file = folder / "method.safetensors"
+    tensors = load_file(file)
+    key = next(key for key, one in sorted(tensors.items()) if not one.ndim)
+    save_file(tensors | {key: torch.tensor(1e300, dtype=torch.float64)}, file)
+
+
+def one_huge(folder: Path) -> None:
+    file = folder / "method.safetensors"
+    tensors = load_file(file)
+    key = sorted(tensors)[0]
+    save_file(tensors | {key: torch.full_like(tensors[key], 1e30)}, file)
+
+
+def whole_numbers(folder: Path) -> None:
+    file = folder / "method.safetensors"
+    save_file({key: one.to(torch.int32) for key, one in load_file(file).items()}, file)
+
+
 def one_missing(folder: Path) -> None:
     file = folder / "method.safetensors"
     tensors = load_file(file)
@@ -158,6 +178,9 @@ def cut(folder: Path) -> None:
     [
         (without_weights, "has no method.safetensors"),
         (all_nan, "holds NaN or infinite values"),
+        (one_infinite_after_the_cast, "log_tau.*holds NaN or infinite values"),
+        (one_huge, r"or values beyond 1e\+18"),
+        (whole_numbers, "is stored as int32"),
         (one_missing, "Missing key"),
         (other_shape, "size mismatch"),
         (cut, "is damaged"),
