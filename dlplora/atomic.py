@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # a full disk names no file
-            error.filename = str(path)
+        _name(error, path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """A full disk names no file; the error's message shall."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
+
+
+@contextlib.contextmanager
+def tensors_written_to(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, what safetensors cannot write is an ``OSError`` that names ``path``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -65,6 +82,9 @@ def filling(folder: str | os.PathLike[str], marker: str) -> Iterator[Path]:
         for file in sorted(files, key=lambda file: file == Path(marker)):
             (folder / file).parent.mkdir(exist_ok=True)
             os.replace(temporary / file, folder / file)
+    except OSError as error:
+        _name(error, folder)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -73,6 +93,18 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that a reader sees the old file or the new one, never a part."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_together(files: Mapping[Path, str]) -> None:
+    """Write text files one by one, each as ``write_atomically`` does; an error takes away those that were not there before."""
+    new = [path for path in files if not path.exists()]
+    try:
+        for path, text in files.items():
+            write_atomically(path, text)
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -114,7 +114,10 @@ def read_yaml(path: str | os.PathLike[str], *, error: type[DLPLoRAError] = Confi
     value = parse_yaml(read_text(path, error=error, max_bytes=max_bytes), str(path), error=error)
     if not isinstance(value, dict):
         raise error(f"{path} must hold a mapping of keys to values, found {type(value).__name__}.")
-    filled = _References(value, str(path), error, max_bytes).filled(value, ())
+    try:
+        filled = _References(value, str(path), error, max_bytes).filled(value, ())
+    except RecursionError as problem:
+        raise error(f"{path}: a reference leads through too many other references.") from problem
     check_plain(filled, str(path), error=error)
     return {str(key): inner for key, inner in filled.items()}
 
@@ -135,8 +138,8 @@ def parse_yaml(text: str, where: str, *, error: type[DLPLoRAError] = ConfigError
         raise error(f"cannot read {where} as YAML: {getattr(problem, 'problem', None) or str(problem).splitlines()[0]}{spot}.") from problem
     except RecursionError as problem:
         raise error(f"cannot read {where} as YAML: its brackets are nested too deeply; at most {max_depth} levels are read.") from problem
-    except (ValueError, OverflowError) as problem:  # a number of thousands of digits
-        raise error(f"cannot read {where} as YAML: {str(problem)[:100]}") from problem
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as problem:  # a tag and a value that it does not fit
+        raise error(f"cannot read {where} as YAML: a tag or a number does not fit its value: {str(problem)[:100]}.") from problem
     check_plain(value, where, error=error, max_depth=max_depth)
     return value
 
@@ -147,14 +150,22 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
             seen: set[str] = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in seen:
                         raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands there twice", key.start_mark)
                     seen.add(key.value)
-            return super().construct_mapping(node, deep=deep)
+            return node
+
+        def construct_yaml_int(self, node: Any) -> int:
+            if len(node.value) > 5 * MAX_DIGITS:  # numbers of base 60 take quadratic time
+                raise yaml.constructor.ConstructorError(None, None, "a whole number of too many digits", node.start_mark)
+            return int(super().construct_yaml_int(node))
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
     kept = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float"}]
@@ -235,8 +246,10 @@ def refuse_resolvers(text: str, where: str, *, error: type[DLPLoRAError] = Confi
         error: If anything else stands between ``${`` and ``}``.
     """
     bare = text
-    while (shorter := _REFERENCE.sub("x", bare)) != bare:
-        bare = shorter
+    for _ in range(MAX_DEPTH):
+        bare, count = _REFERENCE.subn("x", bare)
+        if not count:
+            break
     if _OTHER_REFERENCE.search(bare):
         shown = text[text.find("${") :].split("}")[0][:40]
         raise error(f"{where}: '{shown}}}' is not filled in: a configuration may refer to its own keys only. Write the value itself.")
@@ -247,6 +260,7 @@ class _References:
 
     def __init__(self, root: Mapping[str, Any], where: str, error: type[DLPLoRAError], max_chars: int) -> None:
         self.root, self.where, self.error, self.max_chars = root, where, error, max_chars
+        self.num_chars = 0
         self.found: dict[tuple[Any, ...], Any] = {}
         self.open: set[tuple[Any, ...]] = set()
 
@@ -258,25 +272,30 @@ class _References:
             return [self.filled(inner, (*place, number)) for number, inner in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
-        refuse_resolvers(value, self.where, error=self.error)
-        while match := _REFERENCE.search(value):
-            target = self._target(match, place)
-            if match.span() == (0, len(value)):
-                return target
-            if isinstance(target, (dict, list)):
-                raise self.error(f"{self.where}: '{match[0]}' is part of a text but refers to more than one value.")
-            value = value[: match.start()] + str(target) + value[match.end() :]
-            if len(value) > self.max_chars:
-                raise self.error(f"{self.where}: '{match[0]}' grows beyond {self.max_chars:,} characters.")
+        while True:  # once per level of references inside each other; refuse_resolvers bounds the levels
             refuse_resolvers(value, self.where, error=self.error)
-        return value.replace("\\${", "${")
+            if match := _REFERENCE.fullmatch(value):
+                return self._target(match, place)
+            value, count = _REFERENCE.subn(partial(self._text, place), value)
+            if not count:
+                return value.replace("\\${", "${")
+
+    def _text(self, place: tuple[Any, ...], match: re.Match[str]) -> str:
+        target = self._target(match, place)
+        if isinstance(target, (dict, list)):
+            raise self.error(f"{self.where}: '{match[0]}' is part of a text but refers to more than one value.")
+        text = str(target)
+        self.num_chars += len(text)
+        if self.num_chars > self.max_chars:
+            raise self.error(f"{self.where}: '{match[0]}' grows beyond {self.max_chars:,} characters.")
+        return text
 
     def _target(self, match: re.Match[str], place: tuple[Any, ...]) -> Any:
         keys = tuple(re.findall(r"[\w-]+", match[2]))
         path: tuple[Any, ...] = place[: -len(match[1])] if match[1] else ()
         value: Any = self.root
         for key in (*path, *keys):
-            inner = int(key) if isinstance(value, list) and str(key).isdigit() else key
+            inner = int(key) if isinstance(value, list) and str(key).isdecimal() else key
             try:
                 value = value[inner]
             except (KeyError, IndexError, TypeError) as problem:

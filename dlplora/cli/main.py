@@ -262,11 +262,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse_empty(arguments: argparse.Namespace) -> None:
-    """An empty value, usually an unset shell variable, must not mean the default or the working folder."""
+def _check_values(arguments: argparse.Namespace) -> None:
+    """An empty value, usually an unset shell variable, must not mean the default or the working folder; and records are UTF-8."""
     for name, value in vars(arguments).items():
-        if name != "prompt" and isinstance(value, str) and not value.replace(",", " ").strip():
+        if not isinstance(value, str) or name == "prompt":
+            continue
+        if not value.replace(",", " ").strip():
             raise ConfigError(f"the value of '{name.replace('_', '-')}' is empty (got {value!r}); give one, or leave the option out.")
+        if name != "data_root" and any("\ud800" <= one <= "\udfff" for one in value):
+            raise ConfigError(f"the value of '{name.replace('_', '-')}' is not UTF-8 (got {value!r}); rename the file or folder.")
 
 
 def _run(given: list[str]) -> int:
@@ -275,7 +279,7 @@ def _run(given: list[str]) -> int:
 
         return fit_main(given)
     arguments = build_parser().parse_args(given)
-    _refuse_empty(arguments)
+    _check_values(arguments)
     return int(arguments.run(arguments))
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dlplora.atomic import write_together
 from dlplora.config import PACKAGE_ROOT
 from dlplora.errors import ConfigError, MethodError
 
@@ -132,10 +133,8 @@ def run_new_method(arguments: argparse.Namespace) -> int:
     for path in files:
         if path.exists():
             raise ConfigError(f"{path} exists already; nothing was written.")
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-        print(path)
+    write_together(files)
+    print(*files, sep="\n")
     if folder is not None:
         cls = "".join(part.capitalize() for part in arguments.name.split("_"))
         entry = ENTRY_POINT.format(name=arguments.name, cls=cls, package=folder.resolve().name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,13 @@ class SuiteDataModule(L.LightningDataModule):
     @property
     def _num_accumulated(self) -> int:
         return int(getattr(self.trainer, "accumulate_grad_batches", 1))  # there may be no trainer
+
+    def batches_trained(self) -> int:
+        """Training batches of the optimiser steps taken so far; the last step of an epoch may have fewer of them."""
+        assert self.trainer is not None
+        length = int(self.trainer.num_training_batches)
+        epochs, steps = divmod(self.trainer.global_step, math.ceil(length / self._num_accumulated))
+        return epochs * length + steps * self._num_accumulated
 
     def _accumulated(self, step: int, num_steps: int) -> range:
         """The batches of the optimiser step that batch ``step`` belongs to; the last one of an epoch may have fewer.

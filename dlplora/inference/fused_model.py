@@ -321,13 +321,14 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
         texts = kwargs.pop("inputs", None) if texts is None else texts
         kwargs.setdefault("pad_token_id", options.pad_token(self.tokenizer))
-        given_as = (texts, input_ids, attention_mask, prompts)
+        given_as, given_ids = (texts, input_ids, attention_mask, prompts), texts if isinstance(texts, Tensor) else input_ids
         size = self.config.get_text_config().vocab_size
         ids, mask, prompts = prompt_tensors(self.tokenizer, self.device, *given_as, infer_mask=options.mask_from_padding, vocab_size=size)
         options.require_served()
         kwargs["logits_processor"] = with_finite_check(kwargs.get("logits_processor"))
         new_tokens = options.new_tokens(ids.shape[1])
         ids, mask, num_cut = fit_to_context(ids, mask, new_tokens, self.max_length)
+        options.require_same_places(given_ids, ids)
         with _COUNTING:
             self.num_truncated_prompts += num_cut
         with Request(self.slot, self._turns, self._decoding) as request:

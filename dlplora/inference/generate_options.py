@@ -5,8 +5,10 @@ Sentence-level routing supports greedy decoding and sampling, one token per step
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dlplora.errors import GenerationError
@@ -20,6 +22,8 @@ OTHER_LOOPS = {
     "force_words_ids": "constrained beam search",
     "custom_generate": "a custom decoding loop",
 }
+BY_PLACE = ("position_ids", "token_type_ids", "inputs_embeds", "past_key_values")
+"""Inputs with one entry for every column of ``input_ids``."""
 ROUTE_ONCE = "route once per prompt (dlp: reroute=prompt)"
 
 
@@ -48,6 +52,20 @@ class GenerateOptions:
                 return found
         return default
 
+    def whole(self, name: str) -> int | None:
+        """``value`` of an option that is a whole number.
+
+        Raises:
+            GenerationError: If it is something else.
+        """
+        found = self.value(name)
+        if found is None:
+            return None
+        try:
+            return operator.index(int(found) if isinstance(found, float) and found.is_integer() else found)
+        except TypeError as error:
+            raise GenerationError(f"{name} must be a whole number, got {found!r}.") from error
+
     # ------------------------------------------------------------------ sizes
 
     def new_tokens(self, width: int) -> int:
@@ -56,25 +74,51 @@ class GenerateOptions:
         Raises:
             GenerationError: If there are none.
         """
-        count = self.value("max_new_tokens")
+        count = self.whole("max_new_tokens")
         if count is None:
-            limit = self.value("max_length")
+            limit = self.whole("max_length")
             count = 20 if limit is None else limit - width
         if count < 1:
             raise GenerationError(f"max_new_tokens must be at least 1, got {count}.")
-        return int(count)
+        return count
 
     def copies(self) -> int:
-        """Rows a prompt becomes: beams, or returned sequences."""
-        beams = int(self.value("num_beams") or 1)
-        return beams if beams > 1 else int(self.value("num_return_sequences") or 1)
+        """Rows a prompt becomes: beams, or returned sequences.
+
+        Raises:
+            GenerationError: If one of them is no number from 1.
+        """
+        beams, sequences = self.whole("num_beams"), self.whole("num_return_sequences") or 1
+        if (beams is not None and beams < 1) or sequences < 1:
+            raise GenerationError(f"num_beams and num_return_sequences must be at least 1, got {beams} and {sequences}.")
+        return beams if beams is not None and beams > 1 else sequences
 
     def pad_token(self, tokenizer: Any) -> int | None:
         """The padding token: the option, else the tokenizer's."""
-        found = self.value("pad_token_id")
-        if found is None:
-            found = tokenizer.pad_token_id
-        return None if found is None else int(found)
+        found = self.whole("pad_token_id")
+        return tokenizer.pad_token_id if found is None else found
+
+    def require_same_places(self, given: Tensor | None, ids: Tensor) -> None:
+        """Refuse ``BY_PLACE`` with prompts whose tokens do not stay in their columns.
+
+        Args:
+            given: ``input_ids`` as the caller gave them; None if the prompts were texts.
+            ids: The left-padded ids (B, T) of this call.
+
+        Raises:
+            GenerationError: Names the option.
+        """
+        named = [name for name in BY_PLACE if self.kwargs.get(name) is not None]
+        if named and (given is None or not torch.equal(given.to(ids), ids)) and not self._starts_empty(named):
+            raise GenerationError(
+                f"{named[0]} belongs to tokens in their places, but the prompts are tokenised, padded or cut here; "
+                f"leave it out, or pass input_ids that are padded on the left."
+            )
+
+    def _starts_empty(self, named: list[str]) -> bool:
+        """Whether the only input by place is a cache that holds nothing yet."""
+        length = getattr(self.kwargs.get("past_key_values"), "get_seq_length", None)
+        return named == ["past_key_values"] and length is not None and not length()
 
     def mask_from_padding(self, ids: Tensor) -> Tensor:
         """The mask of prompts that came without one, by the rule of transformers: padding is masked unless it also ends texts."""
@@ -100,7 +144,7 @@ class GenerateOptions:
             raise GenerationError("assistant_early_exit shortens the model itself while it runs, for other requests too; leave it out.")
         if not self.is_sentence_level:
             return
-        if (self.value("num_beams") or 1) > 1:
+        if (self.whole("num_beams") or 1) > 1:
             raise GenerationError(
                 "beam search re-orders rows between re-routes, so sentence-level routing cannot follow them exactly; "
                 f"use num_beams=1, or {ROUTE_ONCE}."
@@ -117,6 +161,13 @@ class GenerateOptions:
                 )
         if self.value("token_healing"):
             raise GenerationError(f"token_healing replaces prompt tokens after they were routed; leave it out, or {ROUTE_ONCE}.")
+        assert self._method is not None
+        kept = self._method.kv_policy == "stale" and self._method.prompt_routing == "whole"
+        if self.value("guidance_scale") not in {None, 1} and not kept:
+            raise GenerationError(
+                "guidance_scale keeps a second cache, which kv_policy and prompt_routing do not reach; "
+                f"use kv_policy=stale with prompt_routing=whole, or {ROUTE_ONCE}."
+            )
         self._settle_cache()
 
     def _asks_for(self, name: str) -> bool:

@@ -159,6 +159,8 @@ class RequestRouter:
         """
         if for_call and self.is_gated:
             raise RoutingError(f"method '{self.method.name}' decides by gates inside the layers and takes no routing weights.")
+        if not isinstance(routing, (Tensor, RoutingState)):
+            raise RoutingError(f"routing weights must be a tensor (E,), (B, E) or (B, T, E), got {type(routing).__name__}.")
         state = routing if isinstance(routing, RoutingState) else self.state(routing.to(device))
         self.used.add(state.backend)
         return state

@@ -20,7 +20,7 @@ from dlplora.atomic import filling
 from dlplora.config import OMIT_DEFAULT_FROM_HASH, build
 from dlplora.errors import MethodError, UnavailableMethodError
 from dlplora.methods.fused_protocol import FusedModel
-from dlplora.modules.precision import keeping_dtype
+from dlplora.modules.precision import keeping_dtype, unusable
 from dlplora.modules.scope import SCOPE_FILE, ScopeThreshold
 from dlplora.types import PromptBatch
 
@@ -308,7 +308,7 @@ class FusionMethod(nn.Module):
     def write_files(self, folder: Path) -> None:
         """Write ``method.json`` and, if anything is trained, ``method.safetensors`` into an empty folder."""
         state = {key: value.detach().contiguous().cpu() for key, value in self.saved_state().items()}
-        _require_finite(state, f"method '{self.name}'", "the training diverged. Lower the learning rate.")
+        _require_usable(state, state, f"method '{self.name}'", "the training diverged. Lower the learning rate.")
         if state:
             write_tensors(folder / WEIGHTS_NAME, state)
         description = {
@@ -388,11 +388,11 @@ class FusionMethod(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             first = " ".join(str(error).split())[:200]
             raise MethodError(f"{weights} is damaged or belongs to another method: {first}. Restore it or train again.") from error
-        _require_finite(tensors, str(weights), "Restore the file or train again.")
+        _require_usable(tensors, method.saved_state(), str(weights), "restore the file or train again.")
         return method
 
 
-def _require_finite(tensors: Mapping[str, Tensor], where: str, advice: str) -> None:
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise MethodError(f"{where}: '{key}' holds NaN or infinite values; {advice}")
+def _require_usable(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where: str, advice: str) -> None:
+    reason = unusable(stored, loaded)
+    if reason is not None:
+        raise MethodError(f"{where}: {reason}; {advice}")

@@ -5,12 +5,14 @@ Routers and gates compute in float32 whatever the base model's dtype; trained ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+LARGEST_TRAINED = 1e18
+"""Of a router's or a gate's numbers: products of larger ones leave float32. Trained ones are many orders of magnitude below."""
 Change = Callable[[Tensor], Tensor]
 """What ``nn.Module._apply`` does to every parameter and buffer."""
 
@@ -40,6 +42,23 @@ def keeping_trained_precision(change: Change) -> Change:
         return tensor.to(changed.device) if fewer else changed
 
     return apply
+
+
+def unusable(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
+    """Why trained tensors are no numbers to compute with; None if they are.
+
+    Args:
+        stored: As in the file.
+        loaded: The same tensors after the cast to the dtype of their module, where float64 may have become infinite.
+    """
+    for key, tensor in loaded.items():
+        if not tensor.is_floating_point():
+            continue
+        if key in stored and not stored[key].is_floating_point():
+            return f"'{key}' is stored as {dtype_name(stored[key].dtype)}, which is no floating point type"
+        if not bool((tensor.abs() <= LARGEST_TRAINED).all()):  # false for NaN too
+            return f"'{key}' holds NaN or infinite values, or values beyond {LARGEST_TRAINED:.0e}"
+    return None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from dlplora.config import build, short
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
 from dlplora.modules.known_tokens import KnownTokens
-from dlplora.modules.precision import keeping_dtype
+from dlplora.modules.precision import keeping_dtype, unusable
 from dlplora.modules.scope import SCOPE_FILE, ScopeThreshold, read_scope, write_scope
 from dlplora.modules.token_pooling import max_of_rows, mean_of_rows, select_tokens
 
@@ -348,10 +348,11 @@ class MiniMLPRouter(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             first_line = str(error).splitlines()[0]
             raise MethodError(f"cannot read {folder / 'router.safetensors'}: {first_line} Train the router again.") from error
-        for key, value in router.state_dict().items():
-            if not torch.isfinite(value).all() or (key == "temperature" and value <= 0):
-                what = f"a temperature of {float(value)}" if key == "temperature" else f"values in '{key}' that are not finite"
-                raise MethodError(f"{folder / 'router.safetensors'} holds {what}. Train the router again.")
+        reason = unusable(tensors, router.state_dict())
+        if reason is None and float(router.temperature) <= 0:
+            reason = f"a temperature of {float(router.temperature)}"
+        if reason is not None:
+            raise MethodError(f"{folder / 'router.safetensors'}: {reason}. Train the router again.")
         router.metrics = dict(description.metrics or {})
         router.scope = read_scope(folder)
         return router.eval()

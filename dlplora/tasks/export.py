@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dlplora.atomic import write_together
 from dlplora.tasks import lm_eval_dir
 from dlplora.tasks.composite_export import composite_configs, composite_folders
 from dlplora.tasks.local import ENV_ROOT, data_root, local_suite, readable_tasks
@@ -67,14 +68,11 @@ def export_local(names: Sequence[str], root: str | None, folder: str | os.PathLi
     tasks = [task for task in local_suite([name for name in names if name not in made], root).tasks if "test" in task.rows]
     configs = {task.name: task_config(task, root) for task in tasks}
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     group = {"group": GROUP, "task": [config["task"] for config in configs.values()], "metadata": {"version": 1.0}}
-    written = []
-    for name, config in [*configs.items(), ("_group", group), *composite_configs(tasks, data_root(root), made).items()]:
-        path = target / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        written.append(path)
-    return written
+    files = {**configs, "_group": group, **composite_configs(tasks, data_root(root), made)}
+    texts = {target / f"{name}.yaml": yaml.safe_dump(one, sort_keys=False, allow_unicode=True) for name, one in files.items()}
+    write_together(texts)
+    return list(texts)
 
 
 @contextmanager

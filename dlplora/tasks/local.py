@@ -79,12 +79,12 @@ def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
 
 
 def _plain(value: Any, name: str, where: str) -> str | int | float:
-    """A text or a number; ``null``, a list or an object would be scored as Python writes it.
+    """A text or a number; ``null``, ``true``, a list or an object would be scored as Python writes it.
 
     Raises:
         TaskError: For anything else.
     """
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         raise TaskError(f"{where}: '{name}' must be text or a number, got {json.dumps(value)[:60]}.")
     return value
 
@@ -122,7 +122,7 @@ def read_rows(path: Path, task: str) -> list[Item]:
 
 
 def _local_task(root: Path, name: str) -> Task:
-    if "/" in name or name in {"", ".", ".."} or "\\" in name:
+    if "/" in name or name in {"", ".", ".."} or "\\" in name or any("\ud800" <= one <= "\udfff" for one in name):
         raise TaskError(f"'{name}' is not a task name.")
     folder = root / name
     if not folder.is_dir():
@@ -155,9 +155,9 @@ def readable_tasks(root: str | None) -> list[str]:
 
 
 def _in_our_schema(path: Path) -> bool:
-    """Whether the first row of a file has our fields; one that cannot be read as an object is ours to complain about."""
+    """Whether the first row of a file has our fields; a file without rows, or without an object, is ours to complain about."""
     try:
-        _, first = next(_lines(path), (0, b"{}"))
+        _, first = next(_lines(path), (0, b"no row"))
         row = parse_json(first, str(path), error=TaskError, max_digits=MAX_DIGITS)
     except TaskError:
         return True

@@ -159,7 +159,7 @@ class AdapterModule(ResumableModule):
             "data": dict(self.datamodule.hparams),
             "seed": self.seed,
             "steps": self.trainer.global_step,
-            "training_tokens": self.datamodule.training_tokens(self.trainer.global_step * self.trainer.accumulate_grad_batches),
+            "training_tokens": self.datamodule.training_tokens(self.datamodule.batches_trained()),
             "num_truncated": self.datamodule.num_truncated("train"),
             "metrics": metrics,
             "train_s": round(time.perf_counter() - self._started, 2),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from dlplora.atomic import tensors_written_to
 from dlplora.training.checkpoints import planned_steps
 from dlplora.training.muon import MuonWithAdamW
 
@@ -136,7 +137,8 @@ class LitBackbone(L.LightningModule):
         """Write model (float16 safetensors), tokenizer, recipe with checksum, and loss curve."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.to(torch.float16).save_pretrained(folder)
+        with tensors_written_to(folder):
+            self.model.to(torch.float16).save_pretrained(folder)
         datamodule.tokenizer.save_pretrained(folder)
         recipe = {
             "config": self.hparams["config"],

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from omegaconf.errors import OmegaConfBaseException
+
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.training.config_check import first_reason
 
@@ -30,6 +32,8 @@ def configuration_error(error: BaseException) -> DLPLoRAError | None:
         if isinstance(one, ModuleNotFoundError):
             return ConfigError(f"the configuration needs a package that is not installed: {' '.join(str(one).split())}")
     text = str(error)
+    if isinstance(error, OmegaConfBaseException):  # of a file that an option names, which the parser reads by itself
+        return ConfigError(first_reason(text))
     return ConfigError(first_reason(text)) if text.startswith(PARSER_TEXTS) else None
 
 

@@ -214,7 +214,6 @@ class LitFusion(ResumableModule):
             return
         self.fused.method.save(self.export_folder)
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
         description = {
             "module": type(self).__name__,
             "method": self.method_name,
@@ -222,7 +221,7 @@ class LitFusion(ResumableModule):
             "data": dict(datamodule.hparams),
             "seed": self.seed,
             "steps": self.trainer.global_step,
-            "training_tokens": datamodule.training_tokens(batches),
+            "training_tokens": datamodule.training_tokens(datamodule.batches_trained()),
             "metrics": self.final_metrics(),
         }
         write_json(Path(self.export_folder) / "training.json", description)

@@ -180,7 +180,7 @@ class LitRouter(ResumableModule):
         if data.get("wrapper_noise"):
             metrics["data"]["wrapper_noise"] = data["wrapper_noise"]
         # last, as in the shipped file: an equal router then has an equal checksum, and its finished runs are recognised
-        metrics["training_tokens"] = self.datamodule.training_tokens(self.trainer.global_step * self.trainer.accumulate_grad_batches)
+        metrics["training_tokens"] = self.datamodule.training_tokens(self.datamodule.batches_trained())
         self.router.save(self.export_folder, metrics)
 
     @torch.no_grad()

@@ -97,7 +97,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(
     assert not (tmp_path / "export").exists()
 
 
-def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for text, part in (
         ("[1]", "must hold a mapping"),
         ("a: [", "as YAML"),
@@ -112,6 +112,12 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
         said = capsys.readouterr().err
         assert part in said
         assert said.count("\n") == 1
+    monkeypatch.setenv("DLPLORA_SECRET", "hunter2")
+    (tmp_path / "trainer.yaml").write_text("default_root_dir: ${oc.env:DLPLORA_SECRET}")
+    assert fit(["fit", "--config", "configs/train/expert.yaml", "--trainer", str(tmp_path / "trainer.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "error: Unsupported interpolation type oc.env" in said
+    assert said.count("\n") == 1
     assert fit(["fit", "--help"]) == 0
     assert "--config CONFIG" in capsys.readouterr().out
     assert fit([]) == 2

@@ -139,6 +139,26 @@ def test_a_pool(mode: Any, batch: int, accumulate: int, tiny_llama_folder: Path,
         assert distance(mine, truth) < 1e-5
 
 
+def test_the_last_step_of_an_expert_is_shorter(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """Three batches where a step has room for four, because the epoch or ``limit_train_batches`` ends there; and what the step counts."""
+    for num_steps, limit in ((3, 1.0), (8, 3)):
+        data = ExpertDataModule(suite="local:alpha", data_root=str(rows), batch_size=2, num_steps=num_steps, length_group=1)
+        module = LitExpert(backbone=str(tiny_llama_folder), lora=LORA, optimizer=FLAT)
+        found = first_gradient(module, data, 4, tmp_path, limit_train_batches=limit)
+        plan = [row for step in range(3) for row in data.schedule(["alpha"]).batch(step)]
+        truth = plain_gradient(tiny_llama_folder, rows, "alpha", torch.float32, plan)
+        assert distance({name.removeprefix("model."): one for name, one in found.items()}, truth) < 1e-5
+        assert data.batches_trained() == 3
+
+
+def test_batches_of_several_epochs(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """Two epochs of five batches, four batches a step: four steps of ten batches, not of sixteen."""
+    data = ExpertDataModule(suite="local:alpha", data_root=str(rows), batch_size=2, num_steps=5, length_group=1)
+    module = LitExpert(backbone=str(tiny_llama_folder), lora=LORA, optimizer=FLAT)
+    first_gradient(module, data, 4, tmp_path, max_steps=-1, max_epochs=2)
+    assert (module.trainer.global_step, data.batches_trained()) == (4, 10)
+
+
 def same_for_all_splits(run: Callable[[int, int], dict[str, Tensor]]) -> None:
     large = run(8, 1)
     for batch, accumulate in SPLITS[1:]:
@@ -182,3 +202,16 @@ def test_gates(method: str, tiny_llama_folder: Path, rows: Path, make_adapter: A
         return first_gradient(module, data, accumulate, tmp_path)
 
     same_for_all_splits(run)
+
+
+def test_the_last_step_of_gates_is_shorter(tiny_llama_folder: Path, rows: Path, make_adapter: Any, tmp_path: Path) -> None:
+    for seed, name in enumerate(TASKS):
+        make_adapter(tmp_path / "pool" / name, seed=seed)
+
+    def run(batch: int, accumulate: int, num_steps: int) -> dict[str, Tensor]:
+        options = {"batch_size": batch, "num_steps": num_steps, "length_group": 1}
+        data = FusionDataModule(suite=f"local:{','.join(TASKS)}", data_root=str(rows), **options)
+        module = LitFusion(method="mole", pretrained=str(tiny_llama_folder), pool=str(tmp_path / "pool"), optimizer=FLAT)
+        return first_gradient(module, data, accumulate, tmp_path)
+
+    assert distance(run(2, 4, 3), run(6, 1, 1)) < 1e-5

@@ -13,11 +13,11 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from dlplora.baselines.meteora import MeteoRA
 from dlplora.cli.generate import prompt_text
-from dlplora.errors import GenerationError
+from dlplora.errors import GenerationError, RoutingError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.methods.references import AvgDelta
@@ -268,6 +268,67 @@ def test_arguments_that_do_not_fit_together_are_refused(fuse: Any) -> None:
         refused(input_ids=[[1, 5, 6]])
     with pytest.raises(GenerationError, match="not several"):
         refused(ids, input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number, got '5'"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens must be a whole number, got nan"),
+        ({"max_new_tokens": None, "max_length": "9"}, "max_length must be a whole number"),
+        ({"num_beams": 0}, "must be at least 1, got 0 and 1"),
+        ({"num_return_sequences": -1}, "must be at least 1, got None and -1"),
+        ({"pad_token_id": [0]}, "pad_token_id must be a whole number"),
+    ],
+)
+def test_numbers_that_are_none(option: dict[str, Any], message: str, fuse: Any) -> None:
+    for method in (Second(), by_length()):
+        with pytest.raises(GenerationError, match=message):
+            fuse(method).generate(TEXT, **{"max_new_tokens": 2, **option})
+    with pytest.raises(RoutingError, match=r"must be a tensor .* got list"):
+        fuse(Second()).generate(TEXT, routing=[0.0, 1.0])  # type: ignore[arg-type]
+    assert fuse(Second()).generate(TEXT, max_new_tokens=2.0, **GREEDY).shape[0] == 1
+
+
+def test_inputs_by_place_keep_their_places_or_are_refused(fuse: Any, adapted: Any, tiny_tokenizer: Any) -> None:
+    """What is padded anew here would meet the positions, embeddings or cached tokens of other columns."""
+    fused = fuse(Second())
+    rows = [tiny_tokenizer(text)["input_ids"] for text in TEXTS]
+    width = max(map(len, rows))
+    left = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    right = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    assert not torch.equal(left, right)
+    positions = 3 * (left.ne(0).cumsum(dim=1) - 1).clamp_min(0)
+    options = {"max_new_tokens": 6, "pad_token_id": 0, **GREEDY}
+    expected = adapted.generate(input_ids=left, attention_mask=left.ne(0).long(), position_ids=positions, **options)
+    assert fused.generate(input_ids=left, position_ids=positions, **options).tolist() == expected.tolist()
+    for given in ({"input_ids": right}, {"inputs": right}, {"texts": list(TEXTS)}, {"input_ids": torch.cat([left * 0, left], dim=1)}):
+        with pytest.raises(GenerationError, match="position_ids belongs to tokens in their places"):
+            fused.generate(**given, position_ids=positions, **options)
+    empty, used = DynamicCache(config=fused.config), DynamicCache(config=fused.config)
+    assert fused.generate(list(TEXTS), past_key_values=empty, **options).tolist() == fused.generate(list(TEXTS), **options).tolist()
+    with torch.no_grad(), fused.routing(torch.tensor([0.0, 1.0, 0.0])):
+        fused(input_ids=left[:, :3], past_key_values=used, use_cache=True)
+    with pytest.raises(GenerationError, match="past_key_values belongs to"):
+        fused.generate(list(TEXTS), past_key_values=used, **options)
+
+
+@pytest.mark.parametrize("policy", ["stale", "recompute", "prompt_frozen"])
+def test_guidance_has_a_cache_of_its_own(policy: str, fuse: Any) -> None:
+    fused = fuse(by_length(policy))
+    if policy == "stale":
+        assert fused.generate(TEXT, max_new_tokens=4, guidance_scale=1.5, **GREEDY).shape[0] == 1
+        return
+    with pytest.raises(GenerationError, match="guidance_scale keeps a second cache"):
+        fused.generate(TEXT, max_new_tokens=4, guidance_scale=1.5, **GREEDY)
+    assert fused.generate(TEXT, max_new_tokens=4, guidance_scale=1.0, **GREEDY).shape[0] == 1
+
+
+def test_guidance_of_a_method_that_routes_once_is_pefts(fuse: Any, adapted: Any, tiny_tokenizer: Any) -> None:
+    ids = tiny_tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "guidance_scale": 3.0, "pad_token_id": 0, **GREEDY}
+    expected = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert fuse(Second()).generate(input_ids=ids, **options).tolist() == expected.tolist()
 
 
 # ---------------------------------------------------------------------- the command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,26 @@ def all_nan(folder: Path) -> None:
     save_file({key: torch.full_like(one, torch.nan) for key, one in load_file(file).items()}, file)
 
 
+def one_infinite_after_the_cast(folder: Path) -> None:
+    """Finite in float64, and of a tensor without rows."""
+    file = folder / "method.safetensors"
+    tensors = load_file(file)
+    key = next(key for key, one in sorted(tensors.items()) if not one.ndim)
+    save_file(tensors | {key: torch.tensor(1e300, dtype=torch.float64)}, file)
+
+
+def one_huge(folder: Path) -> None:
+    file = folder / "method.safetensors"
+    tensors = load_file(file)
+    key = sorted(tensors)[0]
+    save_file(tensors | {key: torch.full_like(tensors[key], 1e30)}, file)
+
+
+def whole_numbers(folder: Path) -> None:
+    file = folder / "method.safetensors"
+    save_file({key: one.to(torch.int32) for key, one in load_file(file).items()}, file)
+
+
 def one_missing(folder: Path) -> None:
     file = folder / "method.safetensors"
     tensors = load_file(file)
@@ -158,6 +179,9 @@ def cut(folder: Path) -> None:
     [
         (without_weights, "has no method.safetensors"),
         (all_nan, "holds NaN or infinite values"),
+        (one_infinite_after_the_cast, "log_tau.*holds NaN or infinite values"),
+        (one_huge, r"or values beyond 1e\+18"),
+        (whole_numbers, "is stored as int32"),
         (one_missing, "Missing key"),
         (other_shape, "size mismatch"),
         (cut, "is damaged"),
@@ -330,3 +354,27 @@ def test_adapters_and_methods_on_a_full_disk(trained: tuple[Path, AdapterBank, M
             save_adapter(tmp_path / "adapter", LoRASettings().peft_config(), {"base_model.model.x.lora_A.weight": torch.ones(8, 512)})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "num_bytes", "where"),
+    [
+        (["new-method", "mine", "--dir", "new"], 100, "new/mine.py"),
+        (["tasks", "--suite", "local:pets", "--data-root", "rows", "--export", "tasks"], 100, "tasks/"),
+        (["export", "merged", "merged", "--pretrained", "model", "--pool", "pool", "--weight", "alpha=1"], 2_000, "merged"),
+    ],
+)
+def test_what_a_command_writes_is_whole_or_absent(
+    command: list[str], num_bytes: int, where: str, tiny_llama_folder: Path, tiny_pool: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tasks(tmp_path / "rows")
+    for name, folder in (("model", tiny_llama_folder), ("pool", tiny_pool)):
+        (tmp_path / name).symlink_to(folder)
+    with files_of_at_most(num_bytes):
+        assert main(command) == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert re.search(rf"File too large.*: {where}", errors.splitlines()[-1])
+    assert {path.name for path in tmp_path.iterdir()} <= {"rows", "model", "pool", "new", "tasks"}
+    assert not [*tmp_path.glob("new/*"), *tmp_path.glob("tasks/*")]

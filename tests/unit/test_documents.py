@@ -97,6 +97,14 @@ YAMLS = {
     "list": ("[1]", "must hold a mapping"),
     "NUL": ('a: "\\0"', "NUL"),
     "surrogate": ('a: "\\ud800"', "surrogate"),
+    "many references": ("a: xx\nb: '" + "${a}" * 200_000 + "${c}'", "refers to a missing key"),
+    "references inside each other": ("b: '" + "${a" * 20_000 + "}" * 20_000 + "'", "own keys only"),
+    "a chain of references": ("\n".join(f"a{i}: ${{a{i + 1}}}" for i in range(5_000)) + "\na5000: x", "too many other references"),
+    "no index": ("a: [1]\nb: ${a[\u00b2]}", "refers to a missing key"),
+    "base 60 without end": ("a: " + "1:" * 100_000 + "1", "too many digits"),
+    "no truth value": ("a: !!bool x", "does not fit its value"),
+    "no time": ("a: !!timestamp x", "does not fit its value"),
+    "no number": ("a: !!float ''", "does not fit its value"),
     "set": ("a: !!set {x}", "neither text nor number"),
 }
 
@@ -154,6 +162,15 @@ class Outer:
     def __post_init__(self) -> None:
         if len(self.numbers) > 3:
             raise ValueError("'numbers' holds more than three")
+
+
+def test_merged_mappings(tmp_path: Path) -> None:
+    """A merge may be merged again, its keys may be overridden, and doubling it in every line does not double the work."""
+    text = "x: {y: &a {<<: &b {one: 1, two: 2}, one: 3}}\nz: {<<: *a, two: 4}\n"
+    text += "m0: &m0 {k: 1}\n" + "".join(f"m{i + 1}: &m{i + 1} {{<<: [*m{i}, *m{i}]}}\n" for i in range(40))
+    (tmp_path / "f.yaml").write_text(text)
+    found = read_yaml(tmp_path / "f.yaml")
+    assert (found["x"], found["z"], found["m40"]) == ({"y": {"one": 3, "two": 2}}, {"one": 3, "two": 4}, {"k": 1})
 
 
 def test_plain_data_become_dataclasses() -> None:

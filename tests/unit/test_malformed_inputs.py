@@ -108,6 +108,16 @@ def test_all_tasks_are_all_tasks(tmp_path: Path) -> None:
     _rows(tmp_path / "bad", {"question": "q", "answer": 0, "choices": ["a", None]})
     with pytest.raises(TaskError, match=r"'choices\[1\]' must be text or a number, got null"):
         local_suite(["all"], str(tmp_path))
+    _rows(tmp_path / "bad", {"question": True, "answer": "a"})
+    with pytest.raises(TaskError, match="'question' must be text or a number, got true"):
+        local_suite(["all"], str(tmp_path))
+    for nothing in ("", " \n\n"):
+        _rows(tmp_path / "bad", nothing)
+        with pytest.raises(TaskError, match=r"bad/test\.jsonl: no rows"):
+            local_suite(["all"], str(tmp_path))
+    name = os.fsdecode(b"n\xff")
+    with pytest.raises(TaskError, match="is not a task name"):
+        local_suite([name], str(tmp_path))
     _rows(tmp_path / "bad", {"question": 7, "answer": 4})
     assert local_suite(["all"], str(tmp_path)).names == ("bad", "good")
 
@@ -144,6 +154,8 @@ def test_a_manifest_that_is_no_file_is_not_passed_over(kind: str, tiny_pool: Pat
         (["serve", "--port", "0", "--default-max-tokens", "-1"], "--default-max-tokens must be at least 1"),
         (["bench", "latency", "--shape", "tiny", "--batch", "9" * 30], "at most 1,000,000"),
         (["generate", "x", "--pool", "a" * 5_000], "File name too long"),
+        (["eval", "--out", "\udcff", "--method", "base"], "the value of 'out' is not UTF-8"),
+        (["eval", "--protocol", "\udcff.yaml", "--method", "base"], "the value of 'protocol' is not UTF-8"),
     ],
 )
 def test_options_at_the_door(arguments: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dlplora.errors import ConfigError, MethodError, RoutingError
@@ -238,6 +240,27 @@ def test_load_says_what_is_wrong(tmp_path: Path, embedding: nn.Embedding) -> Non
     (tmp_path / "router.json").write_text("{")
     with pytest.raises(MethodError, match=r"router\.json: not JSON"):
         MiniMLPRouter.load(tmp_path, embedding)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda one: torch.full_like(one, torch.nan), "holds NaN or infinite values"),
+        (lambda one: torch.full_like(one, -torch.inf), "holds NaN or infinite values"),
+        (lambda one: one.double() * 0 + 1e300, "holds NaN or infinite values"),
+        (lambda one: torch.full_like(one, 1e30), r"holds NaN or infinite values, or values beyond 1e\+18"),
+        (lambda one: one.to(torch.int16), "is stored as int16"),
+    ],
+)
+def test_numbers_that_no_router_computes_with(damage: Any, message: str, tmp_path: Path, embedding: nn.Embedding) -> None:
+    small(embedding).save(tmp_path)
+    file = tmp_path / "router.safetensors"
+    sound = load_file(file)
+    for key in sound:
+        save_file(sound | {key: damage(sound[key])}, file)
+        with pytest.raises(MethodError, match=rf"'{key}' {message}") as caught:
+            MiniMLPRouter.load(tmp_path, embedding)
+        assert "\n" not in str(caught.value)
 
 
 def test_column_order_goes_by_name(embedding: nn.Embedding) -> None:
