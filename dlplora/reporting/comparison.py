@@ -27,6 +27,8 @@ PRIMARY = "mean_score"
 COMPARED = (PRIMARY, *AGGREGATES)
 """Aggregates that methods are compared on."""
 
+REFERENCE_METHOD = "dlp"
+"""What other methods are compared with."""
 BOUND = {"bleu": 100.0}
 """Largest possible difference of a metric; of all others 1."""
 

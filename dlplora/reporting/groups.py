@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dlplora.reporting.comparison import Scores, collect
+from dlplora.reporting.comparison import REFERENCE_METHOD, Scores, collect
+from dlplora.reporting.doubt import Doubt, find_doubt
 from dlplora.reporting.latency.join import LatencyColumns, latency_columns
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader, is_publishable
@@ -26,6 +27,9 @@ class Group:
     """Ratios of a bench record; None if there is none for the suite."""
     trials: Mapping[str, Sequence[Trial]] = field(default_factory=dict)
     """Preset -> trials of its settings on the validation split."""
+
+    doubt: Doubt | None = None
+    """Prompts for which ``dlp`` keeps several adapters; None if there are hardly any."""
 
     @property
     def title(self) -> str:
@@ -82,15 +86,17 @@ def group(records: Iterable[Record], reader: OutcomeReader) -> list[Group]:
     trials = load_trials(reader.root)
     settings = by_setting(latest(records))
     latency = {suite: latency_columns(reader.root / "bench", suite) for suite in {suite for suite, _, _ in settings}}
+    scores = {setting: collect(rows, reader.numbers) for setting, rows in settings.items()}
     return [
         Group(
             suite=suite,
             protocol=protocol,
             backbone=backbone,
             records=tuple(rows),
-            scores=collect(rows, reader.numbers),
+            scores=scores[suite, protocol, backbone],
             latency=latency[suite],
             trials=of_table(trials, rows),
+            doubt=find_doubt(rows, scores[suite, protocol, backbone], reader, REFERENCE_METHOD),
         )
         for (suite, protocol, backbone), rows in settings.items()
     ]

@@ -14,8 +14,8 @@ NOTES: dict[str, str] = {
 **An ordinary classifier is as good as the router here.** Every prompt of this suite clearly belongs to one task: `dlp` keeps one adapter
 for every prompt and gives the same answers as `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
 what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods combine
-three adapters per prompt, as in their papers, and score lower because of it. The gates of `meteora_gate` saw a
-twelfth of the router's training tokens at one learning rate, which was not searched. No other gates were trained on this suite. For
+three adapters per prompt, as in their papers, and score lower because of it. The gates of `meteora_gate` and `xlora` saw a
+twelfth of the router's training tokens at one learning rate, which was not searched. For
 tasks whose adapter is missing, see [unseen tasks](../../docs/unseen_task.md).""",
     "skills_confusable": """\
 **Where the router is in doubt, fusing two adapters is worse than taking the likelier one.** Four pairs of tasks whose prompts are

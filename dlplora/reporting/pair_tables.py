@@ -7,13 +7,10 @@ import io
 from collections.abc import Sequence
 
 from dlplora.reporting.columns import COLUMNS
-from dlplora.reporting.comparison import COMPARED, PRIMARY, Scores, Verdict, against, by_task, ranking, task_wins
+from dlplora.reporting.comparison import COMPARED, PRIMARY, REFERENCE_METHOD, Scores, Verdict, against, by_task, ranking, task_wins
 from dlplora.reporting.groups import Group
 from dlplora.reporting.markdown import code, table
 from dlplora.reporting.methods import without_clones
-
-REFERENCE_METHOD = "dlp"
-"""What the others are compared with."""
 
 
 def pair_table(scores: Scores, reference: str = REFERENCE_METHOD) -> str:

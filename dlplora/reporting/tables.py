@@ -27,14 +27,15 @@ from dlplora.reporting.columns import (
     row_order,
     rows_of,
 )
-from dlplora.reporting.comparison import Scores, task_means
+from dlplora.reporting.comparison import REFERENCE_METHOD, Scores, task_means
+from dlplora.reporting.doubt import doubt_table
 from dlplora.reporting.groups import Group, different_pools, group
 from dlplora.reporting.latency.join import LatencyColumns
 from dlplora.reporting.latency.tables import speed_page
 from dlplora.reporting.markdown import code, plain, table
 from dlplora.reporting.methods import data_seen
 from dlplora.reporting.notes import NOTES
-from dlplora.reporting.pair_tables import REFERENCE_METHOD, pair_table, pairs_csv
+from dlplora.reporting.pair_tables import pair_table, pairs_csv
 from dlplora.reporting.reported import reported_page
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader
@@ -250,6 +251,7 @@ def _sections(one: Group, depth: str) -> list[str]:
         f"{chosen_table(one.trials)}\n\n{questions_note(one.trials)}" if one.trials else "",
         f"{depth} In pairs with `{REFERENCE_METHOD}`" if pairs else "",
         pairs,
+        *((f"{depth} Where {code(one.doubt.method)} keeps several adapters", doubt_table(one.doubt)) if one.doubt else ()),
         f"{depth} By task (accuracy or exact match, %)",
         task_table(one.records),
     ]
