@@ -12,6 +12,9 @@ from dlplora.errors import ConfigError
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Suite
 
+MAX_ROWS = 1_000_000
+"""Of a batch. The rows of a task repeat, so a mistyped number would be filled up for ever."""
+
 
 def select_tasks(suite: str, tasks: str | Sequence[str], data_root: str | None) -> Suite:
     """The named tasks of a suite, in the order given; ``all`` keeps the suite's order. Text may list names with commas.
@@ -56,6 +59,8 @@ class SuiteDataModule(L.LightningDataModule):
         value = self.hparams[name]
         if value < minimum:
             raise ConfigError(f"data: '{name}' must be at least {minimum}, got {value}.")
+        if name == "batch_size" and value > MAX_ROWS:
+            raise ConfigError(f"data: '{name}' must be at most {MAX_ROWS:,}, got {value}.")
 
     @property
     def num_processes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlplora.errors import ConfigError
 from dlplora.training.adapter_export import save_adapter
 from dlplora.training.adapter_module import AdapterModule
 from dlplora.training.answer_loss import answer_logits, has_plain_head
@@ -56,10 +57,14 @@ class LitExpert(AdapterModule):
         if self.model is not None:
             return
         from peft import get_peft_model
+        from peft.tuners.tuners_utils import NoMatchingPeftModuleError
 
         backbone = load_frozen(self.backbone, self.backbone_dtype)
         self.plain_head = has_plain_head(backbone)
-        self.model = get_peft_model(backbone, self.lora.peft_config())
+        try:
+            self.model = get_peft_model(backbone, self.lora.peft_config())
+        except NoMatchingPeftModuleError as error:
+            raise ConfigError(f"lora: {error}") from error
         if self.gradient_checkpointing:
             self._recomputed = recompute_activations(backbone)
         names = self.datamodule.task_names

@@ -81,6 +81,9 @@ class TrainingCLI(LightningCLI):
             callbacks.append(TrainingProgress())
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        for key in ("accumulate_grad_batches", "val_check_interval"):  # Lightning divides by them
+            if isinstance(given := trainer.get(key), (int, float)) and not given > 0:
+                raise ConfigError(f"trainer: '{key}' must be more than 0, got {given}.")
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -171,6 +174,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(str(own)) from error
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    if cli.subcommand == "fit" and not cli.trainer.global_step:
+        raise ConfigError("nothing was trained: max_epochs, max_steps or limit_train_batches of the trainer leave no step.")
     if cli.trainer.is_global_zero:
         print(json.dumps(summary(cli)))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,11 +77,13 @@ class OptimizerSettings:
     """Share of all steps, at the end, over which the rate falls to zero; 0 keeps it constant."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or not 0.0 <= self.decay_fraction <= 1.0:
+        if not 0.0 < self.lr < math.inf or self.warmup_steps < 0 or not 0.0 <= self.decay_fraction <= 1.0:
             raise ConfigError(
                 f"optimizer: needs lr > 0, warmup_steps >= 0 and decay_fraction in [0, 1], got {self.lr}, {self.warmup_steps}, "
                 f"{self.decay_fraction}."
             )
+        if not all(0.0 <= beta < 1.0 for beta in self.betas) or not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"optimizer: needs betas in [0, 1) and weight_decay >= 0, got {self.betas} and {self.weight_decay}.")
 
     def rate_factor(self, step: int, total_steps: int) -> float:
         """Learning rate of a step (from 0) as a fraction of the peak.

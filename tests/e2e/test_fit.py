@@ -80,6 +80,15 @@ def test_print_config_can_be_run_again(tiny_llama_folder: Path, rows: Path, tmp_
         (["--model.init_args.backbone", "/no/such/model"], "/no/such/model"),
         (["--model.init_args.lora.target_modules", "[q_prok]"], "q_prok"),
         (["--model.init_args.lora.rank", "0"], "'rank'"),
+        (["--model.init_args.optimizer.lr", ".nan"], "needs lr > 0"),
+        (["--model.init_args.optimizer.lr", ".inf"], "needs lr > 0"),
+        (["--model.init_args.optimizer.weight_decay", ".nan"], "weight_decay >= 0"),
+        (["--model.init_args.optimizer.betas", "[0.9, 2]"], "betas in [0, 1)"),
+        (["--data.init_args.batch_size", "999999999999"], "'batch_size' must be at most 1,000,000"),
+        (["--trainer.accumulate_grad_batches", "0"], "'accumulate_grad_batches' must be more than 0"),
+        (["--trainer.val_check_interval", "0"], "'val_check_interval' must be more than 0"),
+        (["--trainer.limit_train_batches", "0"], "nothing was trained"),
+        (["--trainer.max_steps", "0"], "nothing was trained"),
         (["--ckpt_path", "/no/such.ckpt"], "/no/such.ckpt"),
         (["--config", "/no/such.yaml"], "/no/such.yaml"),
     ],
@@ -95,6 +104,14 @@ def test_bad_input_gives_one_line_and_leaves_nothing(
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert not (tmp_path / "export").exists()
+
+
+def test_one_experts_target_that_is_not_there(tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
+    more = ["--model.init_args.lora.target_modules", "[q_prok]", "--data.init_args.tasks", "pets"]
+    assert fit(arguments("fit", "expert", tiny_llama_folder, rows, tmp_path, *more)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "lora: Target modules {'q_prok'} not found" in said[0]
 
 
 def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
