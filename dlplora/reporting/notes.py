@@ -13,10 +13,11 @@ NOTES: dict[str, str] = {
     "real26": """\
 **An ordinary classifier is as good as the router here.** Every prompt of this suite clearly belongs to one task: `dlp` keeps one adapter
 for every prompt and gives the same answers as `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
-what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Retrieval methods combine
-three adapters per prompt, as in their papers, and score lower because of it. The gates of `meteora_gate` and `xlora` saw a
-twelfth of the router's training tokens at one learning rate, which was not searched. For
-tasks whose adapter is missing, see [unseen tasks](../../docs/unseen_task.md).""",
+what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Where the router is in
+doubt, see `skills_confusable`. `multitask` is one adapter of the size of one expert, trained on as many rows as all experts together. Most
+retrieval methods combine three adapters per prompt, as in their papers, and score lower because of it. Gates saw a twelfth of the
+router's training tokens at one learning rate, which was not searched. For tasks whose adapter is missing, see
+[unseen tasks](../../docs/unseen_task.md).""",
     "skills_confusable": """\
 **Where the router is in doubt, fusing two adapters is worse than taking the likelier one.** Four pairs of tasks whose prompts are
 drawn from the same texts: `dlp` keeps two adapters for a fifth of the prompts, all of one pair, and answers fewer of them right than
