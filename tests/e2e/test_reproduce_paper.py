@@ -232,7 +232,7 @@ KINDS = ("backbone", "pool", "multitask", "router", "trained")
 def test_every_profile_names_a_protocol_and_options_that_exist(name: str, tmp_path: Path) -> None:
     profile = build(Profile, load_yaml(configs_root() / "reproduce" / f"{name}.yaml"), name)
     protocol = load_protocol(profile.protocol)
-    assert protocol.suite.startswith(("paper", "real26"))
+    assert protocol.suite.startswith(("paper", "real26", "nano", "skills"))
     setting = Setting(
         backbone="BASE", suite=protocol.suite, data_root=str(tmp_path), tasks=("gsm8k",), configs=CONFIGS, options=profile.fit_options
     )
