@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     listener = _listen(arguments.host, arguments.port)
     with backbones_kept():
         load = _loader(arguments)
-        engine = Engine(load(), options)
+        engine = _in_its_own_thread(lambda: Engine(load(), options))
         reload = reloader(engine, load, contextvars.copy_context())
         server_options = ServerOptions(
             base_name=arguments.pretrained or "nano",
@@ -206,6 +207,17 @@ def run_serve(arguments: argparse.Namespace) -> int:
         finally:
             engine.close()
     return 0
+
+
+def _in_its_own_thread(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns or raises, from a thread that ends with it.
+
+    OpenMP keeps a pool of threads for every thread that has computed something. As soon as all pools together have more threads than
+    there are cores, threads that wait sleep between two operations instead of spinning, and a decoding step of a small model takes half
+    as long again. With loading done and its thread gone, the engine's thread is the only one with a pool.
+    """
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(contextvars.copy_context().run, work).result()
 
 
 def _reload_on_signal(reload: Callable[[], Sequence[str]]) -> None:

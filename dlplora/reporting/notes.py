@@ -16,8 +16,8 @@ for every prompt and gives the same answers as `oracle`, and so does `tfidf_line
 what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Where the router is in
 doubt, see `skills_confusable`. `multitask` is one adapter of the size of one expert, trained on as many rows as all experts together. Most
 retrieval methods combine three adapters per prompt, as in their papers, and score lower because of it. Gates saw a twelfth of the
-router's training tokens at one learning rate, which was not searched. At this rate the gate of `mole` ends saturated, on one adapter per token
-(its inputs have 14,976 numbers here): that row says little about the method. For tasks whose adapter is missing, see
+router's training tokens at one learning rate, which was not searched. At this rate the gate of `mole` ends saturated, on one adapter
+per token (its inputs have 14,976 numbers here): that row says little about the method. For tasks whose adapter is missing, see
 [unseen tasks](../../docs/unseen_task.md).""",
     "skills_confusable": """\
 **Where the router is in doubt, fusing two adapters is worse than taking the likelier one.** Four pairs of tasks whose prompts are

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ pytest.importorskip("fastapi", reason="the server's packages are not installed: 
 pytest.importorskip("httpx", reason="httpx is not installed")
 from starlette.testclient import TestClient
 
+from dlplora.cli import serve
 from dlplora.cli.main import main
+from dlplora.errors import ConfigError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
 from dlplora.serve.app import build_app
@@ -348,6 +351,21 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: py
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dlplora: error:")
     assert message in error
+
+
+def test_loading_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its OpenMP threads would slow down those of the engine."""
+    seen: list[threading.Thread] = []
+
+    def load() -> Any:
+        seen.append(threading.current_thread())
+        raise ConfigError("no model")
+
+    monkeypatch.setattr(serve, "_loader", lambda arguments: load)
+    assert main(["serve", "--port", "0"]) == 2
+    assert capsys.readouterr().err.strip() == "dlplora: error: no model"
+    assert seen[0] is not threading.main_thread()
+    assert not seen[0].is_alive()
 
 
 def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
