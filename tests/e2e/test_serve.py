@@ -234,7 +234,6 @@ def test_a_full_queue_is_429(engine: Engine, client: TestClient) -> None:
     assert response.status_code == 400
     response = client.post("/v1/completions", json={"prompt": ["the"] * 8, "max_tokens": 2, "ignore_eos": True, "n": 1})
     assert len(response.json()["choices"]) == 8
-    import threading
 
     blocker = threading.Event()
     busy = threading.Thread(target=engine.call, args=(lambda: blocker.wait(30),))
