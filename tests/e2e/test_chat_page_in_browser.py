@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +21,6 @@ from dlplora.serve.engine import Engine, EngineOptions
 from dlplora.serve.prompts import NANO_TEMPLATE
 from dlplora.serve.server import ServerOptions
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 ZARGI = "Please write in Zargi: the cat sees the hat."
 GATE = "Tom is at the gate with a brown glove. Does Tom pass?"
 
@@ -49,14 +46,6 @@ def addresses() -> Iterator[dict[str, str]]:
         server.should_exit = True
         thread.join(10)
     engine.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Needs the package ``playwright`` and a Chromium of the system (``apt-get install
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +13,15 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]'")
+from playwright.sync_api import expect
+
 from dlplora.cli.report import _test_items
 from dlplora.reporting import html, store
 from dlplora.reporting.columns import COLUMNS
 from dlplora.reporting.groups import group
 from tests.unit.test_page import HOSTILE, hostile_results
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]'")
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 MCQ, ROUTER = 2, 6
 """Places of two columns among those that are shown at first."""
@@ -45,14 +44,6 @@ def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "index.html"
     path.write_text(html.page(group(store.load_all(RESULTS, "nano")[0], reader), lambda record: None, lambda suite, task: ()), "utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -161,7 +152,7 @@ def test_nothing_in_a_name_runs(browser: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#question td")
     for place in ("#task", "#q-task"):
         page.select_option(place, HOSTILE)
-    page.wait_for_function("document.querySelector('#question pre').textContent.includes('onerror')")
+    expect(page.locator("#question pre")).to_contain_text("onerror")
     page.wait_for_timeout(300)
     assert page.locator("#table thead th").all_inner_texts()[1].startswith(HOSTILE)
     assert "<!--<script>" in column(page, 0)
@@ -191,7 +182,7 @@ def test_filtering(opened: Any) -> None:
 
 def test_a_question_with_every_methods_answer_and_route(opened: Any) -> None:
     opened.select_option("#q-task", "translate_zargi")
-    opened.wait_for_function("document.querySelector('#question pre').textContent.includes('Zargi')")
+    expect(opened.locator("#question pre")).to_contain_text("Zargi")
     rows = {row.locator("td").nth(0).inner_text(): row for row in opened.locator("#question tbody tr").all()}
     assert set(rows) == METHODS
     assert "translate_zargi 1.00" in rows["dlp"].inner_text()
@@ -202,11 +193,11 @@ def test_a_question_with_every_methods_answer_and_route(opened: Any) -> None:
     assert opened.evaluate(colour).startswith("rgb")
     first = opened.inner_text("#question pre")
     opened.click("#q-next")
-    opened.wait_for_function("(before) => document.querySelector('#question pre').textContent.trim() !== before.trim()", arg=first)
+    expect(opened.locator("#question pre")).not_to_have_text(first)
     assert opened.input_value("#q-number") == "1"
     assert opened.locator("#q-number option").count() == 100
     opened.select_option("#q-which", "0")
-    opened.wait_for_function("!document.querySelector('#question td.right')")
+    expect(opened.locator("#question td.right")).to_have_count(0)
     assert "wrong" in opened.inner_text("#question tbody")
 
 
