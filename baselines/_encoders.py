@@ -138,10 +138,8 @@ class LearnsFromPrompts(FusionMethod):
             )
 
 
-class LearnsFromEncodings(LearnsFromPrompts):
-    """The same on encoded prompts. Its ``Config`` has ``encoder``."""
-
-    stand_in_params: ClassVar[Mapping[str, Any]] = {"encoder": "features", "num_samples": 20}
+class UsesEncoder(FusionMethod):
+    """A method whose ``Config`` has ``encoder``."""
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:
@@ -150,8 +148,14 @@ class LearnsFromEncodings(LearnsFromPrompts):
 
     @property
     def optional_packages(self) -> Mapping[str, str]:
-        """What the encoder needs."""
+        """sentence-transformers, if the encoder is one of its models, and for ``minilm`` the package that carries it."""
         return encoder_packages(self.config.encoder)
+
+
+class LearnsFromEncodings(LearnsFromPrompts, UsesEncoder):
+    """The same on encoded prompts. Its ``Config`` has ``encoder``."""
+
+    stand_in_params: ClassVar[Mapping[str, Any]] = {"encoder": "features", "num_samples": 20}
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Load the encoder."""

@@ -13,7 +13,6 @@ Deviations: the authors embed with an instruction-tuned sentence encoder. Here t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlplora.errors import ConfigError, MethodError
-from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.methods.base import Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 
-from ._encoders import Encoder, encoder_packages
+from ._encoders import Encoder, UsesEncoder
 from ._gates import kept_of, top_k_softmax
 
 PAPER = "https://arxiv.org/abs/2402.09997"
@@ -61,7 +60,7 @@ class LorauterConfig(RetrieverConfig):
             raise ConfigError(f"'temperature' must be positive, got {self.temperature}.")
 
 
-class RetrieverMixture(FusionMethod):
+class RetrieverMixture(UsesEncoder):
     """The nearest experts, equally; deltas are summed."""
 
     name = "retriever_mixture"
@@ -75,16 +74,6 @@ class RetrieverMixture(FusionMethod):
     def max_kept(self) -> int:
         """``top_k``."""
         return int(self.config.top_k)
-
-    @property
-    def artifact_roles(self) -> tuple[str, ...]:
-        """The router, if its features are the encoder."""
-        return ("router",) if self.config.encoder == "router" else ()
-
-    @property
-    def optional_packages(self) -> Mapping[str, str]:
-        """sentence-transformers, if the encoder is one of its models, and for ``minilm`` the package that carries it."""
-        return encoder_packages(self.config.encoder)
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Embed the inputs of every expert, unless a saved index is there."""

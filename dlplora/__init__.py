@@ -75,7 +75,8 @@ def __getattr__(name: str) -> Any:
         from dlplora.errors import nearest
 
         hint = "" if name.startswith("_") else nearest(name, __all__)
-        raise AttributeError(f"module 'dlplora' has no attribute '{name}'.{hint}")
+        # without an object of ours, Python's traceback adds no second hint
+        raise AttributeError(f"module 'dlplora' has no attribute '{name}'.{hint}", name=name, obj=None)
     from importlib import import_module
 
     module, _, attribute = home.partition(":")

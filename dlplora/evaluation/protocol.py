@@ -49,7 +49,7 @@ class Protocol:
     batch_size: int = 64
     """Rows a forward; fixed, because reduced-precision results depend on it."""
     max_length: int | None = None
-    """Context in tokens; null takes the backbone's."""
+    """Context in tokens; null takes the base model's."""
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
     """Seeds a complete table needs."""
     bootstrap_iters: int = 1000

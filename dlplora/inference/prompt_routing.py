@@ -222,7 +222,7 @@ def piecewise_weights(
     Args:
         ids, mask: Prompts (B, T).
         how: ``question`` or ``sentence``.
-        answer: Plan of the first answer (B, E); the last token of each row is processed under it.
+        answer: Routing weights of the first answer (B, E); the last token of each row is processed under it.
         route: Texts, and (row, piece) of each, to weights (N, E).
         tokenizer: Finds which token belongs to which piece.
 

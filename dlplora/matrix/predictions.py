@@ -64,7 +64,7 @@ class Predictions:
         """Rows a step, steps, tokens per row at most."""
         setting = self.subject.setting
         data = load_yaml(artifacts.config_path(role, setting))["data"]["init_args"]
-        data = paper.overridden(data, setting.extra(artifacts.kind_of(role)), "--data.init_args.")
+        data = paper.overridden(data, setting.extra(role), "--data.init_args.")
         return int(data.get("batch_size", 32)), int(data.get("num_steps", 0)), int(data.get("max_length", 512))
 
     def _memory(self, kind: str, name: str) -> int | None:

@@ -13,7 +13,7 @@ from dlplora.matrix.plan import Cell, Kind, Request
 from dlplora.matrix.predictions import Predictions
 from dlplora.matrix.subject import Subject, method_facts
 from dlplora.reproduce import artifacts, paper, pipeline
-from dlplora.reproduce.recipe import NANO
+from dlplora.reproduce.recipe import NANO, TRAINED
 from dlplora.tasks.registry import get_suite
 
 NANO_PROFILE = "nano"
@@ -95,9 +95,9 @@ class _Planner:
     def _training(self, role: str, seed: int, first: Sequence[str], made: Mapping[str, str]) -> Iterator[Cell]:
         config = self._config(role)
         if role != "pool":
-            gates = role.startswith(artifacts.TRAINED)
+            gates = role.startswith(TRAINED)
             after = [made["pool"]] if gates and "pool" in made else list(first)
-            over = [method_facts(role.removeprefix(artifacts.TRAINED)), self._config("pool")] if gates else []
+            over = [method_facts(role.removeprefix(TRAINED)), self._config("pool")] if gates else []
             yield self._cell("artifact", role, seed, after, [config, *over])
             return
         names, size = self.subject.setting.chosen().names, self.request.experts_per_cell

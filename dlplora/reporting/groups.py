@@ -34,7 +34,7 @@ class Group:
     @property
     def title(self) -> str:
         """For headings, where a suite has several groups."""
-        return f"protocol `{self.protocol}`, backbone `{self.backbone}`"
+        return f"protocol `{self.protocol}`, base model `{self.backbone}`"
 
     @property
     def slug(self) -> str:

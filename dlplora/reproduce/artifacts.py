@@ -20,13 +20,11 @@ from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import build_method, hashed_params, load_method_spec
-from dlplora.reproduce.recipe import NANO, Setting
+from dlplora.reproduce.recipe import NANO, TRAINED, Setting, kind_of
 
 RECIPE = "recipe.json"
 CONFIGS = {"pool": "experts", "multitask": "multitask", "router": "router"}
 """Role -> training configuration where the two differ or the artifact is shipped; another role's configuration bears its name."""
-TRAINED = "trained/"
-"""Prefix of the roles of trained methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +54,6 @@ def roles_of(preset: str) -> tuple[str, ...]:
     return ("pool", *(f"{TRAINED}{preset}" if role == "trained" else role for role in wanted))
 
 
-def kind_of(role: str) -> str:
-    """The role without the method it belongs to."""
-    return "trained" if role.startswith(TRAINED) else role
-
-
 def config_path(role: str, setting: Setting) -> Path:
     """The training configuration of a role.
 
@@ -78,7 +71,7 @@ def config_path(role: str, setting: Setting) -> Path:
 def recipe(role: str, seed: int = 0, setting: Setting = NANO) -> dict[str, Any]:
     """Everything the artifact is a function of: its training configuration, the base model, the tasks' text; for gates also the
     method's parameters and the pool's recipe; the seed if it is not the configuration's own."""
-    described: dict[str, Any] = {"config": load_yaml(config_path(role, setting)), **setting.facts(kind_of(role))}
+    described: dict[str, Any] = {"config": load_yaml(config_path(role, setting)), **setting.facts(role)}
     if role.startswith(TRAINED):
         spec = load_method_spec(role.removeprefix(TRAINED))
         described |= {"method": spec.method, "params": hashed_params(spec), "pool": recipe_hash("pool", seed, setting)}

@@ -23,7 +23,7 @@ from dlplora.methods.registry import available_presets
 from dlplora.reporting.columns import REFERENCE_ROWS
 from dlplora.reproduce import artifacts, estimate
 from dlplora.reproduce.pipeline import ReproduceJob, make_job, roles_of
-from dlplora.reproduce.recipe import Setting
+from dlplora.reproduce.recipe import Setting, kind_of
 from dlplora.reproduce.training import train
 from dlplora.tasks.local import ENV_ROOT
 from dlplora.tasks.registry import get_suite, suite_names
@@ -60,7 +60,7 @@ class Profile:
     methods: list[str] = field(default_factory=lambda: list(REFERENCE_ROWS))
     """Methods of the comparison unless others are named."""
     options: dict[str, dict[str, Any] | list[str]] = field(default_factory=dict)
-    """Kind of training (or ``all``) -> what changes in its configuration, as a mapping; options of ``dlplora fit`` are read as well."""
+    """Role, its kind, or ``all`` -> what changes in its configuration, as a mapping or as options of ``dlplora fit``."""
     processes: int | None = None
     """Processes that the experts are dealt out to."""
     shape: str | None = None
@@ -308,7 +308,7 @@ def budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
     """Steps and rows of one kind of training, and how many of it there are."""
     data = load_yaml(artifacts.config_path(kind, setting))["data"]["init_args"]
     data = overridden(data, setting.extra(kind), "--data.init_args.")
-    roles = [role for role in roles_of(job.methods) if artifacts.kind_of(role) == kind]
+    roles = [role for role in roles_of(job.methods) if kind_of(role) == kind]
     runs = len(roles) * len(job.seeds) * (rows_at_hand(job)[1] if kind == "pool" else 1)
     rank = lora_of(job)["rank"]
     size = RANKS.get(kind, rank) // rank

@@ -15,8 +15,15 @@ from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Suite
 
 ROUTERS = ("router", "router_paper5m")
+TRAINED = "trained/"
+"""Prefix of the roles of trained methods."""
 BACKBONE_OPTIONS = {"pool": "backbone", **dict.fromkeys(ROUTERS, "backbone"), "trained": "pretrained"}
 """Kind of role -> the training module's name for its base model; adapters on all tasks have the pool's."""
+
+
+def kind_of(role: str) -> str:
+    """The role without the method it belongs to."""
+    return "trained" if role.startswith(TRAINED) else role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,7 @@ class Setting:
     configs: Mapping[str, str] = field(default_factory=dict)
     """Kind of role -> training configuration, where it is not the nano suite's."""
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Kind of role (``all`` for every one) -> further options of ``dlplora fit``."""
+    """Role or its kind (``all`` for every one) -> further options of ``dlplora fit``."""
     processes: int | None = None
     """Processes that the experts of a pool are dealt out to; None takes the number of cores, at most four."""
 
@@ -47,14 +54,15 @@ class Setting:
         """The tasks that are trained on."""
         return get_suite(self.suite, self.data_root).select(self.tasks)
 
-    def extra(self, kind: str) -> list[str]:
-        """The further options of one kind of role, those of ``all`` first."""
-        return [*self.options.get("all", ()), *self.options.get(kind, ())]
+    def extra(self, role: str) -> list[str]:
+        """The further options of a role: those of ``all`` first, then those of its kind, its own last."""
+        return [option for key in dict.fromkeys(("all", kind_of(role), role)) for option in self.options.get(key, ())]
 
-    def arguments(self, kind: str) -> list[str]:
+    def arguments(self, role: str) -> list[str]:
         """Options of ``dlplora fit`` that make a recipe train over this base model and these tasks."""
+        kind = kind_of(role)
         if self.shipped:
-            return self.extra(kind)
+            return self.extra(role)
         told = ["--data.init_args.suite=" + self.suite]
         if self.data_root is not None:
             told.append(f"--data.init_args.data_root={self.data_root}")
@@ -65,12 +73,12 @@ class Setting:
             told.append(f"--model.init_args.{BACKBONE_OPTIONS.get(kind, 'backbone')}={self.backbone}")
         if kind not in {"backbone", "trained", *ROUTERS} and self.base_model_name is not None:
             told.append(f"--model.init_args.base_model_name={self.base_model_name}")
-        return [*told, *self.extra(kind)]
+        return [*told, *self.extra(role)]
 
-    def facts(self, kind: str) -> dict[str, Any]:
+    def facts(self, role: str) -> dict[str, Any]:
         """What an artifact is a function of, besides its configuration: the base model's weights and the tasks' rows."""
         described: dict[str, Any] = {}
-        if kind != "backbone":
+        if role != "backbone":
             described["backbone_sha256"] = self.backbone_sha256()
         described["tasks"] = {
             task.name: task.facts["sha256"]
@@ -79,7 +87,7 @@ class Setting:
             for task in self.chosen().tasks
         }
         if not self.shipped:
-            described["options"] = self.extra(kind)
+            described["options"] = self.extra(role)
         return described
 
     def backbone_sha256(self) -> str:

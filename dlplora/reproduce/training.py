@@ -19,8 +19,8 @@ from dlplora.atomic import write_atomically
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.interruption import INTERRUPTED, TERMINATED, Terminated
-from dlplora.reproduce.artifacts import TRAINED, artifact_dir, config_path, kind_of, write_recipe
-from dlplora.reproduce.recipe import NANO, Setting
+from dlplora.reproduce.artifacts import artifact_dir, config_path, write_recipe
+from dlplora.reproduce.recipe import NANO, TRAINED, Setting
 
 STDERR = 2
 """File descriptor of standard error."""
@@ -32,7 +32,7 @@ GRACE_S = 60
 def _command(role: str, setting: Setting, folder: Path, resume: Path, extra: Sequence[str] = ()) -> list[str]:
     command = [sys.executable, "-m", "dlplora.training", "fit", "--config", str(config_path(role, setting)), "--ckpt_path", "last"]
     places = [f"--model.init_args.export_folder={folder}", f"--trainer.default_root_dir={resume}"]
-    return [*command, *setting.arguments(kind_of(role)), *places, *extra]
+    return [*command, *setting.arguments(role), *places, *extra]
 
 
 def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.store import find_cell, save
 from dlplora.reproduce import artifacts
 from dlplora.reproduce.pipeline import Evaluated, Say
-from dlplora.reproduce.recipe import ROUTERS, Setting
+from dlplora.reproduce.recipe import ROUTERS, Setting, kind_of
 from dlplora.reproduce.training import train
 
 METHODS = (
@@ -62,7 +62,7 @@ def require_possible(methods: Sequence[str]) -> None:
     """
     for preset in methods:
         roles = artifacts.roles_of(preset)
-        other = [artifacts.kind_of(role) for role in roles if role not in {"pool", *ROUTERS}]
+        other = [kind_of(role) for role in roles if role not in {"pool", *ROUTERS}]
         if other:
             raise MethodError(
                 f"method '{preset}' reads '{other[0]}', trained on the tasks that this track leaves out; it is not trained again."

@@ -59,7 +59,7 @@ class AdapterModule(ResumableModule):
         self._first_step = 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterModule:
-        """The trainer's precision is the backbone's; adapters are trained in float32 at least."""
+        """The trainer's precision is the base model's; adapters are trained in float32 at least."""
         return super()._apply(keeping_trained_precision(fn), recurse)
 
     @cached_property

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError, NotFiniteError
 from dlplora.evaluation.runner import Run
-from dlplora.reproduce.artifacts import TRAINED, artifact_dir
-from dlplora.reproduce.recipe import Setting
+from dlplora.reproduce.artifacts import artifact_dir
+from dlplora.reproduce.recipe import TRAINED, Setting
 from dlplora.reproduce.training import train
 from dlplora.tuning.grid import TRAINING_SETTINGS
 
@@ -52,7 +52,7 @@ def retrained(one: TrialJob, folder: Path) -> Run:
 
 
 def _setting(one: TrialJob) -> Setting:
-    """Backbone, tasks and options of the training command."""
+    """Base model, tasks and options of the training command."""
     protocol = one.run.protocol
     values = {name: one.choice.training.get(name) for name in TRAINING_SETTINGS}
     options = [f"--{'.'.join(TRAINING_SETTINGS[name])}={value}" for name, value in values.items() if value is not None]
