@@ -1,33 +1,43 @@
-"""Effect of system texts and instruction formats on routing on nano: ``python -m benchmarks.wrapped_prompts run``, then ``report``.
+"""Effect of system texts and instruction formats on routing: ``python -m benchmarks.wrapped_prompts run``, then ``report``.
 
-The multiple-choice questions of the nano suite are scored without and with wrappers, by ``oracle`` (told the task), by ``dlp``, and by
+Nano, or another protocol: ``--protocol real26 --pool POOL --router ROUTER --data-root ROWS``.
+
+The multiple-choice questions of the suite are scored without and with wrappers, by ``oracle`` (told the task), by ``dlp``, and by
 ``dlp`` whose router reads the whole prompt. Every prompt is one string, without messages or documents, so the wrapper must be recognised in
-the text. ``oracle`` shows the effect of a wrapper on the experts, which were not trained with wrappers. The second part generates from
-``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
+the text. ``oracle`` shows the effect of a wrapper on the experts, which were not trained with wrappers. The second part, for nano only,
+generates from ``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 
-from benchmarks.docs_table import command
+from benchmarks.docs_table import with_table
 from dlplora.adapters.pool import load_pool
+from dlplora.atomic import write_atomically
+from dlplora.evaluation.protocol import load_protocol
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.kv_policy import KV_POLICIES
 from dlplora.inference.loading import nano_asset
 from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.provenance import provenance
 from dlplora.reporting import markdown
+from dlplora.reporting.store import RESULTS
 from dlplora.tasks.registry import get_suite
+from dlplora.tasks.types import Suite
 from dlplora.types import PromptBatch
 
 PER_TASK = 20
 NUM_BLANK = 40
+PAGE = Path("docs/prompts_and_routing.md")
 
 SHORT = "You are a helpful assistant."
 LONG = (
@@ -81,18 +91,21 @@ class _ReadsEverything:
         return str(request.args[0])
 
 
-def scores(fused: FusedCausalLM, wrap: Callable[[str], str], per_task: int, *, read_everything: bool = False) -> dict[str, float | None]:
+def scores(
+    fused: FusedCausalLM, suite: Suite, wrap: Callable[[str], str], per_task: int, *, read_everything: bool = False
+) -> dict[str, float | None]:
     """Mean accuracy over the multiple-choice tasks, and the share of prompts whose weights prefer the task's own expert."""
     model = DLPLoRALM(fused=fused, batch_size=32)
     if read_everything:
-        model._routed = _ReadsEverything()  # type: ignore[assignment]
+        assert hasattr(model, "_routed_texts")
+        model._routed_texts = _ReadsEverything()  # type: ignore[assignment]
     right = []
-    for task in get_suite("nano").tasks:
+    for task in suite.tasks:
         if task.kind != "mcq":
             continue
         items = task.items("test", per_task)
         requests = [
-            Instance("loglikelihood", {}, (wrap(item.prompt), f" {choice}"), number, metadata=(f"dlplora_nano_{task.name}", number, 1))
+            Instance("loglikelihood", {}, (wrap(item.prompt), f" {choice}"), number, metadata=(suite.lm_eval_prefix + task.name, number, 1))
             for number, item in enumerate(items)
             for choice in item.choices or ()
         ]
@@ -117,23 +130,30 @@ def blank_lines(policy: str) -> dict[str, float]:
     return found
 
 
-def measure(per_task: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole record."""
+    protocol = load_protocol(arguments.protocol, {"data_root": arguments.data_root} if arguments.data_root else {})
+    suite, nano = get_suite(protocol.suite, protocol.data_root), protocol.backbone is None
+    pool = nano_asset("pool") if nano else arguments.pool
+    given: dict[str, Any] = {} if nano else {"pool": pool, "dtype": protocol.dtype}
+    routers: dict[str, dict[str, Any]] = {"oracle": {}, "dlp": {} if nano else {"router": arguments.router}}
+    models = {method: FusedCausalLM.from_pretrained(protocol.backbone, method=method, **given, **own) for method, own in routers.items()}
     columns = {"oracle": ("oracle", False), "dlp": ("dlp", False), "dlp_reads_everything": ("dlp", True)}
-    models = {method: FusedCausalLM.from_pretrained(method=method) for method in ("oracle", "dlp")}
     settings: dict[str, Any] = {}
     for name, wrap in SETTINGS.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         settings[name] = {
-            column: scores(models[method], wrap, per_task, read_everything=everything) for column, (method, everything) in columns.items()
+            column: scores(models[method], suite, wrap, arguments.per_task, read_everything=everything)
+            for column, (method, everything) in columns.items()
         }
+    blank = {"blank_line": {policy: blank_lines(policy) for policy in KV_POLICIES}, "num_blank_line": NUM_BLANK} if nano else {}
     return {
-        "backbone": "nano",
-        "pool": load_pool(nano_asset("pool")).checksum(),
-        "per_task": per_task,
+        "backbone": protocol.backbone or "nano",
+        "suite": protocol.suite,
+        "pool": load_pool(pool).checksum(),
+        "per_task": arguments.per_task,
         "settings": settings,
-        "blank_line": {policy: blank_lines(policy) for policy in KV_POLICIES},
-        "num_blank_line": NUM_BLANK,
+        **blank,
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
     }
@@ -151,14 +171,37 @@ def table(record: dict[str, Any]) -> str:
         own, everything = row["dlp"], row["dlp_reads_everything"]
         cells = [row["oracle"]["acc"], own["acc"], everything["acc"], own["router_accuracy"], everything["router_accuracy"]]
         rows.append([name, *map(percent, cells)])
+    scored = markdown.table(header, rows)
+    if "blank_line" not in record:
+        return scored
     blank = [[f"`{policy}`", percent(row["plain"]), percent(row["blank_line"])] for policy, row in record["blank_line"].items()]
     second = markdown.table(["`table_to_text`, exact match", "`\\nAnswer:`", "`\\n\\nAnswer:`"], blank)
-    return f"{markdown.table(header, rows)}\n\n{second}"
+    return f"{scored}\n\n{second}"
 
 
 def main() -> None:
-    """Read the command line."""
-    command(__doc__, measure, table, name="wrapped_prompts", size="--per-task", default=PER_TASK)
+    """Read the command line; measure, or write the table into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("--protocol", default="nano", metavar="NAME", help="of configs/protocol (default: nano)")
+    parser.add_argument("--pool", type=Path, metavar="FOLDER", help="of another protocol than nano")
+    parser.add_argument("--router", type=Path, metavar="FOLDER", help="of another protocol than nano")
+    parser.add_argument("--data-root", metavar="FOLDER")
+    parser.add_argument("--per-task", type=int, default=PER_TASK, help=f"questions a task (default: {PER_TASK})")
+    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
+    arguments = parser.parse_args()
+    nano = arguments.protocol == "nano"
+    if not nano and arguments.action == "run" and None in {arguments.pool, arguments.router}:
+        parser.error("another protocol than nano needs --pool and --router.")
+    name = "wrapped_prompts" if nano else f"wrapped_prompts-{arguments.protocol}"
+    path = Path(arguments.out) / "bench" / f"{name}.json"
+    if arguments.action == "run":
+        write_atomically(path, json.dumps(measure(arguments), indent=2) + "\n")
+        print(path)
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    write_atomically(PAGE, with_table(PAGE.read_text(encoding="utf-8"), name, table(record)))
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def reloader(engine: Engine, load: Callable[[], FusedCausalLM], context: context
         old = engine.fused
         old.close()
         try:
-            return context.copy().run(load)
+            return context.copy().run(_in_its_own_thread, load)
         except DLPLoRAError:
             engine.adopt(FusedCausalLM(old.model, old.tokenizer, old.pool, old.method, backend=old.backend, context=old.context))
             raise

@@ -82,6 +82,7 @@ class FoldedBuffers(nn.Module):
         inner = self.used * self.rank
         self._eager = self._factors(inner)
         self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]
+        self._by_expert = [buffer.view(-1, self.rank, buffer.shape[2]) for buffer in (self.a_sel, self.b_sel)]
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
         """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for weights that all rows share."""
@@ -101,9 +102,15 @@ class FoldedBuffers(nn.Module):
         """
         order, kept = kept_first(weights, self.width) if chosen is None else chosen
         if rows is None:
-            a_rows, b_rows = gather(lora_a, lora_b, order, kept)
-            self.a_sel.copy_(a_rows)
-            self.b_sel.copy_(b_rows)
+            if torch.is_grad_enabled() and (kept.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
+                for buffer, gathered in zip((self.a_sel, self.b_sel), gather(lora_a, lora_b, order, kept), strict=True):
+                    buffer.copy_(gathered)
+                return
+            # Straight into the buffers: with a small base model the number of operations counts, not their size.
+            places = order.reshape(-1)
+            torch.index_select(lora_a, 0, places, out=self._by_expert[0])
+            torch.index_select(lora_b.mT, 0, places, out=self._by_expert[1])
+            self._by_expert[1].mul_(kept.reshape(-1, 1, 1))
             return
         # Behind the experts in use, B is zero before and after.
         a_rows, b_rows = gather(lora_a, lora_b, order[:, : self.used], kept[:, : self.used])

@@ -330,7 +330,8 @@ class Engine:
         length = max(row.cached for row in rows) + 1
         if self._state is None:
             weights = torch.stack([row.weights for row in rows if row.weights is not None])
-            self._state = fused.request_router.state(weights, reroutes=True, prompt_tokens=1, new_tokens=self.max_model_len)
+            bare = not any(self._may_change(row) for row in rows) and not weights.any()  # then the layers skip the adapters
+            self._state = fused.request_router.state(weights, reroutes=not bare, prompt_tokens=1, new_tokens=self.max_model_len)
         self._cache.at(0, positions, length)
         with fused.routing(self._state):
             logits = fused(
@@ -368,13 +369,13 @@ class Engine:
                 self._leave(row)
         self._reroute(going)
 
+    def _may_change(self, row: Row) -> bool:
+        """Whether a row is routed again at sentence ends."""
+        return self.fused.method.granularity == "sentence" and row.job.target.kind == "routed" and not row.out_of_scope
+
     def _reroute(self, rows: list[Row]) -> None:
         """Route the rows whose newest token ended a sentence, in one batch."""
-        method = self.fused.method
-        if method.granularity != "sentence":
-            return
-        routed = [row for row in rows if row.job.target.kind == "routed" and not row.out_of_scope]
-        views = [(row, view) for row in routed if (view := row.ended_sentence(method.view)) is not None]
+        views = [(row, view) for row in rows if self._may_change(row) and (view := row.ended_sentence(self.fused.method.view)) is not None]
         if not views:
             return
         decisions, weights = self.decider.decide([row.job.target for row, _ in views], [view for _, view in views], prompts=False)

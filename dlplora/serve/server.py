@@ -15,14 +15,14 @@ from dlplora.errors import DLPLoRAError
 from dlplora.serve.answers import Answer, ResponseFormat, headers_of
 from dlplora.serve.catalog import Catalog
 from dlplora.serve.engine import Engine
-from dlplora.serve.jobs import BadRequestError, Event, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
+from dlplora.serve.jobs import BadRequestError, Event, Failed, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
 from dlplora.serve.metrics import Metrics
 from dlplora.serve.prompts import Prompt, PromptBuilder
 from dlplora.serve.sampling import SamplingOptions
 from dlplora.serve.schemas import ChatRequest, CompletionRequest
 
-Queue = asyncio.Queue[tuple[int, Event]]
-"""Events with the number of their choice."""
+Queue = asyncio.Queue[tuple[int, list[Event]]]
+"""Events of a choice, with its number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,24 @@ class Server:
         self.prompts = PromptBuilder(engine.fused.tokenizer, vocab_size, engine.max_model_len, options.chat_template)
 
     def _jobs(self, request: ChatRequest | CompletionRequest, prompt: Prompt, target: Target, first: int, queue: Queue) -> list[Job]:
-        """``n`` jobs of one prompt; the number of the first choice is ``first``."""
+        """``n`` jobs of one prompt; the number of the first choice is ``first``.
+
+        The events of a streamed answer reach the queue one by one, those of another one together when it ends: each hand-over wakes the
+        thread of the event loop, which then competes with the engine's for the interpreter.
+        """
         limit = self.prompts.room(prompt, request.limit, self.options.default_max_tokens)
         loop = asyncio.get_running_loop()
         jobs = []
         for place in range(request.n):
 
-            def report(event: Event, index: int = first + place) -> None:
+            held: list[Event] = []
+
+            def report(event: Event, index: int = first + place, held: list[Event] = held) -> None:
                 self.metrics.observe(event)
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+                held.append(event)
+                if request.stream or isinstance(event, (Finished, Failed)):
+                    loop.call_soon_threadsafe(queue.put_nowait, (index, held.copy()))
+                    held.clear()
 
             job = Job(
                 prompt_ids=prompt.ids,
@@ -95,18 +104,19 @@ class Server:
         self.engine.submit(*jobs)
         handed_over = False
         try:
-            first = await _next(http, queue)
-            answers[first[0]].take(first[1])
-            headers = headers_of(answers[first[0]].sentences[0][1])
             if request.stream:
+                first = await _next(http, queue)
+                answers[first[0]].take(first[1][0])
+                headers = headers_of(answers[first[0]].sentences[0][1])
                 usage = request.stream_options is not None and request.stream_options.include_usage
-                chunks = self._stream(queue, jobs, answers, shape, first, usage)
+                chunks = self._stream(queue, jobs, answers, shape, (first[0], first[1][0]), usage)
                 handed_over = True
                 return StreamingResponse(chunks, media_type="text/event-stream", headers={**headers, "cache-control": "no-store"})
             while not all(answer.finished for answer in answers):
-                index, event = await _next(http, queue)
-                answers[index].take(event)
-            return JSONResponse(shape.whole(answers), headers=headers)
+                index, events = await _next(http, queue)
+                for event in events:
+                    answers[index].take(event)
+            return JSONResponse(shape.whole(answers), headers=headers_of(answers[0].sentences[0][1]))
         finally:
             if not handed_over:
                 self.engine.cancel(*jobs)
@@ -121,7 +131,7 @@ class Server:
             if shape.trace and isinstance(first[1], Started):
                 yield _sse(shape.sentence(first[0], 0, first[1].decision))
             while not all(answer.finished for answer in answers):
-                index, event = await queue.get()
+                index, (event,) = await queue.get()
                 answers[index].take(event)
                 if isinstance(event, Piece):
                     yield _sse(shape.chunk(index, event))
@@ -152,8 +162,8 @@ def _sampling(request: ChatRequest | CompletionRequest, place: int) -> SamplingO
     )
 
 
-async def _next(http: Request, queue: Queue) -> tuple[int, Event]:
-    """The next event; a client that goes away cancels the request."""
+async def _next(http: Request, queue: Queue) -> tuple[int, list[Event]]:
+    """The next events of a choice; a client that goes away cancels the request."""
     waiting = asyncio.ensure_future(queue.get())
     gone = asyncio.ensure_future(_disconnected(http))
     try:

@@ -31,6 +31,7 @@ class SlotLayer(CacheLayerMixin):
         self.slots, self.limit = slots, limit
         self.first = 0
         self.positions: Tensor | None = None
+        self.rows: Tensor | None = None
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -50,11 +51,15 @@ class SlotLayer(CacheLayerMixin):
         if self.length > self.keys.shape[2]:
             self._grow()
         rows, length = key_states.shape[0], self.length
-        keys, values = self.keys[self.first : self.first + rows], self.values[self.first : self.first + rows]
-        index = torch.arange(rows, device=key_states.device)[:, None]
-        keys[index, :, self.positions] = key_states.transpose(1, 2)
-        values[index, :, self.positions] = value_states.transpose(1, 2)
-        return keys[:, :, :length], values[:, :, :length]
+        keys, values = self.keys[self.first : self.first + rows, :, :length], self.values[self.first : self.first + rows, :, :length]
+        if self.rows is None:  # one row has no padding: a slice costs a fraction of an index
+            begin = length - key_states.shape[2]
+            keys[:, :, begin:] = key_states
+            values[:, :, begin:] = value_states
+        else:
+            keys[self.rows, :, self.positions] = key_states.transpose(1, 2)
+            values[self.rows, :, self.positions] = value_states.transpose(1, 2)
+        return keys, values
 
     def _grow(self) -> None:
         capacity = min(self.limit, -(-self.length // GROWTH) * GROWTH)
@@ -126,8 +131,9 @@ class SlotCache(Cache):
             positions: Position of each new token, int64 (B, T). Padding is written where the row's next token will be written.
             length: Largest position plus one.
         """
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None] if positions.shape[0] > 1 else None
         for layer in self.slot_layers:
-            layer.first, layer.positions, layer.length = first, positions, length
+            layer.first, layer.positions, layer.rows, layer.length = first, positions, rows, length
 
     @torch.inference_mode()  # as the forwards that made the buffers
     def move(self, source: int, target: int, length: int) -> None:
