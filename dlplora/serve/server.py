@@ -63,7 +63,6 @@ class Server:
         loop = asyncio.get_running_loop()
         jobs = []
         for place in range(request.n):
-
             held: list[Event] = []
 
             def report(event: Event, index: int = first + place, held: list[Event] = held) -> None:
