@@ -34,6 +34,13 @@ class BufferKind:
     width: int
     placement: frozenset[tuple[torch.dtype, torch.device]]
 
+    def serves(self, other: BufferKind) -> bool:
+        """Whether buffers of this kind can stand in for another: wider folded ones on a CPU, which reads only what is kept."""
+        if self.width == other.width:
+            return self == other
+        alike = (self.backend, self.rows, self.placement) == (other.backend, other.rows, other.placement) and self.backend == "folded"
+        return alike and self.width > other.width and all(device.type == "cpu" for _, device in self.placement)
+
 
 class BufferedLayer(Protocol):
     """What buffers need of a fused layer."""
@@ -147,17 +154,18 @@ class BufferPool:
         return self._num_made
 
     def lease(self, kind: BufferKind, make: Callable[[], LayerBuffers]) -> Lease:
-        """Buffers of a kind: the ones returned last, or new ones.
+        """Buffers of a kind: the ones returned last, else the narrowest that can stand in for it, else new ones.
 
         Raises:
             AllocationError: If new ones do not fit into memory.
         """
         with self._lock:
-            for buffers in reversed(list(self._free)):
-                if buffers.kind == kind:
-                    self._free.remove(buffers)
-                    self._most_leased = max(self._most_leased, self.num_leased)
-                    return Lease(buffers, self._free)
+            fitting = [buffers for buffers in reversed(list(self._free)) if buffers.kind.serves(kind)]
+            if fitting:
+                buffers = min(fitting, key=lambda one: one.kind.width)
+                self._free.remove(buffers)
+                self._most_leased = max(self._most_leased, self.num_leased)
+                return Lease(buffers, self._free)
             while self._free and self._num_made >= max(self._most_leased, self.num_leased + 1):
                 self._free.popleft()
                 self._num_made -= 1

@@ -170,6 +170,29 @@ def test_buffers_of_many_requests_do_not_add_up(fuse: Any) -> None:
     assert (fused.slot.buffers.num_leased, fused.slot.buffers.num_made) == (0, 1)
 
 
+def test_requests_that_keep_fewer_experts_read_the_same_buffers_and_get_the_same_bits(
+    talkative: Any, tiny_tokenizer: Any, tiny_pool: Path
+) -> None:
+    """On a CPU the buffers of two experts also serve one; what an earlier request left behind it is not read."""
+    one, two = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.5]])
+    ids = torch.tensor([[5, 6, 7]])
+
+    def folded() -> FusedCausalLM:
+        return FusedCausalLM(copy.deepcopy(talkative), tiny_tokenizer, AdapterBank.from_pool(tiny_pool), ByLength(), backend="folded")
+
+    def logits(fused: FusedCausalLM, weights: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return fused(input_ids=ids, routing=fused.request_router.state(weights, reroutes=True)).logits
+
+    expected = {weights: logits(folded(), weights) for weights in (one, two)}
+    assert not torch.equal(expected[one], expected[two])
+    fused = folded()
+    logits(fused, two)
+    for _ in range(3):
+        assert all(torch.equal(logits(fused, weights), expected[weights]) for weights in (one, two))
+    assert (fused.slot.buffers.num_leased, fused.slot.buffers.num_made) == (0, 1)
+
+
 def test_what_transformers_sets_while_decoding_is_restored_by_the_last_request(fuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = fuse("static")
     events: list[str] = []
