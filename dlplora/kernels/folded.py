@@ -6,6 +6,7 @@ the weights are set. New weights are written into the same buffers, so addresses
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,21 +103,34 @@ class FoldedBuffers(nn.Module):
         """
         order, kept = kept_first(weights, self.width) if chosen is None else chosen
         if rows is None:
-            if torch.is_grad_enabled() and (kept.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
-                for buffer, gathered in zip((self.a_sel, self.b_sel), gather(lora_a, lora_b, order, kept), strict=True):
-                    buffer.copy_(gathered)
-                return
-            # Straight into the buffers: with a small base model the number of operations counts, not their size.
-            places = order.reshape(-1)
-            torch.index_select(lora_a, 0, places, out=self._by_expert[0])
-            torch.index_select(lora_b.mT, 0, places, out=self._by_expert[1])
-            self._by_expert[1].mul_(kept.reshape(-1, 1, 1))
+            a_rows, b_rows = gather(lora_a, lora_b, order, kept)
+            self.a_sel.copy_(a_rows)
+            self.b_sel.copy_(b_rows)
             return
         # Behind the experts in use, B is zero before and after.
         a_rows, b_rows = gather(lora_a, lora_b, order[:, : self.used], kept[:, : self.used])
         a_used, b_used = self._in_use
         a_used.index_copy_(0, rows, a_rows)
         b_used.index_copy_(0, rows, b_rows)
+
+    @staticmethod
+    @torch.no_grad()
+    def write_all(buffers: Sequence[FoldedBuffers], factors: Sequence[tuple[Tensor, Tensor]], chosen: tuple[Tensor, Tensor]) -> None:
+        """Write the same choice for all rows of several layers, without gradients: the bits that ``write`` writes, with fewer operations.
+
+        Their number is what counts with a small base model, not their size.
+
+        Args:
+            buffers: Of each layer, of one width.
+            factors: A (E, R, I) and B (E, O, R) of each.
+            chosen: ``kept_first`` of routing weight times scaling.
+        """
+        order, kept = chosen
+        places = order.reshape(-1)
+        for own, (lora_a, lora_b) in zip(buffers, factors, strict=True):
+            torch.index_select(lora_a, 0, places, out=own._by_expert[0])
+            torch.index_select(lora_b.mT, 0, places, out=own._by_expert[1])
+        torch._foreach_mul_([own._by_expert[1] for own in buffers], [kept.reshape(-1, 1, 1)] * len(buffers))
 
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.

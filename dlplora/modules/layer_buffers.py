@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dlplora.kernels.folded import kept_first
+from dlplora.kernels.folded import FoldedBuffers, kept_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class BufferedLayer(Protocol):
 
     key: str
     scaling: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
 
     def new_buffers(self, kind: BufferKind) -> Any:
         """Empty buffers of one layer; None for a layer that reads none."""
@@ -103,8 +105,18 @@ class LayerBuffers:
         for layers in self._groups:
             scaled = layers[0].scaled(weights)
             choice = Choice(scaled, kept_first(scaled, min(self.kind.width, scaled.shape[-1])))
+            if rows is None and self.kind.backend == "folded" and not (scaled.requires_grad and torch.is_grad_enabled()):
+                self._write_folded(layers, choice, kept)
+                continue
             for layer in layers:
                 layer.write_buffers(self.by_layer[layer.key], choice, rows, kept)
+
+    def _write_folded(self, layers: Sequence[BufferedLayer], choice: Choice, kept: int) -> None:
+        """Write all rows of some layers with few operations."""
+        read = [(self.by_layer[layer.key], (layer.lora_a, layer.lora_b)) for layer in layers if self.by_layer[layer.key] is not None]
+        for buffers, _ in read:
+            buffers.use(kept)
+        FoldedBuffers.write_all([buffers for buffers, _ in read], [factors for _, factors in read], choice.kept)
 
     def _group(self) -> None:
         """Put layers of equal scaling together; values are compared only where a tensor is another one, or changed, since the last time."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,6 @@ OUT_OF_ORDER = (
     "blocks of routing() were not closed in the reverse order in which they were opened, so calls in between may have run under the "
     "other block's weights. Pass routing=WEIGHTS to each call instead."
 )
-
-
-class SlottedLayer(BufferedLayer, Protocol):
-    """What the slot needs of a fused layer."""
-
-    lora_a: Tensor
 
 
 class _Binding:
@@ -71,7 +65,7 @@ class RoutingSlot:
     """
 
     def __init__(self) -> None:
-        self.layers: list[SlottedLayer] = []
+        self.layers: list[BufferedLayer] = []
         self.gate_backend = "dense"
         self._num_keys = 0
         self._start()
@@ -91,13 +85,13 @@ class RoutingSlot:
 
     # ------------------------------------------------------------------ layers and their buffers
 
-    def add(self, layer: SlottedLayer) -> str:
+    def add(self, layer: BufferedLayer) -> str:
         """Make a layer known; returns its key."""
         self.layers.append(layer)
         self._num_keys += 1
         return f"layer_{self._num_keys}"
 
-    def release(self, layers: Iterable[SlottedLayer]) -> None:
+    def release(self, layers: Iterable[BufferedLayer]) -> None:
         """Forget layers that are no longer in the model."""
         gone = {id(layer) for layer in layers}
         self.layers = [layer for layer in self.layers if id(layer) not in gone]
