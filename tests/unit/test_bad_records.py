@@ -91,7 +91,7 @@ def test_two_backbones_are_never_averaged(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     page = (tmp_path / "tables" / "toy.md").read_text()
     assert page.count("| `dlp` | labels | **55.0** ± 2.4 | **70.0**") == 2
-    assert "## Protocol `toy`, backbone `large`" in page
+    assert "## Protocol `toy`, base model `large`" in page
     assert {path.name for path in (tmp_path / "figures").glob("*radar.svg")} == {"toy_toy_large_radar.svg", "toy_toy_small_radar.svg"}
     rows = (tmp_path / "tables" / "toy.csv").read_text().splitlines()
     assert [row.split(",")[:3] for row in rows[1:]] == [["toy", b, m] for b in ("large", "small") for m in ("base", "dlp")]
