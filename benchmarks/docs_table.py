@@ -14,32 +14,38 @@ from dlplora.reporting.store import RESULTS
 
 def command(
     about: str | None,
-    measure: Callable[[int], dict[str, Any]],
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
     *,
     name: str,
     size: str,
     default: int,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    name_of: Callable[[argparse.Namespace, argparse.ArgumentParser], str] | None = None,
 ) -> None:
     """Read the command line; measure, or write the table into the page.
 
     Args:
         about: Help text.
-        measure: Size of the measurement -> record.
+        measure: Arguments, with ``size`` -> record.
         table: Record -> Markdown.
         name: Of the record, ``results/bench/NAME.json``.
         size: Option that sets the size.
         default: Its default.
+        add_options: Adds further options.
+        name_of: Arguments that may not fit together -> another name of the record.
     """
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument(size, type=int, default=default, dest="size")
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
     parser.add_argument("--page", default="docs/prompts_and_routing.md", metavar="FILE")
+    add_options(parser)
     arguments = parser.parse_args()
+    name = name if name_of is None else name_of(arguments, parser)
     path = Path(arguments.out) / "bench" / f"{name}.json"
     if arguments.action == "run":
-        write_atomically(path, json.dumps(measure(arguments.size), indent=2) + "\n")
+        write_atomically(path, json.dumps(measure(arguments), indent=2) + "\n")
         print(path)
         return
     page = Path(arguments.page)

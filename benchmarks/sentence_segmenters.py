@@ -189,7 +189,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line."""
-    command(__doc__, measure, table, name="sentence_segmenters", size="--passages", default=PASSAGES)
+    command(__doc__, lambda arguments: measure(arguments.size), table, name="sentence_segmenters", size="--passages", default=PASSAGES)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ generates from ``table_to_text`` prompts with a blank line before ``Answer:``, w
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 
-from benchmarks.docs_table import with_table
+from benchmarks.docs_table import command
 from dlplora.adapters.pool import load_pool
-from dlplora.atomic import write_atomically
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.kv_policy import KV_POLICIES
@@ -30,14 +28,12 @@ from dlplora.inference.loading import nano_asset
 from dlplora.lm_eval.model import DLPLoRALM
 from dlplora.provenance import provenance
 from dlplora.reporting import markdown
-from dlplora.reporting.store import RESULTS
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Suite
 from dlplora.types import PromptBatch
 
 PER_TASK = 20
 NUM_BLANK = 40
-PAGE = Path("docs/prompts_and_routing.md")
 
 SHORT = "You are a helpful assistant."
 LONG = (
@@ -143,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, wrap in SETTINGS.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         settings[name] = {
-            column: scores(models[method], suite, wrap, arguments.per_task, read_everything=everything)
+            column: scores(models[method], suite, wrap, arguments.size, read_everything=everything)
             for column, (method, everything) in columns.items()
         }
     blank = {"blank_line": {policy: blank_lines(policy) for policy in KV_POLICIES}, "num_blank_line": NUM_BLANK} if nano else {}
@@ -151,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "backbone": protocol.backbone or "nano",
         "suite": protocol.suite,
         "pool": load_pool(pool).checksum(),
-        "per_task": arguments.per_task,
+        "per_task": arguments.size,
         "settings": settings,
         **blank,
         "threads": torch.get_num_threads(),
@@ -179,29 +175,25 @@ def table(record: dict[str, Any]) -> str:
     return f"{scored}\n\n{second}"
 
 
-def main() -> None:
-    """Read the command line; measure, or write the table into the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "report"])
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default="nano", metavar="NAME", help="of configs/protocol (default: nano)")
     parser.add_argument("--pool", type=Path, metavar="FOLDER", help="of another protocol than nano")
     parser.add_argument("--router", type=Path, metavar="FOLDER", help="of another protocol than nano")
     parser.add_argument("--data-root", metavar="FOLDER")
-    parser.add_argument("--per-task", type=int, default=PER_TASK, help=f"questions a task (default: {PER_TASK})")
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
-    arguments = parser.parse_args()
-    nano = arguments.protocol == "nano"
-    if not nano and arguments.action == "run" and None in {arguments.pool, arguments.router}:
+
+
+def _name(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """Name of the record; leaves with a line if a folder is missing."""
+    if arguments.protocol == "nano":
+        return "wrapped_prompts"
+    if arguments.action == "run" and None in {arguments.pool, arguments.router}:
         parser.error("another protocol than nano needs --pool and --router.")
-    name = "wrapped_prompts" if nano else f"wrapped_prompts-{arguments.protocol}"
-    path = Path(arguments.out) / "bench" / f"{name}.json"
-    if arguments.action == "run":
-        write_atomically(path, json.dumps(measure(arguments), indent=2) + "\n")
-        print(path)
-        return
-    record = json.loads(path.read_text(encoding="utf-8"))
-    write_atomically(PAGE, with_table(PAGE.read_text(encoding="utf-8"), name, table(record)))
-    print(f"wrote {PAGE}")
+    return f"wrapped_prompts-{arguments.protocol}"
+
+
+def main() -> None:
+    """Read the command line; measure, or write the table into the page."""
+    command(__doc__, measure, table, name="wrapped_prompts", size="--per-task", default=PER_TASK, add_options=_options, name_of=_name)
 
 
 if __name__ == "__main__":

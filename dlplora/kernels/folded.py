@@ -69,21 +69,25 @@ class FoldedBuffers(nn.Module):
             what = f"folded {name[0].upper()} of {rows} rows with {self.width} experts each"
             buffer = zeros((rows, inner, size), dtype=lora_a.dtype, device=lora_a.device, what=what, shrink=SHRINK_PLAN)
             self.register_buffer(name, buffer, persistent=False)
-        self._lay_out()
+        self._take_views()
         self.eval()
 
     def _apply(self, *args: Any, **kwargs: Any) -> FoldedBuffers:
         """Moving a module gives it other buffers, of which other views have to be taken."""
         super()._apply(*args, **kwargs)
-        self._lay_out()
+        self._take_views()
         return self
+
+    def _take_views(self) -> None:
+        """Keep the views that depend on the buffers alone, and those that also depend on what is in use."""
+        self._by_expert = [buffer.view(-1, self.rank, buffer.shape[2]) for buffer in (self.a_sel, self.b_sel)]
+        self._lay_out()
 
     def _lay_out(self) -> None:
         """Keep the views that eager products read and re-routes write: taking them again costs a small base model 4 % of a decode step."""
         inner = self.used * self.rank
         self._eager = self._factors(inner)
         self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]
-        self._by_expert = [buffer.view(-1, self.rank, buffer.shape[2]) for buffer in (self.a_sel, self.b_sel)]
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
         """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for weights that all rows share."""

@@ -104,11 +104,11 @@ class Server:
         handed_over = False
         try:
             if request.stream:
-                first = await _next(http, queue)
-                answers[first[0]].take(first[1][0])
-                headers = headers_of(answers[first[0]].sentences[0][1])
+                index, (event,) = await _next(http, queue)
+                answers[index].take(event)
+                headers = headers_of(answers[index].sentences[0][1])
                 usage = request.stream_options is not None and request.stream_options.include_usage
-                chunks = self._stream(queue, jobs, answers, shape, (first[0], first[1][0]), usage)
+                chunks = self._stream(queue, jobs, answers, shape, (index, event), usage)
                 handed_over = True
                 return StreamingResponse(chunks, media_type="text/event-stream", headers={**headers, "cache-control": "no-store"})
             while not all(answer.finished for answer in answers):
