@@ -240,7 +240,6 @@ def resolve(
 
 def announced(job: PaperJob) -> Iterator[str]:
     """What will be done and what it needs; reads rows if they lie here, loads no weights."""
-    setting = job.setting
     artifact = job.backbone_artifact()
     source = job.profile.backbone
     if artifact is not None:
@@ -255,12 +254,11 @@ def announced(job: PaperJob) -> Iterator[str]:
         yield from job_over(job, job.over(str(source), None)[1]).lines() if known else _roles(job)
     else:
         yield from _roles(job)
-    training = {kind: one for kind in ("pool", "multitask", *RANKS, "trained") if (one := budget(job, setting, kind))["runs"]}
     rows, count = rows_at_hand(job)
     lora = lora_of(job)
     shape = estimate.shape_of(source, known_shape(job), rank=lora["rank"], targets=lora["target_modules"])
     wanted = {"batch_size": job.protocol.batch_size, "max_length": job.protocol.max_length}
-    yield from estimate.lines(shape, num_experts=count, training=training, rows=rows, protocol=wanted, dtype=job.protocol.dtype)
+    yield from estimate.lines(shape, num_experts=count, training=budgets(job), rows=rows, protocol=wanted, dtype=job.protocol.dtype)
 
 
 def _roles(job: PaperJob) -> Iterator[str]:
@@ -304,15 +302,20 @@ def lora_of(job: PaperJob) -> dict[str, Any]:
     return {**lora, **changed}
 
 
-def budget(job: PaperJob, setting: Setting, kind: str) -> dict[str, int]:
-    """Steps and rows of one kind of training, and how many of it there are."""
-    data = load_yaml(artifacts.config_path(kind, setting))["data"]["init_args"]
-    data = overridden(data, setting.extra(kind), "--data.init_args.")
-    roles = [role for role in roles_of(job.methods) if kind_of(role) == kind]
-    runs = len(roles) * len(job.seeds) * (rows_at_hand(job)[1] if kind == "pool" else 1)
+def budgets(job: PaperJob) -> dict[str, dict[str, int]]:
+    """Steps and rows of what is trained, and how many of it there are; a role with a budget of its own stands apart."""
+    setting = job.setting
     rank = lora_of(job)["rank"]
-    size = RANKS.get(kind, rank) // rank
-    return {**{key: int(data.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}, "runs": runs, "size": size}
+    found: dict[str, dict[str, int]] = {}
+    for kind in ("pool", "multitask", *RANKS, "trained"):
+        recipe = load_yaml(artifacts.config_path(kind, setting))["data"]["init_args"]
+        runs = len(job.seeds) * (rows_at_hand(job)[1] if kind == "pool" else 1)
+        for role in (role for role in roles_of(job.methods) if kind_of(role) == kind):
+            common, own = (overridden(recipe, setting.extra(name), "--data.init_args.") for name in (kind, role))
+            name = role if own != common else "gates" if kind == "trained" else kind
+            sizes = {key: int(own.get(key, 512)) for key in ("batch_size", "num_steps", "max_length")}
+            found[name] = {**sizes, "size": RANKS.get(kind, rank) // rank, "runs": found.get(name, {"runs": 0})["runs"] + runs}
+    return found
 
 
 def has_rows(protocol: Protocol) -> bool:

@@ -19,7 +19,7 @@ from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.reporting.store import load_all
 from dlplora.reproduce import artifacts
-from dlplora.reproduce.paper import CONFIGS, Profile, announced, resolve
+from dlplora.reproduce.paper import CONFIGS, Profile, announced, budgets, resolve
 from dlplora.reproduce.recipe import Setting
 from dlplora.training.config_check import check_command_line
 
@@ -163,6 +163,11 @@ def test_profile_and_protocol_of_a_backbone_agree(name: str) -> None:
     arguments = resolve(name, {}, None, None, None).over(profile.backbone or "", "0" * 40)[1].arguments("pool")
     assert "--data.init_args.suite=paper26" in arguments
     assert f"--model.init_args.base_model_name={protocol.backbone}" in arguments
+
+
+def test_gates_with_a_budget_of_their_own_are_counted_apart() -> None:
+    found = budgets(resolve("real26", {}, ["mole", "xlora", "meteora_gate"], [0, 1], None))
+    assert [(found[name]["num_steps"], found[name]["runs"]) for name in ("gates", "trained/meteora_gate")] == [(1200, 4), (4800, 2)]
 
 
 def test_adapters_of_higher_rank_and_further_seeds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
