@@ -204,6 +204,7 @@ def test_unknown_fields_are_ignored_and_unsupported_ones_may_ask_for_nothing(cli
 def test_health_metrics_and_the_page(client: TestClient) -> None:
     assert client.get("/health").text == "ok"
     assert client.get("/ready").json()["ready"] is True
+    assert client.post("/v1/chat/completions", json=chat(GATE)).status_code == 200
     metrics = client.get("/metrics").text
     assert 'dlplora_decisions_total{adapter="gate_colors",decision="routed"}' in metrics
     assert "dlplora_requests_running 0.0" in metrics
