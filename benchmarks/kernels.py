@@ -25,7 +25,7 @@ from dlplora.atomic import write_atomically
 from dlplora.kernels import cost_model, dense
 from dlplora.kernels.backends import AUTOMATIC, triton_obstacle
 from dlplora.kernels.cost_model import LayerShape, Terms
-from dlplora.kernels.folded import FoldedBuffers
+from dlplora.kernels.folded import FoldedBuffers, kept_first
 from dlplora.kernels.merged import MergedBuffers
 from dlplora.provenance import provenance
 
@@ -59,16 +59,16 @@ def _calls(point: dict[str, int], dtype: torch.dtype, device: str) -> dict[tuple
         ("dense", "step"): lambda i: dense.fused_delta(x, lora_a[i], lora_b[i], weights * scaling),
         ("folded", "step"): lambda i: folded[i].delta(x),
         ("folded", "plan"): lambda i: folded[i].write(lora_a[i], lora_b[i], weights),
-        ("merged", "plan"): lambda i: merged[i].write(lora_a[i], lora_b[i], weights),
+        ("merged", "plan"): lambda i: merged[i].write(lora_a[i], lora_b[i], kept_first(weights, k)),
     }
     if triton_obstacle(device) is None and device == "cuda":
         from dlplora.kernels.grouped import GroupedBuffers
 
-        grouped = [GroupedBuffers(b, k, *factors) for factors in zip(lora_a, lora_b, strict=True)]
-        calls["triton", "plan"] = lambda i: grouped[i].write(lora_a[i], lora_b[i], weights)
+        grouped = [GroupedBuffers(b, k, one) for one in lora_a]
+        calls["triton", "plan"] = lambda i: grouped[i].write(kept_first(weights, k))
         calls["triton", "step"] = lambda i: grouped[i].delta(x, lora_a[i], lora_b[i])
-        for buffers, factors in zip(grouped, zip(lora_a, lora_b, strict=True), strict=True):
-            buffers.write(*factors, weights)
+        for buffers in grouped:
+            buffers.write(kept_first(weights, k))
     return calls
 
 

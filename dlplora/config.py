@@ -65,6 +65,16 @@ def find_config(kind: str, name: str) -> Path:
     raise ConfigError(f"unknown {what} '{name}'.{nearest(name, known)} Known: {', '.join(known)}; or give the path of a YAML file.")
 
 
+def config_label(name: str) -> str:
+    """What records call a configuration: its name, or the name of its file without folder and suffix.
+
+    >>> config_label("qwen2-1.5b"), config_label("my/own-1.5b.yaml")
+    ('qwen2-1.5b', 'own-1.5b')
+    """
+    path = Path(name)
+    return path.stem if path.suffix in {".yaml", ".yml"} else path.name
+
+
 def list_configs(kind: str) -> list[str]:
     """Names of the shipped configurations of one kind, sorted."""
     return sorted(path.stem for path in (configs_root() / kind).glob("*.yaml"))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dlplora.inference.loading import load_backbone, resolve_dtype
 from dlplora.inference.shapes import POSITIONS, find_shape
-from dlplora.modules.lora_bank import AdapterBank, BankEntry
+from dlplora.modules.lora_bank import AdapterBank, BankEntry, empty_factors
 from dlplora.training.adapter_export import save_adapter
 from dlplora.training.settings import LoRASettings
 
@@ -77,16 +77,15 @@ def random_bank(model: nn.Module, names: Sequence[str], seed: int = 0) -> Adapte
     parameter = next(iter(model.parameters()))
     generator = torch.Generator(device=parameter.device).manual_seed(seed)
 
-    def draw(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=parameter.dtype, device=parameter.device).normal_(0.0, 0.02, generator=generator)
-
     scaling = torch.full((len(names),), LORA.scaling, device=parameter.device)
     ranks = (LORA.rank,) * len(names)
-    modules = {  # B is stored by rank and seen as (E, O, R), as a loaded bank stores it
-        path: BankEntry(draw(len(names), LORA.rank, inputs), draw(len(names), LORA.rank, outputs).mT, scaling, ranks)
-        for path, (inputs, outputs) in adapted_sizes(model).items()
-    }
-    return AdapterBank(names, modules)
+    sizes = {path: (len(names), LORA.rank, *size) for path, size in adapted_sizes(model).items()}
+    factors = empty_factors(sizes, parameter.dtype, parameter.device)
+    for path in sizes:
+        lora_a, lora_b = factors[path]
+        lora_a.normal_(0.0, 0.02, generator=generator)
+        lora_b.mT.normal_(0.0, 0.02, generator=generator)
+    return AdapterBank(names, {path: BankEntry(*factors[path], scaling, ranks) for path in sizes})
 
 
 def first_experts(bank: AdapterBank, number: int) -> AdapterBank:

@@ -32,6 +32,7 @@ from dlplora.bench.systems import (
 )
 from dlplora.config import build, find_config, load_yaml
 from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.inference.devices import choose_device
 from dlplora.inference.loading import nano_asset, resolve_dtype
 from dlplora.inference.shapes import find_shape
 from dlplora.kernels.backends import BACKENDS
@@ -184,15 +185,7 @@ class BenchConfig:
         Raises:
             ConfigError: If there is none of that name.
         """
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ConfigError(f"unknown device '{self.device}'; use cpu, cuda, cuda:1 or mps.") from error
-        if device.type == "meta":
-            raise ConfigError("device 'meta' computes nothing that could be timed; use cpu, cuda, cuda:1 or mps.")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device '{self.device}' was asked for, but torch finds no GPU; use --device cpu.")
-        return device
+        return choose_device(self.device)
 
 
 def load_bench_config(name: str) -> BenchConfig:

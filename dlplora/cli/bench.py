@@ -32,7 +32,7 @@ def add_latency(inner: Any) -> argparse.ArgumentParser:
     parser.add_argument("--backends", metavar="A,B", help="kernel backends of our methods (default: auto)")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the decoding step (GPU)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: cpu)")
     parser.add_argument("--repeats", type=int, metavar="N", help="recorded rounds, an even number (default: 8)")
     parser.add_argument("--warmup", type=int, metavar="N", help="rounds before the recorded ones (default: 2)")
     parser.add_argument("--out", metavar="PATH", help="folder, or file ending in .json (default: results/bench; results/scratch/bench "

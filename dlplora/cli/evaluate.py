@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlplora.cli.terminal import split_names
-from dlplora.config import require_writable, short
+from dlplora.config import config_label, require_writable, short
 from dlplora.documents import parse_yaml, refuse_resolvers
 from dlplora.errors import ConfigError, UnavailableMethodError
 
@@ -83,7 +83,7 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
     runs = []
     for method in methods:
         try:
-            runs.append(prepare(protocol, Path(arguments.protocol).stem, method, arguments.seed, **common))
+            runs.append(prepare(protocol, config_label(arguments.protocol), method, arguments.seed, **common))
         except UnavailableMethodError as error:
             if arguments.method != "all":
                 raise

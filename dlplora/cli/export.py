@@ -19,7 +19,8 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
     """Declare ``export``; returns its parser."""
     text = "write weighted adapters as one PEFT adapter, a merged checkpoint, or GGUF LoRA files"
     parser: argparse.ArgumentParser = commands.add_parser("export", help=text)
-    parser.add_argument("kind", choices=["peft", "merged", "gguf"])
+    kinds = "peft: one PEFT adapter; merged: a checkpoint with the adapters added to the weights; gguf: LoRA files for llama.cpp"
+    parser.add_argument("kind", choices=["peft", "merged", "gguf"], help=kinds)
     parser.add_argument("target", metavar="OUT", help="new folder; for gguf a FILE.gguf, or with --each a folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--weight", action="append", metavar="NAME=W", help="an adapter and its weight; repeat for several")

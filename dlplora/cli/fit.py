@@ -63,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dlplora.errors import DLPLoRAError, one_line
     from dlplora.training.command import main as train
 
+    if len(arguments) == 1:
+        print(
+            f"error: dlplora {arguments[0]} needs a configuration: a name (router, experts, fusion, ...) or a YAML file.", file=sys.stderr
+        )
+        return 2
     try:
         found = with_config_files(arguments)
     except DLPLoRAError as error:

@@ -230,7 +230,7 @@ def add_parser(commands: Any, lazy: Any) -> None:
     pool = commands.add_parser("pool", help="list, check and inspect adapters, or add one to a pool")
     inner = pool.add_subparsers(dest="action", required=True, metavar="{list,check,inspect,add}")
     where = "folder of the pool, or the name of one below DLPLORA_POOLS"
-    formats = {"choices": ["md", "json", "csv"], "default": "md"}
+    formats = {"choices": ["md", "json", "csv"], "default": "md", "help": "Markdown table, JSON or CSV (default: md)"}
 
     parser = inner.add_parser("list", help="list names, ranks, targets and sources of a pool; without POOL, list the named pools")
     parser.add_argument("folder", nargs="?", metavar="POOL", help=where)

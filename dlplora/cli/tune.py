@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlplora.config import config_label
 from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _jobs(arguments: argparse.Namespace, protocol: Protocol) -> list[list[TrialJ
     found = []
     for method in methods:
         spec = load_method_spec(method)
-        found.append(trial_jobs(spec, grid_of(spec, given), protocol, Path(arguments.protocol).stem, arguments.seed, **common))
+        found.append(trial_jobs(spec, grid_of(spec, given), protocol, config_label(arguments.protocol), arguments.seed, **common))
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dlplora.config import config_label
 from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
 from dlplora.evaluation.runner import Artifacts, execute, prepare
 from dlplora.reporting.schema import Record
@@ -68,7 +69,8 @@ def evaluate(
         multitask=None if multitask is None else Path(multitask),
         others={role: Path(path) for role, path in (artifacts or {}).items()},
     )
-    run = prepare(settings, Path(protocol).stem, method, seed, artifacts=folders, method_params=method_params, limit=limit, device=device)
+    label = config_label(protocol)
+    run = prepare(settings, label, method, seed, artifacts=folders, method_params=method_params, limit=limit, device=device)
     if out is not None:
         return execute(run, Path(out))[1]
     with tempfile.TemporaryDirectory(prefix="dlplora-") as folder:

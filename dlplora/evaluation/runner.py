@@ -137,7 +137,7 @@ class Run:
 def prepare(
     protocol: Protocol,
     protocol_name: str,
-    method: str,
+    method: str | MethodSpec,
     seed: int,
     *,
     artifacts: Artifacts | None = None,
@@ -147,10 +147,12 @@ def prepare(
 ) -> Run:
     """Resolve a run; every name and folder is checked here. The dtype ``auto`` becomes the one it stands for, which records then name.
 
+    A method that was read already takes no further parameters.
+
     Raises:
         DLPLoRAError: For an unknown suite, task or method, a package that the method needs and lacks, or a folder that does not exist.
     """
-    spec = load_method_spec(method, method_params)
+    spec = method if isinstance(method, MethodSpec) else load_method_spec(method, method_params)
     built = build_method(spec)
     built.require_packages()
     suite = get_suite(protocol.suite, protocol.data_root)

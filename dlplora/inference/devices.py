@@ -32,11 +32,19 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return require_device(parse_device(name))
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """The device of a name, whether this machine has it or not.
+
+    Raises:
+        ConfigError: If the name is no device.
+    """
     try:
-        device = torch.device(name)
+        return torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"unknown device '{name}'. Use auto, cpu, cuda, cuda:N or mps.") from error
-    return require_device(device)
 
 
 def require_device(device: torch.device) -> torch.device:

@@ -131,8 +131,9 @@ def load_method(saved: SavedModel, bank: AdapterBank, context: MethodContext) ->
 def untrained_method(name: str) -> UnavailableMethodError:
     """What to say of a method without its trained gates."""
     return UnavailableMethodError(
-        f"method '{name}' has to be trained first: dlplora fit --config configs/train/fusion.yaml "
-        f"--model.init_args.method={name}. Then pass trained=FOLDER."
+        f"method '{name}' has to be trained first: dlplora fit fusion --model.init_args.method={name} "
+        "--model.init_args.pretrained=BASE --model.init_args.pool=POOL, with your tasks (docs/local_tasks.md). Then pass its folder: "
+        "trained=FOLDER, on the command line --trained FOLDER."
     )
 
 
@@ -145,7 +146,9 @@ def require_no_adapters(method: str | MethodSpec | FusionMethod) -> None:
     spec = load_method_spec(method) if isinstance(method, str) else method
     name, used = (spec.name, spec) if isinstance(spec, FusionMethod) else (spec.name, method_class(spec.method))
     if used.metadata.granularity != "none":
-        raise ConfigError(f"method '{name}' needs a pool of adapters: pass pool=FOLDER, or method=base for the base model alone.")
+        raise ConfigError(
+            f"method '{name}' needs a pool of adapters: pass pool=FOLDER (--pool FOLDER), or method=base for the base model alone."
+        )
 
 
 def choose_method(

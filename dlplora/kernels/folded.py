@@ -32,11 +32,17 @@ def kept_first(weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def gather(lora_a: Tensor, lora_b: Tensor, order: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """A (N, K * R, I) and weighted B (N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedBuffers``."""
+    """A (..., N, K * R, I) and weighted B (..., N, K * R, O) of the kept experts of each row (``kept_first``); see ``FoldedBuffers``.
+
+    Args:
+        lora_a: (..., E, R, I). lora_b: (..., E, O, R).
+        order, kept: (N, K).
+    """
     kept = kept.to(torch.promote_types(lora_b.dtype, torch.float32)).reshape(-1, 1, 1)
-    order, rows = order.reshape(-1), len(order)
-    b_sel = (lora_b.mT.index_select(0, order) * kept).to(lora_b.dtype)
-    return lora_a.index_select(0, order).view(rows, -1, lora_a.shape[2]), b_sel.view(rows, -1, lora_b.shape[1])
+    places, rows = order.reshape(-1), len(order)
+    a_sel = lora_a.index_select(-3, places)
+    b_sel = (lora_b.mT.index_select(-3, places) * kept).to(lora_b.dtype)
+    return a_sel.unflatten(-3, (rows, -1)).flatten(-3, -2), b_sel.unflatten(-3, (rows, -1)).flatten(-3, -2)
 
 
 class FoldedBuffers(nn.Module):
@@ -46,6 +52,7 @@ class FoldedBuffers(nn.Module):
         rows: B, or 1 for weights that all rows share.
         width: K, experts a row can keep.
         lora_a: (E, R, I), for sizes, dtype and device. lora_b: (E, O, R).
+        storage: Zeros for ``a_sel`` and ``b_sel``; None allocates them.
 
     Attributes:
         a_sel: (B, K * R, I).
@@ -59,53 +66,41 @@ class FoldedBuffers(nn.Module):
     a_sel: Tensor
     b_sel: Tensor
 
-    def __init__(self, rows: int, width: int, lora_a: Tensor, lora_b: Tensor) -> None:
+    def __init__(self, rows: int, width: int, lora_a: Tensor, lora_b: Tensor, storage: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.width = min(width, lora_a.shape[0])
         self.rank = lora_a.shape[1]
         self.used = self.width
-        inner = self.width * lora_a.shape[1]
-        for name, size in (("a_sel", lora_a.shape[2]), ("b_sel", lora_b.shape[1])):
-            what = f"folded {name[0].upper()} of {rows} rows with {self.width} experts each"
-            buffer = zeros((rows, inner, size), dtype=lora_a.dtype, device=lora_a.device, what=what, shrink=SHRINK_PLAN)
-            self.register_buffer(name, buffer, persistent=False)
-        self._take_views()
+        a_sel, b_sel = (one[0] for one in _zeros(1, rows, width, lora_a, lora_b)) if storage is None else storage
+        self.register_buffer("a_sel", a_sel, persistent=False)
+        self.register_buffer("b_sel", b_sel, persistent=False)
+        self._lay_out()
         self.eval()
 
     def _apply(self, *args: Any, **kwargs: Any) -> FoldedBuffers:
         """Moving a module gives it other buffers, of which other views have to be taken."""
         super()._apply(*args, **kwargs)
-        self._take_views()
+        self._lay_out()
         return self
 
-    def _take_views(self) -> None:
-        """Keep the views that depend on the buffers alone, and those that also depend on what is in use."""
-        self._by_expert = [buffer.view(-1, self.rank, buffer.shape[2]) for buffer in (self.a_sel, self.b_sel)]
-        self._lay_out()
-
     def _lay_out(self) -> None:
-        """Keep the views that eager products read and re-routes write: taking them again costs a small base model 4 % of a decode step."""
-        inner = self.used * self.rank
-        self._eager = self._factors(inner)
-        self._in_use = self.a_sel[:, :inner], self.b_sel[:, :inner]
+        """Keep the views that eager products read: taking them again costs a small base model 4 % of a decode step."""
+        self._eager = self._factors(self.used * self.rank)
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
         """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for weights that all rows share."""
         a_sel, b_sel = self.a_sel[:, :inner].mT, self.b_sel[:, :inner]
         return (a_sel[0], b_sel[0]) if a_sel.shape[0] == 1 else (a_sel, b_sel)
 
-    def write(
-        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def write(self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
         """Write the weights of all rows, or of some, in place.
 
         Args:
             lora_a: (E, R, I). lora_b: (E, O, R).
             weights: Routing weight times scaling (N, E) with at most ``width`` non-zero entries a row.
             rows: Row indices (N,), which keep at most ``used`` experts; None for all.
-            chosen: ``kept_first`` of the weights, if the caller has it.
         """
-        order, kept = kept_first(weights, self.width) if chosen is None else chosen
+        order, kept = kept_first(weights, self.width)
         if rows is None:
             a_rows, b_rows = gather(lora_a, lora_b, order, kept)
             self.a_sel.copy_(a_rows)
@@ -113,39 +108,22 @@ class FoldedBuffers(nn.Module):
             return
         # Behind the experts in use, B is zero before and after.
         a_rows, b_rows = gather(lora_a, lora_b, order[:, : self.used], kept[:, : self.used])
-        a_used, b_used = self._in_use
-        a_used.index_copy_(0, rows, a_rows)
-        b_used.index_copy_(0, rows, b_rows)
+        inner = a_rows.shape[1]
+        self.a_sel[:, :inner].index_copy_(0, rows, a_rows)
+        self.b_sel[:, :inner].index_copy_(0, rows, b_rows)
 
-    @staticmethod
-    @torch.no_grad()
-    def write_all(buffers: Sequence[FoldedBuffers], factors: Sequence[tuple[Tensor, Tensor]], chosen: tuple[Tensor, Tensor]) -> None:
-        """Write the same choice for all rows of several layers, without gradients: the bits that ``write`` writes, with fewer operations.
-
-        Their number is what counts with a small base model, not their size.
-
-        Args:
-            buffers: Of each layer, of one width.
-            factors: A (E, R, I) and B (E, O, R) of each.
-            chosen: ``kept_first`` of routing weight times scaling.
-        """
-        order, kept = chosen
-        places = order.reshape(-1)
-        for own, (lora_a, lora_b) in zip(buffers, factors, strict=True):
-            torch.index_select(lora_a, 0, places, out=own._by_expert[0])
-            torch.index_select(lora_b.mT, 0, places, out=own._by_expert[1])
-        torch._foreach_mul_([own._by_expert[1] for own in buffers], [kept.reshape(-1, 1, 1)] * len(buffers))
+    def would_change(self, kept: int) -> bool:
+        """Whether ``use`` would change what is read."""
+        return self.a_sel.device.type == "cpu" and min(max(1, kept), self.width) != self.used
 
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.
 
         Only on a CPU, and not in compiled products: a captured graph must find the same sizes after the next write.
         """
-        if self.a_sel.device.type == "cpu":
-            used = min(max(1, kept), self.width)
-            if used != self.used:
-                self.used = used
-                self._lay_out()
+        if self.would_change(kept):
+            self.used = min(max(1, kept), self.width)
+            self._lay_out()
 
     def delta(self, x: Tensor) -> Tensor:
         """The delta (B, T, O) in the dtype of ``x`` (B, T, I); buffers of one row serve every row with 2-D products."""
@@ -154,6 +132,82 @@ class FoldedBuffers(nn.Module):
         if a_sel.ndim == 2:
             return ((inner @ a_sel) @ b_sel).to(x.dtype)
         return torch.bmm(torch.bmm(inner, a_sel), b_sel).to(x.dtype)
+
+
+class FoldedStack:
+    """Buffers of layers of equal sizes that keep the same experts, written together: it is the number of operations that costs.
+
+    Args:
+        rows, width: As for ``FoldedBuffers``.
+        factors: A (E, R, I) and B (E, O, R) of each of the L layers.
+
+    Attributes:
+        layers: Buffers of each layer, views of the stack.
+
+    Raises:
+        AllocationError: If the buffers do not fit into memory.
+    """
+
+    def __init__(self, rows: int, width: int, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        storage = _zeros(len(factors), rows, width, *factors[0])
+        self.layers = [FoldedBuffers(rows, width, lora_a, lora_b, (a, b)) for (lora_a, lora_b), a, b in zip(factors, *storage, strict=True)]
+        self._take(*storage)
+
+    def _take(self, a_sel: Tensor, b_sel: Tensor) -> None:
+        rank = self.layers[0].rank
+        self._storage = a_sel, b_sel
+        self._by_expert = [buffer.view(len(self.layers), -1, rank, buffer.shape[3]) for buffer in self._storage]
+
+    def split(self) -> list[FoldedStack]:
+        """One stack a layer, over the same buffers."""
+        found = []
+        for place, layer in enumerate(self.layers):
+            one = object.__new__(FoldedStack)
+            one.layers = [layer]
+            one._take(*(buffer[place : place + 1] for buffer in self._storage))
+            found.append(one)
+        return found
+
+    @torch.no_grad()
+    def write(self, lora_a: Tensor, lora_b: Tensor, chosen: tuple[Tensor, Tensor], rows: Tensor | None, kept: int) -> None:
+        """Write the weights of all rows, or of some, in place: the bits that ``FoldedBuffers.write`` writes.
+
+        Args:
+            lora_a: (L, E, R, I). lora_b: (L, E, O, R).
+            chosen: ``kept_first`` of routing weight times scaling (N, E).
+            rows: Row indices (N,); None for all.
+            kept: Experts that the fullest row keeps (``FoldedBuffers.use``).
+        """
+        order, scales = chosen
+        first = self.layers[0]
+        before = first.used
+        if first.would_change(kept):
+            for layer in self.layers:
+                layer.use(kept)
+        used = first.used
+        if rows is None and used == first.width:
+            places = order.reshape(-1)
+            a_all, b_all = self._by_expert
+            torch.index_select(lora_a, 1, places, out=a_all)
+            torch.index_select(lora_b.mT, 1, places, out=b_all)
+            b_all.mul_(scales.reshape(-1, 1, 1))
+            return
+        for buffer, values in zip(self._storage, gather(lora_a, lora_b, order[:, :used], scales[:, :used]), strict=True):
+            target = buffer[:, :, : values.shape[2]]
+            target.copy_(values) if rows is None else target.index_copy_(1, rows, values)
+        if used < before and rows is None:  # nobody reads it now; a later write of some rows counts on zeros behind them
+            self._storage[1][:, :, used * first.rank : before * first.rank].zero_()
+
+
+def _zeros(layers: int, rows: int, width: int, lora_a: Tensor, lora_b: Tensor) -> list[Tensor]:
+    """Buffers of some layers, (L, B, K * R, I) and (L, B, K * R, O)."""
+    experts = min(width, lora_a.shape[0])
+    found = []
+    for name, size in (("A", lora_a.shape[2]), ("B", lora_b.shape[1])):
+        what = f"folded {name} of {rows} rows with {experts} experts each" + (f" in {layers} layers" if layers != 1 else "")
+        shape = (layers, rows, experts * lora_a.shape[1], size)
+        found.append(zeros(shape, dtype=lora_a.dtype, device=lora_a.device, what=what, shrink=SHRINK_PLAN))
+    return found
 
 
 def fold(lora_a: Tensor, lora_b: Tensor, weights: Tensor, width: int | None = None) -> FoldedBuffers:

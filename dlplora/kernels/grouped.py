@@ -87,7 +87,7 @@ class GroupedBuffers(nn.Module):
     Args:
         rows: B, or 1 for weights that all rows share.
         width: K, experts a row can keep.
-        lora_a: (E, R, I), for sizes and device.
+        lora_a: (E, R, I) of a layer, for the number of experts and the device. Layers of equal scaling can share the buffers.
 
     Attributes:
         experts: (B, K) int32, -1 where nothing is kept. scales: (B, K) float32, routing weight times scaling.
@@ -99,7 +99,7 @@ class GroupedBuffers(nn.Module):
     block_expert: Tensor
     block_pairs: Tensor
 
-    def __init__(self, rows: int, width: int, lora_a: Tensor, lora_b: Tensor) -> None:
+    def __init__(self, rows: int, width: int, lora_a: Tensor) -> None:
         super().__init__()
         self.num_experts = lora_a.shape[0]
         self.width = min(width, self.num_experts)
@@ -113,11 +113,16 @@ class GroupedBuffers(nn.Module):
             self.register_buffer("scales", torch.zeros((rows, self.width), device=lora_a.device), persistent=False)
         self.eval()
 
-    def write(
-        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """Write the weights of all rows, or of some, in place; arguments as ``FoldedBuffers.write``. Nothing waits for the device."""
-        order, kept = kept_first(weights, self.width) if chosen is None else chosen
+    @torch.no_grad()
+    def write(self, chosen: tuple[Tensor, Tensor], rows: Tensor | None = None, fullest: int | None = None) -> None:
+        """Write the weights of all rows, or of some, in place. Nothing waits for the device.
+
+        Args:
+            chosen: ``kept_first`` of routing weight times scaling (N, E), with room for ``width`` experts.
+            rows: Row indices (N,); None for all.
+            fullest: Experts that the fullest row keeps; the sizes of these buffers do not depend on it.
+        """
+        order, kept = chosen
         order = order.masked_fill(kept == 0, -1).to(torch.int32)
         if rows is None:
             self.experts.copy_(order)
@@ -181,6 +186,6 @@ class GroupedBuffers(nn.Module):
 def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor) -> Tensor:
     """Write buffers and apply them in one call, for (E,) and (B, E) weights; the same operation as ``reference.fused_delta``."""
     rows = weights.reshape(-1, weights.shape[-1])
-    buffers = GroupedBuffers(rows.shape[0], kept_width(rows), lora_a, lora_b)
-    buffers.write(lora_a, lora_b, rows)
+    buffers = GroupedBuffers(rows.shape[0], kept_width(rows), lora_a)
+    buffers.write(kept_first(rows, buffers.width))
     return buffers.delta(x, lora_a, lora_b)

@@ -67,16 +67,21 @@ class MergedBuffers(nn.Module):
         self.register_buffer("weight", copy, persistent=False)
         self.eval()
 
+    @torch.no_grad()
     def write(
-        self, lora_a: Tensor, lora_b: Tensor, weights: Tensor, rows: Tensor | None = None, chosen: tuple[Tensor, Tensor] | None = None
+        self, lora_a: Tensor, lora_b: Tensor, chosen: tuple[Tensor, Tensor], rows: Tensor | None = None, fullest: int | None = None
     ) -> None:
-        """Write routing weights times scaling (1, E), in place; ``rows`` can only be the one there is."""
+        """Write routing weights, in place.
+
+        Args:
+            lora_a: (E, R, I). lora_b: (E, O, R).
+            chosen: ``kept_first`` of routing weight times scaling (N, E), of rows that are alike.
+            rows, fullest: As for ``FoldedStack.write``; there is only one row, of which all is written.
+        """
         original: Any = self._base[0].weight
-        order, kept = kept_first(weights[:1], self.width) if chosen is None else chosen
+        order, kept = chosen
         delta = delta_weight(lora_a, lora_b, (order[:1], kept[:1]))
-        delta = delta.T if self.transposed else delta
-        with torch.no_grad():
-            self.weight.copy_(original.to(delta.dtype) + delta)
+        self.weight.copy_(original.to(delta.dtype) + (delta.T if self.transposed else delta))
 
     def output(self, x: Tensor) -> Tensor:
         """What the base would answer with the merged weight, (B, T, O)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dlplora.errors import ConfigError
+from dlplora.inference.devices import parse_device
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,7 @@ def usable_device(name: str | None) -> torch.device:
     Raises:
         ConfigError: If the name is no torch device.
     """
-    wanted = name or "cuda"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device '{wanted}'. Use cpu, cuda, cuda:N or mps.") from error
+    device = parse_device(name or "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.info("no CUDA device here; using the CPU")
         return torch.device("cpu")

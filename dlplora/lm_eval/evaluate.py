@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.lm_eval.distributed import without_messages
+from dlplora.lm_eval.versions import TESTED
 from dlplora.tasks import lm_eval_dir
 
 if TYPE_CHECKING:
@@ -131,7 +132,10 @@ def load_tasks(task_names: Sequence[str], manager: TaskManager) -> list[Task]:
         ConfigError: If the installed lm-eval cannot build tasks by themselves.
     """
     if not hasattr(manager, "load"):
-        raise ConfigError(f"dlplora eval needs lm-eval 0.4.12 or newer, {version('lm-eval')} is installed; lm_eval --model dlplora works.")
+        raise ConfigError(
+            f"dlplora eval needs lm-eval 0.4.12 or newer, {version('lm-eval')} is installed; lm_eval --model dlplora works with "
+            f"{TESTED[0]} to {TESTED[1]}, which are tested."
+        )
     names = _matching(task_names, manager)
     with without_messages([f"{name}: Custom kwargs can be passed" for name in names], "lm_eval.api.task"):  # of rows made by code
         return list(manager.load(names)["tasks"].values())

@@ -102,7 +102,7 @@ class MethodContext:
         """
         path = self.artifacts.get(role)
         if path is None:
-            raise MethodError(f"method '{method}' needs a {role}; none was given. Pass {role}=FOLDER.")
+            raise MethodError(f"method '{method}' needs a {role}; none was given. Pass {role}=FOLDER (command line: --{role} FOLDER).")
         if not Path(path).is_dir():
             raise MethodError(f"method '{method}': {role} folder not found: {path}.")
         return Path(path)

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 from dlplora.errors import AdapterError, RoutingError
 from dlplora.kernels import dense, factor, reference
-from dlplora.kernels.folded import FoldedBuffers
-from dlplora.kernels.merged import MergedBuffers
 from dlplora.modules.input_layout import InputGrid, Layout
-from dlplora.modules.layer_buffers import BufferKind, Choice
 from dlplora.modules.lora_bank import BankEntry
 from dlplora.modules.precision import dtype_name
 from dlplora.modules.routing_slot import RoutingSlot, current_state
@@ -121,22 +118,10 @@ class FusedLinear(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def new_buffers(self, kind: BufferKind) -> Any:
-        """Empty buffers; None if the layer sums factors and reads the weights themselves.
-
-        Raises:
-            RoutingError: If the base weight cannot be merged into.
-            AllocationError: If the buffers do not fit into memory.
-        """
-        if self.combine == "factor":
-            return None
-        if kind.backend == "folded":
-            return FoldedBuffers(kind.rows, kind.width, self.lora_a, self.lora_b)
-        if kind.backend == "merged":
-            return MergedBuffers(self.base, kind.width)
-        from dlplora.kernels.grouped import GroupedBuffers
-
-        return GroupedBuffers(kind.rows, kind.width, self.lora_a, self.lora_b)
+    @property
+    def reads_buffers(self) -> bool:
+        """Whether the layer reads buffers; one that sums factors reads the routing weights themselves."""
+        return self.combine == "delta"
 
     def scaled(self, weights: Tensor) -> Tensor:
         """Routing weights (N, E) times scaling, on the layer's device.
@@ -147,21 +132,6 @@ class FusedLinear(nn.Module):
         if weights.shape[-1] != self.lora_a.shape[0]:
             raise RoutingError(self._wrong_experts(weights.shape[-1]))
         return weights.to(self.scaling.device) * self.scaling
-
-    def write_buffers(self, buffers: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
-        """Write routing weights into buffers of this layer.
-
-        Args:
-            buffers: From ``new_buffers``.
-            choice: The experts of the rows, under this layer's scaling.
-            rows: Only these rows (N,); None for all.
-            kept: Experts that the fullest row keeps.
-        """
-        if buffers is None:
-            return
-        if isinstance(buffers, FoldedBuffers):
-            buffers.use(kept)
-        buffers.write(self.lora_a, self.lora_b, choice.weights, rows, choice.kept)
 
     def _wrong_experts(self, number: int) -> str:
         return f"routing weights are for {number} experts, the bank has {self.lora_a.shape[0]}."

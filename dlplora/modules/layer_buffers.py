@@ -10,12 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dlplora.kernels.folded import FoldedBuffers, kept_first
+from dlplora.kernels.allocation import as_stack, is_stackable
+from dlplora.kernels.folded import FoldedStack, kept_first
+from dlplora.kernels.merged import MergedBuffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,54 +49,54 @@ class BufferedLayer(Protocol):
     """What buffers need of a fused layer."""
 
     key: str
+    base: nn.Module
     scaling: Tensor
     lora_a: Tensor
     lora_b: Tensor
 
-    def new_buffers(self, kind: BufferKind) -> Any:
-        """Empty buffers of one layer; None for a layer that reads none."""
+    @property
+    def reads_buffers(self) -> bool:
+        """Whether the layer reads buffers, and not the routing weights themselves."""
         ...
 
     def scaled(self, weights: Tensor) -> Tensor:
         """Routing weights (N, E) times the layer's scaling, on the layer's device."""
         ...
 
-    def write_buffers(self, buffers: Any, choice: Choice, rows: Tensor | None, kept: int) -> None:
-        """Write the routing weights of some rows, or of all."""
-        ...
 
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The experts of some rows, for all layers of one scaling.
-
-    Args:
-        weights: Routing weights times scaling (N, E).
-        kept: Of ``kernels.folded.kept_first``, indices and weights (N, K).
-    """
-
-    weights: Tensor
-    kept: tuple[Tensor, Tensor]
+Writer = Callable[[tuple[Tensor, Tensor], "Tensor | None", int], None]
+"""Takes ``kept_first`` of routing weights times scaling, the rows (N,) (None for all) and how many experts the fullest row keeps."""
 
 
 class LayerBuffers:
     """The buffers of all layers of a model, by the layers' keys.
 
+    Layers of equal scaling keep the same experts in the same order, which is found once for all of them. Folded buffers are written
+    together where the factors of layers of equal sizes lie one behind another; buffers for Triton hold no factors and are shared.
+
     Raises:
+        RoutingError: If a base weight cannot be merged into.
         AllocationError: If they do not fit into memory.
     """
 
     def __init__(self, kind: BufferKind, layers: Iterable[BufferedLayer]) -> None:
         self.kind = kind
-        self._layers = list(layers)
-        self.by_layer = {layer.key: layer.new_buffers(kind) for layer in self._layers}
-        self._groups: list[list[BufferedLayer]] = []
-        self._grouped_by: list[tuple[int, int]] = []
+        self._layers = [layer for layer in layers if layer.reads_buffers]
+        self._stacks: list[tuple[list[BufferedLayer], FoldedStack]] = []
+        self.by_layer: dict[str, Any] = {}
+        self._writers: list[tuple[BufferedLayer, list[Writer]]] = []
+        self._written_for: list[tuple[Tensor, int, Tensor]] = []
+        if kind.backend == "folded":
+            for alike in _of_equal_sizes(self._layers, kind):
+                stack = FoldedStack(kind.rows, kind.width, [(layer.lora_a, layer.lora_b) for layer in alike])
+                self._stacks.append((alike, stack))
+                self.by_layer.update((layer.key, buffers) for layer, buffers in zip(alike, stack.layers, strict=True))
+        elif kind.backend == "merged":
+            self.by_layer = {layer.key: MergedBuffers(layer.base, kind.width) for layer in self._layers}
+        self._group()
 
     def write(self, weights: Tensor, rows: Tensor | None, kept: int) -> None:
         """Write routing weights in place.
-
-        Layers of equal scaling keep the same experts in the same order, which is found once for all of them.
 
         Args:
             weights: Routing weights (N, E) without scaling.
@@ -102,37 +105,82 @@ class LayerBuffers:
         """
         if rows is None:
             self._group()
-        for layers in self._groups:
-            scaled = layers[0].scaled(weights)
-            choice = Choice(scaled, kept_first(scaled, min(self.kind.width, scaled.shape[-1])))
-            if rows is None and self.kind.backend == "folded" and not (scaled.requires_grad and torch.is_grad_enabled()):
-                self._write_folded(layers, choice, kept)
-                continue
-            for layer in layers:
-                layer.write_buffers(self.by_layer[layer.key], choice, rows, kept)
-
-    def _write_folded(self, layers: Sequence[BufferedLayer], choice: Choice, kept: int) -> None:
-        """Write all rows of some layers with few operations."""
-        read = [(self.by_layer[layer.key], (layer.lora_a, layer.lora_b)) for layer in layers if self.by_layer[layer.key] is not None]
-        for buffers, _ in read:
-            buffers.use(kept)
-        FoldedBuffers.write_all([buffers for buffers, _ in read], [factors for _, factors in read], choice.kept)
+        for layer, writers in self._writers:
+            scaled = layer.scaled(weights)
+            chosen = kept_first(scaled, min(self.kind.width, scaled.shape[-1]))
+            for write in writers:
+                write(chosen, rows, kept)
 
     def _group(self) -> None:
-        """Put layers of equal scaling together; values are compared only where a tensor is another one, or changed, since the last time."""
-        seen = [(id(layer.scaling), 0 if layer.scaling.is_inference() else layer.scaling._version) for layer in self._layers]
-        if seen == self._grouped_by and self._groups:
+        """Find out what is written together; again only where a layer has another scaling, or other factors, than the last time."""
+        now = [(one.scaling, 0 if one.scaling.is_inference() else one.scaling._version, one.lora_a) for one in self._layers]
+        before = self._written_for
+        same = (
+            scaling is old[0] and version == old[1] and lora_a is old[2]
+            for (scaling, version, lora_a), old in zip(now, before, strict=False)
+        )
+        if len(now) == len(before) and all(same):
             return
-        groups: list[list[BufferedLayer]] = []
-        for layer in self._layers:
-            for group in groups:
-                one = group[0].scaling
-                if one is layer.scaling or (one.device == layer.scaling.device and torch.equal(one, layer.scaling)):
-                    group.append(layer)
-                    break
-            else:
-                groups.append([layer])
-        self._groups, self._grouped_by = groups, seen
+        writers = {"folded": self._folded, "merged": self._merged, "triton": self._triton}[self.kind.backend]
+        self._writers = [(layers[0], writers(layers)) for layers in _of_equal_scaling(self._layers)]
+        self._written_for = now
+
+    def _folded(self, layers: Sequence[BufferedLayer]) -> list[Writer]:
+        keys = {layer.key for layer in layers}
+        found: list[Writer] = []
+        for alike, stack in self._stacks:
+            lora_a, lora_b = as_stack([layer.lora_a for layer in alike]), as_stack([layer.lora_b.mT for layer in alike])
+            if lora_a is not None and lora_b is not None and all(layer.key in keys for layer in alike):
+                found.append(partial(stack.write, lora_a, lora_b.mT))
+                continue
+            for layer, one in zip(alike, stack.split(), strict=True):
+                if layer.key in keys:
+                    found.append(partial(one.write, layer.lora_a.detach()[None], layer.lora_b.detach()[None]))
+        return found
+
+    def _merged(self, layers: Sequence[BufferedLayer]) -> list[Writer]:
+        return [partial(self.by_layer[layer.key].write, layer.lora_a, layer.lora_b) for layer in layers]
+
+    def _triton(self, layers: Sequence[BufferedLayer]) -> list[Writer]:
+        from dlplora.kernels.grouped import GroupedBuffers
+
+        keys = {layer.key for layer in layers}
+        shared = self.by_layer.get(layers[0].key)
+        if shared is None or keys != {key for key, buffers in self.by_layer.items() if buffers is shared}:
+            shared = GroupedBuffers(self.kind.rows, self.kind.width, layers[0].lora_a)
+            self.by_layer.update(dict.fromkeys(keys, shared))
+        return [shared.write]
+
+
+def _of_equal_scaling(layers: Sequence[BufferedLayer]) -> list[list[BufferedLayer]]:
+    groups: list[list[BufferedLayer]] = []
+    for layer in layers:
+        for group in groups:
+            one = group[0].scaling
+            if one is layer.scaling or (one.device == layer.scaling.device and torch.equal(one, layer.scaling)):
+                group.append(layer)
+                break
+        else:
+            groups.append([layer])
+    return groups
+
+
+def _of_equal_sizes(layers: Sequence[BufferedLayer], kind: BufferKind) -> list[list[BufferedLayer]]:
+    """Layers of equal scaling whose factors lie one behind another, in that order; every other layer by itself."""
+    found: list[list[BufferedLayer]] = []
+    for group in _of_equal_scaling(layers):
+        alike: dict[Any, list[BufferedLayer]] = {}
+        for layer in group:
+            alike.setdefault((layer.lora_a.shape, layer.lora_b.shape, layer.lora_a.untyped_storage().data_ptr()), []).append(layer)
+        for some in alike.values():
+            some.sort(key=lambda layer: layer.lora_a.storage_offset())
+            first = some[0]
+            inner = kind.rows * min(kind.width, first.lora_a.shape[0]) * first.lora_a.shape[1]
+            sizes = [(inner, size) for size in (first.lora_a.shape[2], first.lora_b.shape[1])]
+            stacked = as_stack([layer.lora_a for layer in some]) is not None and as_stack([layer.lora_b.mT for layer in some]) is not None
+            together = stacked and all(is_stackable(size, first.lora_a.dtype) for size in sizes)
+            found += [some] if together else [[layer] for layer in some]
+    return found
 
 
 class Lease:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dlplora.adapters.files import AdapterSpec, LoraWeights, read_adapter
 from dlplora.adapters.pool import load_pool, read_pool
 from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
-from dlplora.kernels.allocation import zeros
+from dlplora.kernels.allocation import is_stackable, zeros
 from dlplora.modules.precision import dtype_name
 
 SHRINK_BANK = "Load fewer experts (names=...), adapters of a smaller rank, or a smaller dtype (dtype=bfloat16)."
@@ -38,11 +38,6 @@ class BankEntry:
     lora_b: Tensor
     scaling: Tensor
     ranks: tuple[int, ...]
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BankEntry:
-        """The entry on another device or in another dtype; scaling stays float32."""
-        scaling = self.scaling if device is None else self.scaling.to(device)
-        return BankEntry(self.lora_a.to(device=device, dtype=dtype), self.lora_b.to(device=device, dtype=dtype), scaling, self.ranks)
 
     def index(self, indices: Sequence[int]) -> BankEntry:
         """The entry with other experts or another order."""
@@ -92,11 +87,9 @@ class AdapterBank:
         Raises:
             IncompatibleAdapterError: If two experts disagree on the sizes of a module.
         """
-        modules = {}
-        for module, experts in weights.items():
-            if len(experts) != len(names):
-                raise AdapterError(f"module '{module}': {len(experts)} adapters for {len(names)} names.")
-            modules[module] = _stack(module, names, experts, dtype, device, specs or {})
+        sizes = {module: _sizes(module, names, experts, specs or {}) for module, experts in weights.items()}
+        empty = empty_factors(sizes, dtype, device)
+        modules = {module: _filled(module, names, experts, *empty[module]) for module, experts in weights.items()}
         stored = {factor.dtype for experts in weights.values() for expert in experts if expert is not None for factor in expert[:2]}
         return cls(names, modules, specs, narrowed=any(_loses_bits(one, dtype) for one in stored))
 
@@ -167,7 +160,7 @@ class AdapterBank:
     def select(self, names: Sequence[str]) -> AdapterBank:
         """The bank with only these experts, in this order."""
         indices = [self.index(name) for name in names]
-        modules = {module: entry.index(indices) for module, entry in self.modules.items()}
+        modules = self._rebuilt(indices=indices)
         specs = {name: self.specs[name] for name in names if name in self.specs}
         return AdapterBank(tuple(names), modules, specs, narrowed=self.narrowed)
 
@@ -197,8 +190,29 @@ class AdapterBank:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
         """The bank on another device or in another dtype."""
         narrowed = dtype is not None and any(_loses_bits(entry.lora_a.dtype, dtype) for entry in self.modules.values())
-        modules = {module: entry.to(device, dtype) for module, entry in self.modules.items()}
-        return AdapterBank(self.names, modules, self.specs, narrowed=self.narrowed or narrowed)
+        return AdapterBank(self.names, self._rebuilt(device, dtype), self.specs, narrowed=self.narrowed or narrowed)
+
+    @torch.no_grad()
+    def _rebuilt(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, indices: Sequence[int] | None = None
+    ) -> dict[str, BankEntry]:
+        """The entries elsewhere, in another dtype, or with other experts, stacked as those of a loaded bank; scaling stays float32."""
+        if not self.modules:
+            return {}
+        first = next(iter(self.modules.values())).lora_a
+        device, dtype = torch.device(first.device if device is None else device), dtype or first.dtype
+        if indices is None and all((one.lora_a.device, one.lora_a.dtype) == (device, dtype) for one in self.modules.values()):
+            return self.modules
+        chosen = list(range(self.num_experts) if indices is None else indices)
+        sizes = {path: (len(chosen), *one.lora_a.shape[1:], one.lora_b.shape[1]) for path, one in self.modules.items()}
+        found = empty_factors(sizes, dtype, device)
+        for path, one in self.modules.items():
+            for new, old in zip(found[path], (one.lora_a, one.lora_b), strict=True):
+                new.copy_(old if indices is None else old[chosen])
+        return {
+            path: BankEntry(*found[path], one.scaling[chosen].to(device), tuple(one.ranks[index] for index in chosen))
+            for path, one in self.modules.items()
+        }
 
     def checksum(self) -> str:
         """SHA-256 over names, module paths, factors and scalings, in order; independent of the dtype in which the adapters were loaded."""
@@ -217,14 +231,41 @@ def _loses_bits(old: torch.dtype, new: torch.dtype) -> bool:
     return torch.promote_types(old, new) != new and new != torch.float32
 
 
-def _stack(
-    module: str,
-    names: Sequence[str],
-    experts: Sequence[LoraWeights | None],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    specs: Mapping[str, AdapterSpec],
-) -> BankEntry:
+def empty_factors(
+    sizes: Mapping[str, tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Zeros for the factors of some modules, A (E, R, I) and B (E, O, R), the latter stored by rank: the kernels read (E, R, O).
+
+    Those of equal sizes lie one behind another, so that one operation reaches the modules of all blocks (``kernels.folded.FoldedStack``).
+
+    Args:
+        sizes: Module -> E, R, I, O.
+        dtype, device: As for ``torch.zeros``.
+
+    Raises:
+        AllocationError: If they do not fit.
+    """
+    alike: dict[tuple[int, int, int, int], list[str]] = {}
+    for module, size in sizes.items():
+        alike.setdefault(size, []).append(module)
+    found = {}
+    for (experts, rank, inputs, outputs), modules in alike.items():
+        target: dict[str, Any] = {"dtype": dtype, "device": device, "shrink": SHRINK_BANK}
+        together = all(is_stackable((experts, rank, size), dtype) for size in (inputs, outputs))
+        for some in [modules] if together else [[module] for module in modules]:
+            what = f"'{some[0]}'" if len(some) == 1 else f"'{some[0]}' and {len(some) - 1} more"
+            a_all = zeros((len(some), experts, rank, inputs), what=f"stacked A of module {what}", **target)
+            b_all = zeros((len(some), experts, rank, outputs), what=f"stacked B of module {what}", **target)
+            found.update({module: (a_all[place], b_all[place].mT) for place, module in enumerate(some)})
+    return found
+
+
+def _sizes(
+    module: str, names: Sequence[str], experts: Sequence[LoraWeights | None], specs: Mapping[str, AdapterSpec]
+) -> tuple[int, int, int, int]:
+    """Experts, largest rank, inputs and outputs of a module."""
+    if len(experts) != len(names):
+        raise AdapterError(f"module '{module}': {len(experts)} adapters for {len(names)} names.")
     present = [(name, expert) for name, expert in zip(names, experts, strict=True) if expert is not None]
     first_name, first = present[0]
     d_in, d_out = first[0].shape[1], first[1].shape[0]
@@ -237,21 +278,22 @@ def _stack(
                 f"adapter '{name}'{mine} has sizes {lora_a.shape[1]} -> {lora_b.shape[0]} at '{module}', "
                 f"adapter '{first_name}'{theirs} has {d_in} -> {d_out}; they were trained on different base models."
             )
+    return len(names), max(expert[0].shape[0] for _, expert in present), d_in, d_out
+
+
+def _filled(module: str, names: Sequence[str], experts: Sequence[LoraWeights | None], stacked_a: Tensor, stacked_b: Tensor) -> BankEntry:
+    """Write the experts of a module into zeros (E, R, I) and (E, O, R)."""
+    scaling = torch.zeros(len(experts), dtype=torch.float32, device=stacked_a.device)
     ranks = tuple(0 if expert is None else expert[0].shape[0] for expert in experts)
-    target: dict[str, Any] = {"dtype": dtype, "device": device, "shrink": SHRINK_BANK}
-    stacked_a = zeros((len(experts), max(ranks), d_in), what=f"stacked A of module '{module}'", **target)
-    # Stored as (E, R, O): the kernels read B by rank, and (E, O, R) is a view of it.
-    stacked_b = zeros((len(experts), max(ranks), d_out), what=f"stacked B of module '{module}'", **target).mT
-    scaling = torch.zeros(len(experts), dtype=torch.float32, device=device)
     for i, expert in enumerate(experts):
         if expert is not None:
             lora_a, lora_b, scale = expert
-            stacked_a[i, : ranks[i]] = lora_a.to(dtype)
-            stacked_b[i, :, : ranks[i]] = lora_b.to(dtype)
+            stacked_a[i, : ranks[i]] = lora_a.to(stacked_a.dtype)
+            stacked_b[i, :, : ranks[i]] = lora_b.to(stacked_b.dtype)
             if not all(bool(torch.isfinite(factor[i]).all()) for factor in (stacked_a, stacked_b)):
                 raise AdapterError(
-                    f"adapter '{names[i]}': the factors of '{module}' have values that {dtype_name(dtype)} cannot hold. Use dtype=float32; "
-                    "if they do not fit that either, the file is damaged or the training diverged."
+                    f"adapter '{names[i]}': the factors of '{module}' have values that {dtype_name(stacked_a.dtype)} cannot hold. "
+                    "Use dtype=float32; if they do not fit that either, the file is damaged or the training diverged."
                 )
             scaling[i] = scale
     return BankEntry(stacked_a, stacked_b, scaling, ranks)

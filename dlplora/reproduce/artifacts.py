@@ -19,7 +19,7 @@ from dlplora.config import config_hash, configs_root, load_yaml
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.inference.loading import nano_asset
-from dlplora.methods.registry import build_method, hashed_params, load_method_spec
+from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec
 from dlplora.reproduce.recipe import NANO, TRAINED, Setting, kind_of
 
 RECIPE = "recipe.json"
@@ -48,10 +48,10 @@ class Artifact:
         return self.source != "to be trained"
 
 
-def roles_of(preset: str) -> tuple[str, ...]:
+def roles_of(method: str | MethodSpec) -> tuple[str, ...]:
     """Roles a method needs, in the order they are made; every method needs the pool."""
-    wanted = build_method(load_method_spec(preset)).artifact_roles
-    return ("pool", *(f"{TRAINED}{preset}" if role == "trained" else role for role in wanted))
+    spec = load_method_spec(method) if isinstance(method, str) else method
+    return ("pool", *(f"{TRAINED}{spec.name}" if role == "trained" else role for role in build_method(spec).artifact_roles))
 
 
 def config_path(role: str, setting: Setting) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlplora.config import build, configs_root, list_configs, load_yaml
+from dlplora.config import build, config_label, configs_root, list_configs, load_yaml
 from dlplora.errors import ConfigError, TaskError, nearest
 from dlplora.evaluation.protocol import Protocol, load_protocol
 from dlplora.inference.backbones import NAMED, is_local_name, resolve_backbone
@@ -59,8 +59,8 @@ class Profile:
     """Whether the base model is pretrained here, on the training rows."""
     methods: list[str] = field(default_factory=lambda: list(REFERENCE_ROWS))
     """Methods of the comparison unless others are named."""
-    options: dict[str, dict[str, Any] | list[str]] = field(default_factory=dict)
-    """Role, its kind, or ``all`` -> what changes in its configuration, as a mapping or as options of ``dlplora fit``."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Role, its kind, or ``all`` -> what changes in its training configuration."""
     processes: int | None = None
     """Processes that the experts are dealt out to."""
     shape: str | None = None
@@ -73,7 +73,7 @@ class Profile:
     @property
     def fit_options(self) -> dict[str, list[str]]:
         """``options`` as options of ``dlplora fit``."""
-        return {kind: _as_options(given) if isinstance(given, dict) else given for kind, given in self.options.items()}
+        return {role: _as_options(given) for role, given in self.options.items()}
 
 
 def _as_options(settings: Mapping[str, Any], above: str = "--") -> list[str]:
@@ -99,7 +99,7 @@ def load_profile(name: str) -> tuple[str, Profile]:
     """
     known = list_configs("reproduce")
     if Path(name).suffix in {".yaml", ".yml"}:
-        return Path(name).stem, _read_profile(Path(name))
+        return config_label(name), _read_profile(Path(name))
     path = configs_root() / "reproduce" / f"{name}.yaml"
     if name in known and name != "any":
         return name, _read_profile(path)
@@ -157,7 +157,7 @@ class PaperJob:
     @property
     def protocol_name(self) -> str:
         """Of the records: one protocol over several base models is as many protocols."""
-        stem = Path(self.profile.protocol).stem
+        stem = config_label(self.profile.protocol)
         own = stem == self.name or stem.startswith(f"{self.name}_")
         return stem if own or self.profile.train_backbone else f"{stem}_{self.name}"
 
@@ -231,7 +231,7 @@ def resolve(
         protocol=protocol,
         methods=tuple(chosen),
         seeds=tuple(seeds if seeds is not None else protocol.seeds),
-        runs=runs or (Path("runs") / Path(profile.protocol).stem if profile.configs else Path("runs") / "paper" / name),
+        runs=runs or (Path("runs") / config_label(profile.protocol) if profile.configs else Path("runs") / "paper" / name),
     )
     for role in roles_of(chosen):
         artifacts.config_path(role, job.setting)
@@ -297,8 +297,7 @@ def overridden(values: Mapping[str, Any], options: Sequence[str], prefix: str) -
 def lora_of(job: PaperJob) -> dict[str, Any]:
     """Rank, targets and the other settings of the experts' adapters."""
     lora = load_yaml(artifacts.config_path("pool", job.setting))["model"]["init_args"]["lora"]
-    options = job.profile.options.get("pool", {})
-    changed = options.get("model", {}).get("init_args", {}).get("lora", {}) if isinstance(options, dict) else {}
+    changed = job.profile.options.get("pool", {}).get("model", {}).get("init_args", {}).get("lora", {})
     return {**lora, **changed}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from dlplora.evaluation.cache import EvalCache, eval_cache
 from dlplora.evaluation.protocol import Protocol
 from dlplora.evaluation.runner import Artifacts, Run, execute, finished, prepare
+from dlplora.methods.registry import MethodSpec, load_method_spec
 from dlplora.progress import Progress, duration
 from dlplora.reporting import tables
 from dlplora.reporting.columns import REFERENCE_ROWS
@@ -47,9 +48,15 @@ class ReproduceJob:
     """What a run of ``reproduce`` will do."""
 
     artifacts: tuple[artifacts.Artifact, ...]
-    methods: tuple[str, ...]
+    specs: tuple[MethodSpec, ...]
+    """The methods, as their files were read."""
     seeds: tuple[int, ...]
     setting: Setting = NANO
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods."""
+        return tuple(spec.name for spec in self.specs)
 
     def lines(self) -> Iterator[str]:
         """The announcement, one line per step."""
@@ -71,7 +78,7 @@ class Evaluated:
     """Records that an earlier run had finished."""
 
 
-def roles_of(methods: Sequence[str]) -> list[str]:
+def roles_of(methods: Sequence[str | MethodSpec]) -> list[str]:
     """Artifacts that the methods read, each once; the pool first, since gates are trained over it."""
     return list(dict.fromkeys(role for method in methods for role in artifacts.roles_of(method)))
 
@@ -97,8 +104,9 @@ def begin_fresh(methods: Sequence[str], seeds: Sequence[int], runs: Path, result
 
 def make_job(methods: Sequence[str], seeds: Sequence[int], runs: Path, *, fresh: bool, setting: Setting = NANO) -> ReproduceJob:
     """Find out what has to be trained and evaluated."""
-    found = tuple(artifacts.locate(role, runs, fresh=fresh, seed=seed, setting=setting) for seed in seeds for role in roles_of(methods))
-    return ReproduceJob(artifacts=found, methods=tuple(methods), seeds=tuple(seeds), setting=setting)
+    specs = tuple(load_method_spec(method) for method in methods)
+    found = tuple(artifacts.locate(role, runs, fresh=fresh, seed=seed, setting=setting) for seed in seeds for role in roles_of(specs))
+    return ReproduceJob(artifacts=found, specs=specs, seeds=tuple(seeds), setting=setting)
 
 
 def train_missing(job: ReproduceJob, runs: Path, say: Say) -> Folders:
@@ -117,11 +125,11 @@ def train_missing(job: ReproduceJob, runs: Path, say: Say) -> Folders:
 def runs_of(job: ReproduceJob, protocol: Protocol, name: str, folders: Folders, limit: int | None) -> list[Run]:
     """One run per method and seed; names and folders are checked before the first one starts."""
     runs = []
-    for method in job.methods:
+    for spec in job.specs:
         for seed in job.seeds:
-            own = {role.partition("/")[0]: folders[seed, role] for role in artifacts.roles_of(method)}
+            own = {role.partition("/")[0]: folders[seed, role] for role in artifacts.roles_of(spec)}
             given = Artifacts(pool=own.pop("pool"), others=own)
-            runs.append(prepare(protocol, name, method, seed, artifacts=given, limit=limit))
+            runs.append(prepare(protocol, name, spec, seed, artifacts=given, limit=limit))
     return runs
 
 

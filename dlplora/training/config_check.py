@@ -100,7 +100,7 @@ def check_command_line(arguments: Sequence[str]) -> dict[str, Any]:
 def _check_config(path: Path) -> dict[str, Any]:
     """Check one file; returns the class of each part."""
     if not path.is_file():
-        raise ConfigError(f"config file not found: {path}. The shipped ones are under configs/train.")
+        raise ConfigError(f"config file not found: {path}. Shipped ones are given by name, for instance `dlplora fit router`.")
     config = build(_Run, read_yaml(path), str(path))
     if isinstance(config.trainer, dict):
         check_keys(config.trainer, trainer_keys(), f"{path}: trainer")

@@ -53,14 +53,17 @@ def job(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
     """The command over a profile with budgets of a few steps."""
     protocol = {"suite": "paper_local", "batch_size": 8}
     (tmp_path / "tiny_protocol.yaml").write_text(yaml.safe_dump(protocol))
-    cpu = ["--trainer.accelerator=cpu"]
-    steps = ["--data.init_args.num_steps=12", "--data.init_args.batch_size=2", "--data.init_args.num_validation=4"]
-    resume = ["--trainer.callbacks.init_args.every_n_steps=4"]
+    cpu = {"trainer": {"accelerator": "cpu"}}
+    pool = {
+        "model": {"init_args": {"dtype": "float32"}},
+        "data": {"init_args": {"num_steps": 12, "batch_size": 2, "num_validation": 4}},
+        "trainer": {"callbacks": {"init_args": {"every_n_steps": 4}}},
+    }
     profile = {
         "protocol": str(tmp_path / "tiny_protocol.yaml"),
         "backbone": str(tiny_llama_folder),
         "processes": 1,
-        "options": {"all": cpu, "pool": ["--model.init_args.dtype=float32", *steps, *resume], "router": {"trainer": {"max_epochs": 1}}},
+        "options": {"all": cpu, "pool": pool, "router": {"trainer": {"max_epochs": 1}}},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(profile))
     rows = write_rows(tmp_path / "rows")

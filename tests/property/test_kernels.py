@@ -93,17 +93,17 @@ class TestTriton:
 def test_a_rewritten_grouped_plan_is_a_fresh_plan_at_the_same_addresses() -> None:
     from dlplora.kernels.grouped import GroupedBuffers
 
-    _, lora_a, lora_b, weights = draw((20, 1, 6, 2, 4, 4), 3, "row", zeros=0.7)
+    _, lora_a, _, weights = draw((20, 1, 6, 2, 4, 4), 3, "row", zeros=0.7)
     new = draw((20, 1, 6, 2, 4, 4), 4, "row", zeros=0.7)[3]
     rows = torch.arange(0, 20, 3)
-    plan = GroupedBuffers(20, 6, lora_a, lora_b)
-    plan.write(lora_a, lora_b, weights)
+    plan = GroupedBuffers(20, 6, lora_a)
+    plan.write(folded.kept_first(weights, 6))
     addresses = [buffer.data_ptr() for buffer in plan.buffers()]
-    plan.write(lora_a, lora_b, new[rows], rows)
+    plan.write(folded.kept_first(new[rows], 6), rows)
     mixed = weights.clone()
     mixed[rows] = new[rows]
-    fresh = GroupedBuffers(20, 6, lora_a, lora_b)
-    fresh.write(lora_a, lora_b, mixed)
+    fresh = GroupedBuffers(20, 6, lora_a)
+    fresh.write(folded.kept_first(mixed, 6))
     assert [buffer.data_ptr() for buffer in plan.buffers()] == addresses
     for ours, theirs in zip(plan.buffers(), fresh.buffers(), strict=True):
         assert torch.equal(ours, theirs)
@@ -362,3 +362,49 @@ def test_a_plan_that_was_moved_or_copied_follows_its_own_buffers() -> None:
         expected = reference.fused_delta(x, lora_a, lora_b, second)
         torch.testing.assert_close(moved.delta(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plan.delta(x), reference.fused_delta(x, lora_a, lora_b, first), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 4), stacked=st.booleans(), own_scaling=st.booleans())
+def test_buffers_of_many_layers_are_those_of_each_layer(seed: int, rows: int, stacked: bool, own_scaling: bool) -> None:
+    """Layers of two sizes, written in a random order of whole batches and single rows, answer as the sum over experts in float64."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    experts, rank = 5, 4
+    sizes = {f"block{index}.{name}": size for index in range(3) for name, size in (("q", (16, 16)), ("v", (16, 8)))}
+    drawn = {
+        path: [
+            (torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator), 0.5 + expert)
+            for expert in range(experts)
+        ]
+        for path, (d_in, d_out) in sizes.items()
+    }
+    bank = AdapterBank.from_tensors([f"e{index}" for index in range(experts)], drawn)
+    slot = RoutingSlot()
+    layers = {path: FusedLinear(torch.nn.Linear(*sizes[path], bias=False), entry, slot) for path, entry in bank.modules.items()}
+    if not stacked:
+        layers["block1.q"].lora_a = layers["block1.q"].lora_a.clone()
+    if own_scaling:
+        layers["block2.v"].scaling = layers["block2.v"].scaling * 3
+    x = torch.randn(rows, 2, 16, generator=generator)
+
+    def some(number: int) -> Tensor:
+        kept = rng.random((number, experts)) * (rng.random((number, experts)) < rng.random())
+        return torch.tensor(kept, dtype=torch.float32)
+
+    state = RoutingState(some(rows), "folded", width=experts, reroutes=True)
+    for _ in range(6):
+        if rng.random() < 0.4:
+            state = RoutingState(some(rows), "folded", width=experts, reroutes=True)
+        slot.prepare(state)
+        if rng.random() < 0.7:
+            chosen = torch.tensor(rng.permutation(rows)[: rng.integers(1, rows + 1)])
+            state.update_rows(chosen, some(len(chosen)))
+        if rng.random() < 0.2:
+            layers["block0.q"].scaling = layers["block0.q"].scaling * 0.5
+            state.release()
+            slot.prepare(state)
+        with slot.bind(state), torch.no_grad():
+            for layer in layers.values():
+                got = layer(x) - layer.base(x)
+                expected = loop(x, layer.lora_a, layer.lora_b, state.weights * layer.scaling)
+                np.testing.assert_allclose(got.numpy(), expected, atol=2e-3, rtol=1e-3)

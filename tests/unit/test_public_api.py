@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import dlplora
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import DLPLoRAError
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 SNIPPET = """
 from pathlib import Path
 from typing import Any
@@ -89,10 +91,11 @@ def test_callers_type_check_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="mypy is not installed")
     assert (Path(dlplora.__file__).parent / "py.typed").is_file()
     (tmp_path / "right.py").write_text(SNIPPET)
+    (tmp_path / "readme.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.S)))
     (tmp_path / "wrong.py").write_text(SNIPPET + 'wrong: int = model.generate_text("text")\nevaluate(methd="dlp")\n')
     others = ",".join(f"{name}.*" for name in ("torch", "transformers", "lightning", "peft", "lm_eval", "datasets", "numpy", "scipy"))
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = True\n[mypy-{others}]\nfollow_imports = skip\n")
-    command = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "right.py", "wrong.py"]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "right.py", "readme.py", "wrong.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     first, second, *summary = done.stdout.splitlines()
     assert 'expression has type "str", variable has type "int"' in first
