@@ -13,7 +13,9 @@ from dlplora.tasks.paper import with_options
 from dlplora.tasks.paper.sources import source_of as paper_source
 from dlplora.tasks.paper.splits import SplitSettings, draw_splits
 from dlplora.tasks.real import PREFIX, PUBLIC, SKILLS, real_names, real_suite, real_task, source_of
+from dlplora.tasks.real.descriptions import DESCRIPTIONS
 from dlplora.tasks.registry import get_suite
+from dlplora.tasks.skills import skills_candidates
 from dlplora.tasks.types import Item
 from tests.tools import real_admission, real_yaml
 
@@ -103,6 +105,14 @@ def test_the_skills_block_needs_no_rows(monkeypatch: pytest.MonkeyPatch) -> None
     assert suite.names == SKILLS
     assert suite.lm_eval_prefix == PREFIX
     assert all(task.items("test", 3) for task in suite.tasks)
+
+
+def test_every_candidate_says_what_it_asks_for() -> None:
+    """Pools carry it, for methods that read what an adapter is for."""
+    said = {**DESCRIPTIONS, **{task.name: task.description for task in skills_candidates()}}
+    assert set(said) == set(real_names("real_candidates"))
+    assert len({text for text in said.values() if text}) == len(said)
+    assert all(task.description for task in real_suite("real26_skills").tasks)
 
 
 def test_an_unknown_task_names_the_near_one() -> None:

@@ -6,9 +6,12 @@ external rows. A candidate is in a list below only if its row of the admission t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dlplora.tasks.paper import load_source
 from dlplora.tasks.paper.sources import Source
 from dlplora.tasks.paper.splits import SplitSettings
+from dlplora.tasks.real.descriptions import DESCRIPTIONS
 from dlplora.tasks.real.sources import CANDIDATES
 from dlplora.tasks.skills import skills_candidates
 from dlplora.tasks.types import Suite, Task
@@ -63,7 +66,9 @@ def real_task(name: str, root: str | None) -> Task:
         TaskError: If there is none of that name, or its rows are missing or malformed.
     """
     source = source_of(name)
-    return Suite("real_candidates", skills_candidates()).task(name) if source is None else load_source(source, root, SPLITS)
+    if source is None:
+        return Suite("real_candidates", skills_candidates()).task(name)
+    return replace(load_source(source, root, SPLITS), description=DESCRIPTIONS[name])
 
 
 def real_names(name: str) -> tuple[str, ...]:

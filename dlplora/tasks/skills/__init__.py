@@ -6,8 +6,10 @@ about 400 rows. See ``docs/real26_suite.md``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
+from dlplora.tasks.skills.descriptions import DESCRIPTIONS
 from dlplora.tasks.types import Suite, Task
 
 NOT_ADMITTED: frozenset[str] = frozenset()
@@ -23,11 +25,12 @@ CONFUSABLE: tuple[tuple[str, str], ...] = (
 (``ticket_*``, ``mail_*``), a rule that is mentioned in passing (``parcel_*``), or only two examples (``tag_*``)."""
 
 
+@lru_cache(maxsize=1)
 def skills_candidates() -> tuple[Task, ...]:
     """Every task that was tried, admitted or not, in a fixed order: multiple choice, then generation."""
     from dlplora.tasks.skills import generation, multiple_choice
 
-    return (*multiple_choice.CANDIDATES, *generation.CANDIDATES)
+    return tuple(replace(task, description=DESCRIPTIONS[task.name]) for task in (*multiple_choice.CANDIDATES, *generation.CANDIDATES))
 
 
 def conflicting() -> tuple[tuple[str, str], ...]:
