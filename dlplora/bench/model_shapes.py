@@ -1,6 +1,7 @@
-"""Base models with the sizes of public ones and random weights, for latency benchmarks without a download.
+"""Base models for latency benchmarks: nano, a pretrained one from a package, or the sizes of public ones with random weights.
 
-Time depends on the sizes of the matrices and not on their values. Shapes: E experts, R rank, I inputs, O outputs.
+Time depends on the sizes of the matrices and not on their values; only what is kept and re-routed depends on training.
+Shapes: E experts, R rank, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ def needed_bytes(name: str, dtype: torch.dtype, num_experts: int) -> tuple[int, 
 
 
 def load_shape(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """The base model on its device, and a tokenizer whose ids all lie in its vocabulary (the embedded one).
+    """The base model on its device, and a tokenizer whose ids are all in its vocabulary: its own, or nano's for random weights.
 
     Raises:
         ConfigError: For an unknown shape or dtype, or a dtype the device emulates.
     """
     shape = find_shape(name)
+    if shape is not None and shape.pretrained is not None:
+        return load_backbone(shape.pretrained, dtype=dtype, device=device)
     model, tokenizer = load_backbone(None, dtype=dtype, device=device)
     if shape is None:
         model.config.max_position_embeddings = POSITIONS

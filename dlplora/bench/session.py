@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from dlplora.bench.systems import (
 from dlplora.config import build, find_config, load_yaml
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.inference.devices import choose_device
-from dlplora.inference.loading import nano_asset, resolve_dtype
+from dlplora.inference.loading import method_asset, resolve_dtype
 from dlplora.inference.shapes import find_shape
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import load_method_spec
@@ -164,6 +165,9 @@ class BenchConfig:
     shape: str = "nano"
     dtype: str = "float32"
     device: str = "cpu"
+    runs: str | None = None
+    """Folder with ``pool``, ``router``, ``trained/METHOD``, …, as ``dlplora reproduce`` leaves them; None takes the embedded ones for nano
+    and random ones for other shapes."""
     seed: int = 0
     """Of random pools and of the order of turns."""
     groups: dict[str, Any] = field(default_factory=dict)
@@ -171,6 +175,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         find_shape(self.shape)
+        if self.runs is not None and not (Path(self.runs) / "pool").is_dir():
+            raise ConfigError(f"'runs': {self.runs} has no folder 'pool'; name a folder that `dlplora reproduce` has trained into.")
         if not self.groups:
             raise ConfigError("'groups' is empty; a benchmark configuration needs at least one.")
         ready = {
@@ -226,7 +232,7 @@ def run_bench(
     record = LatencyRecord(
         shape=config.shape,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights="shipped" if find_shape(config.shape) is None else "random",
+        weights=_weights(config.shape),
         adapters={},
         dtype=config.dtype,
         device=str(device),
@@ -242,7 +248,8 @@ def run_bench(
         for name, group in config.groups.items():
             with tempfile.TemporaryDirectory() as folder:
                 setup = build_setup(config, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
-                record.adapters[name] = f"{'shipped' if setup.shipped else 'random'}, {POOL_TEXT}"
+                source = "random" if setup.asset is None else "shipped" if config.runs is None else "trained"
+                record.adapters[name] = f"{source}, {POOL_TEXT if config.runs is None else f'rank {setup.bank.rank}'}"
                 record.measurements.extend(
                     _Session(name, group, setup, bandwidth, config.seed, record.skipped, progress).measure(entries[name])
                 )
@@ -266,16 +273,28 @@ def _allow_compilation(device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]
 
 
+def _weights(shape: str) -> str:
+    """Where a shape's weights are from, in one word."""
+    sizes = find_shape(shape)
+    return "shipped" if sizes is None else "random" if sizes.pretrained is None else "pretrained"
+
+
 def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
-    """The embedded pool where it has the size asked for, on the embedded base model; otherwise a random one."""
+    """The trained pool where it has the size asked for: that of ``runs``, or the embedded one on nano; otherwise a random one."""
     experts = max(1, experts)
-    embedded = load_pool(nano_asset("pool")).names
-    shipped = find_shape(config.shape) is None and experts == len(embedded)
-    if shipped:
-        bank = AdapterBank.from_pool(nano_asset("pool"), dtype=model.dtype, device=model.device)
-    else:
+    asset = method_asset if config.runs is None and find_shape(config.shape) is None else None
+    if config.runs is not None:
+        asset = partial(_trained, Path(config.runs))
+    if asset is None or experts != len(load_pool(asset("pool", "")).names):
         bank = random_bank(model, [f"expert_{index:04d}" for index in range(experts)], config.seed)
-    return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder, shipped=shipped)
+        return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder)
+    bank = AdapterBank.from_pool(asset("pool", ""), dtype=model.dtype, device=model.device)
+    return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder, asset=asset)
+
+
+def _trained(runs: Path, role: str, preset: str) -> Path:
+    """Folder of an artifact as ``dlplora reproduce`` leaves it."""
+    return runs / (f"trained/{preset}" if role == "trained" else role)
 
 
 def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:

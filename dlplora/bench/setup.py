@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dlplora.bench.model_shapes import first_experts, write_adapter
 from dlplora.bench.timing import dtype_of
-from dlplora.inference.loading import method_asset
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec, build_method
 from dlplora.modules.lora_bank import AdapterBank
@@ -93,14 +92,14 @@ class BenchSetup:
         model, tokenizer: The base model; never changed.
         bank: The largest pool.
         folder: For files; the caller removes it.
-        shipped: Whether base model and pool are the embedded ones, whose trained artifacts then fit.
+        asset: Role and preset -> folder of a trained artifact that fits base model and pool; None if the pool is a random one.
     """
 
     model: Any
     tokenizer: Any
     bank: AdapterBank
     folder: Path
-    shipped: bool
+    asset: Callable[[str, str], Path] | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -120,13 +119,13 @@ class BenchSetup:
         return folders
 
     def context(self, cls: type[FusionMethod], spec: MethodSpec, experts: int) -> MethodContext:
-        """What a method may use: shipped artifacts where they fit, otherwise untrained stand-ins of true size."""
+        """What a method may use: trained artifacts where they fit, otherwise untrained stand-ins of true size."""
         embedding = self.model.get_input_embeddings()
         bank = self.pool(experts)
         bare = MethodContext(tokenizer=self.tokenizer, embedding=embedding, device=self.model.device, few_shot=_few_shot(bank.names))
         roles = build_method(spec).artifact_roles
-        if self.shipped and experts == self.bank.num_experts:
-            found = {role: method_asset(role, spec.name) for role in roles}
+        if self.asset is not None and experts == self.bank.num_experts:
+            found = {role: self.asset(role, spec.name) for role in roles}
             return dataclasses.replace(bare, artifacts={role: path for role, path in found.items() if path.is_dir()})
         folder = self.folder / "artifacts" / f"{spec.name}-{experts}"
         made = cls.example_artifacts(folder, bank, bare)

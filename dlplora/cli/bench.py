@@ -19,7 +19,10 @@ def add_latency(inner: Any) -> argparse.ArgumentParser:
     """Declare ``latency`` under ``dlplora bench``; returns its parser."""
     parser: argparse.ArgumentParser = inner.add_parser("latency", help="time systems interleaved in one process and write a record")
     parser.add_argument("--config", metavar="NAME", help="name in configs/bench, or a YAML file; not together with the options of a group")
-    parser.add_argument("--shape", help="qwen2-0.5b, qwen2-1.5b, qwen2-7b, llama2-7b, llama3-8b, nano or tiny (default: nano)")
+    parser.add_argument("--shape", help="smollm2-135m (pretrained), qwen2-0.5b, qwen2-1.5b, qwen2-7b, llama2-7b, llama3-8b "
+                        "(random weights), nano or tiny (default: nano)")  # fmt: skip
+    parser.add_argument("--runs", metavar="FOLDER", help="pool, router and gates as `dlplora reproduce` leaves them, for instance "
+                        "runs/real26 (default: the embedded ones for nano, random ones otherwise)")  # fmt: skip
     parser.add_argument("--systems", metavar="A,B", help="presets, base, peft_single, peft_mixed, peft_xlora, peft_arrow, "
                         "released_loop, or all; NAME@E has a pool of its own size, NAME:BACKEND a kernel backend: ties:merged")  # fmt: skip
     parser.add_argument("--contenders", dest="systems", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name
@@ -56,7 +59,7 @@ def config_of(arguments: argparse.Namespace) -> Any:
     from dlplora.bench.session import BenchConfig, Group, load_bench_config
 
     given = {name: getattr(arguments, name) for name in GROUP_OPTIONS if getattr(arguments, name) is not None}
-    whole = {name: getattr(arguments, name) for name in ("shape", "dtype", "device") if getattr(arguments, name) is not None}
+    whole = {name: getattr(arguments, name) for name in ("shape", "dtype", "device", "runs") if getattr(arguments, name) is not None}
     if arguments.config is not None:
         if given:
             first = next(iter(given)).replace("_", "-")

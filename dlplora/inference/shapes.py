@@ -1,4 +1,4 @@
-"""Sizes of public base models by name, for benchmarks with random weights and for estimates; nothing is downloaded.
+"""Sizes of public base models by name, for benchmarks and for estimates; nothing is downloaded.
 
 The sizes are copied from the published configurations; a test compares the number of parameters with the published count.
 """
@@ -26,12 +26,14 @@ class ModelShape:
     num_attention_heads: int
     num_key_value_heads: int
     tie_word_embeddings: bool
+    pretrained: str | None = None
+    """Name of the base model whose weights a benchmark loads; None takes random ones."""
 
     def config(self) -> Any:
         """The transformers configuration."""
         from transformers import LlamaConfig, Qwen2Config
 
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model_type"}
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in {"model_type", "pretrained"}}
         make = {"llama": LlamaConfig, "qwen2": Qwen2Config}[self.model_type]
         return make(**sizes, max_position_embeddings=POSITIONS, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
@@ -41,6 +43,10 @@ SHAPES: dict[str, ModelShape | None] = {
     "tiny": ModelShape(
         model_type="llama", vocab_size=3072, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,
+    ),
+    "smollm2-135m": ModelShape(
+        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, pretrained="smollm2-135m",
     ),
     "qwen2-0.5b": ModelShape(
         model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,

@@ -203,7 +203,7 @@ def test_quality_tables_join_the_ratios_of_one_process_by_method(tmp_path: Path)
     assert plain is not None
     assert plain.ratios == {"peft_single": (1.0, 1.0), "dlp": (3.0, 3.0)}  # measurements of something special do not count
     text = caption(records, joined)
-    assert "17 new tokens, methods interleaved in one process, median of 3 paired ratios" in text
+    assert "17 new tokens, float32, methods interleaved in one process, median of 3 paired ratios" in text
     assert "joined by method name from the newest record of shape `nano`" in text
     rows = {line.split("`")[1]: line for line in main_table(records, None, joined).splitlines() if line.startswith("| `")}
     assert rows["dlp"].endswith("| 1.00 | 1.00 |")

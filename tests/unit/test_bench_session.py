@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dlplora.bench.upstream_loop import KeptExperts, LoopedLoRALinear
 from dlplora.cli.bench import config_of
 from dlplora.cli.main import build_parser, main
 from dlplora.errors import ConfigError
+from dlplora.inference.backbones import NANO_ASSETS
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.sentences import last_question
 from dlplora.kernels.backends import BACKENDS
@@ -29,7 +31,15 @@ from dlplora.reporting.latency.records import LatencyRecord, read_latency, rerou
 from dlplora.types import PromptBatch
 
 CPU = torch.device("cpu")
-MILLIONS = {"qwen2-0.5b": 494.03, "qwen2-1.5b": 1543.71, "qwen2-7b": 7615.62, "llama2-7b": 6738.42, "llama3-8b": 8030.26}
+SMALL: dict[str, Any] = {"prompt": (8,), "new_tokens": 2, "repeats": 2, "warmup": 0}
+MILLIONS = {
+    "smollm2-135m": 134.52,
+    "qwen2-0.5b": 494.03,
+    "qwen2-1.5b": 1543.71,
+    "qwen2-7b": 7615.62,
+    "llama2-7b": 6738.42,
+    "llama3-8b": 8030.26,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> BenchSetup:
     for entry in bank.modules.values():
         entry.lora_a.mul_(20)
         entry.lora_b.mul_(20)
-    return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=tmp_path_factory.mktemp("setup"), shipped=False)
+    return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=tmp_path_factory.mktemp("setup"))
 
 
 def logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -187,9 +197,28 @@ def test_the_former_name_of_systems_is_read(tmp_path: Path) -> None:
         load_bench_config(str(path))
 
 
-@pytest.mark.parametrize("name", ["nano", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
+@pytest.mark.parametrize("name", ["nano", "smollm2", "qwen2-0.5b", "gpu-1.5b", "gpu-8b", "smoke", "gpu-smoke"])
 def test_shipped_configurations_load(name: str) -> None:
     assert load_bench_config(name).groups
+
+
+def test_a_folder_of_trained_artifacts_is_used_where_it_fits(tmp_path: Path) -> None:
+    """The embedded artifacts stand in for a folder that ``dlplora reproduce`` has left."""
+    with pytest.raises(ConfigError, match="has no folder 'pool'"):
+        BenchConfig(runs=str(tmp_path), groups={"a": Group()})
+    runs = tmp_path / "runs"
+    for role in ("pool", "router", "trained/mole"):
+        shutil.copytree(NANO_ASSETS / role, runs / role)
+    config = BenchConfig(
+        runs=str(runs),
+        groups={"a": Group(systems=("base", "peft_single", "dlp", "mole"), **SMALL)},
+    )
+    record = run_bench(config)
+    assert record.adapters["a"].startswith("trained, rank ")
+    assert [one.contender for one in record.measurements] == ["base", "peft_single", "dlp", "mole"]
+    assert record.skipped == {}
+    config = BenchConfig(runs=str(runs), groups={"a": Group(systems=("base", "dlp"), experts=(3,), **SMALL)})
+    assert run_bench(config).adapters["a"].startswith("random")
 
 
 def timed_in_order(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[list[str], LatencyRecord]:

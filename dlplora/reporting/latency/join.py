@@ -8,6 +8,11 @@ from pathlib import Path
 
 from dlplora.reporting.latency.records import SINGLE, latency_records, newest, ratio_to
 
+SHAPES = {"nano": "nano", "real26": "smollm2-135m"}
+"""Suite -> shape of its base model, for suites with a base model and a pool of their own."""
+TRAINED = ("shipped", "trained")
+"""How a record describes pools that were trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyColumns:
@@ -21,10 +26,9 @@ class LatencyColumns:
 
 
 def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
-    """The ratios for a suite's tables, from the newest bench record whose shape bears the suite's name; None without one.
+    """The ratios for a suite's tables, from the newest bench record of its base model with its trained pool; None without one.
 
-    Only the suite ``nano`` has a base model and a pool of its own, so only its tables have these columns. Forced measurements (re-routing,
-    number of experts, compilation, backend) do not count.
+    Forced measurements (re-routing, number of experts, compilation, backend) do not count.
 
     Args:
         bench: Folder of bench records; it need not exist.
@@ -33,14 +37,16 @@ def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
     Raises:
         RecordError: If a bench record is damaged.
     """
-    record = newest(latency_records(bench), suite)
+    shape = SHAPES.get(suite)
+    trained = [one for one in latency_records(bench) if any(text.startswith(TRAINED) for text in one.adapters.values())]
+    record = None if shape is None else newest(trained, shape)
     if record is None:
         return None
     found: dict[str, tuple[float, float]] = {}
     first = None
     for one in record.measurements:
         forced = one.reroute_every is not None or one.kept is not None or one.compiled or one.backend_asked not in {"", "auto"}
-        if forced or one.batch_size != 1 or one.contender in found or not record.adapters[one.group].startswith("shipped"):
+        if forced or one.batch_size != 1 or one.contender in found or not record.adapters[one.group].startswith(TRAINED):
             continue
         prefill, decode = ratio_to(record, one, SINGLE, "ttft_s"), ratio_to(record, one, SINGLE, "tpot_s")
         if prefill is not None and decode is not None:
@@ -51,7 +57,7 @@ def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
     commit = (record.provenance.get("git", {}).get("commit") or "unknown")[:7]
     source = (
         f"Prefill and decode: time divided by that of PEFT with one unmerged adapter; batch 1, {first.prompt_tokens} prompt tokens, "
-        f"{first.new_tokens} new tokens, methods interleaved in one process, median of {len(first.tpot_s)} paired ratios. They are joined "
-        f"by method name from the newest record of shape `{record.shape}` in `results/bench` (code {commit})."
+        f"{first.new_tokens} new tokens, {record.dtype}, methods interleaved in one process, median of {len(first.tpot_s)} paired "
+        f"ratios. They are joined by method name from the newest record of shape `{record.shape}` in `results/bench` (code {commit})."
     )
     return LatencyColumns(ratios=found, source=source)
