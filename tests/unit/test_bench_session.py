@@ -319,7 +319,7 @@ def test_the_command_times_methods_and_writes_a_record(tmp_path: Path, capsys: p
         ("--backends fast", "unknown backend 'fast'"),
         ("--dtype float8", "unknown dtype 'float8'"),
         ("--device gpu", "unknown device 'gpu'"),
-        ("--device meta", "device 'meta' computes nothing"),
+        ("--device meta", "device 'meta' does not exist"),
         ("--experts 4 --kept 99", "'kept' asks for 99 experts of a pool of 4"),
         ("--config nowhere", "unknown benchmark 'nowhere'"),
         ("--config nano --batch 2", "--batch belongs to a single group"),
