@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dlplora.bench.model_shapes import share_weights
+from dlplora.bench.released_loop import ReleasedLoop
 from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
 from dlplora.bench.timing import dtype_of
-from dlplora.bench.upstream_loop import ReleasedLoop
 from dlplora.config import list_configs
 from dlplora.errors import ConfigError, MethodError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
