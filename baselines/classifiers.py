@@ -119,7 +119,7 @@ class NearestPrompts(LearnsFromEncodings):
         return int(self.config.top_k)
 
     def learn(self, prompts: Mapping[str, list[str]], context: MethodContext) -> dict[str, Tensor]:
-        """Every training prompt (n, D), and whose it is (n,)."""
+        """Every training prompt (n, D), and the index of its expert (n,)."""
         points = [self._encoder.texts(texts) for texts in prompts.values()]
         owners = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(points)])
         return {"points": torch.cat(points), "owners": owners}
@@ -161,9 +161,9 @@ class _Linear(LearnsFromPrompts):
         return F.one_hot(values.argmax(dim=-1), len(self.expert_names)).float().to(prompts.input_ids.device)
 
     def _hyperplanes(self, classifier: Any, features: Any, names: list[str]) -> dict[str, Tensor]:
-        """``weight`` (E, D) and ``bias`` (E,) in the order of ``prepare``'s bank, whatever the classifier's."""
+        """``weight`` (E, D) and ``bias`` (E,) in the order of ``prepare``'s bank, not of the classifier."""
         experts = list(dict.fromkeys(names))
-        if len(experts) == 1:  # nothing to tell apart
+        if len(experts) == 1:  # nothing to separate
             return {"weight": torch.zeros(1, features.shape[1]), "bias": torch.zeros(1)}
         # Rows sorted by name: another order of the adapters finds the same hyperplanes.
         order = sorted(range(len(names)), key=lambda row: names[row])

@@ -57,7 +57,7 @@ class HiLoRAConfig:
             raise ConfigError(f"'num_samples' must be at least 2 and 'least' at least 1, got {self.num_samples}, {self.least}.")
         if not 0 < self.budget <= 1 or not 0 <= self.mass <= 1 or not self.temperature > 0:
             raise ConfigError(
-                f"'budget' and 'mass' must lie between 0 and 1 and 'temperature' must be positive, got {self.budget}, {self.mass}, "
+                f"'budget' and 'mass' must be between 0 and 1 and 'temperature' must be positive, got {self.budget}, {self.mass}, "
                 f"{self.temperature}."
             )
 

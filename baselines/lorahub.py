@@ -207,5 +207,5 @@ def _nevergrad(value: Callable[[np.ndarray], float], size: int, bound: float, bu
     space = ng.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
     space.random_state.seed(seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*RHOEND", category=UserWarning)  # what NGOpt asks of scipy; it is put right there
+        warnings.filterwarnings("ignore", message=".*RHOEND", category=UserWarning)  # what NGOpt passes to scipy; it is corrected there
         ng.optimizers.NGOpt(parametrization=space, budget=max(1, budget)).minimize(value)

@@ -2,7 +2,7 @@
 
 * ARIADNE (arXiv:2606.19079): an expert is a few centroids of its training inputs, found by k-means; only the expert of the nearest
   centroid is used. From the abstract; number of centroids, inputs and encoder are our choice.
-* AdapterSoup (Chronopoulou et al., arXiv:2302.07027): the parameters of the adapters whose domains are nearest are averaged, once per
+* AdapterSoup (Chronopoulou et al., arXiv:2302.07027): the parameters of the adapters with the nearest domains are averaged, once per
   task. For LoRA these are A and B, so factors are summed. A domain is the mean of its inputs' embeddings.
 
 Deviations: a task's own adapter, if it is in the pool, is nearest and part of the average; ``leave_one_out`` excludes it, which is the
@@ -83,7 +83,7 @@ class Ariadne(LearnsFromEncodings):
     owners: Tensor
 
     def learn(self, prompts: Mapping[str, list[str]], context: MethodContext) -> dict[str, Tensor]:
-        """Centroids of all experts (n, D), and whose each is (n,)."""
+        """Centroids of all experts (n, D), and the index of each one's expert (n,)."""
         from scipy.cluster.vq import kmeans2
 
         found = []

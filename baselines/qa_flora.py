@@ -75,7 +75,7 @@ class QaFlora(FusionMethod):
         """Find the blocks that are adapted.
 
         Raises:
-            MethodError: If a module stands outside of the numbered blocks.
+            MethodError: If a module is outside of the numbered blocks.
         """
         numbers = {}
         for module in bank.modules:

@@ -44,7 +44,7 @@ def evaluate_setting(run: Run, name: str, root: Path, cache: EvalCache) -> Path:
     """Evaluate one setting and write its record.
 
     Raises:
-        ConfigError: If prompts are not read apart from what is scored after them.
+        ConfigError: If prompts are not read separately from the options.
     """
     setting = SETTINGS[name]
     start = time.perf_counter()

@@ -67,7 +67,7 @@ def _worker(path: Path) -> subprocess.Popen[bytes]:
 
 
 def _disturb(plan: Plan, options: argparse.Namespace) -> dict[str, int]:
-    """Keep so many workers alive, but not the same ones, until every cell is done."""
+    """Keep the number of workers constant, replacing them, until every cell is done."""
     draw = random.Random(options.seed)
     running: Processes = [_worker(plan.path) for _ in range(options.workers)]
     stopped: list[tuple[float, subprocess.Popen[bytes]]] = []

@@ -243,7 +243,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def record_path(arguments: argparse.Namespace) -> Path:
-    """Where the record of a suite lies."""
+    """Path of the record of a suite."""
     return Path(arguments.out) / "bench" / f"out_of_scope-{arguments.suite}.json"
 
 

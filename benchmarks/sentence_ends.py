@@ -42,7 +42,7 @@ TIMES = ("ttft", "tpot", "ttft_cpu", "tpot_cpu")
 
 
 class Clock(StoppingCriteria):
-    """Notes elapsed and CPU time after each token; never stops."""
+    """Records elapsed and CPU time after each token; never stops."""
 
     def __init__(self) -> None:
         self.stamps: list[tuple[float, float]] = []
@@ -87,7 +87,7 @@ def measure(case: str, rounds: int) -> dict[str, dict[str, list[float]]]:
         for order in round_orders(len(systems), rounds, f"{case} {os.getpid()}"):
             take_turns(systems, workload, [order], device, lambda number: None, once)
             for values in found[names[order[-1]]].values():
-                values.pop(-2)  # of the last system of a round, the first generation was off the clock
+                values.pop(-2)  # the first generation of the last system of a round was not timed
     return found
 
 

@@ -94,7 +94,7 @@ def _adapter(cls: type) -> Any:
 def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = ConfigError) -> T:
     """Make a dataclass from plain data: every key must be a field, and every value must fit its type at every depth.
 
-    The one validator of everything that is read from files and command lines. Types are strict: no text becomes a number, no number
+    Validates everything that is read from files and command lines. Types are strict: no text becomes a number, no number
     a boolean. Lists become tuples and mappings become dataclasses where the annotations say so.
 
     Args:
@@ -138,7 +138,7 @@ def _reason(cls: type, values: Any, problems: Sequence[Mapping[str, Any]], where
         if not place.enter(part):
             break
     inside = f"{where}: {place.owner_path}" if place.owner_path else where
-    if first["type"] == "value_error":  # a __post_init__ check; some say themselves where they stand
+    if first["type"] == "value_error":  # a __post_init__ check; some messages name their place
         text = str(first["ctx"]["error"])
         return text if text.startswith(where) else f"{where}: {place.path}: {text}" if place.path else f"{where}: {text}"
     if first["type"] == "unexpected_keyword_argument":

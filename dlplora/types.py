@@ -1,4 +1,4 @@
-"""Values that are passed between rooms.
+"""Values that are passed between packages.
 
 Shapes: B rows of a batch, T tokens, E experts.
 """
@@ -28,7 +28,7 @@ class PromptBatch:
         attention_mask: 1 for real tokens, 0 for padding, (B, T).
         texts: The same contexts as text, one per row.
         task_names: The task of each row as the evaluation protocol names it. Only methods that declare
-            ``needs = ("task_id", ...)`` ever receive it; for all others the fused model removes it.
+            ``needs = ("task_id", ...)`` receive it; for all others the fused model removes it.
         questions: The part of each context that is routed, where the caller knows it (from messages, or from the evaluated document).
             None: the fused model finds it in the text (``inference.question``).
         weights: Routing weights (B, E) of the contexts, if they are known already; the method is then not called again.

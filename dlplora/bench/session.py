@@ -48,22 +48,22 @@ POOL_TEXT = f"rank {LORA.rank}, alpha {LORA.lora_alpha}, {' and '.join(LORA.targ
 
 
 MAX_NUMBER = 1_000_000
-"""Of experts, rows, tokens and rounds: what is beyond would run for years, or not fit into any memory."""
+"""Limit of experts, rows, tokens and rounds; larger numbers would not finish or fit into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Systems that take turns, and the workloads they do so under."""
+    """Interleaved systems and their workloads."""
 
     systems: tuple[str, ...] = ("base", "peft_single", "dlp")
     """Names; ``NAME@E`` has a pool of its own size, ``NAME:BACKEND`` a kernel backend (``ties:merged`` times a static merge folded into the
-    weights); ``all`` stands for every one there is."""
+    weights); ``all`` means all of them."""
     experts: tuple[int, ...] = (26,)
     """Pool sizes; systems without a pool are built once."""
     kept: tuple[int, ...] = ()
     """Top-k experts forced per sequence, for systems that support it; none leaves it to each method."""
     backends: tuple[str, ...] = ("auto",)
-    """Kernel backends of our methods; ``all`` stands for every one there is."""
+    """Kernel backends of our methods; ``all`` means all of them."""
     reroute_every: tuple[int, ...] = ()
     """Also run sentence-level methods with every row re-routed after so many tokens."""
     compile: tuple[bool, ...] = (False,)
@@ -286,7 +286,7 @@ def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, f
 
 
 def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:
-    """Rows of questions from the embedded suite, each row other questions, all cut to one length."""
+    """Rows of questions from the embedded suite, different in every row, all cut to one length."""
     tasks = nano_suite().tasks
     rows: list[list[int]] = []
     for row in range(batch_size):
@@ -357,7 +357,7 @@ class _Session:
         ]  # fmt: skip
 
     def _warm(self, systems: Sequence[BenchSystem], workload: Workload) -> tuple[list[BenchSystem], list[int | None]]:
-        """Warm-up rounds, then one for the memory; who cannot serve the workload drops out with its reason."""
+        """Warm-up rounds, then one for the memory; a system that cannot serve the workload is dropped with its reason."""
         device = self.setup.model.device
         able: list[BenchSystem] = []
         transient: list[int | None] = []

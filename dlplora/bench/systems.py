@@ -154,7 +154,7 @@ BUILTIN: dict[str, Callable[[BenchSetup, Entry], BenchSystem]] = {
 }
 """Systems that are no methods of this suite."""
 POOL_FREE = {BASE: 0, SINGLE: 1}
-"""Systems that every sweep over pools leaves as they are -> adapters they hold."""
+"""Systems that sweeps over pools do not change -> number of their adapters."""
 
 
 def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
@@ -229,7 +229,7 @@ def known_systems() -> list[str]:
 
 
 def check_system(name: str) -> None:
-    """Refuse a name that nothing bears.
+    """Refuse an unknown name.
 
     Raises:
         ConfigError: With the nearest names.
@@ -253,7 +253,7 @@ def build_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
 
 def facts(system: BenchSystem, workload: Workload) -> Mapping[str, Any]:
-    """What a measurement says about its system under a workload apart from times."""
+    """Facts of a measurement about its system under a workload, without times."""
     entry = system.entry
     weights = None if system.route is None else system.route(workload)
     kept = None if weights is None else float((weights != 0).sum(dim=-1).float().mean())

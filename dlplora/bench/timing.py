@@ -18,7 +18,7 @@ from dlplora.errors import GenerationError
 
 
 class TokenClock(StoppingCriteria):
-    """Notes when each token was there; never stops."""
+    """Records the time of each token; never stops."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

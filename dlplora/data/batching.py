@@ -96,7 +96,7 @@ def parts_by_length(lengths: Sequence[int], count: int) -> list[int]:
     """Cut rows that are sorted by length into batches with as little padding as possible.
 
     No batch holds more tokens, padding included, than one with an equal share of the rows, each as long as the longest of all: accumulation
-    is there to save memory.
+    is used to save memory.
 
     Args:
         lengths: Tokens of each row, ascending; at least ``count`` rows.
@@ -158,6 +158,6 @@ class StepLoader:
         return {"next_step": self._next}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where a saved loader stood."""
+        """Continue from the step of a saved loader."""
         self._next = int(state["next_step"])
         self._resumed = True

@@ -63,7 +63,7 @@ def pack(documents: list[str], tokenizer: Any, block_size: int, low: float, end:
         tokenizer: As returned by ``train_tokenizer``.
         block_size: Tokens a block, T.
         low: Loss weight of set-up text; predictable text has weight 1.
-        end: Loss weight of ``</s>`` (0 after a bare prompt, whose answer is not shown).
+        end: Loss weight of ``</s>`` (0 after a prompt without its answer).
 
     Returns:
         Token ids int32 (N, T) and loss weights float32 (N, T); the incomplete last block is dropped.
@@ -155,7 +155,7 @@ class WorldTextDataModule(L.LightningDataModule):
 
 
 class RowsTextDataModule(L.LightningDataModule):
-    """The text of a suite's training rows, for a small base model of one's own where none can be downloaded.
+    """The text of a suite's training rows, to pretrain a small base model if none can be downloaded.
 
     Prompts and answers are documents of their own, in random order: the base model learns the words and the forms of the tasks, but which
     answer belongs to which question is left to the experts. Test rows are never read; validation rows give the loss curve.

@@ -145,7 +145,7 @@ def prepare(
     limit: int | None = None,
     device: str | None = None,
 ) -> Run:
-    """Resolve a run; every name and folder is checked here. The dtype ``auto`` becomes the one it stands for, which records then name.
+    """Resolve a run; every name and folder is checked here. The dtype ``auto`` is resolved, and records name the result.
 
     Raises:
         DLPLoRAError: For an unknown suite, task or method, a package that the method needs and lacks, or a folder that does not exist.
@@ -384,6 +384,6 @@ def make_record(
         trained_parameters=lm.fused.method.num_trained_parameters,
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}
-    commit = getattr(lm.fused.model, "hub_commit", None)  # what the revision of a hub id stood for
+    commit = getattr(lm.fused.model, "hub_commit", None)  # the commit of a hub id's revision
     backbone = {**record.backbone, "fingerprint": fingerprint, **({"commit": commit} if commit else {})}
     return dataclasses.replace(record, backbone=backbone, aggregates=aggregate(record, kinds))

@@ -33,7 +33,7 @@ def unseen_name(name: str) -> str:
 
 
 def folds_of(names: Sequence[str], num: int = NUM_FOLDS) -> list[tuple[str, ...]]:
-    """The tasks that are left out together: every ``num``-th one, so that neighbours in a suite, which are alike, are parted.
+    """The tasks that are left out together: every ``num``-th one, so that similar tasks (neighbours in a suite) are in different folds.
 
     Raises:
         TaskError: If a fold would leave fewer than two experts, or there are fewer tasks than folds.
@@ -44,7 +44,7 @@ def folds_of(names: Sequence[str], num: int = NUM_FOLDS) -> list[tuple[str, ...]
 
 
 def leaves_itself_out(preset: str) -> dict[str, Any]:
-    """Parameters under which a method sets the expert of a prompt's own task aside; empty where it has none.
+    """Parameters with which a method excludes the expert of a prompt's own task; empty if it has none.
 
     Such a method knows the task's name. It gets the whole pool, and one fold is enough.
     """

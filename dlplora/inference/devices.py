@@ -95,7 +95,7 @@ def _automatic(device: torch.device, source: str | None, revision: str | None) -
 
 
 def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
-    """The dtype that a checkpoint's ``config.json`` names; without one, that of most of its weights; float32 if neither tells.
+    """The dtype that a checkpoint's ``config.json`` names; without one, that of most of its weights; float32 if neither is known.
 
     Args:
         source: Model folder, or hub id, whose ``config.json`` is fetched into the cache if it is not there. What cannot be found at all
@@ -109,7 +109,7 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
     if found is None:
         return torch.float32
     try:
-        config = json.loads(read_text(found))  # transformers' own file, in which infinities may stand
+        config = json.loads(read_text(found))  # transformers' own file, which may contain infinities
     except (ValueError, RecursionError):  # load_backbone says what is wrong with the file
         return torch.float32
     if not isinstance(config, dict):

@@ -99,7 +99,7 @@ class GenerateOptions:
         return tokenizer.pad_token_id if found is None else found
 
     def require_same_places(self, given: Tensor | None, ids: Tensor) -> None:
-        """Refuse ``BY_PLACE`` with prompts whose tokens do not stay in their columns.
+        """Refuse ``BY_PLACE`` if the tokens of the prompts do not stay in their columns.
 
         Args:
             given: ``input_ids`` as the caller gave them; None if the prompts were texts.
@@ -130,10 +130,10 @@ class GenerateOptions:
             return ids.new_ones(ids.shape)
         return ids.ne(pad).to(ids.dtype)
 
-    # ------------------------------------------------------------------ what can be followed
+    # ------------------------------------------------------------------ supported decoding
 
     def require_served(self) -> None:
-        """Check that the decoding loop asked for can be followed.
+        """Check that the requested decoding loop is supported.
 
         Raises:
             GenerationError: Names the option.
@@ -185,7 +185,7 @@ class GenerateOptions:
         assert self._method is not None
         policy = self._method.kv_policy
         if self._method.prompt_routing != "whole" and self.value("prefill_chunk_size") is not None:
-            raise GenerationError("prefill_chunk_size cuts the prompt, whose pieces this method routes in one forward pass; leave it out.")
+            raise GenerationError("prefill_chunk_size cuts the prompt, but this method routes its parts in one forward pass; leave it out.")
         if self.value("use_cache", True) is not False:
             return
         given = self.kwargs.get("use_cache") is False or getattr(self._configs[0], "use_cache", None) is False

@@ -33,7 +33,7 @@ class ReadingModel:
         self.source, self.revision = source, revision
 
     def __enter__(self) -> ReadingModel:
-        for path in Path(self.source).glob("*.json"):  # transformers reads them whole, whatever their size
+        for path in Path(self.source).glob("*.json"):  # transformers reads them completely, without a size limit
             if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
                 raise ConfigError(f"base model '{self.source}': {path.name} is not a file, or longer than {MAX_JSON_BYTES:,} bytes.")
         return self

@@ -25,7 +25,7 @@ _MANY = 1000
 """Decode steps that make the cost of the buffers and of the prefill negligible."""
 
 TYPICAL_PROMPT = 128
-"""Tokens of a row that weights bound by a caller are taken to be for, who does not say."""
+"""Assumed number of tokens per row for weights bound by a caller."""
 
 
 class RequestRouter:
@@ -65,7 +65,7 @@ class RequestRouter:
                 "dense, reference or auto."
             )
         self.is_gated = any(layer.gate is not None for layer in layers.values())
-        """Whether gates inside the layers decide, so that nobody else can give routing weights."""
+        """Whether gates inside the layers decide, so that no routing weights can be given."""
         if self.is_gated:
             require_gates_served(backend, method.name)
             self.used.add(self.gate_backend)
@@ -80,7 +80,7 @@ class RequestRouter:
 
     @property
     def gate_backend(self) -> str:
-        """Backend of layers whose gate decides."""
+        """Backend of layers with a gate."""
         return "reference" if self.backend == "reference" else "dense"
 
     def route(self, prompts: PromptBatch) -> Tensor | None:

@@ -63,7 +63,7 @@ def fast_task_manager(include_path: str | Path | Sequence[str | Path] = (), meta
 def without_environment_report() -> Iterator[None]:
     """While open, lm-eval adds neither a list of the machine's packages (seconds of ``pip list``) nor the commit of the working folder.
 
-    Nobody here reads either, and outside a git repository the latter prints git's error message. Records name the commit of this code.
+    Neither is read here, and outside a git repository the latter prints git's error message. Records name the commit of this code.
     """
     from lm_eval import evaluator
 
@@ -73,7 +73,7 @@ def without_environment_report() -> Iterator[None]:
 
 @contextmanager
 def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """While open, a name of a module stands for something else; a name that this version of the module lacks is left out."""
+    """While open, names of a module are replaced; names that this version of the module lacks are left out."""
     if not hasattr(module, name):
         yield
         return
@@ -204,7 +204,7 @@ def evaluate(
 
 
 def clean_results(raw: Mapping[str, Any]) -> HarnessResult:
-    """lm-eval's result mapping with plain metric names, groups apart from tasks, and ``None`` for a missing error."""
+    """lm-eval's result mapping with plain metric names, groups separate from tasks, and ``None`` for a missing error."""
     results: dict[str, dict[str, float]] = {}
     groups: dict[str, dict[str, float]] = {}
     stderr: dict[str, dict[str, float | None]] = {}
@@ -245,7 +245,7 @@ def _split_metrics(entry: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
 
 
 def _matching(task_names: Sequence[str], manager: TaskManager) -> list[str]:
-    """The known names that the given names and patterns stand for, in the order given, each once."""
+    """The known names that match the given names and patterns, in the order given, each once."""
     if not task_names:
         raise TaskError("no task to evaluate. Name at least one.")
     found: dict[str, None] = {}

@@ -94,7 +94,7 @@ def _options(arguments: Any) -> dict[str, Any]:
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    """Refuse what would waste a run or give wrong results."""
+    """Refuse options that would waste a run or give wrong results."""
     if options.get("use_cache") is not None:
         raise Refused(CACHE_REFUSAL)
     limit = options.get("limit")

@@ -37,7 +37,7 @@ class HarnessOptions:
     add_bos_token: bool | None = None
     """Whether texts begin with the beginning-of-text token."""
     prefix_token_id: int | None = None
-    """What stands for an empty context."""
+    """The token that replaces an empty context."""
     think_end_token: int | str | None = None
     """What ends the thinking of a model."""
     enable_thinking: bool | None = None
@@ -86,7 +86,7 @@ def parse_harness_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def present_device(name: str | None) -> torch.device:
-    """``usable_device``, refused where this machine has no such device.
+    """``usable_device``; an error if this machine does not have it.
 
     Raises:
         ConfigError: If the name is no device, or none that a model can run on here.

@@ -124,7 +124,7 @@ def questions_of(units: Iterable[Unit]) -> list[Question]:
 
 
 def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Consecutive questions such that neither contexts nor options after them are more than ``size`` rows.
+    """Consecutive questions with at most ``size`` rows of contexts and at most ``size`` rows of options after them.
 
     A question with more options than that is a batch of its own.
     """

@@ -29,7 +29,7 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell came to."""
+    """Result of a cell."""
 
     moves: Moves = ()
     """What has to be moved to its place; empty for what was there already."""

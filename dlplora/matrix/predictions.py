@@ -82,7 +82,7 @@ class Predictions:
 
     @cached_property
     def _shape(self) -> estimate.ModelSize | None:
-        """Sizes of the base model; None if they cannot be had without a download."""
+        """Sizes of the base model; None if they are not available without a download."""
         job = self.subject.job
         lora = load_yaml(artifacts.config_path("pool", self.subject.setting))["model"]["init_args"]["lora"]
         source, known = (str(nano_asset("backbone")), None) if job is None else (job.profile.backbone, paper.known_shape(job))

@@ -56,7 +56,7 @@ class WorkerJob:
     limits: Limits
 
     def __call__(self) -> dict[str, int]:
-        """Work on the plan; returns how it stood at the end."""
+        """Work on the plan; returns its status at the end."""
         tally = work(read_plan(Path(self.plan)), _tell, self.limits)
         return {"done_here": tally.num_done_here, "done": tally.num_done, "failed": tally.num_failed, "left": tally.num_left}
 

@@ -1,6 +1,6 @@
 """Modules that keep their dtype when the surrounding model is cast, by ``half()``, ``to(dtype)`` or the trainer's precision.
 
-Routers and gates compute in float32 whatever the base model's dtype; trained adapters are kept in at least that precision.
+Routers and gates compute in float32 regardless of the base model's dtype; trained adapters are kept in at least that precision.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def keeping_trained_precision(change: Change) -> Change:
 
 
 def unusable(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """Why trained tensors are no numbers to compute with; None if they are.
+    """Why trained tensors cannot be used for computation; None if they can.
 
     Args:
         stored: As in the file.

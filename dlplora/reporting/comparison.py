@@ -147,7 +147,7 @@ def _same_questions(run: Mapping[str, TaskOutcomes], template: Mapping[str, Task
 
 
 def _parts_of(scores: Scores, key: str) -> list[tuple[str, str]] | None:
-    """The (task, metric) pairs whose mean an aggregate is; None if a task lacks its metric, or there is no task."""
+    """The (task, metric) pairs that an aggregate is the mean of; None if a task lacks its metric, or there is no task."""
     pairs = [(task, MAIN_METRIC[kind]) for task, kind in scores.kinds.items()]
     if key != PRIMARY:
         kind, metric = AGGREGATES[key]

@@ -1,4 +1,4 @@
-"""Prompts for which a router keeps several adapters: what each method answers there, and elsewhere. This is where fusion takes place."""
+"""Prompts for which a router keeps several adapters: what each method answers there and elsewhere. Only there are adapters fused."""
 
 from __future__ import annotations
 

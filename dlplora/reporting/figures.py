@@ -37,7 +37,7 @@ def radar(records: Sequence[Record]) -> Any:
     axes.grid(alpha=0.35, lw=0.6)
     for name, color in zip(shown, PALETTE, strict=False):
         values = [100 * scores[name][task] for task in tasks]
-        # methods that agree lie on top of each other: a broad pale line under a narrow one shows both
+        # curves of equal methods overlap: a broad pale line under a narrow one shows both
         width, style, alpha = {"oracle": (5.0, "-", 0.35), "base": (1.4, ":", 1.0), "dlp_code": (1.4, "--", 1.0)}.get(name, (1.4, "-", 1.0))
         axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=width, ls=style, alpha=alpha, label=name)
     axes.set_xticks(angles, [textwrap.fill(task.replace("_", " "), 24) for task in tasks], fontsize=7.5)

@@ -21,7 +21,7 @@ from dlplora.documents import parse_json
 from dlplora.errors import RecordError
 
 METRICS = ("acc", "acc_norm", "exact_match", "rouge1", "rouge2", "rougeL")
-"""Metrics whose value for a task is the mean of their values for its questions."""
+"""Metrics with a value per question; a task's value is their mean."""
 
 
 @dataclass(kw_only=True)

@@ -38,7 +38,7 @@ def _bleu() -> Any:
 
 
 def bleu_statistics(prediction: str, reference: str) -> list[int]:
-    """The ``BLEU_STATS`` counts of one answer, whose sums over a corpus give the corpus BLEU."""
+    """The ``BLEU_STATS`` counts of one answer; their sums over a corpus give the corpus BLEU."""
     score = _bleu().sentence_score(prediction, [reference])
     return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
@@ -155,7 +155,7 @@ class Differences:
 
 
 def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: Sequence[float]) -> Differences:
-    """Differences whose variance comes from questions and from seeds.
+    """Differences with variance from questions and from seeds.
 
     The variance of a mean over both is the sum of a part from either: seeds are few, so a bootstrap over them would never draw a worse seed
     than the worst of three; Student's t with the degrees of freedom of the sum allows for that. The part that both share (seed by question)
@@ -259,6 +259,6 @@ def friedman_p(scores: Array) -> float | None:
 
     if len(scores) < 3 or scores.shape[1] < 2:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):  # no task tells any two methods apart
+    with np.errstate(divide="ignore", invalid="ignore"):  # no task distinguishes any two methods
         value = float(friedmanchisquare(*scores).pvalue)
     return value if math.isfinite(value) else None

@@ -26,7 +26,7 @@ class Point:
     """One run of a sweep."""
 
     sweep: str
-    """Which question the run belongs to, such as ``nucleus_p``."""
+    """Name of the sweep that the run belongs to, for example ``nucleus_p``."""
     series: str
     """Which curve of the sweep."""
     x: float

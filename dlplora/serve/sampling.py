@@ -37,7 +37,7 @@ class Chosen:
 
 
 class Sampler:
-    """The sampler of one request; its random state is its own, so that other requests do not matter."""
+    """The sampler of one request; its random state is its own, so other requests have no influence."""
 
     def __init__(self, options: SamplingOptions, device: torch.device) -> None:
         self.options = options

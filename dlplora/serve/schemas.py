@@ -25,7 +25,7 @@ UNSUPPORTED = (
     "audio",
     "modalities",
 )
-"""Fields that change what an answer is, and that are not implemented: refused unless they ask for nothing."""
+"""Fields that would change the answer and are not implemented: refused unless they are empty."""
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"}, ["text"])
 
 

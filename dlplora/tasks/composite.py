@@ -119,7 +119,7 @@ def draw_parts(suite: Suite, n: int, num: int, seed: int = 0, split: Split = "te
 
 
 def concat(parts: Sequence[Part]) -> Composite:
-    """The prompts as they are, blank lines between them; before the second and later answers stands a new line with the question's cue."""
+    """The prompts as they are, blank lines between them; the second and later answers begin with a new line and the question's cue."""
     prompt = "\n\n".join(part.question for part in parts)
     return Composite("concat", prompt, tuple(parts), ("", *(f"\n{part.cue}" for part in parts[1:])))
 

@@ -26,7 +26,7 @@ CUE = "Answer:"
 TASKS = (
     "date_archive", "title_slug", "price_tag", "translate_velka", "invoice_item", "name_index", "date_letter", "price_ledger",
 )  # fmt: skip
-"""Skills with short answers on one line. Dates and prices come in pairs that read the same text by another rule."""
+"""Skills with short answers on one line. Dates and prices come in pairs that apply different rules to the same text."""
 SIZES = (1, 2, 3)
 """Questions of a training row; each number equally often."""
 
@@ -66,14 +66,14 @@ def on_lines(questions: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class SeveralTask(Task):
-    """A skill whose rows ask one, two or three of its questions at once."""
+    """A skill with rows that ask one, two or three of its questions at once."""
 
     single: Task | None = None
     """The skill itself."""
 
     def items(self, split: Split, num: int, seed: int = 0) -> list[Item]:
-        """``num`` rows of a split. Questions of two splits differ as the skill's do, and no question stands in two rows of a split as far
-        as the skill has enough of them.
+        """``num`` rows of a split. Questions of two splits differ as the skill's do, and no question is in two rows of a split if the
+        skill has enough of them.
 
         Raises:
             TaskError: If the split is unknown.

@@ -28,7 +28,7 @@ def backbone_source(backbone: str | None) -> str:
                 f"the embedded nano base model is not installed ({folder}). Set model.init_args.backbone to a folder or a hub id."
             )
         return str(folder)
-    if backbone.startswith("runs/") and not Path(backbone).is_dir():  # has one slash, as hub ids have
+    if backbone.startswith("runs/") and not Path(backbone).is_dir():  # one slash, as in a hub id
         raise ConfigError(f"base model folder not found: {backbone}. Set model.init_args.backbone to a folder or a hub id.")
     return resolve_backbone(backbone)
 

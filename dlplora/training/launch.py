@@ -33,7 +33,7 @@ CHECKPOINT_WORDS = (None, "last", "best", "hpc")
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI whose configuration alone defines the run: a checkpoint never overrides it."""
+    """LightningCLI in which the configuration alone defines the run: a checkpoint never overrides it."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -90,7 +90,7 @@ class TrainingCLI(LightningCLI):
             raise error if isinstance(error, ConfigError) else ConfigError(f"trainer: {one_line(error)}") from error
 
     def before_fit(self) -> None:
-        """Say that work has begun: making the rows and loading the base model may take a minute."""
+        """Report the start: making the rows and loading the base model may take a minute."""
         if self.trainer.is_global_zero and any(isinstance(one, TrainingProgress) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
             print("fit: preparing data and model", file=sys.stderr, flush=True)
 

@@ -63,7 +63,7 @@ class LoRASettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW with linear warm-up, a constant stretch, and a linear fall to zero."""
+    """AdamW with linear warm-up, a constant phase, and linear decay to zero."""
 
     lr: float = 5e-3
     """Peak learning rate."""

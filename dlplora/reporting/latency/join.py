@@ -21,7 +21,7 @@ class LatencyColumns:
 
 
 def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
-    """The ratios for a suite's tables, from the newest bench record whose shape bears the suite's name; None without one.
+    """The ratios for a suite's tables, from the newest bench record with a shape named like the suite; None without one.
 
     Only the suite ``nano`` has a base model and a pool of its own, so only its tables have these columns. Forced measurements (re-routing,
     number of experts, compilation, backend) do not count.

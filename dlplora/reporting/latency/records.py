@@ -106,7 +106,7 @@ class LatencyRecord:
     seed: int | None = None
     """Of the order of turns; None in records made before it was random."""
     summary: list[dict[str, Any]] = field(default_factory=list)
-    """Minima, medians and ratios for readers of the file; nobody reads them back."""
+    """Minima, medians and ratios for readers of the file; the package does not read them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def _ratio(ratio: Ratio | None, *, interval: bool = False) -> str:
 
 
 def name_of(one: Measurement) -> str:
-    """How a row is called: the system with what sets it apart from others of its name."""
+    """Name of a row: the system with the settings that distinguish it from others of its name."""
     parts = [one.contender]
     if one.reroute_every is not None:
         parts.append(f"re-routed every {one.reroute_every}")

@@ -34,7 +34,7 @@ from dlplora.serve.upstream.lorax import LoraxFormat, generate_body
 _OURS = frozenset(
     {"dlplora", "adapter_weights", "model", "lora", "lora_path", "merged_adapters", "adapter_id", "adapter_source", "api_token"}
 )
-"""Fields of a request that are not handed on: ours, and those by which a client could choose adapters of the server itself."""
+"""Fields of a request that are not forwarded: ours, and those with which a client could choose adapters of the server itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class UpstreamProxy:
 
     Args:
         router: Decides.
-        upstream: Names over there.
+        upstream: Names in the upstream server.
         client: Connection to it.
         options: Of the application; ``default_max_tokens`` is only used for LoRAX's own endpoint.
         min_confidence: See ``Decider``.
@@ -128,7 +128,7 @@ class UpstreamProxy:
             return self._deciding.decide([target] * len(texts), texts)[0]
 
     async def complete(self, http: Request, request: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], chat: bool) -> Response:
-        """Decide, hand the request on, and hand the answer back."""
+        """Decide, forward the request, and return the answer."""
         target = self.catalog.target(request.model, request.adapter_weights)
         decided = await self.decide(target, [prompt.routed_text for prompt in prompts])
         first = decided[0]

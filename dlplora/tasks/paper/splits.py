@@ -1,4 +1,4 @@
-"""Seeded, disjoint splits: about 900 training and 90 test questions per task, whatever the source offers."""
+"""Seeded, disjoint splits: about 900 training and 90 test questions per task, for all sources."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Splits:
 
 
 def stem(item: Item) -> str:
-    """The prompt without the lines that list its options: two questions about one paragraph must not lie in different splits."""
+    """The prompt without the lines that list its options: two questions about one paragraph must not be in different splits."""
     return "\n".join(line for line in item.prompt.splitlines() if not line.lstrip().startswith("choice:"))
 
 
