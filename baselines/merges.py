@@ -110,7 +110,7 @@ class StaticMerge(FusionMethod):
         """A (R, I) and B (O, R), float32, of the one adapter.
 
         Args:
-            entry: The experts that take part, for one module.
+            entry: The merged experts, for one module.
             weights: Theirs, none of them zero (E,).
             names: Theirs.
             module: Path of the module.

@@ -92,7 +92,7 @@ class Ariadne(LearnsFromEncodings):
             number = min(self.config.num_centroids, len({row.tobytes() for row in points}))
             seed = derive_seed(self.name, context.seed, name) % 2**32
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*clusters is empty")  # it goes, here
+                warnings.filterwarnings("ignore", message=".*clusters is empty")  # empty clusters are dropped below
                 centroids, members = kmeans2(points, number, minit="++", seed=seed)
             found.append(torch.from_numpy(centroids[sorted(set(members))]).float())
         owners = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(found)])

@@ -37,7 +37,7 @@ CASES: dict[str, tuple[tuple[str, ...], int, int, int]] = {
     "prompt 1024": (("peft_single", "dlp_code", "dlp"), 1, 1024, 5),
     "pools": (("peft_single", "dlp@2", "dlp@1000"), 1, 128, 33),
 }
-"""Systems, rows, prompt tokens and new tokens. ``dlp_code`` routes once per prompt: beside it, ``dlp`` shows what sentence ends cost."""
+"""Systems, rows, prompt tokens and new tokens. ``dlp_code`` routes once per prompt; ``dlp`` adds the cost of sentence ends."""
 TIMES = ("ttft", "tpot", "ttft_cpu", "tpot_cpu")
 
 

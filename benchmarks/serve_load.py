@@ -32,7 +32,7 @@ from dlplora.provenance import provenance
 from dlplora.tasks.registry import get_suite
 
 NEW_TOKENS = (16, 24, 32, 40, 48)
-"""Tokens of the answers, in turn: answers of one length would let the clients send their requests at the same moments for ever."""
+"""Tokens of the answers, in turn: answers of one length would let the clients send their requests at the same moments forever."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ class Row:
         method: Preset.
         title: Description in the table.
         params: Overrides of the preset.
-        told: What the method is told beside the prompt: nothing, the task of the first question, the tasks of all in order, or what the
-            router says of each question by itself.
+        told: What the method gets besides the prompt: nothing, the task of the first question, the tasks of all in order, or what the
+            router's decision for each single question.
     """
 
     method: str

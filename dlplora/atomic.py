@@ -17,7 +17,7 @@ from typing import Any
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file to write in the block; it replaces ``path`` when the block ends. After an error the old file remains.
 
-    A process killed at any moment leaves the old file or the new one, at worst with a ``.NAME.*.tmp`` beside it that nothing reads.
+    A process killed at any moment leaves the old file or the new one, at worst with an unused ``.NAME.*.tmp`` next to it.
 
     Args:
         path: Its folder is made if it does not exist.

@@ -32,7 +32,7 @@ OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
 
 
 def configs_root() -> Path:
-    """The folder of shipped configurations: beside the package in a clone, inside it in a wheel."""
+    """The folder of shipped configurations: next to the package in a clone, inside it in a wheel."""
     in_clone = PACKAGE_ROOT.parent / "configs"
     return in_clone if (in_clone / "protocol").is_dir() else PACKAGE_ROOT / "_configs"
 
@@ -212,7 +212,7 @@ def config_hash(value: Any) -> str:
 
 
 def require_writable(folder: str | os.PathLike[str], what: str) -> None:
-    """Find out before hours of work whether a folder can be written; nothing is left behind.
+    """Check before hours of work whether a folder is writable; leaves no files.
 
     Args:
         folder: Where something is going to be written; it need not exist.

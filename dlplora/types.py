@@ -75,7 +75,7 @@ class PromptBatch:
     ) -> PromptBatch:
         """Right-pad rows of token ids; the texts are decoded unless given."""
         width = max(1, max((len(row) for row in rows), default=1))
-        pad = tokenizer.pad_token_id  # asked for once: it is looked up again every time
+        pad = tokenizer.pad_token_id  # read once, because every access looks it up again
         ids = np.full((len(rows), width), 0 if pad is None else int(pad), dtype=np.int64)  # small tensors are slower to fill
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):

@@ -44,7 +44,7 @@ def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str])
 
     Args:
         method: Its ``artifact_roles`` are looked for.
-        preset: What it was asked for as.
+        preset: Name under which it was requested.
         roles: Roles of the folders at hand.
 
     Raises:

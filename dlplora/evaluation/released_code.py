@@ -134,7 +134,7 @@ def rows_of(items: Sequence[Item], tokenizer: Any, max_length: int, *, repeat_la
 
 @torch.no_grad()
 def predictions(fused: FusedCausalLM, rows: Sequence[Row]) -> list[list[int]]:
-    """The likeliest token at every target position of a batch, each row routed on its own prompt."""
+    """The most likely token at every target position of a batch, each row routed on its own prompt."""
     prompts = PromptBatch.from_ids(
         [row.prompt for row in rows],
         fused.tokenizer,

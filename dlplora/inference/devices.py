@@ -119,7 +119,7 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
 
 
 def _weights_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first safetensors file's floating-point weights, told from its header."""
+    """The dtype of the first safetensors file's floating-point weights, read from its header."""
     codes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for path in sorted(folder.glob("*.safetensors"))[:1]:
         try:

@@ -214,7 +214,7 @@ class SentenceRerouter(StoppingCriteria):
         """Look at the newest token of each row; always returns False (B,).
 
         Raises:
-            GenerationError: If the decoding loop went on without the promised call of ``reroute_before_forward``.
+            GenerationError: If the decoding loop continued without the promised call of ``reroute_before_forward``.
         """
         if self._look is not None:
             raise GenerationError(

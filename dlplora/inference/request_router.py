@@ -126,7 +126,7 @@ class RequestRouter:
         Raises:
             RoutingError: If they are for another number of experts, not finite, or the backend cannot serve them.
         """
-        if weights.shape[-1] == self.bank.num_experts != self.num_weights:  # given by a caller: every layer alike
+        if weights.shape[-1] == self.bank.num_experts != self.num_weights:  # given by a caller: the same for every layer
             weights = weights.repeat(*[1] * (weights.ndim - 1), self.num_weights // self.bank.num_experts)
         if weights.shape[-1] != self.num_weights:
             raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")

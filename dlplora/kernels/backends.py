@@ -59,7 +59,7 @@ class RoutingFacts:
 
     @property
     def weight_rows(self) -> int:
-        """Rows that folded buffers must hold: rows that are alike share one, unless another request of this size might not."""
+        """Rows that folded buffers must hold: equal rows share one, unless the rows of another request of this size may differ."""
         return 1 if self.alike and not self.sized else self.rows
 
     @classmethod

@@ -1,7 +1,7 @@
 """Generation for composite prompts: the evaluation writes the beginning of each answer, and answers are not cut.
 
 An adapter trained on single questions ends its text after one answer. ``AnswerForm`` treats an end of text, or a line break, as the end of
-one *answer*: while answers are missing, the probability of the end token goes to the line break, and after a line break come the tokens of
+one *answer*: while answers are missing, the probability of the end token is added to the line break, which is followed by the tokens of
 the next answer's form (``Answer:``, ``2.``). The rule is the same for every method and sees neither questions nor targets.
 """
 

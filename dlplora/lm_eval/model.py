@@ -121,7 +121,7 @@ class DLPLoRALM(HFLM):
         return cls.create_from_arg_obj((split_text if "{" in arg_string else simple_parse_args_string)(arg_string), additional_config)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Refuse lm-eval's response cache, however it was asked for.
+        """Refuse lm-eval's response cache, in every form.
 
         Raises:
             ConfigError: Always, when the hook would store anything.
@@ -297,7 +297,7 @@ class DLPLoRALM(HFLM):
                 yield score_full(scorer, batch)
 
     def _batches(self, units: list[ScoringRequest], batch_size: int | None = None) -> Iterator[list[ScoringRequest]]:
-        """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as it was told to."""
+        """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as configured."""
         pairs: list[Any] = []
         start = 0
         while start < len(units):

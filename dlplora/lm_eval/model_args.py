@@ -84,7 +84,7 @@ class ModelArgs:
     """Attention of transformers; None leaves the choice to transformers."""
 
     def loading(self) -> dict[str, Any]:
-        """What the base model's loader is asked for besides its name and dtype."""
+        """Arguments of the base model's loader besides its name and dtype."""
         keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
 

@@ -112,7 +112,7 @@ def why_not_in_a_trial(fused: FusedCausalLM) -> str | None:
     spread = max(float(rows.max() - rows.min()) for rows in there.values())
     if all(float((here[key] - rows).abs().max()) <= TRIAL_TOLERANCE * spread for key, rows in there.items()):
         return None
-    return f"{type(fused.model).__name__} gives other numbers behind a shared context"
+    return f"{type(fused.model).__name__} gives other numbers after a shared context"
 
 
 def questions_of(units: Iterable[Unit]) -> list[Question]:
@@ -214,7 +214,7 @@ def read_questions(scorer: Scorer, batch: Sequence[Question]) -> Readings:
 
 
 def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """Sum of the log-probabilities of each continuation, and whether each of its tokens is the likeliest.
+    """Sum of the log-probabilities of each continuation, and whether each of its tokens is the most likely one.
 
     Args:
         logprobs: (N, V).

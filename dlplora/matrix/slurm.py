@@ -121,7 +121,7 @@ def _parameters(resources: Resources) -> dict[str, Any]:
 
 @contextmanager
 def requeued_when_preempted() -> Iterator[None]:
-    """For ``matrix work`` in a job script of one's own: SIGUSR1 stops the worker as Ctrl-C does, and Slurm queues the job again."""
+    """For ``matrix work`` in a custom job script: SIGUSR1 stops the worker as Ctrl-C does, and Slurm queues the job again."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Preempted

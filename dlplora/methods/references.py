@@ -47,9 +47,9 @@ class Oracle(FusionMethod):
         """What the oracle does with prompts of several questions."""
 
         segments: bool = field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
-        """Whether a prompt may hold several questions of known tasks; then the i-th answer has the adapter of the i-th task. A point of
-        reference for composite prompts, told both the tasks and, by the line breaks of the text, where an answer ends. Where the
-        layout shows fewer questions than tasks are told, every finished sentence is an answer."""
+        """Whether a prompt may hold several questions of known tasks; then the i-th answer has the adapter of the i-th task. A
+        reference for composite prompts: it is given the tasks and reads the end of an answer from line breaks. If the layout has fewer
+        questions than there are tasks, every finished sentence is an answer."""
         prompt_routing: Literal["whole", "question"] = field(default="whole", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``segments``: the prompt under the first task's adapter, or each question under its own."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=OMIT_DEFAULT_FROM_HASH)

@@ -211,7 +211,7 @@ def _read_spec_file(path: Path, methods: Mapping[str, type[FusionMethod]]) -> tu
     _refuse_protocol_keys(content, str(path), SPEC_KEYS)
     for key in content:
         if key not in SPEC_KEYS:
-            # a parameter one level too high is the likeliest slip
+            # a parameter one level too high is the most likely mistake
             method = methods.get(str(content.get("method")))
             parameters = _parameters(method) if method is not None else []
             advice = " It is a parameter: indent it under 'params'." if key in parameters else nearest(key, SPEC_KEYS)

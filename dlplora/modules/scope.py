@@ -164,6 +164,6 @@ def read_scope(folder: str | os.PathLike[str]) -> ScopeThreshold | None:
     if description.format != FILE_FORMAT:
         raise MethodError(f"{path} has format {description.format}, expected {FILE_FORMAT}. Run `dlplora scope` again.")
     if description.router_sha256 != file_sha256(Path(folder) / "router.safetensors"):
-        raise MethodError(f"{path} was made for another router than the one beside it. Run `dlplora scope` again, or delete it.")
+        raise MethodError(f"{path} was made for another router than the one in its folder. Run `dlplora scope` again, or delete it.")
     values = asdict(description)
     return ScopeThreshold(**{name: value for name, value in values.items() if name not in {"format", "router_sha256"}})

@@ -96,7 +96,7 @@ def task_means(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 def collect(records: Sequence[Record], load: Loader) -> Scores:
-    """Bring the outcomes of complete runs together; a method takes part if every run of it kept outcomes of the same questions.
+    """Join the outcomes of complete runs; a method is included if all its runs kept outcomes of the same questions.
 
     Args:
         records: Of one suite and protocol.

@@ -143,7 +143,7 @@ def sentence_experts(records: Sequence[Record], load: Loader) -> Any:
     axes.set_xticks(range(1, most + 1))
     axes.set_xlabel("experts kept")
     axes.set_ylabel("sentences, %")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, which may fill the axes
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # next to the bars, which may fill the axes
     figure.tight_layout()
     return figure
 

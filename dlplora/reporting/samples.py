@@ -1,4 +1,4 @@
-"""Outcomes of single questions, stored beside a record as Parquet, so that methods can be compared in pairs.
+"""Outcomes of single questions, stored next to a record as Parquet, so that methods can be compared in pairs.
 
 One row per question. The question itself is not stored: tasks are versioned and their questions can be generated again.
 """

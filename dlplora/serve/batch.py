@@ -70,8 +70,8 @@ class Batch:
     def next_chunk(self, budget: int) -> list[tuple[Row, int]]:
         """The prompts that are processed next and how many tokens of each, padding included at most ``budget`` tokens.
 
-        The oldest prompt always goes on; one that does not fit shares the budget with those after it. Of these, in order, are taken whose
-        tokens fill at least half of their row of the padded batch.
+        The oldest prompt always continues; if it does not fit, it shares the budget with those after it. Of those, in order, the
+        prompts are taken that fill at least half of their row of the padded batch.
         """
         waiting = sorted(self.prompts, key=lambda row: row.job.number)
         if not waiting:

@@ -69,7 +69,7 @@ class Engine:
     """Runs jobs on a fused model until it is closed.
 
     Args:
-        fused: The model; nothing else may use it meanwhile.
+        fused: The model; nothing else may use it at the same time.
         options: Bounds.
 
     Raises:
@@ -155,7 +155,7 @@ class Engine:
             task: May return another model, which is served from then on.
 
         Raises:
-            DLPLoRAError: What the task raised; the engine goes on with the model it had.
+            DLPLoRAError: What the task raised; the engine keeps the model it had.
         """
         future: Future[FusedCausalLM | None] = Future()
 

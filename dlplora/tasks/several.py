@@ -45,7 +45,7 @@ class Composed:
 
     @property
     def tasks(self) -> str:
-        """Names of the tasks in order, as methods that are told the task read them."""
+        """Names of the tasks in order, as given to methods that read the task."""
         return TASK_SEPARATOR.join(part.task for part in self.parts)
 
     @property

@@ -1,6 +1,6 @@
 """``dlplora fit | validate | test``: LightningCLI with our defaults, short errors, and resuming from the newest valid file.
 
-A run is fully described by its YAML file and the overrides; the resolved configuration is written beside the logs. Progress goes to
+A run is fully described by its YAML file and the overrides; the resolved configuration is written next to the logs. Progress goes to
 standard error, and the last line on standard output is JSON.
 """
 

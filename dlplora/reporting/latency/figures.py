@@ -77,7 +77,7 @@ def along(record: LatencyRecord, axis: Axis) -> Any:
 
 
 def step(record: LatencyRecord) -> Any:
-    """Where a decode step's time goes at batch 1: base model, fusion (gates included), re-routing; None without forced re-routing."""
+    """Parts of a decode step's time at batch 1: base model, fusion (gates included), re-routing; None without forced re-routing."""
     forced = [one for one in record.measurements if one.reroute_every is not None and one.batch_size == 1 and one.kept is None]
     if not forced:
         return None

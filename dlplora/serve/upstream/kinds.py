@@ -1,4 +1,4 @@
-"""How each inference server is told which adapters to use.
+"""How each inference server selects adapters for a request.
 
 ===========  ==================================================================================================================
 vllm         ``model`` is the name of one loaded adapter (``--lora-modules NAME=PATH``), or of the base model

@@ -51,7 +51,7 @@ class Decided:
 
 @dataclass
 class Names:
-    """Adapters that may be asked for: those of the pool, which the router knows, and further ones of the upstream server."""
+    """Adapters that may be requested: those of the pool, which the router knows, and further ones of the upstream server."""
 
     names: tuple[str, ...]
 
@@ -204,7 +204,7 @@ def _sse(body: Mapping[str, Any]) -> str:
 
 
 async def _unless_gone(http: Request, work: Any) -> Any:
-    """Wait for an answer, and cancel the upstream request if the client goes away."""
+    """Wait for an answer, and cancel the upstream request if the client disconnects."""
 
     async def disconnected() -> None:
         while (await http.receive())["type"] != "http.disconnect":

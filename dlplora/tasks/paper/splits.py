@@ -78,7 +78,7 @@ def draw_splits(name: str, train: Sequence[Item], test: Sequence[Item] | None, s
     """Split one task's rows; a pure function of rows and settings.
 
     No question text is in two splits, its options apart: where the source's own training and test rows share one, the training row
-    goes, since the test set is what others report on.
+    is dropped, since others report on the test set.
 
     Args:
         name: Task name.
