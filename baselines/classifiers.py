@@ -143,7 +143,7 @@ class NearestPrompts(LearnsFromEncodings):
 
 
 class _Linear(LearnsFromPrompts):
-    """One hyperplane an expert, found by scikit-learn; the expert with the largest value alone."""
+    """One hyperplane per expert, found by scikit-learn; the expert with the largest value alone."""
 
     weight: Tensor
     bias: Tensor
@@ -216,7 +216,7 @@ class TfidfLinear(_Linear):
     learned = ("weight", "bias", "idf", "terms")
     idf: Tensor
     terms: Tensor
-    """The terms in the order of the columns, one a line, as bytes."""
+    """The terms in the order of the columns, one per line, as bytes."""
 
     @property
     def optional_packages(self) -> Mapping[str, str]:

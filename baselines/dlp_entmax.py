@@ -60,7 +60,7 @@ class DLPEntmax(DLP):
         """What is left to choose; when and what the router reads is as in ``dlp``."""
 
         alpha: float = 1.5
-        """Of the entmax; 2 is sparsemax."""
+        """Exponent of the entmax; 2 is sparsemax."""
         sparsity: float = 0.0
         """Lambda of sparsegen, less than 1; 0 leaves the logits as they are."""
         reroute: Literal["prompt", "sentence"] = "sentence"

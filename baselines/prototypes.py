@@ -36,7 +36,7 @@ class _EncodedConfig:
     encoder: str = "minilm"
     """``minilm``, ``features``, ``router``, or a sentence-transformers model (``_encoders.py``)."""
     num_samples: int = 100
-    """Training inputs a task."""
+    """Training inputs per task."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -48,7 +48,7 @@ class AriadneConfig(_EncodedConfig):
     """How fine the picture of a task is."""
 
     num_centroids: int = 4
-    """Centroids an expert; as many as it has inputs, if these are fewer."""
+    """Centroids per expert; as many as it has inputs, if these are fewer."""
 
     def __post_init__(self) -> None:
         _EncodedConfig.__post_init__(self)

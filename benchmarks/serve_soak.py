@@ -32,7 +32,7 @@ class Question:
     new_tokens: int
 
     def body(self, stream: bool) -> dict[str, Any]:
-        """Of ``POST /v1/completions``."""
+        """The body of ``POST /v1/completions``."""
         return {
             "model": self.model, "prompt": self.prompt, "max_tokens": self.new_tokens, "temperature": 0, "ignore_eos": True,
             "stream": stream,

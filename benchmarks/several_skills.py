@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help="rows to evaluate, separated by commas; the record keeps those it has")
     parser.add_argument("--num", type=int, default=100, help="prompts of each size (default: 100)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--processes", type=int, help="processes that train experts (default: one a core, at most four)")
+    parser.add_argument("--processes", type=int, help="processes that train experts (default: one per core, at most four)")
     parser.add_argument("--runs", type=Path, default=Path("runs/several"))
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
     arguments = parser.parse_args(argv)

@@ -39,7 +39,7 @@ class StepProfile:
     calls: float
     """Operator calls per step, those of other operators included."""
     self_ms: float
-    """Time in operators, each without the operators it calls, ms a step, slowed down by the profiler."""
+    """Time in operators, each without the operators it calls, ms per step, slowed down by the profiler."""
     operators: dict[str, dict[str, float]]
     """Name -> ``calls`` and ``self_ms`` of the most expensive ones."""
 

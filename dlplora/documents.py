@@ -22,7 +22,7 @@ MAX_DEPTH = 40
 MAX_NODES = 1_000_000
 """Values of one document, after YAML aliases are written out."""
 MAX_DIGITS = 20
-"""Of whole numbers: enough for 64 bits."""
+"""Most digits of whole numbers: enough for 64 bits."""
 _REFERENCE = re.compile(r"(?<!\\)\$\{(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\}")
 _YAML_FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"

@@ -23,7 +23,7 @@ FOREIGN_GPU_BYTES = 2 << 30
 
 
 def measure_bandwidth(device: torch.device, *, nbytes: int = COPY_BYTES, repeats: int = 5) -> float:
-    """Bytes a second that the memory moves in a large copy, reading and writing counted; the fastest of a few.
+    """Bytes per second that the memory moves in a large copy, reading and writing counted; the fastest of a few.
 
     Args:
         device: Whose memory.

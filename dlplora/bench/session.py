@@ -164,7 +164,7 @@ class BenchConfig:
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
-    """Of random pools and of the order of turns."""
+    """Seed of random pools and of the timing order."""
     groups: dict[str, Any] = field(default_factory=dict)
     """Name -> ``Group``, or its keys in a YAML file."""
 

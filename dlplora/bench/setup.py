@@ -93,7 +93,7 @@ class BenchSetup:
         model, tokenizer: The base model; never changed.
         bank: The largest pool.
         folder: For files; the caller removes it.
-        shipped: Whether base model and pool are the embedded ones, whose trained artifacts then fit.
+        shipped: Whether base model and pool are the embedded ones; the shipped artifacts then fit.
     """
 
     model: Any

@@ -48,9 +48,9 @@ class BatchSchedule:
 
     Args:
         lengths: Task name -> number of tokens of each of its rows.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         seed: Seed of the run.
-        length_group: Batches a window; 1 turns sorting off.
+        length_group: Batches per window; 1 turns sorting off.
     """
 
     def __init__(self, lengths: Mapping[str, Sequence[int]], batch_size: int, seed: int, length_group: int = 8) -> None:
@@ -130,7 +130,7 @@ class StepLoader:
 
     Args:
         make: Builds one batch from its step; must be pure. Steps go on counting from one epoch to the next.
-        num_steps: Batches an epoch.
+        num_steps: Batches per epoch.
         epoch: The current epoch, asked when an epoch's first batch is made.
     """
 

@@ -39,8 +39,8 @@ class ExpertDataModule(SuiteDataModule):
         num_train: Training items of a task (fewer if a local file holds fewer).
         num_validation: Validation items of a task.
         num_test: Test items of a task (held-out phrasing).
-        batch_size: Rows a batch over all processes; of a pool, rows of each expert.
-        num_steps: Batches an epoch; of a pool, of each expert.
+        batch_size: Rows per batch over all processes; of a pool, rows of each expert.
+        num_steps: Batches per epoch; of a pool, of each expert.
         eval_batch_size: Rows a validation or test batch.
         max_length: Longest sequence in tokens; longer prompts lose their beginning, which is counted and logged.
         length_group: Batches cut from one window of rows sorted by length; 1 turns sorting off.
@@ -306,7 +306,7 @@ class RouterDataModule(SuiteDataModule):
     Args:
         suite, tasks, data_root: As for ``ExpertDataModule``; the order of the tasks is the order of the router's classes.
         num_train, num_validation, num_test: Prompts of a task.
-        batch_size: Prompts a batch over all processes.
+        batch_size: Prompts per batch over all processes.
         wrapper_noise: Share of the training prompts that are put into a system text or an instruction format, as noise (``data.wrappers``);
             0 where the question is taken out of its wrapper at inference and nothing else is expected.
         seed: Seed of the prompts and of their order; None as above.

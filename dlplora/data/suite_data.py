@@ -105,7 +105,7 @@ class SuiteDataModule(L.LightningDataModule):
 
         Args:
             step: Counted over all epochs.
-            num_steps: Batches an epoch of the loader.
+            num_steps: Batches per epoch of the loader.
         """
         size = self._num_accumulated
         if size == 1:

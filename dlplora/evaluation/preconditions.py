@@ -11,10 +11,10 @@ from dlplora.tasks.composite import CompositeTask
 from dlplora.tasks.types import Suite, Task
 
 MAX_SEEDS = 2**32
-"""Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""
+"""Number of different seeds of numpy's legacy generator, which lm-eval seeds."""
 
 MAX_LIMIT = 10**9
-"""Questions a task; lm-eval cannot count further than a machine word."""
+"""Questions per task; lm-eval cannot count further than a machine word."""
 
 
 def require_limit(limit: int | None) -> None:

@@ -47,7 +47,7 @@ class Protocol:
     num_fewshot: int = 0
     """Worked examples in each prompt."""
     batch_size: int = 64
-    """Rows a forward; fixed, because reduced-precision results depend on it."""
+    """Rows per forward pass; fixed, because reduced-precision results depend on it."""
     max_length: int | None = None
     """Context in tokens; null takes the base model's."""
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])

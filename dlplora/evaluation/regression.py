@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dlplora.lm_eval.model import DLPLoRALM
 
 LIMIT = 8
-"""Questions a task."""
+"""Questions per task."""
 PROBES = 6
 """Logits kept of every probed prompt, at fixed positions of the vocabulary."""
 

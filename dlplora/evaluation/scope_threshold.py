@@ -41,7 +41,7 @@ class ScopeCalibration:
         router: Its folder.
         pretrained: The base model that provides the embeddings; None is the embedded nano model.
         data_root: Rows of local tasks.
-        limit: Prompts a task.
+        limit: Prompts per task.
 
     Raises:
         DLPLoRAError: If router or base model cannot be loaded.

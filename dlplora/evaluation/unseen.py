@@ -63,7 +63,7 @@ def measure_folds(
     """Evaluate every fold and join the results; nothing is written.
 
     Args:
-        runs: One a fold, each with the fold's tasks in its protocol, in the order of the folds.
+        runs: One per fold, each with the fold's tasks in its protocol, in the order of the folds.
         pool_hash: Checksum of the whole pool.
         cache, progress: As for ``measure``.
 

@@ -61,7 +61,7 @@ def resolve_backbone(name: str | Path | None) -> str:
         name: Model folder, GGUF file, name of ``NAMED`` or hub id, in this order; None is the embedded nano base model.
 
     Raises:
-        ConfigError: If it cannot be found: a path that does not exist, a folder without ``config.json``, a name whose package is missing;
+        ConfigError: If it cannot be found: a path that does not exist, a folder without ``config.json``, a name with a missing package;
             or if a GGUF file cannot be converted.
     """
     if name is None:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ROWS, TOKENS = 2, 4
 """Different numbers, so that rows and tokens cannot be mistaken for each other."""
 ORDER_TOLERANCE = 0.05
-"""Of the largest input: rounding (1e-2 in bfloat16) stays below it, another order of the tokens does not."""
+"""Tolerance, relative to the largest input: rounding (1e-2 in bfloat16) is below it, another order of the tokens is not."""
 _CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 """Errors of a model that needs other inputs than token ids, or an attribute that a layer does not have."""
 
@@ -48,7 +48,7 @@ def try_fit(model: nn.Module, layers: Mapping[str, FusedLinear], slot: RoutingSl
     Weights, random states and training flags do not change.
 
     Args:
-        model: A causal LM whose layers have been replaced by ``layers``.
+        model: A causal LM; its layers have been replaced by ``layers``.
         layers: By module path.
         slot: Of the layers.
 

@@ -180,7 +180,7 @@ class GenerateOptions:
         """Whether sentence-level routing has the cache that its ``kv_policy`` is about; see ``kv_policy``.
 
         Raises:
-            GenerationError: If the caller wants no cache and the policy is not defined without one.
+            GenerationError: If the caller turns the cache off and the policy needs one.
         """
         assert self._method is not None
         policy = self._method.kv_policy

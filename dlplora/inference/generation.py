@@ -177,7 +177,7 @@ class SentenceRerouter(StoppingCriteria):
         view: What the router reads.
         trace: If a list, receives one dict per re-route.
         names: Expert names, for the trace.
-        task_names: The protocol's name of each row's task, one a question for composite prompts; None where it has none.
+        task_names: The protocol's name of each row's task, one per question for composite prompts; None where it has none.
         refresh: Called with rows, weights and tokens before the routing weights change, to bring the cache in line.
         encode: Rows and their texts -> token ids; None leaves it to ``route``.
     """

@@ -31,7 +31,7 @@ SOURCE_NAME = "source.json"
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """``general.architecture`` of the files that are converted: Llama and models built like it. transformers reads more of them."""
 FORMAT = 1
-"""Of the converted folder; another one is another folder."""
+"""Format of the converted folder; part of the folder's name."""
 _SPARE = 50_000_000
 _STEPS = 3
 _TYPE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -15,7 +15,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_
 MAX_JSON_BYTES = 128_000_000
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MAX_LAYERS = 10_000
-"""Of a base model; making one takes time for every layer, long before its weights are missed."""
+"""Most layers of a base model. Making a model takes time for every layer, before absent weights are noticed."""
 _SWITCHES = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "renormalize_logits")
 
 

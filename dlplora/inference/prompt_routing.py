@@ -124,7 +124,7 @@ def segment_text(prompt: str, generated: str, num_sentences: int) -> str:
 
 
 def segment_task(names: str | None, index: int) -> str | None:
-    """The task of the ``index``-th question where ``names`` may hold one name a question."""
+    """The task of the ``index``-th question where ``names`` may hold one name per question."""
     if names is None:
         return None
     parts = names.split(TASK_SEPARATOR)

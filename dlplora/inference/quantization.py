@@ -19,7 +19,7 @@ _CPU_BLOCK, _CPU_ROWS = 64, 32
 
 
 class _OnceEach(logging.Filter):
-    """Lets each message pass once: bitsandbytes repeats one a layer and forward when the input is not float16."""
+    """Lets each message pass once: bitsandbytes repeats one per layer and forward pass when the input is not float16."""
 
     def __init__(self) -> None:
         super().__init__()

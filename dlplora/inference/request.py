@@ -1,4 +1,4 @@
-"""One call of ``generate``: its routing state, and a view of the model whose forward passes run under that state.
+"""One call of ``generate``: its routing state, and a view of the model that runs its forward passes under that state.
 
 Hugging Face ``generate`` is a method of the model, so it is called on a view: an object of the same class that shares all modules,
 parameters and hooks, with a ``forward`` of its own. The model itself is never changed.

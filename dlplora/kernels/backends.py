@@ -124,7 +124,7 @@ def require_known(name: str) -> None:
 
 
 def require_gates_served(name: str, method: str) -> None:
-    """Check that a backend can serve a method whose gates decide for every token.
+    """Check that a backend can serve a method with gates that decide for every token.
 
     Raises:
         RoutingError: If it cannot; names those that can.

@@ -37,7 +37,7 @@ class HarnessResult:
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Aggregates of the groups that define one."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Task to one mapping a question, as lm-eval logs it; empty unless samples are logged."""
+    """Task to one mapping per question, as lm-eval logs it; empty unless samples are logged."""
     versions: dict[str, Any] = field(default_factory=dict)
     """Task to the version in its YAML file."""
     num_samples: dict[str, int] = field(default_factory=dict)
@@ -159,7 +159,7 @@ def evaluate(
     Args:
         lm: The model, usually a ``DLPLoRALM``.
         task_names: Names of tasks, groups or tags known to ``task_manager``; ``*`` matches any text. Or tasks that ``load_tasks`` built.
-        limit: Questions a task, None for all.
+        limit: Questions per task, None for all.
         num_fewshot: Examples in the prompt; None leaves each task's own number. A task that fixes 0 keeps it.
         batch_size: Sets the model's batch size; None keeps it.
         log_samples: Whether to keep every question with its answers.

@@ -25,7 +25,7 @@ class HarnessOptions:
     """They mean what they mean for ``--model hf``; None leaves lm-eval's default."""
 
     batch_size: int | str | None = None
-    """Rows a forward, ``auto``, or ``auto:N`` (found out again N times); from the command line it comes as text."""
+    """Rows per forward pass, ``auto``, or ``auto:N`` (found out again N times); from the command line it comes as text."""
     max_batch_size: int | str | None = None
     """Where ``auto`` begins."""
     max_length: int | None = None

@@ -307,7 +307,7 @@ class DLPLoRALM(HFLM):
             start += len(batch)
 
     def _size_at(self, units: list[ScoringRequest], start: int, batch_size: int | None, pairs: list[Any]) -> int:
-        """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units as the parent wants them, once it was asked."""
+        """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units in the parent's format, after its first request."""
         size = batch_size or self.batch_size
         if size != "auto":
             return int(size)

@@ -95,7 +95,7 @@ def decide_sharing(wanted: str, fused: FusedCausalLM) -> tuple[bool, str]:
 TRIAL = (((1, 2, 3), (4, 5, 6)), ((1, 2, 3), (5, 4, 7)), ((3, 5, 1, 7, 6), (2, 1, 4)))
 """Contexts of different lengths and options of several tokens."""
 TRIAL_TOLERANCE = 0.05
-"""Of the spread of the logits: rounding in 16 bits stays below it, wrong positions and unseen keys do not."""
+"""Tolerance, relative to the spread of the logits: rounding in 16 bits is below it; wrong positions and missing keys are not."""
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ class Scorer:
 
 
 def score_full(scorer: Scorer, batch: list[Unit]) -> Readings:
-    """One forward pass, a row a unit."""
+    """One forward pass with one row per unit."""
     windows = [unit.window(scorer.max_length) for unit in batch]
     ids, mask = pad_rows(windows, scorer.pad_id, "right", scorer.device)
     prompts = [unit.prompt for unit in batch]

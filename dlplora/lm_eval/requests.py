@@ -161,7 +161,7 @@ class GenerationSettings:
         """lm-eval's generation options, with its own meaning of missing ones.
 
         Raises:
-            GenerationError: If more than one answer a prompt is asked for.
+            GenerationError: If more than one answer per prompt is requested.
         """
         settings: dict[str, Any] = dict(normalize_gen_kwargs(dict(gen_kwargs), default_max_new_tokens))
         until = handle_stop_sequences(settings.pop("until", None), eos=eos)

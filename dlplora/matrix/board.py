@@ -40,7 +40,7 @@ class State:
 
     kind: Literal["free", "running", "done", "failed"]
     attempt: int
-    """Of the holder or of the failure; for a free cell the attempt to claim."""
+    """Attempt of the holder or of the failure; for a free cell the attempt to claim."""
 
 
 class LostError(Exception):

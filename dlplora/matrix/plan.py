@@ -58,7 +58,7 @@ class Request:
     tasks: list[str] | None = None
     data_root: str | None = None
     limit: int | None = None
-    """Questions a task."""
+    """Questions per task."""
     experts_per_cell: int = 1
     results: str | None = None
     """Results folder; None is a folder next to the plan."""
@@ -81,7 +81,7 @@ class Header:
 
     request: Request
     profile_hashes: dict[str, str]
-    """Of everything that decides a profile's numbers: protocol, training configurations, methods' parameters, rows."""
+    """Profile -> hash of everything that decides its numbers: protocol, training configurations, methods' parameters, rows."""
     versions: dict[str, str | None]
     commit: str | None
     num_cells: int

@@ -15,7 +15,7 @@ FORWARD, TRAINING = 2, 4
 
 
 class Predictions:
-    """Of one profile.
+    """Predictions for one profile.
 
     Args:
         subject: The profile.
@@ -61,7 +61,7 @@ class Predictions:
         return batch_size * num_steps * mean * (name.count(",") + 1)
 
     def _budget(self, role: str) -> tuple[int, int, int]:
-        """Rows a step, steps, tokens per row at most."""
+        """Rows per step, steps, tokens per row at most."""
         setting = self.subject.setting
         data = load_yaml(artifacts.config_path(role, setting))["data"]["init_args"]
         data = paper.overridden(data, setting.extra(role), "--data.init_args.")

@@ -33,7 +33,7 @@ class Preempted(Terminated):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one job."""
+    """Resources of one job."""
 
     cluster: str = "slurm"
     """``slurm``, or ``local`` and ``debug`` of submitit for trials."""

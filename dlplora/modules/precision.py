@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST_TRAINED = 1e18
-"""Of a router's or a gate's numbers: products of larger ones leave float32. Trained ones are many orders of magnitude below."""
+"""Largest value of a trained router or gate: products of larger ones overflow float32. Real values are many orders of magnitude smaller."""
 Change = Callable[[Tensor], Tensor]
 """What ``nn.Module._apply`` does to every parameter and buffer."""
 

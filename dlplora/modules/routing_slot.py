@@ -60,7 +60,7 @@ class RoutingSlot:
     Attributes:
         layers: The fused layers of the model.
         buffers: The pool of their buffers.
-        gate_backend: Backend of layers whose gate decides.
+        gate_backend: Backend of layers with a gate.
         running: ``running.binding`` is what compiled code reads in this thread.
     """
 

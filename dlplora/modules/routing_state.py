@@ -17,7 +17,7 @@ from dlplora.kernels.cost_model import Work
 from dlplora.modules.layer_buffers import Lease
 
 BUFFERED = ("folded", "merged", "triton")
-"""Backends whose layers read buffers made from routing weights."""
+"""Backends with layers that read buffers made from routing weights."""
 NOT_FINITE = "routing weights hold NaN or infinite values; check the router and its temperature."
 
 

@@ -165,7 +165,7 @@ def _bleu(scores: Scores, task: str) -> tuple[Array, Array]:
 
 
 def _differences(scores: Scores, task: str, metric: str, base: int) -> tuple[Array, Array, int]:
-    """Of every method to one of them on one task: by seed (m, S) with NaN for seeds not shared, variance from questions (m,), and n."""
+    """Differences to one method on one task: by seed (m, S) with NaN for seeds not shared, variance from questions (m,), and n."""
     asked = ("differences", task, metric, base)
     if asked in scores.known:
         return scores.known[asked]  # type: ignore[no-any-return]

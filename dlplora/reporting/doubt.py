@@ -25,7 +25,7 @@ class Doubt:
     num_several: int
     """Over all seeds of the method."""
     tasks: tuple[str, ...]
-    """That have such prompts."""
+    """Tasks with these prompts."""
     right: Mapping[str, tuple[float, float]]
     """Method -> share of right answers where several are kept, and where one is; over the seeds that both methods have."""
     changed: Mapping[str, tuple[int, int]]

@@ -94,7 +94,7 @@ def _one_run(records: Sequence[Record], load: Loader, method: str) -> Mapping[st
 
 
 def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
-    """Share of each task's prompts whose strongest expert is each expert, for ``dlp``; None if it was not run."""
+    """For each task, the share of prompts that each expert is strongest for, under ``dlp``; None if it was not run."""
     outcomes = _one_run(records, load, "dlp")
     routed = {task: routes for task, routes in _routes(outcomes or {}).items() if routes}
     if not routed:

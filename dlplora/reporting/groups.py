@@ -64,7 +64,7 @@ def by_setting(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Rec
 
 
 def different_pools(records: Sequence[Record]) -> str:
-    """A sentence that names the methods of one seed whose experts are not the same adapters; empty if they all are."""
+    """A sentence that names the methods of one seed with different adapters as experts; empty if all use the same."""
     sentences = []
     for seed in sorted({record.seed for record in records}):
         pools: dict[str, set[str]] = {}

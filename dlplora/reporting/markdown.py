@@ -46,5 +46,5 @@ def code(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that is shown as it is where Markdown allows HTML: no tag starts in it."""
+    """Text that Markdown shows literally where it allows HTML: no tag starts in it."""
     return _TAG_START.sub("&lt;", text)

@@ -163,7 +163,7 @@ def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: 
 
     Args:
         by_seed: Mean difference of every seed, (m, S), NaN where a method or the reference lacks the seed.
-        question_parts: Variance from questions of the mean over seeds, one part a task, (k, m); their sum is the variance of the aggregate.
+        question_parts: Variance from questions of the mean over seeds, one part per task, (k, m); their sum is the aggregate's variance.
         question_freedom: Degrees of freedom of each part, k numbers.
 
     Source: Satterthwaite 1946 for the degrees of freedom; crossed random effects by moments, as in a mixed model with a random effect of

@@ -65,7 +65,7 @@ def sweep_path(suite: str, name: str, root: Path = RESULTS) -> Path:
 
 
 def write_sweep(sweep: SweepFile, root: Path = RESULTS) -> Path:
-    """Replace the file of a sweep, one point a line.
+    """Replace the file of a sweep, one point per line.
 
     Raises:
         RecordError: If a number is not finite.

@@ -37,7 +37,7 @@ from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 
 log = logging.getLogger(__name__)
 MAX_ROWS = 1 << 16
-"""Of a batch or a queue; the cache of a batch is made when the engine starts."""
+"""Largest batch or queue; the cache of a batch is made when the engine starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

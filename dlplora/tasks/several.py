@@ -1,6 +1,6 @@
 """Several questions on separate lines, answered in turn, one line each: rows to train on, and prompts of different tasks.
 
-A prompt holds one to three questions of tasks from the suite ``skills``, one a line, and a single cue:
+A prompt holds one to three questions of tasks from the suite ``skills``, one per line, and a single cue:
 
     Put Nov 19 2014 into the form that the archive uses.
     Write the words in Velka: wise bird finds old dog
@@ -50,7 +50,7 @@ class Composed:
 
     @property
     def target(self) -> str:
-        """The right answers, one a line."""
+        """The right answers, one per line."""
         return "\n".join(part.answer for part in self.parts)
 
 

@@ -104,7 +104,7 @@ class LatencyRecord:
     kind: str = "latency"
     schema_version: int = BENCH_VERSION
     seed: int | None = None
-    """Of the order of turns; None in records made before it was random."""
+    """Seed of the timing order; None in records made before it was random."""
     summary: list[dict[str, Any]] = field(default_factory=list)
     """Minima, medians and ratios for readers of the file; the package does not read them."""
 

@@ -74,7 +74,7 @@ def _row(record: LatencyRecord, one: Measurement) -> list[str]:
 
 
 def markdown(record: LatencyRecord) -> str:
-    """One table a group and workload, under a line that says what was measured, and what was skipped or disturbed."""
+    """One table per group and workload, under a line that says what was measured, and what was skipped or disturbed."""
     first = (
         f"Shape `{record.shape}` ({record.parameters / 1e6:.1f} M parameters, {record.weights} weights), {record.dtype}, {record.device}; "
         f"copy bandwidth {record.bandwidth_bytes_per_s / 1e9:.1f} GB/s."
