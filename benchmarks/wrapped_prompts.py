@@ -115,7 +115,7 @@ def scores(
 
 
 def blank_lines(policy: str) -> dict[str, float]:
-    """Exact match of ``table_to_text`` as it is, and with one blank line more before the cue."""
+    """Exact match of ``table_to_text`` unchanged, and with one more blank line before the cue."""
     fused = FusedCausalLM.from_pretrained(method="dlp", method_params={"kv_policy": policy})
     items = get_suite("nano").task("table_to_text").items("test", NUM_BLANK)
     found = {}

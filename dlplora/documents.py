@@ -56,7 +56,7 @@ def read_json(
     """The object of a JSON file.
 
     Raises:
-        error: If the file cannot be read, is not JSON, is no object, or breaks a limit; the message names the file.
+        error: If the file cannot be read, is not JSON, is not an object, or breaks a limit; the message names the file.
     """
     value = parse_json(read_text(path, error=error, max_bytes=max_bytes), str(path), error=error, max_depth=max_depth)
     return require_mapping(value, str(path), error=error)
@@ -106,7 +106,7 @@ def read_yaml(path: str | os.PathLike[str], *, error: type[DLPLoRAError] = Confi
     """The mapping of a YAML file, with references such as ``${data.batch_size}`` to other keys of the file filled in.
 
     Raises:
-        error: If the file is missing, is not YAML, is no mapping, breaks a limit, or asks for anything but its own keys.
+        error: If the file is missing, is not YAML, is not a mapping, breaks a limit, or asks for anything but its own keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -222,7 +222,7 @@ def _problem(value: Any, max_digits: int) -> str | None:
     """What is wrong with one scalar value; None if nothing is."""
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            return f"holds half of a surrogate pair, which is no text: {value[:40]!r}"
+            return f"holds half of a surrogate pair, which is not text: {value[:40]!r}"
         return f"holds a NUL character: {value[:40]!r}" if "\0" in value else None
     if isinstance(value, float):
         return None if math.isfinite(value) else f"is {value}, which is not a number; a missing value is null"

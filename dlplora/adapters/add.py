@@ -47,7 +47,7 @@ def add_adapter(
         adapter: PEFT folder or hub id; see ``find_adapter``. A folder inside the pool is listed without a copy.
         name: Name of the expert; None takes the folder's, or the repository's.
         revision, offline: Of a hub id.
-        allow_pickle: Convert ``adapter_model.bin`` (read with ``weights_only=True``) where there is no safetensors file.
+        allow_pickle: Convert ``adapter_model.bin`` (read with ``weights_only=True``) if there is no safetensors file.
         allow_other_base: Take an adapter that names another base model than the others, if its sizes fit.
         description: What it is for, in a few words; replaces the description of an adapter that is already listed.
 
@@ -294,7 +294,7 @@ def _move_weights(ready: Path, target: Path, undo: ExitStack) -> None:
 
 
 def _kept_row(pool: Pool, name: str) -> Mapping[str, Any]:
-    """The manifest's row as it is; one made now for a folder without a manifest."""
+    """The manifest's row unchanged; a new one for a folder without a manifest."""
     return pool.rows[name] if name in pool.rows else manifest_row(pool.folders[name], name)
 
 

@@ -79,7 +79,7 @@ def load_config(folder: Path, name: str) -> dict[str, Any]:
     """The adapter's configuration as it is written.
 
     Raises:
-        AdapterError: If the file is missing or is no JSON object.
+        AdapterError: If the file is missing or is not a JSON object.
     """
     path = folder / CONFIG_NAME
     if not folder.is_dir():

@@ -43,7 +43,7 @@ def pools_root() -> Path:
 
 
 def find_pool(name: str | Path) -> Path:
-    """An existing folder wins; a bare name (no separator) that is no folder here is a pool below ``pools_root``.
+    """An existing folder wins; a bare name (no separator) that is not a folder here is a pool below ``pools_root``.
 
     Raises:
         PoolError: If the name is empty.

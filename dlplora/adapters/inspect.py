@@ -82,7 +82,7 @@ def inspect_folder(root: str | Path) -> Inspection:
     """Read the headers of every adapter below a folder.
 
     Raises:
-        PoolError: If there is no such folder, or no adapter in it.
+        PoolError: If the folder does not exist or has no adapter.
     """
     root = Path(root)
     if not root.is_dir():

@@ -143,7 +143,7 @@ def _split(name: str) -> tuple[str, int | None, str | None]:
     """``dlp@1000:dense`` -> name, pool size and backend.
 
     Raises:
-        ConfigError: If what follows the first sign is no number of experts.
+        ConfigError: If the text after the first ``@`` is not a number of experts.
     """
     stem, _, backend = name.rpartition(":")
     if backend not in BACKENDS:
@@ -182,7 +182,7 @@ class BenchConfig:
         """The device.
 
         Raises:
-            ConfigError: If there is none of that name.
+            ConfigError: If no device has that name.
         """
         try:
             device = torch.device(self.device)

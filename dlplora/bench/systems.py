@@ -152,7 +152,7 @@ BUILTIN: dict[str, Callable[[BenchSetup, Entry], BenchSystem]] = {
     "peft_arrow": _peft_arrow,
     "released_loop": _released_loop,
 }
-"""Systems that are no methods of this suite."""
+"""Systems that are not methods of this suite."""
 POOL_FREE = {BASE: 0, SINGLE: 1}
 """Systems that sweeps over pools do not change -> number of their adapters."""
 

@@ -52,7 +52,7 @@ def run_device(backbone: str | None, device: str | None) -> torch.device:
     """The device of a run: the named one, else the CPU for the embedded model (as in its records) and the best one for any other.
 
     Raises:
-        ConfigError: If this machine has no such device.
+        ConfigError: If this machine does not have the device.
     """
     return choose_device("cpu" if device is None and backbone is None else device)
 

@@ -18,7 +18,7 @@ MAX_LIMIT = 10**9
 
 
 def require_limit(limit: int | None) -> None:
-    """Refuse a limit that is no number of questions."""
+    """Refuse a limit that is not a valid number of questions."""
     if limit is not None and not 1 <= limit <= MAX_LIMIT:
         raise TaskError(f"limit must be from 1 to {MAX_LIMIT} questions per task, got {limit}.")
 

@@ -26,7 +26,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         name: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None and ``auto`` take CUDA, then MPS, then the CPU.
 
     Raises:
-        ConfigError: If the name is no device, or this machine has no such device.
+        ConfigError: If the name is not a device, or this machine does not have it.
     """
     if name is None or name == AUTO:
         if torch.cuda.is_available():
@@ -43,7 +43,7 @@ def require_device(device: torch.device) -> torch.device:
     """The device, if a model can run on it here.
 
     Raises:
-        ConfigError: If this machine has no such device.
+        ConfigError: If this machine does not have the device.
     """
     if device.type == "cpu":
         return device
@@ -70,7 +70,7 @@ def resolve_dtype(
         revision: Of a hub id.
 
     Raises:
-        ConfigError: If the name is unknown, or bfloat16 is asked for on a CPU without instructions for it.
+        ConfigError: If the name is unknown, or bfloat16 is requested on a CPU without instructions for it.
     """
     if name == AUTO:
         return _automatic(torch.device(device), source, revision)
@@ -98,8 +98,8 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
     """The dtype that a checkpoint's ``config.json`` names; without one, that of most of its weights; float32 if neither is known.
 
     Args:
-        source: Model folder, or hub id, whose ``config.json`` is fetched into the cache if it is not there. What cannot be found at all
-            is reported when the model is loaded.
+        source: Model folder, or hub id, its ``config.json`` is downloaded into the cache if necessary. A model that cannot be found
+            is reported when it is loaded.
         revision: Of a hub id.
     """
     from transformers.utils import cached_file

@@ -69,7 +69,7 @@ class GenerateOptions:
     # ------------------------------------------------------------------ sizes
 
     def new_tokens(self, width: int) -> int:
-        """New tokens asked for after a prompt of ``width`` tokens; without a limit, transformers' default (20).
+        """Number of new tokens after a prompt of ``width`` tokens; without a limit, transformers' default (20).
 
         Raises:
             GenerationError: If there are none.
@@ -86,7 +86,7 @@ class GenerateOptions:
         """Rows a prompt becomes: beams, or returned sequences.
 
         Raises:
-            GenerationError: If one of them is no number from 1.
+            GenerationError: If one of them is not a whole number of at least 1.
         """
         beams, sequences = self.whole("num_beams"), self.whole("num_return_sequences") or 1
         if (beams is not None and beams < 1) or sequences < 1:

@@ -55,7 +55,7 @@ def converted_folder(file: Path) -> Path:
         file: An existing GGUF file of one of ``ARCHITECTURES``.
 
     Raises:
-        ConfigError: If it is no GGUF file, of another architecture, damaged, the package ``gguf`` is missing, or the disk is too full.
+        ConfigError: If it is not a GGUF file, has another architecture or is damaged, ``gguf`` is not installed, or the disk is full.
     """
     checksum = _checksum(file, file.stat().st_size, file.stat().st_mtime_ns)
     target = cache_root() / "backbones" / f"{file.stem}-{checksum[:12]}-v{FORMAT}"
@@ -193,7 +193,7 @@ def read_architecture(file: Path) -> str:
     """``general.architecture`` of a GGUF file, from its first keys; no package is needed.
 
     Raises:
-        ConfigError: If it is no GGUF file, or does not name one among its first keys.
+        ConfigError: If it is not a GGUF file, or does not name one among its first keys.
 
     Source: the GGUF specification (ggml-org/ggml, docs/gguf.md): magic, version, number of tensors, number of keys, keys with values.
     """

@@ -82,7 +82,7 @@ def _why_absent(path: str, known: Mapping[str, nn.Module]) -> str:
     for start in range(1, len(parts)):
         if ".".join(parts[start:]) in known:
             prefix = ".".join(parts[:start])
-            return f"The adapters were saved from a wrapped model: '{prefix}.' would have to go from the keys of their tensors."
+            return f"The adapters were saved from a wrapped model: '{prefix}.' must be removed from the keys of their tensors."
     return "The adapters were trained on another base model."
 
 

@@ -180,7 +180,7 @@ def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> Pro
 
     Args:
         view: The method's view.
-        prompts: What is routed (``routed_questions``); returned as it is unless some row asks several questions.
+        prompts: What is routed (``routed_questions``); returned unchanged unless some row asks several questions.
         tokenizer: Encodes the texts that differ.
     """
     if view != "segment":

@@ -150,7 +150,7 @@ class RequestRouter:
         """The state of routing weights that a caller gives.
 
         Args:
-            routing: Weights as for ``state``, or a state, which is taken as it is.
+            routing: Weights as for ``state``, or a state, which is used unchanged.
             device: Of the model.
             for_call: Whether they are an argument of a call that must follow them.
 

@@ -68,7 +68,7 @@ class _Next:
     """The text after a full stop and its white space, as far as it is generated."""
 
     text: str
-    """The next word; one character if it is no word."""
+    """The next word; one character if it is not a word."""
     complete: bool
     """Whether the word can grow no further."""
     stopped: bool

@@ -83,7 +83,7 @@ def usable_device(name: str | None) -> torch.device:
     """The named device, or the one that is there: lm-eval says ``cuda:0`` on every machine.
 
     Raises:
-        ConfigError: If the name is no torch device.
+        ConfigError: If the name is not a torch device.
     """
     wanted = name or "cuda"
     try:

@@ -66,7 +66,7 @@ def readable(arguments: Sequence[str]) -> list[str]:
     """Arguments of a command with our model as lm-eval's parser takes them: mappings in ``--model_args`` become JSON.
 
     Raises:
-        Refused: If a mapping is no JSON.
+        Refused: If a mapping is not JSON.
     """
     named = [value for option, value in zip(arguments, [*arguments[1:], ""], strict=True) if option in {"--model", "-M"}]
     named += [option.removeprefix("--model=") for option in arguments if option.startswith("--model=")]

@@ -89,7 +89,7 @@ def present_device(name: str | None) -> torch.device:
     """``usable_device``; an error if this machine does not have it.
 
     Raises:
-        ConfigError: If the name is no device, or none that a model can run on here.
+        ConfigError: If the name is not a device that a model can run on here.
     """
     return require_device(usable_device(name))
 

@@ -95,7 +95,7 @@ def split_text(text: str) -> dict[str, Any]:
     Mappings are read as JSON, everything else as lm-eval reads it. The whole text may also be one JSON object.
 
     Raises:
-        ConfigError: If a pair has no ``=``, or a mapping is no JSON.
+        ConfigError: If a pair has no ``=``, or a mapping is not JSON.
     """
     from lm_eval.utils import handle_arg_string
 

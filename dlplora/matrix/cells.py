@@ -32,7 +32,7 @@ class Outcome:
     """Result of a cell."""
 
     moves: Moves = ()
-    """What has to be moved to its place; empty for what was there already."""
+    """Files to move to their places; empty if they were there already."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For readers of the board."""
 

@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for; everything a worker needs to find the same profiles again."""
+    """The request: everything a worker needs to find the same profiles again."""
 
     profiles: list[str]
     """``nano``, names or files as ``reproduce paper --backbone`` takes them, base models."""

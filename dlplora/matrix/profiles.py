@@ -23,7 +23,7 @@ def subjects_of(request: Request, folder: Path) -> list[Subject]:
     """The profiles of a request; every name is checked.
 
     Args:
-        request: What was asked for.
+        request: The request.
         folder: Shared by the workers; artifacts go below it.
 
     Raises:

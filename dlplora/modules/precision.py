@@ -55,7 +55,7 @@ def unusable(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str 
         if not tensor.is_floating_point():
             continue
         if key in stored and not stored[key].is_floating_point():
-            return f"'{key}' is stored as {dtype_name(stored[key].dtype)}, which is no floating point type"
+            return f"'{key}' is stored as {dtype_name(stored[key].dtype)}, which is not a floating point type"
         if not bool((tensor.abs() <= LARGEST_TRAINED).all()):  # false for NaN too
             return f"'{key}' holds NaN or infinite values, or values beyond {LARGEST_TRAINED:.0e}"
     return None

@@ -2,7 +2,7 @@
 
 Nothing about a request is stored on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the state of
 its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) applies to the thread and the asyncio task that opened it. If it
-is opened in the body of a generator, it holds while the generator runs, and not for other code while it is suspended. Blocks of two
+is opened in the body of a generator, it applies while the generator runs, not while it is suspended. Blocks of two
 interleaved generators therefore never mix.
 """
 

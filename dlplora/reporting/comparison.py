@@ -277,7 +277,7 @@ def main_scores(scores: Scores) -> list[Array]:
 
 
 def ranking(scores: Scores) -> tuple[dict[str, float], float | None, float | None]:
-    """Mean rank over the tasks of every method that is no clone of another, Nemenyi's critical difference, and Friedman's p-value."""
+    """Mean rank over the tasks of every method that is not a clone of another, Nemenyi's critical difference, and Friedman's p-value."""
     ranked = without_clones(scores.methods)
     if len(ranked) < 2:
         return {}, None, None

@@ -178,7 +178,7 @@ def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: 
         questions = np.nan_to_num(question_parts).sum(axis=0)
         freedoms = np.maximum(np.asarray(question_freedom, dtype=np.float64), 1.0)[:, None]
         squares = (np.nan_to_num(question_parts) ** 2 / freedoms).sum(axis=0) + seeds**2 / np.maximum(shared - 1, 1)
-        # variances of rounding errors are no variances
+        # rounding errors are not a variance
         questions, seeds = (np.where(part < 1e-20, 0.0, part) for part in (questions, seeds))
         freedom = np.where(squares > 0, (questions + seeds) ** 2 / squares, 1.0)
     mean = np.where(np.abs(mean) < 1e-12, 0.0, mean)

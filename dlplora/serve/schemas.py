@@ -90,7 +90,7 @@ Weight = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
 
 
 class GenerationRequest(Body):
-    """What both kinds of completion have in common; ``false`` is no number, and ``"5"`` neither."""
+    """What both kinds of completion have in common; ``false`` and ``"5"`` are not accepted as numbers."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

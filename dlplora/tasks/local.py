@@ -21,7 +21,7 @@ VALIDATION_SHARE = 0.1
 MAX_DIGITS = 4000
 """Most digits of a number in a row; answers may be long numbers."""
 MAX_LINE = 1 << 24
-"""Bytes of a row; more is no row but a damaged file."""
+"""Most bytes of a row; longer rows are a sign of a damaged file."""
 
 
 def data_root(given: str | None) -> Path:
@@ -93,7 +93,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not empty.
 
     Raises:
-        TaskError: If it is no file, which may never end, or a line is longer than any row.
+        TaskError: If it is not a regular file (others may never end), or a line is longer than any row.
     """
     if not path.is_file():
         raise TaskError(f"{path} is not a file.")

@@ -56,7 +56,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise ConfigError(f"cannot read checkpoint {path}: {reason} Delete it or resume from another one.") from error
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete a resume file; a missing one is no error."""
+        """Delete a resume file; a missing one is not an error."""
         Path(path).unlink(missing_ok=True)
 
 

@@ -72,7 +72,7 @@ def base_of(models: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
         wanted: ``--upstream-model``; None takes the first card without a parent.
 
     Raises:
-        ConfigError: If there is none, or not the one that is wanted.
+        ConfigError: If there is none, or not the requested one.
     """
     names = [str(card.get("id")) for card in models]
     if wanted is not None:
