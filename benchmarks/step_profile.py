@@ -74,7 +74,7 @@ def _operators(system: BenchSystem, workload: Any) -> dict[str, tuple[int, float
 
 
 def step_of(short: dict[str, tuple[int, float]], long: dict[str, tuple[int, float]], steps: int) -> StepProfile:
-    """One step, from two generations that differ by so many."""
+    """One step, from two generations that differ by ``steps`` tokens."""
     rows = {}
     for name, (calls, self_ms) in long.items():
         before = short.get(name, (0, 0.0))

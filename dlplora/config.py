@@ -38,7 +38,7 @@ def configs_root() -> Path:
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read one YAML mapping; ``documents.read_yaml`` says what it may hold.
+    """Read one YAML mapping; see ``documents.read_yaml`` for its limits.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, is not a mapping, or breaks a limit.

@@ -65,7 +65,7 @@ class Group:
     backends: tuple[str, ...] = ("auto",)
     """Kernel backends of our methods; ``all`` means all of them."""
     reroute_every: tuple[int, ...] = ()
-    """Also run sentence-level methods with every row re-routed after so many tokens."""
+    """Numbers of tokens after which every row is re-routed, in further runs of sentence-level methods."""
     compile: tuple[bool, ...] = (False,)
     """Whether ``generate`` compiles the decoding step (a GPU only); give both to compare."""
     batch: tuple[int, ...] = (1,)
@@ -217,7 +217,7 @@ def run_bench(
     Args:
         config: What to measure.
         progress: Told what happens next.
-        after_group: Given the record so far after every group, so that a run that is cut off leaves what it had.
+        after_group: Receives the record so far after every group, so that an interrupted run keeps its results.
 
     Raises:
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.

@@ -35,7 +35,7 @@ LOOP_PRESET = "dlp_code"
 
 
 class ForcedRerouter(RoutedCriterion):
-    """Re-routes every row after every so many tokens, through the router and the routing state of the running request; never stops.
+    """Re-routes every row after a fixed number of tokens, through the router and the routing state of the running request; never stops.
 
     Args:
         model: The model that generates.
@@ -85,7 +85,7 @@ def _base(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
 
 def _peft_with(setup: BenchSetup, number: int) -> Any:
-    """The base model with so many unmerged adapters named 0, 1, …, all in the base model's dtype."""
+    """The base model with ``number`` unmerged adapters named 0, 1, …, all in the base model's dtype."""
     from peft import PeftModel
 
     first, *others = setup.adapter_folders(number)

@@ -60,7 +60,7 @@ class EncodedSet:
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, special tokens as lm-eval adds them.
 
-    That is the tokenizer's default, except that a text which already begins with the bos token gets none added.
+    This is the tokenizer's default, except that no bos token is added to a text that already begins with one.
     """
     bos = tokenizer.bos_token
     plain = [i for i, text in enumerate(texts) if not (bos and text.startswith(bos))]

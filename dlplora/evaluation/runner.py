@@ -79,7 +79,7 @@ class Run:
     protocol_name: str
     spec: MethodSpec
     method: FusionMethod
-    """Built from ``spec`` and bound to no pool: what it declares can be asked, every model gets one of its own."""
+    """Built from ``spec`` and not bound to a pool, to read its declarations; every model gets its own instance."""
     seed: int
     suite: Suite
     folders: Mapping[str, Path]

@@ -99,7 +99,7 @@ def joined(runs: Sequence[Run], records: Sequence[Record], pool_hash: str) -> Re
 
 
 def _routing(records: Sequence[Record]) -> dict[str, float | int | None]:
-    """Means over prompts and counts; the right expert is in no pool, so nothing is said about a router's accuracy."""
+    """Means over prompts and counts; the right expert is in no pool, so router accuracy is left out."""
     weights = [sum(task.num for task in record.tasks.values()) for record in records]
     known = [name for name in WEIGHTED if name in records[0].routing]
     found: dict[str, float | int | None] = {name: _weighted((record.routing[name] for record in records), weights) for name in known}

@@ -30,7 +30,7 @@ from dlplora.errors import ConfigError
 
 CLAIMS, BEATS, ENDED, DONE = "claims", "beats", "ended", "done"
 BEATS_A_LEASE = 6
-"""Heartbeats that fit into a lease: so many have to be missed."""
+"""Heartbeats per lease; a holder must miss all of them to lose its cell."""
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 

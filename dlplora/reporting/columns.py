@@ -148,7 +148,7 @@ def rows_of(
 
     Args:
         records: Newest of each method and seed.
-        scores: Outcomes of the whole table, also where only some of its rows are shown; without them nothing is said about significance.
+        scores: Outcomes of the whole table, also where only some of its rows are shown; without them significance is not marked.
         latency: Ratios joined by the name of the preset.
         trials: Trials of the preset's settings on the validation split, by the name of the preset.
     """

@@ -13,7 +13,7 @@ from dlplora.reporting.markdown import code, table
 from dlplora.reporting.schema import Record
 
 FEWEST = 20
-"""Prompts below which nothing is said."""
+"""Fewest prompts for a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int | S
     Args:
         header: Titles of the columns.
         rows: Cells of every row. A pipe inside a cell is escaped, a line break becomes a space.
-        left: Columns aligned to the left: the first so many, or their indices.
+        left: Columns aligned to the left: the number of first columns, or indices.
 
     Raises:
         ValueError: If a row has another number of cells than the header.

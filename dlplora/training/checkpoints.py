@@ -119,7 +119,7 @@ class ResumableModule(L.LightningModule):
 
 
 class ResumeCheckpoint(L.Callback):
-    """Write a resume file every so many optimizer steps, at the end, and when the process is asked to stop (SIGTERM).
+    """Write a resume file at regular optimizer steps, at the end, and when the process is asked to stop (SIGTERM).
 
     Args:
         every_n_steps: Optimizer steps between two files.

@@ -15,7 +15,7 @@ from dlplora.reporting.latency.tables import name_of, newest_of_each
 
 Axis = Literal["experts", "batch_size"]
 LONGEST = 10
-"""A bar so many times the base model's is left out: it would squeeze all others."""
+"""Bars longer than this multiple of the base model's are left out: they would compress all others."""
 TITLES: dict[Axis, str] = {"experts": "experts in the pool", "batch_size": "rows of the batch, all different"}
 
 
