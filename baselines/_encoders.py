@@ -83,7 +83,7 @@ def _sentence_transformer(name: str, method: str, device: torch.device) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(name, device=str(device))  # by itself it would take a GPU wherever there is one
+        return SentenceTransformer(name, device=str(device))  # the default would be a GPU if there is one
     except (OSError, ValueError) as error:
         raise MethodError(
             f"method '{method}': cannot load the encoder '{name}', neither a folder nor a cached hub id: "
@@ -118,7 +118,7 @@ class LearnsFromPrompts(FusionMethod):
         return super().prepare(bank, context)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Saved tensors replace whatever ``prepare`` could make without the prompts."""
+        """Saved tensors replace the tensors that ``prepare`` made without prompts."""
         for name in self.learned:
             saved = state_dict.get(f"{prefix}{name}")
             if saved is not None:
@@ -139,7 +139,7 @@ class LearnsFromPrompts(FusionMethod):
 
 
 class UsesEncoder(FusionMethod):
-    """A method whose ``Config`` has ``encoder``."""
+    """A method with ``encoder`` in its ``Config``."""
 
     @property
     def artifact_roles(self) -> tuple[str, ...]:

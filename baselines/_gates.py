@@ -30,7 +30,7 @@ def require_at_most(k: int, num_experts: int, method: str, key: str = "top_k") -
         MethodError: If it is less than 1 or more than the experts of the pool.
     """
     if not 1 <= k <= num_experts:
-        raise MethodError(f"method '{method}': '{key}' must lie between 1 and the number of experts ({num_experts}), got {k}.")
+        raise MethodError(f"method '{method}': '{key}' must be between 1 and the number of experts ({num_experts}), got {k}.")
 
 
 def kept_of(k: int, num_experts: int, method: str, key: str = "top_k") -> int:
@@ -45,7 +45,7 @@ def kept_of(k: int, num_experts: int, method: str, key: str = "top_k") -> int:
 
 
 class TokenGated(FusionMethod):
-    """A method whose weights are a function of a layer's own input, computed for every token."""
+    """A method that computes the weights of every token from a layer's own input."""
 
     def gate(self, module: str, x: Tensor) -> Tensor:
         """Routing weights (B, T, E), float32, of one layer from its input (B, T, I).
@@ -77,7 +77,7 @@ def key_of(module: str) -> str:
 
 
 def layer_of(module: str) -> str:
-    """The decoder layer that a module belongs to: the path up to its first number; the whole path where there is none.
+    """The decoder layer that a module belongs to: the path up to its first number; the whole path if it has none.
 
     >>> layer_of("model.layers.3.self_attn.q_proj")
     'model.layers.3'
@@ -127,7 +127,7 @@ def over_real_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class TrainedGates(TokenGated):
-    """Gates with parameters, which remember what they answered while a loss asks for it."""
+    """Gates with parameters; they record their outputs while a loss is computed."""
 
     def prepare(self, bank: AdapterBank, context: MethodContext) -> AdapterBank:
         """Make the parameters at the first call; keep those that are there."""

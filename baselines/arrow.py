@@ -110,7 +110,7 @@ class Arrow(TokenGated):
 
 
 class ArrowFactor(Arrow):
-    """The same weights on A and B apart."""
+    """The same weights on A and B separately."""
 
     name = "arrow_factor"
     metadata = Metadata(title="Arrow (factors)", paper=ARROW_PAPER, granularity="token", depth="module", combine="factor")
@@ -135,7 +135,7 @@ def response_norms(x: Tensor, entry: BankEntry, gram: Tensor) -> Tensor:
 
 
 class SpectR(TokenGated):
-    """Routing to the experts whose row spaces contain most of a token."""
+    """Routing to the experts with the largest part of a token in their row spaces."""
 
     name = "spectr"
     metadata = Metadata(title="SpectR", paper="https://arxiv.org/abs/2504.03454", granularity="token", depth="module")

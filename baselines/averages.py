@@ -20,7 +20,7 @@ from dlplora.types import PromptBatch
 
 
 class AvgFactor(FusionMethod):
-    """Uniform average of A and of B apart; one merged adapter of one expert's rank."""
+    """Separate uniform averages of A and of B; one merged adapter of one expert's rank."""
 
     name = "avg_factor"
     metadata = Metadata(title="Uniform average of factors", granularity="none", combine="factor")

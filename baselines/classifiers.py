@@ -1,6 +1,6 @@
 """Controls: ordinary classifiers in place of a router, trained on the prompts of the pool's tasks. Shapes: B rows, E experts, D features.
 
-* ``knn``: an expert's weight is its share of the ``k`` training prompts that are nearest by cosine; ``k`` 1 is the nearest neighbour.
+* ``knn``: an expert's weight is its share of the ``top_k`` training prompts that are nearest by cosine.
 * ``logreg``: multinomial logistic regression (scikit-learn) on the same features; only the most likely expert.
 * ``tfidf_linear``: TF-IDF of words and pairs of words, and a linear support vector machine, one class against the rest (scikit-learn);
   only the expert with the largest margin.
@@ -49,13 +49,13 @@ class NearestConfig(ClassifierConfig):
 
     encoder: str = "minilm"
     """``minilm``, ``features``, ``router``, or a sentence-transformers model (``_encoders.py``)."""
-    k: int = 1
+    top_k: int = 1
     """Neighbours that vote."""
 
     def __post_init__(self) -> None:
         ClassifierConfig.__post_init__(self)
-        if self.k < 1:
-            raise ConfigError(f"'k' must be at least 1, got {self.k}.")
+        if self.top_k < 1:
+            raise ConfigError(f"'top_k' must be at least 1, got {self.top_k}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,13 +103,23 @@ class NearestPrompts(LearnsFromEncodings):
     points: Tensor
     owners: Tensor
 
+    @classmethod
+    def upgrade_params(cls, params: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Read ``k``, an earlier name of ``top_k``."""
+        return {"top_k" if key == "k" else key: value for key, value in params.items()}
+
+    @classmethod
+    def hashed_params(cls, config: Any) -> dict[str, Any]:
+        """Under the earlier name, so that old records still match."""
+        return {"k" if name == "top_k" else name: value for name, value in super().hashed_params(config).items()}
+
     @property
     def max_kept(self) -> int:
         """No more experts than neighbours."""
-        return int(self.config.k)
+        return int(self.config.top_k)
 
     def learn(self, prompts: Mapping[str, list[str]], context: MethodContext) -> dict[str, Tensor]:
-        """Every training prompt (n, D), and whose it is (n,)."""
+        """Every training prompt (n, D), and the index of its expert (n,)."""
         points = [self._encoder.texts(texts) for texts in prompts.values()]
         owners = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(points)])
         return {"points": torch.cat(points), "owners": owners}
@@ -126,14 +136,14 @@ class NearestPrompts(LearnsFromEncodings):
     def route(self, prompts: PromptBatch) -> Tensor:
         """Shares of the votes (B, E)."""
         similarities = self.similarities(prompts)
-        voters = kept_of(self.config.k, len(self.points), self.name, "k")
+        voters = kept_of(self.config.top_k, len(self.points), self.name, "top_k")
         nearest = similarities.topk(voters, dim=-1).indices
         votes = F.one_hot(self.owners[nearest], len(self.expert_names)).sum(dim=1)
         return (votes.float() / voters).to(prompts.input_ids.device)
 
 
 class _Linear(LearnsFromPrompts):
-    """One hyperplane an expert, found by scikit-learn; the expert with the largest value alone."""
+    """One hyperplane per expert, found by scikit-learn; the expert with the largest value alone."""
 
     weight: Tensor
     bias: Tensor
@@ -151,9 +161,9 @@ class _Linear(LearnsFromPrompts):
         return F.one_hot(values.argmax(dim=-1), len(self.expert_names)).float().to(prompts.input_ids.device)
 
     def _hyperplanes(self, classifier: Any, features: Any, names: list[str]) -> dict[str, Tensor]:
-        """``weight`` (E, D) and ``bias`` (E,) in the order of ``prepare``'s bank, whatever the classifier's."""
+        """``weight`` (E, D) and ``bias`` (E,) in the order of ``prepare``'s bank, not of the classifier."""
         experts = list(dict.fromkeys(names))
-        if len(experts) == 1:  # nothing to tell apart
+        if len(experts) == 1:  # nothing to separate
             return {"weight": torch.zeros(1, features.shape[1]), "bias": torch.zeros(1)}
         # Rows sorted by name: another order of the adapters finds the same hyperplanes.
         order = sorted(range(len(names)), key=lambda row: names[row])
@@ -206,7 +216,7 @@ class TfidfLinear(_Linear):
     learned = ("weight", "bias", "idf", "terms")
     idf: Tensor
     terms: Tensor
-    """The terms in the order of the columns, one a line, as bytes."""
+    """The terms in the order of the columns, one per line, as bytes."""
 
     @property
     def optional_packages(self) -> Mapping[str, str]:

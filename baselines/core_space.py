@@ -78,7 +78,7 @@ def _row_basis(rows: Tensor) -> Tensor:
 
 
 class InCoreSpace(StaticMerge):
-    """Put before a merge of deltas, it makes it a merge of cores."""
+    """Mixin that turns a merge of deltas into a merge of cores; put it before the merge class."""
 
     def factors(self, entry: BankEntry, weights: Tensor, names: Sequence[str], module: str, rank: int | None) -> tuple[Tensor, Tensor]:
         """A and B of ``U combine(cores) V``."""

@@ -60,7 +60,7 @@ class DLPEntmax(DLP):
         """What is left to choose; when and what the router reads is as in ``dlp``."""
 
         alpha: float = 1.5
-        """Of the entmax; 2 is sparsemax."""
+        """Exponent of the entmax; 2 is sparsemax."""
         sparsity: float = 0.0
         """Lambda of sparsegen, less than 1; 0 leaves the logits as they are."""
         reroute: Literal["prompt", "sentence"] = "sentence"
@@ -70,7 +70,7 @@ class DLPEntmax(DLP):
         prompt_routing: Literal["whole", "question", "sentence"] = "whole"
         """With ``reroute: sentence``: one set of routing weights for the prompt, or one for each of its questions or sentences."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = "stale"
-        """With ``reroute: sentence``: what becomes of cached keys and values after a re-route."""
+        """With ``reroute: sentence``: what happens to cached keys and values after a re-route."""
         router: str | None = None
         """Folder of a trained router; None takes the one that came with the pool (the artifact ``router``)."""
 

@@ -1,6 +1,6 @@
 """HiLoRA: adapters are chosen per prompt by likelihood, single ranks per token (arXiv:2510.12266).
 
-* Prompt: every adapter has a Gaussian over the encodings of a few training inputs. The likeliest adapters, at least ``least``, share a
+* Prompt: every adapter has a Gaussian over the encodings of a few training inputs. The most likely adapters, at least ``least``, share a
   budget of rank-one components (the fraction ``budget`` of all their components) by a multinomial draw with their posterior probabilities.
 * Token: at every module an adapter with ``n`` components uses those with the largest ``|a_j . x| / |a_j|``, at weight one.
 
@@ -10,7 +10,7 @@ all of them is exactly that adapter at weight one, bit for bit. No training.
 Abstract and reviews only (20 inputs, at least 3 adapters, 40 %, multinomial, normalised). Ours: spherical Gaussians; the posterior is the
 softmax of the mean log-likelihood of a feature divided by ``temperature``, since the sum over hundreds of features makes the posterior
 one-hot; ``mass``, the posterior mass up to which adapters are taken; the budget counts the components of the chosen adapters; what an
-adapter cannot use goes to the next most likely one; the draw is a function of seed and prompt, so that all options of one question get the
+adapter cannot use is given to the next one; the draw is a function of seed and prompt, so that all options of one question get the
 same draw; the encoder.
 
 Shapes: B rows, T tokens, E experts, R rank.
@@ -57,7 +57,7 @@ class HiLoRAConfig:
             raise ConfigError(f"'num_samples' must be at least 2 and 'least' at least 1, got {self.num_samples}, {self.least}.")
         if not 0 < self.budget <= 1 or not 0 <= self.mass <= 1 or not self.temperature > 0:
             raise ConfigError(
-                f"'budget' and 'mass' must lie between 0 and 1 and 'temperature' must be positive, got {self.budget}, {self.mass}, "
+                f"'budget' and 'mass' must be between 0 and 1 and 'temperature' must be positive, got {self.budget}, {self.mass}, "
                 f"{self.temperature}."
             )
 
@@ -108,7 +108,7 @@ class HiLoRA(LearnsFromEncodings):
 
     def route(self, prompts: PromptBatch) -> Tensor:
         """Parts (B, E) of the adapters' components, between 0 and 1."""
-        order = sorted(range(len(self.expert_names)), key=lambda index: self.expert_names[index])  # another order of the pool draws alike
+        order = sorted(range(len(self.expert_names)), key=lambda index: self.expert_names[index])  # independent of the pool's order
         ranks = np.array([self._ranks[self.expert_names[index]] for index in order])
         rows = []
         for shares, ids, mask in zip(self.posteriors(prompts).cpu().numpy(), prompts.input_ids, prompts.attention_mask, strict=True):
@@ -128,7 +128,7 @@ class HiLoRA(LearnsFromEncodings):
         drawn = np.zeros_like(ranks)
         drawn[chosen] = generator.multinomial(budget, shares[chosen] / shares[chosen].sum())
         counts = np.minimum(drawn, ranks)
-        for index in chosen:  # the likeliest first
+        for index in chosen:  # the most likely first
             counts[index] += min(ranks[index] - counts[index], budget - counts.sum())
         return counts
 

@@ -1,6 +1,6 @@
 """Let the model choose: the base model reads what each adapter is for and names one (Adaptive Minds, arXiv:2510.15416).
 
-The base model is shown all descriptions of the pool under letters, and the question. Only the adapter whose letter is most likely is
+The base model is shown all descriptions of the pool under letters, and the question. Only the adapter with the most likely letter is
 used. Descriptions come from the pool's manifest (``description`` in ``pool.json``, ``dlplora pool add --description``).
 
 Deviations: the authors let the model write an answer and parse it (qpiai/adaptive-minds@2199c0c); here the letters are scored, so that
@@ -33,7 +33,7 @@ SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LLMChoiceConfig:
-    """What stands for a description that is missing."""
+    """What replaces a missing description."""
 
     missing: Literal["refuse", "name"] = "refuse"
     """``refuse`` the pool, or read the adapter's ``name`` instead."""

@@ -127,7 +127,7 @@ class LoGo(FusionMethod):
         return out.hidden_states[self._block][0, -1] if residual else seen[self._module]
 
     def _shares(self, scores: Tensor) -> Tensor:
-        """The best scores, to sum one; equal shares where nobody has one."""
+        """The best scores, normalised to sum one; equal shares if all are zero."""
         best, index = scores.topk(self._kept)
         total = best.sum()
         shares = best / total if float(total) > 0 else torch.full_like(best, 1.0 / self._kept)

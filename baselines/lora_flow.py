@@ -3,8 +3,8 @@
 ``w = softmax(W x / temperature) + b`` where x is the hidden state that enters the decoder layer, before normalisation; ``W`` (E, D),
 ``b`` (E,); the same w serves all adapted modules of the layer. Weights may be negative or larger than one.
 
-Deviations: the original pairs one language LoRA with one task LoRA and starts at weights (0, 1). For N experts there is no such pair, so W
-and b start at zero, so the weights start uniform at 1 / N. Trained on the mixture of all tasks (``flow_all``), not on one composite
+Deviations: the original pairs one language LoRA with one task LoRA and starts at weights (0, 1). N experts have no such pair: W
+and b start at zero and the weights uniform at 1 / N. Trained on the mixture of all tasks (``flow_all``), not on one composite
 task.
 """
 

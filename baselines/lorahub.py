@@ -3,7 +3,7 @@
 ``A = sum_e w_e A_e``, ``B = sum_e w_e s_e B_e``, ``dW = B A``: factors are summed separately, so the delta is quadratic in w, and w and -w
 are the same. The search minimises ``loss(w) + l1 * mean |w|`` over ``w in [-bound, bound]^E`` from w = 0 (the base model).
 
-* ``lorahub_in_pool``: the task's own adapter takes part; the search should find it.
+* ``lorahub_in_pool``: the task's own adapter is in the pool; the search should find it.
 * ``lorahub_leave_one_out``: it does not; this is the setting that the method was designed for.
 * ``lorahub_in_pool_nevergrad``, ``lorahub_leave_one_out_nevergrad``: the same with the original's optimiser.
 
@@ -207,5 +207,5 @@ def _nevergrad(value: Callable[[np.ndarray], float], size: int, bound: float, bu
     space = ng.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
     space.random_state.seed(seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*RHOEND", category=UserWarning)  # what NGOpt asks of scipy; it is put right there
+        warnings.filterwarnings("ignore", message=".*RHOEND", category=UserWarning)  # what NGOpt passes to scipy; it is corrected there
         ng.optimizers.NGOpt(parametrization=space, budget=max(1, budget)).minimize(value)

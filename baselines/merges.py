@@ -4,7 +4,7 @@ Every expert's delta ``dW_e = s_e B_e A_e`` (O, I) is formed in float32 with its
 functions, and the result is factored by SVD into one adapter, so that it runs through the fused layer like any other. Definitions:
 
 * ``svd``: ``sum_e w_e dW_e``, truncated to the rank of one adapter.
-* ``magnitude_prune``: the same sum over deltas whose smallest entries are set to zero (``density`` is kept), nothing truncated.
+* ``magnitude_prune``: the same sum over deltas with their smallest entries set to zero (``density`` is kept), nothing truncated.
 * ``ties``: keep the largest entries, elect a sign per entry, average the deltas that agree with it (Yadav et al., arXiv:2306.01708).
 * ``dare_linear``, ``dare_ties``: drop entries at random, divide by ``density``, then sum, or merge as TIES (Yu et al., arXiv:2311.03099).
 
@@ -14,7 +14,7 @@ Deviations from PEFT 0.21 ``add_weighted_adapter``, with reasons:
   module, act on the deltas.
 * PEFT gives the merged adapter the alpha of its rank, which rsLoRA sources turn into a scaling of sqrt(rank). Ours has scaling 1.
 * PEFT draws DARE's masks from the global generator, in the order of the adapters. Ours depend only on seed, expert and module.
-* The signs of TIES are elected without weights, as in PEFT. An expert of weight zero takes no part, like one that is not listed in PEFT.
+* The signs of TIES are elected without weights, as in PEFT. An expert of weight zero is left out, like one that is not listed in PEFT.
 * Without ``svd_rank`` nothing is truncated: the merged adapter then has rank min(I, O), which costs more than one LoRA. Set it for
   large base models.
 * Signs are elected without weights, so TIES is linear in non-zero weights and passes check T12.
@@ -38,7 +38,7 @@ from dlplora.types import PromptBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeConfig:
-    """Settings shared by the merges; a merge ignores what its definition has no place for."""
+    """Settings shared by the merges; a merge ignores settings that its definition does not use."""
 
     weight: float | None = None
     """Weight of every expert; null is 1 / N for sums and 1 for TIES, which averages by itself."""
@@ -51,7 +51,7 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
-            raise ConfigError(f"'density' must lie in (0, 1], got {self.density}.")
+            raise ConfigError(f"'density' must be in (0, 1], got {self.density}.")
         if self.svd_rank is not None and self.svd_rank < 1:
             raise ConfigError(f"'svd_rank' must be at least 1, got {self.svd_rank}.")
 
@@ -84,7 +84,7 @@ class StaticMerge(FusionMethod):
         return self.merge(bank, torch.full((bank.num_experts,), float(share)))
 
     def merge(self, bank: AdapterBank, weights: Tensor) -> AdapterBank:
-        """One expert that stands for ``weights`` (E,)."""
+        """One expert merged with ``weights`` (E,)."""
         kept = [index for index, weight in enumerate(weights.tolist()) if weight != 0]
         names = [bank.names[index] for index in kept]
         merged: dict[str, list[Any]] = {}
@@ -110,7 +110,7 @@ class StaticMerge(FusionMethod):
         """A (R, I) and B (O, R), float32, of the one adapter.
 
         Args:
-            entry: The experts that take part, for one module.
+            entry: The merged experts, for one module.
             weights: Theirs, none of them zero (E,).
             names: Theirs.
             module: Path of the module.
@@ -166,7 +166,7 @@ class SVDMerge(StaticMerge):
 
 
 class MagnitudePrune(StaticMerge):
-    """Average of deltas whose smallest entries are zero."""
+    """Average of deltas with their smallest entries set to zero."""
 
     name = "magnitude_prune"
     metadata = Metadata(title="Magnitude pruning", granularity="none", exempt=("T2", "T3"))

@@ -61,7 +61,7 @@ class MeteoRA(TrainedGates):
     evaluation_params = ("temperature",)
 
     def build(self, bank: AdapterBank, seed: int) -> None:
-        """One (E, I) matrix a layer, within the bounds of ``nn.Linear``; copies of A and B if they are trained."""
+        """One (E, I) matrix per layer, within the bounds of ``nn.Linear``; copies of A and B if they are trained."""
         require_at_most(self.config.top_k, bank.num_experts, self.name)
         self.gates, self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for module, entry in bank.modules.items():

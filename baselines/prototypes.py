@@ -2,7 +2,7 @@
 
 * ARIADNE (arXiv:2606.19079): an expert is a few centroids of its training inputs, found by k-means; only the expert of the nearest
   centroid is used. From the abstract; number of centroids, inputs and encoder are our choice.
-* AdapterSoup (Chronopoulou et al., arXiv:2302.07027): the parameters of the adapters whose domains are nearest are averaged, once per
+* AdapterSoup (Chronopoulou et al., arXiv:2302.07027): the parameters of the adapters with the nearest domains are averaged, once per
   task. For LoRA these are A and B, so factors are summed. A domain is the mean of its inputs' embeddings.
 
 Deviations: a task's own adapter, if it is in the pool, is nearest and part of the average; ``leave_one_out`` excludes it, which is the
@@ -36,7 +36,7 @@ class _EncodedConfig:
     encoder: str = "minilm"
     """``minilm``, ``features``, ``router``, or a sentence-transformers model (``_encoders.py``)."""
     num_samples: int = 100
-    """Training inputs a task."""
+    """Training inputs per task."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -48,7 +48,7 @@ class AriadneConfig(_EncodedConfig):
     """How fine the picture of a task is."""
 
     num_centroids: int = 4
-    """Centroids an expert; as many as it has inputs, if these are fewer."""
+    """Centroids per expert; as many as it has inputs, if these are fewer."""
 
     def __post_init__(self) -> None:
         _EncodedConfig.__post_init__(self)
@@ -83,7 +83,7 @@ class Ariadne(LearnsFromEncodings):
     owners: Tensor
 
     def learn(self, prompts: Mapping[str, list[str]], context: MethodContext) -> dict[str, Tensor]:
-        """Centroids of all experts (n, D), and whose each is (n,)."""
+        """Centroids of all experts (n, D), and the index of each one's expert (n,)."""
         from scipy.cluster.vq import kmeans2
 
         found = []
@@ -92,7 +92,7 @@ class Ariadne(LearnsFromEncodings):
             number = min(self.config.num_centroids, len({row.tobytes() for row in points}))
             seed = derive_seed(self.name, context.seed, name) % 2**32
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*clusters is empty")  # it goes, here
+                warnings.filterwarnings("ignore", message=".*clusters is empty")  # empty clusters are dropped below
                 centroids, members = kmeans2(points, number, minit="++", seed=seed)
             found.append(torch.from_numpy(centroids[sorted(set(members))]).float())
         owners = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(found)])

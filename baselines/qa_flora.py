@@ -75,7 +75,7 @@ class QaFlora(FusionMethod):
         """Find the blocks that are adapted.
 
         Raises:
-            MethodError: If a module stands outside of the numbered blocks.
+            MethodError: If a module is outside of the numbered blocks.
         """
         numbers = {}
         for module in bank.modules:
@@ -105,7 +105,7 @@ class QaFlora(FusionMethod):
         self._norm = (norm,)
 
     def rows_at_once(self, tokens: int) -> int:
-        """Rows of a prompt of so many tokens that are run together."""
+        """Number of rows that run together, for a prompt with this number of tokens."""
         (model,) = self._model
         weight: Any = next(iter(model.bank.modules.values())).lora_a
         config = model.model.config.get_text_config()

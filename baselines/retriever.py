@@ -40,7 +40,7 @@ class RetrieverConfig:
     top_k: int = 3
     """Experts kept; all of them if the pool holds fewer."""
     num_samples: int = 20
-    """Inputs that stand for an expert."""
+    """Inputs that represent an expert."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -52,7 +52,7 @@ class LorauterConfig(RetrieverConfig):
     """The same with a softmax."""
 
     temperature: float = 0.1
-    """Divides the similarities, which lie in [-1, 1]."""
+    """Divides the similarities, which are in [-1, 1]."""
 
     def __post_init__(self) -> None:
         RetrieverConfig.__post_init__(self)
@@ -92,7 +92,7 @@ class RetrieverMixture(UsesEncoder):
         return F.normalize(mean, dim=-1) if self.unit_centroids else mean
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A saved index replaces whatever ``prepare`` could make without the inputs."""
+        """A saved index replaces the one that ``prepare`` made without inputs."""
         saved = state_dict.get(f"{prefix}index")
         if saved is not None:
             self.index = torch.empty_like(saved, device=self.index.device)

@@ -56,7 +56,7 @@ class TSVConfig(SingularConfig):
     """TSV's settings."""
 
     space: Literal["full", "core"] = "full"
-    """Whose size is shared out among the experts: the layer's, or the core's, which cuts nothing."""
+    """The size that is divided among the experts: the layer's, or the core's, which cuts nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class TSV(StaticMerge):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are one (Procrustes), where the matrix's own are not zero."""
+    """The nearest matrix with all non-zero singular values replaced by one (Procrustes)."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     real = not_zero(s, matrix.shape)
     return u[:, real] @ vt[real]

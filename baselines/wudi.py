@@ -4,12 +4,12 @@
 needed. This is linear least squares. With ``H = sum_e dW_e^T dW_e / n_e``, ``C = sum_e w_e dW_e dW_e^T dW_e / n_e`` and
 ``n_e = ||dW_e||^2`` (Frobenius), the gradient is ``2 (dW H - C)``, and the minimum nearest to zero is ``C H^+``.
 
-* ``wudi``: that minimum, in core space (``core_space.CoreSpace``), whose bases contain the range of H and C.
+* ``wudi``: that minimum, in core space (``core_space.CoreSpace``); its bases contain the range of H and C.
 * ``wudi_adam``: what the released code does: 300 steps of Adam at a learning rate of 1e-5 from ``sum_e w_e dW_e``. An entry moves by about
   0.003 at most, so for overlapping deltas it ends near its start and far from the minimum. Adam depends on coordinates, so it runs on
   whole matrices: O I^2 a step.
 
-Deviations: an expert that does not adapt a module takes no part in it (it would divide by zero). The gradient is the closed
+Deviations: an expert that does not adapt a module is left out there (it would divide by zero). The gradient is the closed
 form's, in float64.
 """
 
@@ -76,7 +76,7 @@ class WudiAdam(StaticMerge):
     Config = WudiAdamConfig
 
     def factors(self, entry: BankEntry, weights: Tensor, names: Sequence[str], module: str, rank: int | None) -> tuple[Tensor, Tensor]:
-        """A and B of where Adam has come to."""
+        """A and B of Adam's last point."""
         deltas = deltas_of(entry).double()
         weights = weights.to(deltas)
         h, c = normal_equations(deltas, weights)

@@ -34,7 +34,7 @@ from ._gates import TRAINED_NEEDS, TrainedGates, drawn, hidden_size
 
 PAPER = "https://arxiv.org/abs/2402.07148"
 REARRANGING = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
-"""What ``generate`` may do to a request's cache behind our back; the first pass's cache follows."""
+"""What ``generate`` may do to a request's cache directly; the first pass's cache follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ class XLoRA(TrainedGates):
         return args, kwargs
 
     def _own_cache(self, cache: Any, config: Any) -> Any:
-        """The first pass's cache of a request; it goes when the request's goes, and is rearranged with it."""
+        """The first pass's cache of a request; it is freed and rearranged together with the request's cache."""
         from transformers import DynamicCache
 
         if cache is None:

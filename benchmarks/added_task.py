@@ -2,7 +2,7 @@
 
 A pool of all tasks but one gets the last expert. For each method the record holds the score of the old tasks before and after, the score of
 the new one after, and what the addition costs: seconds of training the router again on all tasks, and of building the method.
-``run`` writes its record after every task and goes on where it stopped; ``report`` writes the table into ``docs/unseen_task.md``.
+``run`` writes its record after every task and continues after an interruption; ``report`` writes the table into ``docs/unseen_task.md``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         done = record["costs"].setdefault(task, {})
         missing = [method for method in arguments.methods.split(",") if method not in done]
         if missing:
-            # A cache of its own: what one task has encoded or loaded must not make the next look cheap.
+            # A separate cache: what one task has encoded or loaded must not make the next one faster.
             with eval_cache() as cache:
                 done |= Addition(task, protocol, setting, pool, folder / "router", folder / task).costs(missing, cache)
             record["provenance"] = provenance()

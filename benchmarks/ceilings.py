@@ -32,7 +32,7 @@ SETTINGS = {
     "oracle_half_mean": ExpertStart(start=0.5, elsewhere="mean"),
     "oracle_half_mean_upper": ExpertStart(start=0.5, elsewhere="mean", without_first_layer=True),
 }
-"""Name of the record -> from where on the right expert holds. The last one is what a gate a module can hope for."""
+"""Name of the record -> from where on the right expert holds. The last one is what a gate per module can reach."""
 
 
 def cell_of(run: Run, setting: ExpertStart) -> str:
@@ -44,7 +44,7 @@ def evaluate_setting(run: Run, name: str, root: Path, cache: EvalCache) -> Path:
     """Evaluate one setting and write its record.
 
     Raises:
-        ConfigError: If prompts are not read apart from what is scored after them.
+        ConfigError: If prompts are not read separately from the options.
     """
     setting = SETTINGS[name]
     start = time.perf_counter()

@@ -25,7 +25,7 @@ from dlplora.tasks.registry import get_suite
 from dlplora.types import PromptBatch
 
 MAIN = ("base", "dlp_threshold", "dlp", "dlp_composite", "oracle_segment", "avg_delta", "arrow_out", "meteora_gate", "meteora_full")
-"""Without adapters; routed once per prompt; at sentence ends, two readings; told the tasks; never; by token, three ways."""
+"""Without adapters; routed once per prompt; at sentence ends, two readings; with given tasks; never; by token, three ways."""
 
 
 def planned(what: str) -> Iterator[Run]:

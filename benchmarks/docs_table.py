@@ -1,4 +1,4 @@
-"""Benchmarks whose record becomes a table in a documentation page: the actions ``run`` and ``report``."""
+"""Benchmarks that write a table from their record into a documentation page: the actions ``run`` and ``report``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def command(
 
 
 def with_table(page: str, name: str, table: str) -> str:
-    """A page whose table between the markers of ``name`` is replaced.
+    """A page with the table between the markers of ``name`` replaced.
 
     Raises:
         SystemExit: If the markers are missing.

@@ -142,9 +142,9 @@ def main() -> None:
     """Measure, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated presets, or 'all'")
-    parser.add_argument("--limit", type=int, help="questions a task (default: all 100)")
+    parser.add_argument("--limit", type=int, help="questions per task (default: all 100)")
     parser.add_argument("--protocol", default="nano", metavar="NAME", help="of configs/protocol (default: nano)")
-    parser.add_argument("--pool", type=Path, metavar="FOLDER", help="of another protocol than nano: one adapter a task")
+    parser.add_argument("--pool", type=Path, metavar="FOLDER", help="of another protocol than nano: one adapter per task")
     parser.add_argument("--router", type=Path, metavar="FOLDER", help="of another protocol than nano")
     parser.add_argument("--data-root", metavar="FOLDER")
     parser.add_argument(

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--every", type=float, default=6.0, metavar="S", help="mean time between two disturbances (default: 6)")
     parser.add_argument("--lease", type=float, default=6.0, metavar="S")
-    parser.add_argument("--limit-s", type=float, default=1200.0, help="give up after so many seconds")
+    parser.add_argument("--limit-s", type=float, default=1200.0, help="give up after this number of seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder")
     options = parser.parse_args()
@@ -67,7 +67,7 @@ def _worker(path: Path) -> subprocess.Popen[bytes]:
 
 
 def _disturb(plan: Plan, options: argparse.Namespace) -> dict[str, int]:
-    """Keep so many workers alive, but not the same ones, until every cell is done."""
+    """Keep the number of workers constant, replacing them, until every cell is done."""
     draw = random.Random(options.seed)
     running: Processes = [_worker(plan.path) for _ in range(options.workers)]
     stopped: list[tuple[float, subprocess.Popen[bytes]]] = []

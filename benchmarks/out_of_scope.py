@@ -243,7 +243,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def record_path(arguments: argparse.Namespace) -> Path:
-    """Where the record of a suite lies."""
+    """Path of the record of a suite."""
     return Path(arguments.out) / "bench" / f"out_of_scope-{arguments.suite}.json"
 
 
@@ -279,7 +279,7 @@ def main() -> int:
     parser.add_argument("--far", metavar="SUITE", help="suite of the far prompts (default: skills for nano, nano for others)")
     parser.add_argument("--data-root")
     parser.add_argument("--methods", default=",".join(METHODS), help="presets, with other parameters as NAME:KEY=VALUE")
-    parser.add_argument("--limit", type=int, default=100, help="prompts a task and split (default: 100)")
+    parser.add_argument("--limit", type=int, default=100, help="prompts per task and split (default: 100)")
     parser.add_argument("--runs", type=Path, default=Path("runs/out_of_scope"))
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
     arguments = parser.parse_args()

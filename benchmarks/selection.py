@@ -36,7 +36,7 @@ from dlplora.reporting.sweeps import Point, SweepFile, read_sweep, sweep_path, w
 from dlplora.tasks.nano import nano_suite
 
 LIMIT = 40
-"""Questions a task."""
+"""Questions per task."""
 P_VALUES = (0.3, 0.5, 0.6, 0.8, 0.95, 1.0)
 FLIP_RATES = (0.0, 0.05, 0.1, 0.2, 0.3)
 NUM_EXPERTS = (2, 4, 8, 16)
@@ -194,7 +194,7 @@ def run_case(case: Case, limit: int, embedding: torch.nn.Module) -> Point:
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, default=LIMIT, help="questions a task")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="questions per task")
     parser.add_argument("--out", default=str(RESULTS), help="results folder")
     arguments = parser.parse_args()
     root = Path(arguments.out)

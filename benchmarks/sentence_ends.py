@@ -37,12 +37,12 @@ CASES: dict[str, tuple[tuple[str, ...], int, int, int]] = {
     "prompt 1024": (("peft_single", "dlp_code", "dlp"), 1, 1024, 5),
     "pools": (("peft_single", "dlp@2", "dlp@1000"), 1, 128, 33),
 }
-"""Systems, rows, prompt tokens and new tokens. ``dlp_code`` routes once per prompt: beside it, ``dlp`` shows what sentence ends cost."""
+"""Systems, rows, prompt tokens and new tokens. ``dlp_code`` routes once per prompt; ``dlp`` adds the cost of sentence ends."""
 TIMES = ("ttft", "tpot", "ttft_cpu", "tpot_cpu")
 
 
 class Clock(StoppingCriteria):
-    """Notes elapsed and CPU time after each token; never stops."""
+    """Records elapsed and CPU time after each token; never stops."""
 
     def __init__(self) -> None:
         self.stamps: list[tuple[float, float]] = []
@@ -87,7 +87,7 @@ def measure(case: str, rounds: int) -> dict[str, dict[str, list[float]]]:
         for order in round_orders(len(systems), rounds, f"{case} {os.getpid()}"):
             take_turns(systems, workload, [order], device, lambda number: None, once)
             for values in found[names[order[-1]]].values():
-                values.pop(-2)  # of the last system of a round, the first generation was off the clock
+                values.pop(-2)  # the first generation of the last system of a round was not timed
     return found
 
 

@@ -1,4 +1,4 @@
-"""The base model behind ``dlplora serve`` and behind another OpenAI-compatible server; same machine and requests, alternating runs.
+"""Compare ``dlplora serve`` with another OpenAI-compatible server: one base model, same machine and requests, alternating runs.
 
     transformers serve FOLDER --device cpu --dtype float32 --port 8001
     python -m benchmarks.serve_against --against http://127.0.0.1:8001 --model FOLDER --pid PID \

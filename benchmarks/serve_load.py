@@ -32,7 +32,7 @@ from dlplora.provenance import provenance
 from dlplora.tasks.registry import get_suite
 
 NEW_TOKENS = (16, 24, 32, 40, 48)
-"""Tokens of the answers, in turn: answers of one length would let the clients send their requests at the same moments for ever."""
+"""Tokens of the answers, in turn: answers of one length would let the clients send their requests at the same moments forever."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Load:
     first_token_s: tuple[float, ...]
     errors: int
     routing_share: float | None = None
-    """Routing (question, router, buffers) in the time to the first token, sums over all requests, by the server's own clock."""
+    """Routing (question, router, buffers) in the time to the first token, sums over all requests, measured by the server."""
     server_cpu_s: float | None = None
     """Processor time of the server, over all threads; hardly depends on what else the machine does."""
 
@@ -94,7 +94,7 @@ async def _one(client: httpx.AsyncClient, model: str, prompt: str, new_tokens: i
 
 
 def _first_token_sums(address: str) -> tuple[float, float] | None:
-    """Seconds of routing and seconds to the first token of all requests so far; None if the server has no such metrics."""
+    """Seconds of routing and seconds to the first token of all requests so far; None if the server does not report them."""
     text = httpx.get(f"{address}/metrics").text
     found = [re.search(rf"^dlplora_{name}_seconds_sum (\S+)", text, re.MULTILINE) for name in ("first_token_routing", "first_token")]
     return None if found[0] is None or found[1] is None else (float(found[0][1]), float(found[1][1]))

@@ -32,7 +32,7 @@ class Question:
     new_tokens: int
 
     def body(self, stream: bool) -> dict[str, Any]:
-        """Of ``POST /v1/completions``."""
+        """The body of ``POST /v1/completions``."""
         return {
             "model": self.model, "prompt": self.prompt, "max_tokens": self.new_tokens, "temperature": 0, "ignore_eos": True,
             "stream": stream,
@@ -77,12 +77,12 @@ async def _broken(client: httpx.AsyncClient, question: Question, dice: random.Ra
 
 
 class Soak:
-    """The requests of one run and what came of them.
+    """The requests of one run and their outcomes.
 
     Args:
         address: Of the server.
         prompts: Sent in turn.
-        pid: Process whose memory is watched.
+        pid: Process with the observed memory.
     """
 
     def __init__(self, address: str, prompts: Sequence[str], pid: int) -> None:
@@ -142,7 +142,7 @@ class Soak:
             self.wrong.append(f"{question.model}: {found!r}, alone {expected!r}")
 
     async def _left(self, client: httpx.AsyncClient) -> int:
-        """Requests in a slot or in the queue once nobody asks any more; slots of clients that vanished are given a moment."""
+        """Requests in a slot or in the queue after the last answer; slots of disconnected clients get a moment to be freed."""
         left = 0
         for _ in range(100):
             ready = (await client.get("/ready")).json()

@@ -1,10 +1,11 @@
 """Several questions of different tasks in one prompt, answered in turn: ``python -m benchmarks.several_skills train``, ``run``, ``report``.
 
 ``train`` makes experts and a router over the suite ``skills_several``: a training row asks one to three questions of the expert's own task.
-``run`` asks composed prompts, whose questions are of different tasks, and scores every answer by its position. It writes its record after
-every row and goes on where it stopped; ``report`` writes the table into ``docs/several_skills.md``.
+``run`` asks composed prompts with questions of different tasks, and scores every answer by its position. It writes its record after
+every row and continues after an interruption; ``report`` writes the table into ``docs/several_skills.md``.
 
-Nobody labels the questions, writes a cue between two answers, or tells a router where one question ends. Rows with ``told`` are references.
+The questions have no labels, there is no cue between two answers, and the router is not told where a question ends. Rows with ``told`` are
+references.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class Row:
 
     Args:
         method: Preset.
-        title: What it stands for.
+        title: Description in the table.
         params: Overrides of the preset.
-        told: What the method is told beside the prompt: nothing, the task of the first question, the tasks of all in order, or what the
-            router says of each question by itself.
+        told: What the method gets besides the prompt: nothing, the task of the first question, the tasks of all in order, or what the
+            router's decision for each single question.
     """
 
     method: str
@@ -93,7 +94,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
 
 
 def ready(role: str, arguments: argparse.Namespace) -> Path | None:
-    """The folder of a trained artifact whose recipe is still the same."""
+    """The folder of a trained artifact, if its recipe has not changed."""
     found = artifacts.locate(role, arguments.runs, fresh=True, setting=setting_of(arguments))
     return found.folder if found.ready else None
 
@@ -243,7 +244,7 @@ def by_position(right: Sequence[Sequence[int]]) -> list[float]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Percent with one standard error of a share where it stands for all prompts."""
+    """Percent; with one standard error if the share is over all prompts."""
     head = ["row", "", "one question", "2: first", "second", "both", "3: first", "second", "third", "all three"]
     rows = []
     for name in (name for name in ROWS if name in record["scores"]):
@@ -294,7 +295,7 @@ def task_table(record: dict[str, Any]) -> str:
 
 
 def record_path(arguments: argparse.Namespace) -> Path:
-    """Where the record lies."""
+    """Path of the record."""
     return Path(arguments.out) / "bench" / f"{NAME}.json"
 
 
@@ -321,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help="rows to evaluate, separated by commas; the record keeps those it has")
     parser.add_argument("--num", type=int, default=100, help="prompts of each size (default: 100)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--processes", type=int, help="processes that train experts (default: one a core, at most four)")
+    parser.add_argument("--processes", type=int, help="processes that train experts (default: one per core, at most four)")
     parser.add_argument("--runs", type=Path, default=Path("runs/several"))
     parser.add_argument("--out", default=str(RESULTS), metavar="DIR")
     arguments = parser.parse_args(argv)

@@ -39,7 +39,7 @@ class StepProfile:
     calls: float
     """Operator calls per step, those of other operators included."""
     self_ms: float
-    """Time in operators, each without the operators it calls, ms a step, slowed down by the profiler."""
+    """Time in operators, each without the operators it calls, ms per step, slowed down by the profiler."""
     operators: dict[str, dict[str, float]]
     """Name -> ``calls`` and ``self_ms`` of the most expensive ones."""
 
@@ -74,7 +74,7 @@ def _operators(system: BenchSystem, workload: Any) -> dict[str, tuple[int, float
 
 
 def step_of(short: dict[str, tuple[int, float]], long: dict[str, tuple[int, float]], steps: int) -> StepProfile:
-    """One step, from two generations that differ by so many."""
+    """One step, from two generations that differ by ``steps`` tokens."""
     rows = {}
     for name, (calls, self_ms) in long.items():
         before = short.get(name, (0, 0.0))

@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the base model (default: float32)")
     parser.add_argument("--num-tasks", type=int, default=5, help="experts (default: 5)")
     parser.add_argument("--num-steps", type=int, default=40, help="steps of every expert (default: 40)")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of every expert a step (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of every expert per step (default: 16)")
     parser.add_argument("--group-size", type=int, default=5, help="experts in a joint batch (default: 5)")
     parser.add_argument("--num-train", type=int, default=600, help="training rows of a task (default: 600)")
     parser.add_argument("--num-validation", type=int, default=64, help="held-out rows of a task (default: 64)")

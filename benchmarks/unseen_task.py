@@ -38,7 +38,7 @@ PAGE = Path("docs/unseen_task.md")
 
 
 class Fold:
-    """One task whose expert is taken out.
+    """One task without its expert.
 
     Args:
         task: Its name.

@@ -3,9 +3,10 @@
 Nano, or another protocol: ``--protocol real26 --pool POOL --router ROUTER --data-root ROWS``.
 
 The multiple-choice questions of the suite are scored without and with wrappers, by ``oracle`` (told the task), by ``dlp``, and by
-``dlp`` whose router reads the whole prompt. Every prompt is one string, without messages or documents, so the wrapper must be recognised in
-the text. ``oracle`` shows the effect of a wrapper on the experts, which were not trained with wrappers. The second part, for nano only,
-generates from ``table_to_text`` prompts with a blank line before ``Answer:``, where re-routes once read the cue alone.
+``dlp`` with a router that reads the whole prompt. Every prompt is one string, without messages or documents, so the wrapper must be
+recognised in the text. ``oracle`` shows the effect of a wrapper on the experts, which were not trained with wrappers. The second part, for
+nano only, generates from ``table_to_text`` prompts with a blank line before ``Answer:``; re-routes once read only
+the cue there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class _ReadsEverything:
 def scores(
     fused: FusedCausalLM, suite: Suite, wrap: Callable[[str], str], per_task: int, *, read_everything: bool = False
 ) -> dict[str, float | None]:
-    """Mean accuracy over the multiple-choice tasks, and the share of prompts whose weights prefer the task's own expert."""
+    """Mean accuracy over the multiple-choice tasks, and the share of prompts with the largest weight on the task's own expert."""
     model = DLPLoRALM(fused=fused, batch_size=32)
     if read_everything:
         assert hasattr(model, "_routed_texts")
@@ -114,7 +115,7 @@ def scores(
 
 
 def blank_lines(policy: str) -> dict[str, float]:
-    """Exact match of ``table_to_text`` as it is, and with one blank line more before the cue."""
+    """Exact match of ``table_to_text`` unchanged, and with one more blank line before the cue."""
     fused = FusedCausalLM.from_pretrained(method="dlp", method_params={"kv_policy": policy})
     items = get_suite("nano").task("table_to_text").items("test", NUM_BLANK)
     found = {}

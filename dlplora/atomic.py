@@ -15,9 +15,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file to write in the block, which takes the place of ``path`` when the block ends; an error leaves the old file.
+    """A temporary file to write in the block; it replaces ``path`` when the block ends. After an error the old file remains.
 
-    A process killed at any moment leaves the old file or the new one, at worst with a ``.NAME.*.tmp`` beside it that nothing reads.
+    A process killed at any moment leaves the old file or the new one, at worst with an unused ``.NAME.*.tmp`` next to it.
 
     Args:
         path: Its folder is made if it does not exist.
@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _name(error: BaseException, path: Path) -> None:
-    """A full disk names no file; the error's message shall."""
+    """Adds the path to errors that name no file, such as a full disk."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(path)
 
@@ -59,10 +59,10 @@ def tensors_written_to(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filling(folder: str | os.PathLike[str], marker: str) -> Iterator[Path]:
-    """A temporary folder to write in the block, whose files become those of ``folder`` when the block ends; an error changes nothing.
+    """A temporary folder to write in the block; its files move to ``folder`` when the block ends. An error changes nothing.
 
-    A new folder appears whole. In one that exists the old ``marker`` goes first and the new one comes last, so that a process killed in
-    between leaves a folder without it, never old and new files that pass for one; other files in it stay.
+    A new folder is written atomically. In an existing one the old ``marker`` is removed first and the new one written last, so a process
+    killed in between leaves a folder without a marker, never a mixture that looks complete; other files in it stay.
 
     Args:
         folder: Its parent is made if it does not exist.
@@ -96,7 +96,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_together(files: Mapping[Path, str]) -> None:
-    """Write text files one by one, each as ``write_atomically`` does; an error takes away those that were not there before."""
+    """Write text files one by one, each as ``write_atomically`` does; an error removes those that did not exist before."""
     new = [path for path in files if not path.exists()]
     try:
         for path, text in files.items():

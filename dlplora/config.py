@@ -32,13 +32,13 @@ OMIT_DEFAULT_FROM_HASH = {"omit_default_from_hash": True}
 
 
 def configs_root() -> Path:
-    """The folder of shipped configurations: beside the package in a clone, inside it in a wheel."""
+    """The folder of shipped configurations: next to the package in a clone, inside it in a wheel."""
     in_clone = PACKAGE_ROOT.parent / "configs"
     return in_clone if (in_clone / "protocol").is_dir() else PACKAGE_ROOT / "_configs"
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read one YAML mapping; ``documents.read_yaml`` says what it may hold.
+    """Read one YAML mapping; see ``documents.read_yaml`` for its limits.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, is not a mapping, or breaks a limit.
@@ -104,7 +104,7 @@ def _adapter(cls: type) -> Any:
 def build(cls: type[T], values: Any, where: str, *, error: type[DLPLoRAError] = ConfigError) -> T:
     """Make a dataclass from plain data: every key must be a field, and every value must fit its type at every depth.
 
-    The one validator of everything that is read from files and command lines. Types are strict: no text becomes a number, no number
+    Validates everything that is read from files and command lines. Types are strict: no text becomes a number, no number
     a boolean. Lists become tuples and mappings become dataclasses where the annotations say so.
 
     Args:
@@ -148,7 +148,7 @@ def _reason(cls: type, values: Any, problems: Sequence[Mapping[str, Any]], where
         if not place.enter(part):
             break
     inside = f"{where}: {place.owner_path}" if place.owner_path else where
-    if first["type"] == "value_error":  # a __post_init__ check; some say themselves where they stand
+    if first["type"] == "value_error":  # a __post_init__ check; some messages name their place
         text = str(first["ctx"]["error"])
         return text if text.startswith(where) else f"{where}: {place.path}: {text}" if place.path else f"{where}: {text}"
     if first["type"] == "unexpected_keyword_argument":
@@ -222,7 +222,7 @@ def config_hash(value: Any) -> str:
 
 
 def require_writable(folder: str | os.PathLike[str], what: str) -> None:
-    """Find out before hours of work whether a folder can be written; nothing is left behind.
+    """Check before hours of work whether a folder is writable; leaves no files.
 
     Args:
         folder: Where something is going to be written; it need not exist.

@@ -1,7 +1,7 @@
 """Read JSON and YAML through one loader with limits on size, depth, numbers and text, for our files and for others'.
 
 The result is plain data (mappings with text keys, lists, text, finite numbers, booleans, None), or an error on one line. Nothing is
-executed and no environment variable is read, so a configuration from somebody else cannot print a secret.
+executed and no environment variable is read, so a configuration of unknown origin cannot print a secret.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_DEPTH = 40
 MAX_NODES = 1_000_000
 """Values of one document, after YAML aliases are written out."""
 MAX_DIGITS = 20
-"""Of whole numbers: enough for 64 bits."""
+"""Most digits of whole numbers: enough for 64 bits."""
 _REFERENCE = re.compile(r"(?<!\\)\$\{(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\}")
 _YAML_FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
@@ -56,7 +56,7 @@ def read_json(
     """The object of a JSON file.
 
     Raises:
-        error: If the file cannot be read, is not JSON, is no object, or breaks a limit; the message names the file.
+        error: If the file cannot be read, is not JSON, is not an object, or breaks a limit; the message names the file.
     """
     value = parse_json(read_text(path, error=error, max_bytes=max_bytes), str(path), error=error, max_depth=max_depth)
     return require_mapping(value, str(path), error=error)
@@ -106,7 +106,7 @@ def read_yaml(path: str | os.PathLike[str], *, error: type[DLPLoRAError] = Confi
     """The mapping of a YAML file, with references such as ``${data.batch_size}`` to other keys of the file filled in.
 
     Raises:
-        error: If the file is missing, is not YAML, is no mapping, breaks a limit, or asks for anything but its own keys.
+        error: If the file is missing, is not YAML, is not a mapping, breaks a limit, or asks for anything but its own keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -156,7 +156,7 @@ def _yaml_loader() -> Any:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in seen:
-                        raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands there twice", key.start_mark)
+                        raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key.value}'", key.start_mark)
                     seen.add(key.value)
             return node
 
@@ -219,13 +219,13 @@ def check_plain(
 
 
 def _problem(value: Any, max_digits: int) -> str | None:
-    """What is wrong with one text, number or the like; None if nothing is."""
+    """What is wrong with one scalar value; None if nothing is."""
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            return f"holds half of a surrogate pair, which is no text: {value[:40]!r}"
+            return f"holds half of a surrogate pair, which is not text: {value[:40]!r}"
         return f"holds a NUL character: {value[:40]!r}" if "\0" in value else None
     if isinstance(value, float):
-        return None if math.isfinite(value) else f"is {value}, which is no number; a missing value is null"
+        return None if math.isfinite(value) else f"is {value}, which is not a number; a missing value is null"
     if isinstance(value, int):
         return None if abs(value) < 10**max_digits else f"is a number of more than {max_digits} digits"
     return None if value is None else f"is a {type(value).__name__}, which is neither text nor number, list or mapping"
@@ -243,7 +243,7 @@ def refuse_resolvers(text: str, where: str, *, error: type[DLPLoRAError] = Confi
     """Refuse ``${oc.env:NAME}`` and the like; ``${other.key}``, a reference to a key of the same file, is allowed, also inside another.
 
     Raises:
-        error: If anything else stands between ``${`` and ``}``.
+        error: If anything else is between ``${`` and ``}``.
     """
     bare = text
     for _ in range(MAX_DEPTH):
@@ -256,7 +256,7 @@ def refuse_resolvers(text: str, where: str, *, error: type[DLPLoRAError] = Confi
 
 
 class _References:
-    """The references of one document; what a key stands for is found once, and texts that grow beyond the limit are refused."""
+    """The references of one document; each key is resolved once, and texts that grow beyond the limit are refused."""
 
     def __init__(self, root: Mapping[str, Any], where: str, error: type[DLPLoRAError], max_chars: int) -> None:
         self.root, self.where, self.error, self.max_chars = root, where, error, max_chars
@@ -265,7 +265,7 @@ class _References:
         self.open: set[tuple[Any, ...]] = set()
 
     def filled(self, value: Any, place: tuple[Any, ...]) -> Any:
-        """``value``, which stands at ``place``, without references."""
+        """``value`` at ``place``, with its references filled in."""
         if isinstance(value, dict):
             return {key: self.filled(inner, (*place, key)) for key, inner in value.items()}
         if isinstance(value, list):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 FEW_CHARACTERS = 1 << 14
-"""Of all texts together; more are worth the threads that the tokenizer's own call hands them to."""
+"""Most characters of all texts together that are encoded in one thread; beyond it, the threads of the tokenizer's own call pay off."""
 
 
 def is_plain(tokenizer: Any) -> bool:
     """Whether the fast tokenizer of a tokenizer can be asked directly.
 
-    It is one of transformers' own kind, its calls are not overridden, and nobody has made it cut or pad what it encodes.
+    It is one of transformers' own classes, its calls are not overridden, and truncation and padding are off.
     """
     from transformers import PreTrainedTokenizerFast
 

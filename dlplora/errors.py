@@ -43,7 +43,7 @@ class MethodError(DLPLoRAError):
 
 
 class UnavailableMethodError(MethodError):
-    """A method lacks an optional package, or a folder that was neither given nor is shipped."""
+    """A method lacks an optional package, or a folder that was not given and is not shipped."""
 
 
 class TaskError(DLPLoRAError):
@@ -77,7 +77,7 @@ def one_line(error: object) -> str:
     "cannot read 'a\\\\x1b[2Jb'"
     """
     text = " ".join(str(error).split())
-    if not text.isprintable():  # a name out of a file must not reach the terminal as a command, nor turn the line around
+    if not text.isprintable():  # a name from a file must not reach the terminal as a control sequence or reverse the line
         text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
     half = MAX_LINE // 2
     return text if len(text) <= MAX_LINE else f"{text[:half]} [...] {text[-half:]}"

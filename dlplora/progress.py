@@ -77,12 +77,12 @@ class Progress:
 
     @contextmanager
     def phase(self, *, total: int, desc: str, disable: bool = False) -> Iterator[Progress]:
-        """Count the units of one part of the work; a stand-in for ``tqdm``, whose arguments it takes.
+        """Count the units of one part of the work; a replacement for ``tqdm`` with the same arguments.
 
         Args:
             total: Units of this part.
             desc: Added to what is being done.
-            disable: Ignored; who wants silence opens no progress.
+            disable: Ignored; to be silent, do not create a ``Progress``.
         """
         whole = self._what
         self._begin(f"{whole}, {desc}", total)
@@ -103,7 +103,7 @@ class Progress:
         """Stop, and say how long it took; a second call does nothing.
 
         Args:
-            finished: False after an error, whose message says what happened.
+            finished: False after an error; its message says what happened.
         """
         if self._stop.is_set():
             return
@@ -143,7 +143,7 @@ class Progress:
         return "\r\x1b[K" if self._is_terminal else ""
 
     def _write(self, text: str) -> bool:
-        """Whether the text could be written; a reader that has gone must not end the work."""
+        """Whether the text could be written; a closed pipe must not end the work."""
         try:
             with self._lock:
                 self._stream.write(text)

@@ -1,4 +1,4 @@
-"""Values that are passed between rooms.
+"""Values that are passed between packages.
 
 Shapes: B rows of a batch, T tokens, E experts.
 """
@@ -28,7 +28,7 @@ class PromptBatch:
         attention_mask: 1 for real tokens, 0 for padding, (B, T).
         texts: The same contexts as text, one per row.
         task_names: The task of each row as the evaluation protocol names it. Only methods that declare
-            ``needs = ("task_id", ...)`` ever receive it; for all others the fused model removes it.
+            ``needs = ("task_id", ...)`` receive it; for all others the fused model removes it.
         questions: The part of each context that is routed, where the caller knows it (from messages, or from the evaluated document).
             None: the fused model finds it in the text (``inference.question``).
         weights: Routing weights (B, E) of the contexts, if they are known already; the method is then not called again.
@@ -75,7 +75,7 @@ class PromptBatch:
     ) -> PromptBatch:
         """Right-pad rows of token ids; the texts are decoded unless given."""
         width = max(1, max((len(row) for row in rows), default=1))
-        pad = tokenizer.pad_token_id  # asked for once: it is looked up again every time
+        pad = tokenizer.pad_token_id  # read once, because every access looks it up again
         ids = np.full((len(rows), width), 0 if pad is None else int(pad), dtype=np.int64)  # small tensors are slower to fill
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):

@@ -24,9 +24,9 @@ from dlplora.errors import AdapterError, IncompatibleAdapterError, PoolError, Un
 
 _NAME = re.compile(r"\w[\w.-]*")
 LOCK_NAME = ".lock"
-"""A file of the pool that stays there, as waiting processes need it; no reader looks at hidden files."""
+"""Lock file of the pool. It is never removed, because waiting processes need it; readers ignore hidden files."""
 _ATTEMPTS = 1000
-"""To make a pool whose parent folders others remove at the same time."""
+"""Attempts to create a pool while other processes remove its parent folders."""
 
 
 def add_adapter(
@@ -44,16 +44,16 @@ def add_adapter(
 
     Args:
         folder: The pool, made if it does not exist; see ``find_pool`` for bare names.
-        adapter: PEFT folder or hub id; see ``find_adapter``. A folder inside the pool is listed where it lies.
+        adapter: PEFT folder or hub id; see ``find_adapter``. A folder inside the pool is listed without a copy.
         name: Name of the expert; None takes the folder's, or the repository's.
         revision, offline: Of a hub id.
-        allow_pickle: Convert ``adapter_model.bin`` (read with ``weights_only=True``) where there is no safetensors file.
+        allow_pickle: Convert ``adapter_model.bin`` (read with ``weights_only=True``) if there is no safetensors file.
         allow_other_base: Take an adapter that names another base model than the others, if its sizes fit.
-        description: What it is for, in a few words; that of an adapter that is there is replaced.
+        description: What it is for, in a few words; replaces the description of an adapter that is already listed.
 
     Raises:
-        PoolError: If the name is taken or no name for a folder, or the adapter is not found.
-        IncompatibleAdapterError: If it was made for another base model than the adapters that are there.
+        PoolError: If the name is taken or cannot name a folder, or the adapter is not found.
+        IncompatibleAdapterError: If it was made for another base model than the adapters in the pool.
         AdapterError: If it cannot be fused. Nothing is written after any error.
     """
     options: dict[str, Any] = {"revision": revision, "allow_pickle": allow_pickle, "offline": offline, "allow_other_base": allow_other_base}
@@ -62,10 +62,10 @@ def add_adapter(
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """What became of an addition.
+    """Result of an addition.
 
     Attributes:
-        pool: The pool now.
+        pool: The pool after the addition.
         name: The adapter's name in it.
         was_there: Whether the pool listed an adapter of that name with the same files before; then nothing was written.
     """
@@ -86,7 +86,7 @@ def place_adapter(
     allow_other_base: bool = False,
     description: str | None = None,
 ) -> Addition:
-    """As ``add_adapter``, which says what the arguments are; also tells whether there was anything to do."""
+    """As ``add_adapter``, with the same arguments; also says whether the adapter was there already."""
     root = find_pool(folder)
     found = find_adapter(adapter, revision=revision, offline=offline, with_pickle=allow_pickle)
     name = name or found.name
@@ -110,8 +110,8 @@ def place_adapter(
 
 
 def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, options: Mapping[str, Any]) -> bool:
-    """Make a pool with one adapter under a hidden name and rename it when it is whole; False if there is one, or another was faster."""
-    for _ in range(_ATTEMPTS):  # parents that this addition makes may be taken away by one that fails
+    """Make a pool with one adapter under a hidden name and rename it when it is complete; False if the pool exists."""
+    for _ in range(_ATTEMPTS):  # a failing addition may remove parent folders that this one needs
         _remove_abandoned(root)
         if root.is_dir():
             return False
@@ -121,7 +121,7 @@ def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, opti
             _make_folder(root.parent, made)
             hidden.mkdir()
             held = lock.acquire()
-        except (FileNotFoundError, FileExistsError, Timeout):  # another addition takes the folder away before its lock is held
+        except (FileNotFoundError, FileExistsError, Timeout):  # another addition removed the folder before this one held its lock
             continue
         with held, ExitStack() as undo:
             undo.callback(shutil.rmtree, hidden, ignore_errors=True)
@@ -138,16 +138,16 @@ def _new_pool(root: Path, found: AdapterSource, name: str, made: ExitStack, opti
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove new pools that were never finished: those whose lock nobody holds any more."""
-    # glob.glob returns nothing where the parent goes away meanwhile; Path.glob of Python before 3.13 raises.
+    """Remove unfinished new pools whose lock no process holds."""
+    # glob.glob returns nothing if the parent disappears meanwhile; Path.glob of Python before 3.13 raises.
     for hidden in glob.glob(f".{glob.escape(root.name)}.*.tmp", root_dir=root.parent, include_hidden=True):
         folder = root.parent / hidden
-        with suppress(OSError, Timeout), FileLock(folder / LOCK_NAME, timeout=0):  # its owner, or another addition, may be faster
+        with suppress(OSError, Timeout), FileLock(folder / LOCK_NAME, timeout=0):  # its owner, or another addition, may remove it first
             shutil.rmtree(folder)
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Remove what an addition that was killed left in the pool, which nobody else changes now."""
+    """Remove what a killed addition left in the pool; the caller holds the lock."""
     for path in root.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -218,13 +218,13 @@ def _same_files(ready: Path, there: Path) -> bool:
 
 
 def _remove_hidden(ready: Path, source: Path) -> None:
-    """Remove the converted copy of an adapter that needs no place."""
+    """Remove the converted copy of an adapter that is not moved into the pool."""
     if ready != source:
         shutil.rmtree(ready)
 
 
 def _checked_row(found: AdapterSource, ready: Path, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's row; what is wrong with converted weights is said of the file they came from."""
+    """The manifest's row; errors in converted weights name the file that was converted."""
     try:
         return manifest_row(ready, name, source=found.source, revision=found.revision, extra=extra)
     except AdapterError as error:
@@ -240,12 +240,12 @@ def _make_folder(folder: Path, undo: ExitStack) -> None:
     """Make a folder and its missing parents.
 
     Raises:
-        FileNotFoundError: If one of them went away meanwhile.
+        FileNotFoundError: If one of them was removed meanwhile.
     """
     for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         try:
             path.mkdir()
-        except FileExistsError:  # another addition was faster, and it is that one's to remove
+        except FileExistsError:  # made by another addition, which removes it
             continue
         undo.callback(_remove_if_empty, path)
 
@@ -287,14 +287,14 @@ def _move(ready: Path, target: Path, undo: ExitStack) -> None:
 
 
 def _move_weights(ready: Path, target: Path, undo: ExitStack) -> None:
-    """Put converted weights beside the pickle of a folder that already lies in the pool."""
+    """Write converted weights next to the pickle of a folder that is already in the pool."""
     undo.callback((target / WEIGHTS_NAME).unlink, missing_ok=True)
     os.replace(ready / WEIGHTS_NAME, target / WEIGHTS_NAME)
     shutil.rmtree(ready)
 
 
 def _kept_row(pool: Pool, name: str) -> Mapping[str, Any]:
-    """The manifest's row as it is; one made now for a folder without a manifest."""
+    """The manifest's row unchanged; a new one for a folder without a manifest."""
     return pool.rows[name] if name in pool.rows else manifest_row(pool.folders[name], name)
 
 
@@ -320,7 +320,7 @@ def convert_pickle(source: Path, target: Path) -> None:
 
 
 def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...], allowed: bool) -> bool:
-    """Compare sizes and base names with the adapters that are there; True if an exception for the name was used."""
+    """Compare sizes and base names with the adapters in the pool; True if an exception for the name was used."""
     mine, differs = base_name(header.config), False
     for name in known:
         assert pool is not None
@@ -345,7 +345,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
 
 
 def adapters_for_other_bases(pool: Pool, backbone: str) -> dict[str, str]:
-    """Adapters (name -> base) that name another base model than the hub id given, without those that were let in knowingly."""
+    """Adapters (name -> base) that name another base model than the hub id given, except those added with ``--allow-other-base``."""
     found = {}
     for name in pool.names:
         base = base_name(load_config(pool.folders[name], name))

@@ -54,7 +54,7 @@ _MAX_PATTERN_CHARS = 10_000
 _MATCH_SECONDS = 0.1
 """A pattern that takes longer for one module name is refused; ordinary ones take microseconds."""
 _STORAGE = re.compile(r"[-_.](unsloth|bnb|4bit|8bit|gptq|awq|int4|int8|fp8|bf16|fp16|hf)\b")
-"""Marks of storage in a model's name: the same base model in another form."""
+"""Storage suffixes in a model's name; they mark another format of the same base model."""
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
@@ -79,7 +79,7 @@ def load_config(folder: Path, name: str) -> dict[str, Any]:
     """The adapter's configuration as it is written.
 
     Raises:
-        AdapterError: If the file is missing or is no JSON object.
+        AdapterError: If the file is missing or is not a JSON object.
     """
     path = folder / CONFIG_NAME
     if not folder.is_dir():
@@ -126,7 +126,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "init_lora_weights": (bool, str),
     "bias": (str,),
 }
-"""Types of the settings that are used; null stands for a setting that is not made."""
+"""Types of the settings that are used; null means that it is not set."""
 
 
 def _type_problems(config: Mapping[str, Any]) -> list[str]:
@@ -184,7 +184,7 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
     """PEFT's rule: the first pattern that matches the end of the module path, at a dot, wins.
 
     Raises:
-        AdapterError: If a pattern takes longer than any honest one; it may have been made to never end.
+        AdapterError: If matching a pattern takes too long; it may have been written to never end.
     """
     for key, value in (pattern or {}).items():
         if _matches(key, module):
@@ -219,9 +219,9 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
 
 
 def same_base(first: str | None, second: str | None) -> bool:
-    """Whether two names may mean one base model; a missing name fits any, and so does the path of a folder on somebody's machine.
+    """Whether two names may mean one base model; a missing name fits any, and so does the path of a local folder.
 
-    Compared is the last part, without case and without marks of storage: ``unsloth/llama-3-8b-bnb-4bit`` and
+    The last parts are compared, without case and without storage suffixes: ``unsloth/llama-3-8b-bnb-4bit`` and
     ``org/Llama-3-8B`` are one.
     """
 

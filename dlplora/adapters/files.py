@@ -73,7 +73,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def _require_moderate(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse factors whose product no model can compute with, however finite they are."""
+    """Refuse finite factors whose product is too large for any model to compute with."""
     for module, entry in header.modules.items():
         largest = [max(map(abs, torch.stack(torch.aminmax(tensors[key])).tolist())) for key in (entry.key_a, entry.key_b)]
         if abs(entry.scaling) * largest[0] * largest[1] > LARGEST_DELTA:

@@ -19,7 +19,7 @@ _ROWS = 64
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one base model from another, independent of fused layers, quantisation and dtype.
+    """Facts that distinguish base models, independent of fused layers, quantisation and dtype.
 
     Returns:
         ``model_type``, ``hidden_size``, ``num_hidden_layers``, ``vocab_size``, and ``embedding_sha256`` over the first 64 rows
@@ -77,7 +77,7 @@ def _same_weight(stored: str, name: str) -> bool:
 
 
 def check_backbone(pool: Pool, model: nn.Module, backbone: str) -> None:
-    """Compare a pool's base model with a model, by fingerprint, or with ``backbone``, its folder or hub id, where the pool has none.
+    """Compare a pool's base model with a model, by fingerprint, or with ``backbone``, its folder or hub id, if the pool has none.
 
     Sizes are checked when the model is fused.
 

@@ -206,7 +206,7 @@ def _what_is(key: str) -> str:
     ):
         if part in key:
             return kind
-    return "a trained bias" if key.endswith(".bias") else "a tensor that is no LoRA factor"
+    return "a trained bias" if key.endswith(".bias") else "a tensor that is not a LoRA factor"
 
 
 def _module_header(

@@ -24,8 +24,8 @@ class AdapterSource:
     """An adapter folder on this machine and where it came from.
 
     Attributes:
-        folder: Where the files lie now.
-        name: What the adapter is called if nobody says otherwise.
+        folder: Where the files are.
+        name: Default name of the adapter.
         source: What the manifest keeps: the absolute path, or ``hf://ORG/NAME[/SUB/FOLDER]``.
         revision: Commit of the hub repository; None for a local folder.
     """
@@ -43,7 +43,7 @@ def pools_root() -> Path:
 
 
 def find_pool(name: str | Path) -> Path:
-    """An existing folder wins; a bare name (no separator) that is no folder here is a pool below ``pools_root``.
+    """An existing folder wins; a bare name (no separator) that is not a folder here is a pool below ``pools_root``.
 
     Raises:
         PoolError: If the name is empty.
@@ -61,7 +61,7 @@ def find_adapter(given: str | Path, *, revision: str | None = None, offline: boo
 
     Args:
         given: Folder, ``ORG/NAME``, or ``hf://ORG/NAME[/SUB/FOLDER][@REVISION]``.
-        revision: Branch, tag or commit of a hub id; the commit it stands for is what is returned.
+        revision: Branch, tag or commit of a hub id; the returned source has the commit.
         offline: Look in the cache only, as with ``HF_HUB_OFFLINE=1``.
         with_pickle: Fetch pickled weights too, for adapters that have no others.
 
@@ -125,4 +125,4 @@ def hub_failure(repo: str, revision: str | None, offline: bool, reason: str) -> 
     what = f"hub id '{repo}'" + (f" (revision {revision})" if revision else "")
     if offline:
         return f"{what} is not in the cache {constants.HF_HUB_CACHE}, and the hub is not asked (offline mode)."
-    return f"{what} is neither in the cache {constants.HF_HUB_CACHE} nor to be had from {constants.ENDPOINT}: {reason.rstrip('.')}."
+    return f"{what} is neither in the cache {constants.HF_HUB_CACHE} nor available from {constants.ENDPOINT}: {reason.rstrip('.')}."

@@ -19,7 +19,7 @@ from dlplora.errors import PoolError
 MAX_DEPTH = 3
 """Folders below the one given: a Trainer's output has its adapters in ``RUN/checkpoint-500``."""
 PADDING_HINT = 4
-"""How many times the median rank an adapter's rank must be before its cost to the others is pointed out."""
+"""Ratio to the median rank above which an adapter's cost to the others is reported."""
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ def inspect_folder(root: str | Path) -> Inspection:
     """Read the headers of every adapter below a folder.
 
     Raises:
-        PoolError: If there is no such folder, or no adapter in it.
+        PoolError: If the folder does not exist or has no adapter.
     """
     root = Path(root)
     if not root.is_dir():
@@ -169,7 +169,7 @@ def _compare_bases(findings: Sequence[Finding]) -> None:
 
 
 def _compare_sizes(findings: Sequence[Finding]) -> None:
-    """Leave out adapters whose modules have other sizes than most adapters' modules of that path."""
+    """Leave out adapters with module sizes that differ from those of most adapters."""
     sizes: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
     fitting = [finding for finding in findings if finding.usable and finding.header is not None]
     for finding in fitting:

@@ -179,7 +179,7 @@ def read_pool(pool: Pool, names: Sequence[str] | None = None) -> dict[str, tuple
 def manifest_row(
     folder: Path, name: str, *, source: str | None = None, revision: str | None = None, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the manifest says of the adapter in ``folder``, which is read and checked; it will lie in ``POOL/name``."""
+    """What the manifest says of the adapter in ``folder``, which is read and checked; it will be moved to ``POOL/name``."""
     spec, _ = read_adapter(folder, name)
     return {
         "name": name,
@@ -204,7 +204,7 @@ def write_manifest(
     sources: Mapping[str, str] | None = None,
     descriptions: Mapping[str, str | None] | None = None,
 ) -> Path:
-    """Write ``pool.json`` for adapters that already lie in ``folder/NAME``, atomically."""
+    """Write ``pool.json`` for adapters that are already in ``folder/NAME``, atomically."""
     root = Path(folder)
     if len(set(names)) != len(names):
         raise PoolError(f"adapter names must be unique, got {', '.join(names)}.")
@@ -227,7 +227,7 @@ def pool_hash(folder: str | Path) -> str:
 
 
 def unlisted(pool: Pool) -> list[str]:
-    """PEFT folders that lie in the pool's folder but that its manifest does not list, sorted."""
+    """PEFT folders that are in the pool's folder but not in its manifest, sorted."""
     listed = {folder.resolve() for folder in pool.folders.values()}
     found = (path for path in pool.path.iterdir() if (path / CONFIG_NAME).is_file() and path.resolve() not in listed)
     return sorted(path.name for path in found if not path.name.startswith("."))

@@ -23,7 +23,7 @@ FOREIGN_GPU_BYTES = 2 << 30
 
 
 def measure_bandwidth(device: torch.device, *, nbytes: int = COPY_BYTES, repeats: int = 5) -> float:
-    """Bytes a second that the memory moves in a large copy, reading and writing counted; the fastest of a few.
+    """Bytes per second that the memory moves in a large copy, reading and writing counted; the fastest of a few.
 
     Args:
         device: Whose memory.
@@ -144,7 +144,7 @@ class ContentionMonitor:
         return time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system
 
     def warnings(self) -> list[str]:
-        """What disturbed the measurement since the start, in words; empty if nothing is known to have."""
+        """What disturbed the measurement since the start, in words; empty if nothing did, as far as known."""
         found = []
         if self.load is not None and self.load >= self.cores:
             found.append(f"load average {self.load:.1f} on {self.cores} cores at the start")

@@ -1,6 +1,6 @@
 """Operator counts of every method on every backend: routing (``plan`` in records), prefill and one decode step of a small random model.
 
-Counts depend on sizes and not on values, so base model, adapters and trained parts are random stand-ins. Shapes: E experts.
+Counts depend on sizes and not on values, so base model, adapters and trained parts are random. Shapes: E experts.
 """
 
 from __future__ import annotations
@@ -129,13 +129,13 @@ def _adapter_folder(folder: Path, model: Any, rank: int) -> Path:
 
 
 def _examples(task: str, num: int) -> list[Item]:
-    """Stand-ins for training items."""
+    """Random training items."""
     return [Item(task, f"{task} asks {derive_seed(task, i) % 1000} ?", "yes") for i in range(num)]
 
 
 @contextmanager
 def fused_stand_in(name: str, case: CountCase, params: Mapping[str, Any] | None = None) -> Iterator[FusedCausalLM]:
-    """A method on the base model of a case, with stand-ins for everything it must have learned; closed afterwards.
+    """A method on the base model of a case, with random trained parts; closed afterwards.
 
     Raises:
         MethodError: If the method is unknown.
@@ -189,7 +189,7 @@ def _phases(fused: FusedCausalLM, prompts: PromptBatch, weights: Tensor | None) 
     def route() -> RoutingState | None:
         state = fused.route(prompts, new_tokens=NEW_TOKENS)
         if state is not None and state.is_zero and fused.method.weight_sum != "zero":
-            # A stand-in may have found that no adapter helps, which would leave the layers out.
+            # A random method may have found that no adapter helps, which would leave the layers out.
             state = fused.request_router.state(torch.full_like(state.weights, 1.0 / state.num_experts), own=True)
         if state is not None:
             with fused.slot.bind(state):

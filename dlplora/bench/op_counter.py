@@ -116,7 +116,7 @@ def _moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def count(call: Callable[[], Any]) -> tuple[Counts, Any]:
-    """What a call costs, and what it returns."""
+    """The counts of a call, and its result."""
     with torch.no_grad(), _Lists() as lists, CountingMode() as mode:
         out = call()
     return replace(mode.counts, host_reads=mode.counts.host_reads + lists.num), out

@@ -33,7 +33,7 @@ class Samples:
 
 
 def round_orders(num_systems: int, num_rounds: int, seed: int | str) -> list[list[int]]:
-    """The systems' indices in the order of their turns, one list a round; every second round is the one before it backwards.
+    """The systems' indices in timing order, one list per round; every second round is the reverse of the one before.
 
     Args:
         num_systems: How many take turns.

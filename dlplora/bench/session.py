@@ -50,24 +50,24 @@ POOL_TEXT = f"rank {LORA.rank}, alpha {LORA.lora_alpha}, {' and '.join(LORA.targ
 
 
 MAX_NUMBER = 1_000_000
-"""Of experts, rows, tokens and rounds: what is beyond would run for years, or not fit into any memory."""
+"""Limit of experts, rows, tokens and rounds; larger numbers would not finish or fit into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Systems that take turns, and the workloads they do so under."""
+    """Interleaved systems and their workloads."""
 
     systems: tuple[str, ...] = ("base", "peft_single", "dlp")
     """Names; ``NAME@E`` has a pool of its own size, ``NAME:BACKEND`` a kernel backend (``ties:merged`` times a static merge folded into the
-    weights); ``all`` stands for every one there is."""
+    weights); ``all`` means all of them."""
     experts: tuple[int, ...] = (26,)
     """Pool sizes; systems without a pool are built once."""
     kept: tuple[int, ...] = ()
     """Top-k experts forced per sequence, for systems that support it; none leaves it to each method."""
     backends: tuple[str, ...] = ("auto",)
-    """Kernel backends of our methods; ``all`` stands for every one there is."""
+    """Kernel backends of our methods; ``all`` means all of them."""
     reroute_every: tuple[int, ...] = ()
-    """Also run sentence-level methods with every row re-routed after so many tokens."""
+    """Numbers of tokens after which every row is re-routed, in further runs of sentence-level methods."""
     compile: tuple[bool, ...] = (False,)
     """Whether ``generate`` compiles the decoding step (a GPU only); give both to compare."""
     batch: tuple[int, ...] = (1,)
@@ -145,7 +145,7 @@ def _split(name: str) -> tuple[str, int | None, str | None]:
     """``dlp@1000:dense`` -> name, pool size and backend.
 
     Raises:
-        ConfigError: If what follows the first sign is no number of experts.
+        ConfigError: If the text after the first ``@`` is not a number of experts.
     """
     stem, _, backend = name.rpartition(":")
     if backend not in BACKENDS:
@@ -169,7 +169,7 @@ class BenchConfig:
     """Folder with ``pool``, ``router``, ``trained/METHOD``, …, as ``dlplora reproduce`` leaves them; None takes the embedded ones for nano
     and random ones for other shapes."""
     seed: int = 0
-    """Of random pools and of the order of turns."""
+    """Seed of random pools and of the timing order."""
     groups: dict[str, Any] = field(default_factory=dict)
     """Name -> ``Group``, or its keys in a YAML file."""
 
@@ -189,7 +189,7 @@ class BenchConfig:
         """The device.
 
         Raises:
-            ConfigError: If there is none of that name.
+            ConfigError: If no device has that name.
         """
         return choose_device(self.device)
 
@@ -216,7 +216,7 @@ def run_bench(
     Args:
         config: What to measure.
         progress: Told what happens next.
-        after_group: Given the record so far after every group, so that a run that is cut off leaves what it had.
+        after_group: Receives the record so far after every group, so that an interrupted run keeps its results.
 
     Raises:
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.
@@ -298,7 +298,7 @@ def _trained(runs: Path, role: str, preset: str) -> Path:
 
 
 def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:
-    """Rows of questions from the embedded suite, each row other questions, all cut to one length."""
+    """Rows of questions from the embedded suite, different in every row, all cut to one length."""
     tasks = nano_suite().tasks
     rows: list[list[int]] = []
     for row in range(batch_size):
@@ -369,7 +369,7 @@ class _Session:
         ]  # fmt: skip
 
     def _warm(self, systems: Sequence[BenchSystem], workload: Workload) -> tuple[list[BenchSystem], list[int | None]]:
-        """Warm-up rounds, then one for the memory; who cannot serve the workload drops out with its reason."""
+        """Warm-up rounds, then one for the memory; a system that cannot serve the workload is dropped with its reason."""
         device = self.setup.model.device
         able: list[BenchSystem] = []
         transient: list[int | None] = []

@@ -67,7 +67,7 @@ class BenchSystem:
         generate: Workload and further options of ``generate`` -> token ids (B, T).
         granularity: How often routing may change; empty for what does not route.
         route: Routing alone, if it comes before the first token; returns the routing weights (B, E), or None.
-        count_reroutes: How often rows are re-routed at sentence ends of their own while a workload is generated.
+        count_reroutes: How often rows are re-routed at their sentence ends while a workload is generated.
         max_batch: Rows it can serve at once.
         compilable: Whether a compiled decoding step makes sense for it.
         backend: Kernel backends that serve a workload.
@@ -119,7 +119,7 @@ class BenchSetup:
         return folders
 
     def context(self, cls: type[FusionMethod], spec: MethodSpec, experts: int) -> MethodContext:
-        """What a method may use: trained artifacts where they fit, otherwise untrained stand-ins of true size."""
+        """What a method may use: trained artifacts where they fit, otherwise untrained ones of the same size."""
         embedding = self.model.get_input_embeddings()
         bank = self.pool(experts)
         bare = MethodContext(tokenizer=self.tokenizer, embedding=embedding, device=self.model.device, few_shot=_few_shot(bank.names))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dlplora.bench.model_shapes import share_weights
+from dlplora.bench.released_loop import ReleasedLoop
 from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
 from dlplora.bench.timing import dtype_of
-from dlplora.bench.upstream_loop import ReleasedLoop
 from dlplora.config import list_configs
 from dlplora.errors import ConfigError, MethodError, nearest
 from dlplora.inference.fused_model import FusedCausalLM
@@ -35,7 +35,7 @@ LOOP_PRESET = "dlp_code"
 
 
 class ForcedRerouter(RoutedCriterion):
-    """Re-routes every row after every so many tokens, through the router and the routing state of the running request; never stops.
+    """Re-routes every row after a fixed number of tokens, through the router and the routing state of the running request; never stops.
 
     Args:
         model: The model that generates.
@@ -85,7 +85,7 @@ def _base(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
 
 def _peft_with(setup: BenchSetup, number: int) -> Any:
-    """The base model with so many unmerged adapters named 0, 1, …, all in the base model's dtype."""
+    """The base model with ``number`` unmerged adapters named 0, 1, …, all in the base model's dtype."""
     from peft import PeftModel
 
     first, *others = setup.adapter_folders(number)
@@ -152,9 +152,9 @@ BUILTIN: dict[str, Callable[[BenchSetup, Entry], BenchSystem]] = {
     "peft_arrow": _peft_arrow,
     "released_loop": _released_loop,
 }
-"""Systems that are no methods of this suite."""
+"""Systems that are not methods of this suite."""
 POOL_FREE = {BASE: 0, SINGLE: 1}
-"""Systems that every sweep over pools leaves as they are -> adapters they hold."""
+"""Systems that sweeps over pools do not change -> number of their adapters."""
 
 
 def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
@@ -229,7 +229,7 @@ def known_systems() -> list[str]:
 
 
 def check_system(name: str) -> None:
-    """Refuse a name that nothing bears.
+    """Refuse an unknown name.
 
     Raises:
         ConfigError: With the nearest names.
@@ -253,7 +253,7 @@ def build_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
 
 def facts(system: BenchSystem, workload: Workload) -> Mapping[str, Any]:
-    """What a measurement says about its system under a workload apart from times."""
+    """Facts of a measurement about its system under a workload, without times."""
     entry = system.entry
     weights = None if system.route is None else system.route(workload)
     kept = None if weights is None else float((weights != 0).sum(dim=-1).float().mean())

@@ -18,7 +18,7 @@ from dlplora.errors import GenerationError
 
 
 class TokenClock(StoppingCriteria):
-    """Notes when each token was there; never stops."""
+    """Records the time of each token; never stops."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -60,7 +60,7 @@ def time_call(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until everything given to the device is done; a CPU is never behind."""
+    """Wait until the device has finished all submitted work; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

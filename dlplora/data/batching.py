@@ -48,9 +48,9 @@ class BatchSchedule:
 
     Args:
         lengths: Task name -> number of tokens of each of its rows.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         seed: Seed of the run.
-        length_group: Batches a window; 1 turns sorting off.
+        length_group: Batches per window; 1 turns sorting off.
     """
 
     def __init__(self, lengths: Mapping[str, Sequence[int]], batch_size: int, seed: int, length_group: int = 8) -> None:
@@ -96,7 +96,7 @@ def parts_by_length(lengths: Sequence[int], count: int) -> list[int]:
     """Cut rows that are sorted by length into batches with as little padding as possible.
 
     No batch holds more tokens, padding included, than one with an equal share of the rows, each as long as the longest of all: accumulation
-    is there to save memory.
+    is used to save memory.
 
     Args:
         lengths: Tokens of each row, ascending; at least ``count`` rows.
@@ -130,7 +130,7 @@ class StepLoader:
 
     Args:
         make: Builds one batch from its step; must be pure. Steps go on counting from one epoch to the next.
-        num_steps: Batches an epoch.
+        num_steps: Batches per epoch.
         epoch: The current epoch, asked when an epoch's first batch is made.
     """
 
@@ -158,6 +158,6 @@ class StepLoader:
         return {"next_step": self._next}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where a saved loader stood."""
+        """Continue from the step of a saved loader."""
         self._next = int(state["next_step"])
         self._resumed = True

@@ -3,7 +3,7 @@
 Items are drawn and encoded once, in ``setup``. Which rows form a batch is a pure function of seed and step (``batching``). With several
 processes, each takes its share of the same global batch, so the number of processes only changes the order of floating-point sums. The
 same holds for ``accumulate_grad_batches``: losses are normalised by the rows or tokens of the whole optimiser step, so a step over several
-small batches has the gradient of one large batch. Its rows are dealt to these batches by length, which saves padding.
+small batches has the gradient of one large batch. Its rows are split into these batches by length, which saves padding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class ExpertDataModule(SuiteDataModule):
     """Prompts with answers, for one adapter trained on one or several tasks.
 
-    One Lightning epoch is ``num_steps`` batches; several tasks are sampled equally often, whatever their size.
+    One Lightning epoch is ``num_steps`` batches; several tasks are sampled equally often, regardless of size.
 
     Args:
         suite: Name of the suite, as ``get_suite`` takes it.
@@ -39,8 +39,8 @@ class ExpertDataModule(SuiteDataModule):
         num_train: Training items of a task (fewer if a local file holds fewer).
         num_validation: Validation items of a task.
         num_test: Test items of a task (held-out phrasing).
-        batch_size: Rows a batch over all processes; of a pool, rows of each expert.
-        num_steps: Batches an epoch; of a pool, of each expert.
+        batch_size: Rows per batch over all processes; of a pool, rows of each expert.
+        num_steps: Batches per epoch; of a pool, of each expert.
         eval_batch_size: Rows a validation or test batch.
         max_length: Longest sequence in tokens; longer prompts lose their beginning, which is counted and logged.
         length_group: Batches cut from one window of rows sorted by length; 1 turns sorting off.
@@ -196,7 +196,7 @@ class ExpertDataModule(SuiteDataModule):
     def _eval_loader(self, split: Split) -> StepLoader:
         """Batches of one task each, in order; the task's name is under ``task``.
 
-        Lightning wants every process to have a batch: one for which none is left gets a batch without rows, of the task None.
+        Lightning needs a batch for every process: a process without one gets a batch without rows, with task None.
         """
         size = self.hparams["eval_batch_size"]
         batches: list[tuple[str, Sequence[EncodedItem]]] = []
@@ -301,13 +301,13 @@ class RouterDataModule(SuiteDataModule):
     """Prompts and the index of their task, for the router.
 
     Training and validation show the phrasings the experts were trained on (validation with other entities); the test split
-    has the phrasing that nobody trained on.
+    has a phrasing that occurs in no training data.
 
     Args:
         suite, tasks, data_root: As for ``ExpertDataModule``; the order of the tasks is the order of the router's classes.
         num_train, num_validation, num_test: Prompts of a task.
-        batch_size: Prompts a batch over all processes.
-        wrapper_noise: Share of the training prompts that stand in a system text or an instruction format, as noise (``data.wrappers``);
+        batch_size: Prompts per batch over all processes.
+        wrapper_noise: Share of the training prompts that are put into a system text or an instruction format, as noise (``data.wrappers``);
             0 where the question is taken out of its wrapper at inference and nothing else is expected.
         seed: Seed of the prompts and of their order; None as above.
     """
@@ -326,7 +326,7 @@ class RouterDataModule(SuiteDataModule):
     ) -> None:
         super().__init__()
         if not 0.0 <= wrapper_noise <= 1.0:
-            raise ConfigError(f"data: 'wrapper_noise' must lie in [0, 1], got {wrapper_noise}.")
+            raise ConfigError(f"data: 'wrapper_noise' must be in [0, 1], got {wrapper_noise}.")
         self.save_hyperparameters()
         for name in ("num_train", "num_validation", "num_test", "batch_size"):
             self._require(name)

@@ -60,7 +60,7 @@ class EncodedSet:
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, special tokens as lm-eval adds them.
 
-    That is the tokenizer's default, except that a text which already begins with the bos token gets none added.
+    This is the tokenizer's default, except that no bos token is added to a text that already begins with one.
     """
     bos = tokenizer.bos_token
     plain = [i for i, text in enumerate(texts) if not (bos and text.startswith(bos))]
@@ -77,8 +77,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def encode_pairs(tokenizer: Any, contexts: Sequence[str], continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
     """``(context ids, continuation ids)`` of each pair, as lm-eval's causal models split them.
 
-    Spaces at the end of a context move to its continuation; then the whole string is encoded, and whatever lies beyond the
-    length of the context's own encoding is the continuation.
+    Spaces at the end of a context move to its continuation; then the whole string is encoded, and the tokens beyond the
+    length of the context's own encoding are the continuation.
 
     Source: lm-eval 0.4.13, ``TemplateLM._encode_pair`` and ``HFLM.tok_encode``.
     """
@@ -141,7 +141,7 @@ def collate(items: Sequence[EncodedItem], pad_id: int, weights: Sequence[float] 
 
     Returns:
         ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B, T), -100 on prompt and padding; and the supervised
-        positions once more in packed form: ``hidden_index`` (S,), the index in the flattened (B * T) hidden states that
+        positions in packed form: ``hidden_index`` (S,), the index in the flattened (B * T) hidden states that
         predicts each token of ``targets`` (S,), and its ``weights`` (S,) float32.
     """
     width = max(len(item) for item in items)

@@ -61,9 +61,9 @@ def pack(documents: list[str], tokenizer: Any, block_size: int, low: float, end:
     Args:
         documents: Texts with ``§`` toggles; each starts in the low-weight state.
         tokenizer: As returned by ``train_tokenizer``.
-        block_size: Tokens a block, T.
+        block_size: Tokens per block, T.
         low: Loss weight of set-up text; predictable text has weight 1.
-        end: Loss weight of ``</s>`` (0 after a bare prompt, whose answer is not shown).
+        end: Loss weight of ``</s>`` (0 after a prompt without its answer).
 
     Returns:
         Token ids int32 (N, T) and loss weights float32 (N, T); the incomplete last block is dropped.
@@ -95,7 +95,7 @@ class WorldTextDataModule(L.LightningDataModule):
 
     Args:
         num_documents: Documents in the training set.
-        block_size: Tokens a block.
+        block_size: Tokens per block.
         batch_size: Blocks a batch.
         vocab_size: Upper bound of the tokenizer's vocabulary.
         max_length: Positions the base model supports.
@@ -155,7 +155,7 @@ class WorldTextDataModule(L.LightningDataModule):
 
 
 class RowsTextDataModule(L.LightningDataModule):
-    """The text of a suite's training rows, for a small base model of one's own where none can be downloaded.
+    """The text of a suite's training rows, to pretrain a small base model if none can be downloaded.
 
     Prompts and answers are documents of their own, in random order: the base model learns the words and the forms of the tasks, but which
     answer belongs to which question is left to the experts. Test rows are never read; validation rows give the loss curve.
@@ -165,7 +165,7 @@ class RowsTextDataModule(L.LightningDataModule):
         data_root: Folder of its rows; None reads ``DLPLORA_DATA``.
         tasks: Some of its tasks; None takes all.
         num_steps: Batches in all; blocks are reshuffled after each pass.
-        block_size: Tokens a block.
+        block_size: Tokens per block.
         batch_size: Blocks a batch.
         vocab_size: Upper bound of the tokenizer's vocabulary.
         max_length: Positions the base model supports.

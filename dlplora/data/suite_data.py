@@ -13,7 +13,7 @@ from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Suite
 
 MAX_ROWS = 1_000_000
-"""Of a batch. The rows of a task repeat, so a mistyped number would be filled up for ever."""
+"""Largest batch. The rows of a task repeat, so a mistyped number would be filled endlessly."""
 
 
 def select_tasks(suite: str, tasks: str | Sequence[str], data_root: str | None) -> Suite:
@@ -105,7 +105,7 @@ class SuiteDataModule(L.LightningDataModule):
 
         Args:
             step: Counted over all epochs.
-            num_steps: Batches an epoch of the loader.
+            num_steps: Batches per epoch of the loader.
         """
         size = self._num_accumulated
         if size == 1:

@@ -70,7 +70,7 @@ class EvalCache:
 
 
 def _require_split(suite: Suite, names: Sequence[str], tasks: Sequence[Task], split: Split) -> None:
-    """Refuse tasks whose data set ignores the split: test questions would be taken for others."""
+    """Refuse tasks with a data set that ignores the split: test questions would be used instead."""
     for name, task in zip(names, tasks, strict=True):
         asked = [task.doc_to_text(doc) for doc in task.test_docs()]
         known = {item.prompt for item in suite.task(name).items(split, MANY if suite.task(name).rows else len(asked))}

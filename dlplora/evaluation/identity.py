@@ -36,8 +36,8 @@ def folder_hash(folder: Path, unread: Collection[str] = ()) -> str:
 def backbone_identity(name: str | None, revision: str | None) -> dict[str, Any]:
     """Name and checksum of a local base model, or hub id and revision; nothing is loaded.
 
-    A model that was converted from a GGUF file is that file: its name with the beginning of its checksum, so that no table mixes it with
-    other weights, and the whole checksum.
+    A model that was converted from a GGUF file is identified by that file: its name with the beginning of its checksum, so that no table
+    mixes it with other weights, and the whole checksum.
     """
     source = resolve_backbone(name)
     converted = read_source(Path(source))
@@ -49,10 +49,10 @@ def backbone_identity(name: str | None, revision: str | None) -> dict[str, Any]:
 
 
 def run_device(backbone: str | None, device: str | None) -> torch.device:
-    """The device of a run: the named one, else the CPU for the embedded model (whose numbers belong to it) and the best one for any other.
+    """The device of a run: the named one, else the CPU for the embedded model (as in its records) and the best one for any other.
 
     Raises:
-        ConfigError: If this machine has no such device.
+        ConfigError: If this machine does not have the device.
     """
     return choose_device("cpu" if device is None and backbone is None else device)
 

@@ -11,14 +11,14 @@ from dlplora.tasks.composite import CompositeTask
 from dlplora.tasks.types import Suite, Task
 
 MAX_SEEDS = 2**32
-"""Seeds that numpy's legacy generator, which lm-eval seeds, can tell apart."""
+"""Number of different seeds of numpy's legacy generator, which lm-eval seeds."""
 
 MAX_LIMIT = 10**9
-"""Questions a task; lm-eval cannot count further than a machine word."""
+"""Questions per task; lm-eval cannot count further than a machine word."""
 
 
 def require_limit(limit: int | None) -> None:
-    """Refuse a limit that is no number of questions."""
+    """Refuse a limit that is not a valid number of questions."""
     if limit is not None and not 1 <= limit <= MAX_LIMIT:
         raise TaskError(f"limit must be from 1 to {MAX_LIMIT} questions per task, got {limit}.")
 
@@ -44,7 +44,7 @@ def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str])
 
     Args:
         method: Its ``artifact_roles`` are looked for.
-        preset: What it was asked for as.
+        preset: Name under which it was requested.
         roles: Roles of the folders at hand.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation protocols: all settings that must be equal for two methods to be comparable. They hold nothing about a method."""
+"""Evaluation protocols: all settings that must be equal for two methods to be comparable. They contain nothing about a method."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Protocol:
     num_fewshot: int = 0
     """Worked examples in each prompt."""
     batch_size: int = 64
-    """Rows a forward; fixed, because reduced-precision results depend on it."""
+    """Rows per forward pass; fixed, because reduced-precision results depend on it."""
     max_length: int | None = None
     """Context in tokens; null takes the base model's."""
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
@@ -83,7 +83,7 @@ class Protocol:
         return config_hash({key: value for key, value in values.items() if key not in {"seeds", "data_root"}})
 
     def loading(self) -> dict[str, Any]:
-        """What the base model's loader is asked for besides its name and dtype."""
+        """Arguments of the base model's loader besides its name and dtype."""
         keys = ("revision", "load_in_4bit", "load_in_8bit", "attn_implementation", "trust_remote_code")
         return {key: getattr(self, key) for key in keys}
 
@@ -119,7 +119,7 @@ def _with_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def fitted_to_suite(protocol: Protocol) -> tuple[Protocol, list[str]]:
-    """A protocol whose list of composites was written for another suite, without those that its own suite has too few tasks for.
+    """A protocol with a list of composites for another suite, reduced to those for which its own suite has enough tasks.
 
     Returns:
         The protocol, and what was left out of its tasks; the record lists those that stayed.

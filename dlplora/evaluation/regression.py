@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dlplora.lm_eval.model import DLPLoRALM
 
 LIMIT = 8
-"""Questions a task."""
+"""Questions per task."""
 PROBES = 6
 """Logits kept of every probed prompt, at fixed positions of the vocabulary."""
 
@@ -41,7 +41,7 @@ GUARDS = (
     Guard(name="base", preset="base"),
     Guard(name="oracle", preset="oracle"),
     Guard(name="dlp", preset="dlp"),
-    # The nano router is so sure that presets keep one expert; here the nucleus holds several.
+    # The nano router is so confident that presets keep one expert; here the nucleus holds several.
     Guard(name="dlp_wide", preset="dlp", params={"selector": "nucleus", "top_p": 0.9999, "renormalize": "sum"}),
     Guard(name="ties", preset="ties"),
     Guard(name="avg_factor", preset="avg_factor"),

@@ -2,7 +2,7 @@
 
 One forward pass reads the prompt *and* the right answer. The most likely token at every answer position, given the right tokens before it,
 is the prediction. Predicted and right tokens are decoded and compared as strings: BLEU over characters, ROUGE with stemming. A method that
-would go wrong at the first token still gets credit for all later ones. These numbers are kept apart from the leaderboard.
+would go wrong at the first token still gets credit for all later ones. These numbers are kept separate from the leaderboard.
 
 Source: MeCuping/DLP-LoRA@d68fd38, ``src/Get_data.py`` (layout of inputs and targets), ``src/Process.py`` and ``src/Evaluation.py``.
 Deviations: adapters here are trained with the usual shift, so the layout that repeats the last prompt token is measured in addition
@@ -134,7 +134,7 @@ def rows_of(items: Sequence[Item], tokenizer: Any, max_length: int, *, repeat_la
 
 @torch.no_grad()
 def predictions(fused: FusedCausalLM, rows: Sequence[Row]) -> list[list[int]]:
-    """The likeliest token at every target position of a batch, each row routed on its own prompt."""
+    """The most likely token at every target position of a batch, each row routed on its own prompt."""
     prompts = PromptBatch.from_ids(
         [row.prompt for row in rows],
         fused.tokenizer,
@@ -190,7 +190,7 @@ def released_cell(run: Run) -> str:
 
 
 def execute_released(run: Run, root: Path = RESULTS, *, force: bool = False) -> tuple[Path, Record]:
-    """Evaluate and write a record apart from the leaderboard's; an equal run that finished is reused.
+    """Evaluate and write a record outside the leaderboard; a finished equal run is reused.
 
     Args:
         run: As for ``runner.execute``.

@@ -79,7 +79,7 @@ class Run:
     protocol_name: str
     spec: MethodSpec
     method: FusionMethod
-    """Built from ``spec`` and bound to no pool: what it declares can be asked, every model gets one of its own."""
+    """Built from ``spec`` and not bound to a pool, to read its declarations; every model gets its own instance."""
     seed: int
     suite: Suite
     folders: Mapping[str, Path]
@@ -145,7 +145,7 @@ def prepare(
     limit: int | None = None,
     device: str | None = None,
 ) -> Run:
-    """Resolve a run; every name and folder is checked here. The dtype ``auto`` becomes the one it stands for, which records then name.
+    """Resolve a run; every name and folder is checked here. The dtype ``auto`` is resolved, and records name the result.
 
     A method that was read already takes no further parameters.
 
@@ -386,6 +386,6 @@ def make_record(
         trained_parameters=lm.fused.method.num_trained_parameters,
     )
     kinds = {task.name: task.kind for task in run.suite.tasks}
-    commit = getattr(lm.fused.model, "hub_commit", None)  # what the revision of a hub id stood for
+    commit = getattr(lm.fused.model, "hub_commit", None)  # the commit of a hub id's revision
     backbone = {**record.backbone, "fingerprint": fingerprint, **({"commit": commit} if commit else {})}
     return dataclasses.replace(record, backbone=backbone, aggregates=aggregate(record, kinds))

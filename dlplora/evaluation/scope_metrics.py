@@ -45,7 +45,7 @@ def detection(in_scope: Tensor, out_of_scope: Tensor, tpr: float = 0.95) -> dict
 
 
 def risk_coverage(scores: Tensor, right: Tensor, coverages: Sequence[float] = (0.5, 0.8, 0.9, 1.0)) -> dict[str, Any]:
-    """Accuracy of the surest prompts, at coverages and over all of them.
+    """Accuracy of the most confident prompts, at given coverages and over all of them.
 
     Args:
         scores: (k,), larger where the method is surer.
@@ -53,7 +53,8 @@ def risk_coverage(scores: Tensor, right: Tensor, coverages: Sequence[float] = (0
         coverages: Shares of the prompts that are answered.
 
     Returns:
-        ``aurc``: the mean over all coverages 1/k … k/k of the share of wrong ones among the surest (Geifman et al., arXiv:1805.08206);
+        ``aurc``: the mean over all coverages 1/k … k/k of the share of wrong ones among the most confident (Geifman et al.,
+        arXiv:1805.08206);
         ``accuracy``: coverage -> accuracy. Equal scores share their mean, so no order among them matters.
 
     Raises:

@@ -39,9 +39,9 @@ class ScopeCalibration:
 
     Args:
         router: Its folder.
-        pretrained: The base model whose embeddings it reads; None is the embedded nano model.
+        pretrained: The base model that provides the embeddings; None is the embedded nano model.
         data_root: Rows of local tasks.
-        limit: Prompts a task.
+        limit: Prompts per task.
 
     Raises:
         DLPLoRAError: If router or base model cannot be loaded.
@@ -70,7 +70,7 @@ class ScopeCalibration:
 
         Args:
             suite: Has the router's tasks; its validation prompts are in scope.
-            out_of_scope: Suites whose validation prompts are out of scope; tasks that the router knows are left out.
+            out_of_scope: Suites with out-of-scope validation prompts; tasks that the router knows are left out.
             score, criterion, keep: See ``choose_threshold``.
 
         Raises:

@@ -33,7 +33,7 @@ def unseen_name(name: str) -> str:
 
 
 def folds_of(names: Sequence[str], num: int = NUM_FOLDS) -> list[tuple[str, ...]]:
-    """The tasks that are left out together: every ``num``-th one, so that neighbours in a suite, which are alike, are parted.
+    """The tasks that are left out together: every ``num``-th one, so that similar tasks (neighbours in a suite) are in different folds.
 
     Raises:
         TaskError: If a fold would leave fewer than two experts, or there are fewer tasks than folds.
@@ -44,7 +44,7 @@ def folds_of(names: Sequence[str], num: int = NUM_FOLDS) -> list[tuple[str, ...]
 
 
 def leaves_itself_out(preset: str) -> dict[str, Any]:
-    """Parameters under which a method sets the expert of a prompt's own task aside; empty where it has none.
+    """Parameters with which a method excludes the expert of a prompt's own task; empty if it has none.
 
     Such a method knows the task's name. It gets the whole pool, and one fold is enough.
     """
@@ -63,7 +63,7 @@ def measure_folds(
     """Evaluate every fold and join the results; nothing is written.
 
     Args:
-        runs: One a fold, each with the fold's tasks in its protocol, in the order of the folds.
+        runs: One per fold, each with the fold's tasks in its protocol, in the order of the folds.
         pool_hash: Checksum of the whole pool.
         cache, progress: As for ``measure``.
 
@@ -99,7 +99,7 @@ def joined(runs: Sequence[Run], records: Sequence[Record], pool_hash: str) -> Re
 
 
 def _routing(records: Sequence[Record]) -> dict[str, float | int | None]:
-    """Means over prompts and counts; the right expert is in no pool, so nothing is said about a router's accuracy."""
+    """Means over prompts and counts; the right expert is in no pool, so router accuracy is left out."""
     weights = [sum(task.num for task in record.tasks.values()) for record in records]
     known = [name for name in WEIGHTED if name in records[0].routing]
     found: dict[str, float | int | None] = {name: _weighted((record.routing[name] for record in records), weights) for name in known}

@@ -117,7 +117,7 @@ class FusedAdapter:
     @classmethod
     @torch.no_grad()
     def from_prompt(cls, fused: FusedCausalLM, prompt: str, *, pool: Pool | None = None) -> FusedAdapter:
-        """Fuse what a model's method decides for a prompt; for a sentence-level method these are the weights of the first sentence.
+        """Fuse what a model's method decides for a prompt; for a sentence-level method, the weights of the first sentence.
 
         Adapters that a cast to the model's dtype has rounded are read again from their folders.
 

@@ -1,4 +1,4 @@
-"""Export as GGUF LoRA files, which llama.cpp and Ollama load beside a GGUF base model.
+"""Export as GGUF LoRA files, which llama.cpp and Ollama load with a GGUF base model.
 
 A file holds ``general.type = adapter``, ``adapter.type = lora``, ``adapter.lora.alpha``, and ``NAME.lora_a``, ``NAME.lora_b`` for each
 adapted tensor of the base model. llama.cpp multiplies by ``scale * alpha / rank``; alpha is written as the rank, so ``scale`` is a

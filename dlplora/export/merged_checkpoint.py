@@ -65,7 +65,7 @@ def merge_into(model: Any, adapter: FusedAdapter) -> None:
     """Add an adapter to the weights of a model, in place. A layer that shares its weight with another one gets a weight of its own.
 
     Raises:
-        IncompatibleAdapterError: If a module is missing, is no plain linear layer, or has other sizes; the model may then be half merged.
+        IncompatibleAdapterError: If a module is missing, is not a plain linear layer, or has other sizes; the model may be half merged.
     """
     known = dict(model.named_modules())
     for path in adapter.modules:

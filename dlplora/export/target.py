@@ -42,7 +42,7 @@ def require_free(target: Path, force: bool) -> None:
 
 @contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder to write in the block, which becomes ``target`` when the block ends; after an error all is as before.
+    """A temporary folder to write in the block, which becomes ``target`` when the block ends; an error changes nothing.
 
     Raises:
         ConfigError: As ``require_free``.

@@ -56,13 +56,13 @@ ORDINAL_LEADS = frozenset("am im der des dem den die zum zur vom beim seit ab bi
 """Words before an ordinal written as number and stop, as in ``der 2. Weltkrieg``."""
 
 NUMBER_GOES_ON = frozenset("und oder bis sowie og och eller i a és vagy až ja tai".split())
-"""Words behind such an ordinal, as in ``am 3. und 4. Mai``."""
+"""Words after such an ordinal, as in ``am 3. und 4. Mai``."""
 
 ANSWER_LEADS = frozenset(
     "is are was were be been equals equal answer option choice letter costs gets has have ist sind war lautet antwort est sont réponse "
     "es son era respuesta è sono risposta é são resposta antwoord er svar равно ответ".split()
 )
-"""Words before a value: a letter or a number after them is an answer, no initial and no ordinal."""
+"""Words before a value: a letter or a number after them is an answer, not an initial or an ordinal."""
 
 SENTENCE_STARTS = frozenset(
     "the this that these those an he she it we they you his her its our their my your there here then next but and so if in on at for "

@@ -55,13 +55,13 @@ def nano_asset(role: str) -> Path:
 
 
 def resolve_backbone(name: str | Path | None) -> str:
-    """Where a base model lies: a folder, or a hub id. A GGUF file is converted first, once.
+    """Location of a base model: a folder or a hub id. A GGUF file is converted once, at first use.
 
     Args:
         name: Model folder, GGUF file, name of ``NAMED`` or hub id, in this order; None is the embedded nano base model.
 
     Raises:
-        ConfigError: If it cannot be found: a path that does not exist, a folder without ``config.json``, a name whose package is missing;
+        ConfigError: If it cannot be found: a path that does not exist, a folder without ``config.json``, a name with a missing package;
             or if a GGUF file cannot be converted.
     """
     if name is None:
@@ -104,7 +104,7 @@ def _offline() -> bool:
 
 @functools.cache
 def _resolve_named(name: str, cache: Path, offline: bool) -> str:
-    """One answer in a process, so that a hub that comes and goes cannot mix two sets of weights. ``cache`` is part of the key only."""
+    """Cached for the process, so that an unreliable hub connection cannot mix two sets of weights. ``cache`` is part of the key only."""
     known = NAMED[name]
     if _in_hub_cache(known.hub_id) or (not offline and _on_hub(known.hub_id)):
         return known.hub_id

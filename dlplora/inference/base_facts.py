@@ -52,12 +52,12 @@ class BaseModelFacts:
 
     @cached_property
     def vocabulary(self) -> VocabularyTable:
-        """Which tokens can end a sentence; made when it is first asked for."""
+        """Which tokens can end a sentence; computed at first use."""
         return VocabularyTable(self.tokenizer, self.config.get_text_config().vocab_size).to(self.device)
 
     @cached_property
     def piece_encoder(self) -> PieceEncoder | None:
-        """Encodes parts of texts, where the tokenizer allows it; made when it is first asked for."""
+        """Encodes parts of texts, if the tokenizer allows it; made at first use."""
         return piece_encoder(self.tokenizer)
 
     def fingerprint(self) -> dict[str, Any]:

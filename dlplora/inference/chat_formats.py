@@ -16,7 +16,7 @@ import regex
 from dlplora.errors import one_line
 
 USER, INPUT, OTHER = "user", "input", "other"
-"""Roles that matter: whose words are routed, what belongs to them (Alpaca's ``### Input:``), and all others."""
+"""Roles: the user, whose words are routed; input that belongs to them (Alpaca's ``### Input:``); all others."""
 
 _USER_NAMES = frozenset("user human instruction question prompt prompter inst user_token".split())
 _INPUT_NAMES = frozenset("input context".split())
@@ -86,7 +86,7 @@ class TurnMarkers:
 def learn_markers(tokenizer: Any, chat_template: str | None = None) -> TurnMarkers | None:
     """The markers of a tokenizer's chat template; None if it has no template, or one that marks no turns.
 
-    Sentinel messages are rendered in several arrangements; what stands before the user's words in all of them is the marker.
+    Sentinel messages are rendered in several arrangements; the text before the user's words that all of them share is the marker.
 
     Args:
         tokenizer: Renders conversations.
@@ -180,9 +180,9 @@ def _learned_turns(prompt: str, markers: TurnMarkers) -> list[Turn]:
 
 
 def all_turns(prompt: str, markers: TurnMarkers | None) -> Iterator[list[Turn]]:
-    """The turns of a prompt in each format that it may be in, the surest first; formats without a user's turn are left out.
+    """The turns of a prompt in each format that it may have, the most certain first; formats without a user turn are left out.
 
-    Formats whose markers are ordinary words count only where the last marker asks for an answer.
+    Formats with ordinary words as markers count only if the last marker asks for an answer.
     """
     if markers is not None and markers.before in prompt:
         yield _learned_turns(prompt, markers)

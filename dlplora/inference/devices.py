@@ -26,7 +26,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         name: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None and ``auto`` take CUDA, then MPS, then the CPU.
 
     Raises:
-        ConfigError: If the name is no device, or this machine has no such device.
+        ConfigError: If the name is not a device, or this machine does not have it.
     """
     if name is None or name == AUTO:
         if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def require_device(device: torch.device) -> torch.device:
     """The device, if a model can run on it here.
 
     Raises:
-        ConfigError: If this machine has no such device.
+        ConfigError: If this machine does not have the device.
     """
     if device.type == "cpu":
         return device
@@ -78,7 +78,7 @@ def resolve_dtype(
         revision: Of a hub id.
 
     Raises:
-        ConfigError: If the name is unknown, or bfloat16 is asked for on a CPU without instructions for it.
+        ConfigError: If the name is unknown, or bfloat16 is requested on a CPU without instructions for it.
     """
     if name == AUTO:
         return _automatic(torch.device(device), source, revision)
@@ -103,11 +103,11 @@ def _automatic(device: torch.device, source: str | None, revision: str | None) -
 
 
 def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
-    """The dtype that a checkpoint's ``config.json`` names; without one, that of most of its weights; float32 if neither tells.
+    """The dtype that a checkpoint's ``config.json`` names; without one, that of most of its weights; float32 if neither is known.
 
     Args:
-        source: Model folder, or hub id, whose ``config.json`` is fetched into the cache if it is not there. What cannot be found at all
-            is reported when the model is loaded.
+        source: Model folder, or hub id, its ``config.json`` is downloaded into the cache if necessary. A model that cannot be found
+            is reported when it is loaded.
         revision: Of a hub id.
     """
     from transformers.utils import cached_file
@@ -117,7 +117,7 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
     if found is None:
         return torch.float32
     try:
-        config = json.loads(read_text(found))  # transformers' own file, in which infinities may stand
+        config = json.loads(read_text(found))  # transformers' own file, which may contain infinities
     except (ValueError, RecursionError):  # load_backbone says what is wrong with the file
         return torch.float32
     if not isinstance(config, dict):
@@ -127,7 +127,7 @@ def checkpoint_dtype(source: str, revision: str | None = None) -> torch.dtype:
 
 
 def _weights_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first safetensors file's floating-point weights, told from its header."""
+    """The dtype of the first safetensors file's floating-point weights, read from its header."""
     codes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for path in sorted(folder.glob("*.safetensors"))[:1]:
         try:

@@ -16,7 +16,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def embedding_backbone(source: str, revision: str | None = None) -> Any:
-    """An empty model (``loading.empty_backbone``) whose input embedding is real, float32 on the CPU.
+    """An empty model (``loading.empty_backbone``) with its real input embedding, float32 on the CPU.
 
     Args:
         source: What ``resolve_backbone`` returns.
@@ -37,7 +37,7 @@ def embedding_backbone(source: str, revision: str | None = None) -> Any:
 
 
 def _file(source: str, revision: str | None, name: str) -> Path | None:
-    """A file of a model folder or hub id, fetched if it must be; None if there is none of that name."""
+    """A file of a model folder or hub id, downloaded if necessary; None if it does not exist."""
     from transformers.utils import cached_file
 
     options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": revision}

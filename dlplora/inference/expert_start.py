@@ -25,7 +25,7 @@ from dlplora.modules.per_thread import PerThread, nothing
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertStart:
-    """From which token on the routing weights hold, and what holds before."""
+    """The token from which on the routing weights apply, and what applies before it."""
 
     start: float | Literal["last_token", "answer"] = 0.0
     """A share s: from token ``floor(s * n)`` of a prompt of n tokens on; ``last_token``: its last token and the answer; ``answer``: the
@@ -40,7 +40,7 @@ class ExpertStart:
             raise ConfigError(f"'start' must be a share of at least 0 and below 1, last_token or answer, got {self.start}.")
 
     def holds(self, mask: Tensor) -> Tensor:
-        """Where in a prompt the weights hold.
+        """Where in a prompt the weights apply.
 
         Args:
             mask: True for real tokens, padding on either side, (B, T).
@@ -60,7 +60,7 @@ class ExpertStart:
 
 @contextmanager
 def expert_start(fused: FusedCausalLM, setting: ExpertStart) -> Iterator[None]:
-    """Let all routing weights of a model hold by ``setting`` inside the block; the weights are then served by the dense backend.
+    """Apply all routing weights of a model according to ``setting`` inside the block, with the dense backend.
 
     Raises:
         ConfigError: If gates decide in the model's layers, or they weigh single ranks already.
@@ -85,7 +85,7 @@ def expert_start(fused: FusedCausalLM, setting: ExpertStart) -> Iterator[None]:
 
 
 def _note(setting: ExpertStart, running: PerThread, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Find out, before a forward pass, for which of its tokens the weights hold."""
+    """Determine, before a forward pass, to which of its tokens the weights apply."""
     ids = args[0] if args else kwargs["input_ids"]
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     read = 0 if cache is None else int(cache.get_seq_length())

@@ -11,14 +11,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from dlplora.errors import NotFiniteError
 
-NOT_FINITE = (
-    "the model's logits are NaN or infinite, so they say nothing. Check the adapters (dlplora pool check) and the dtype; float16 ends at "
-    "65504."
-)
+NOT_FINITE = "the model's logits are NaN or infinite. Check the adapters (dlplora pool check) and the dtype; float16 ends at 65504."
 
 
 def is_finite(logits: Tensor) -> Tensor:
-    """Whether the logits (..., V) of each row are numbers, boolean (...); minus infinity is a token that may not be said, and is fine."""
+    """Whether the logits (..., V) of each row are numbers, boolean (...); minus infinity marks a forbidden token and is allowed."""
     return (logits < torch.inf).all(dim=-1)  # false for NaN too
 
 
@@ -33,7 +30,7 @@ def require_finite(logits: Tensor) -> None:
 
 
 class FiniteLogits(LogitsProcessor):
-    """Stops a generation whose first logits are NaN or infinite; later ones are not looked at, since looking waits for the device."""
+    """Stops a generation if its first logits are NaN or infinite; later logits are not checked, since each check waits for the device."""
 
     def __init__(self) -> None:
         self._seen = False

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 ROWS, TOKENS = 2, 4
 """Different numbers, so that rows and tokens cannot be mistaken for each other."""
 ORDER_TOLERANCE = 0.05
-"""Of the largest input: rounding (1e-2 in bfloat16) stays below it, another order of the tokens does not."""
+"""Tolerance, relative to the largest input: rounding (1e-2 in bfloat16) is below it, another order of the tokens is not."""
 _CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
-"""What a model raises that wants other inputs than token ids, or something of a layer that the layer does not have."""
+"""Errors of a model that needs other inputs than token ids, or an attribute that a layer does not have."""
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Seen:
 def try_fit(model: nn.Module, layers: Mapping[str, FusedLinear], slot: RoutingSlot) -> list[Any]:
     """Run two rows through a patched model and note in every layer how it receives them.
 
-    Nothing is tried with models that are not of transformers, or whose weights are partly absent (offloaded, on the ``meta`` device).
-    Numbers, random states and training flags stay as they are.
+    Models that are not from transformers, or with absent weights (offloaded, on the ``meta`` device), are not run.
+    Weights, random states and training flags do not change.
 
     Args:
-        model: A causal LM whose layers have been replaced by ``layers``.
+        model: A causal LM; its layers have been replaced by ``layers``.
         layers: By module path.
         slot: Of the layers.
 
@@ -84,7 +84,7 @@ def try_shapes(model: nn.Module, layers: Mapping[str, FusedLinear], slot: Routin
     """As ``try_fit``, with a model on the ``meta`` device: shapes only, no number is computed.
 
     Returns:
-        Whether the model could be run; some look at values, which are absent there.
+        Whether the model could be run; some models read values, which are absent there.
 
     Raises:
         IncompatibleAdapterError: As ``try_fit``.
@@ -109,7 +109,7 @@ def _arguments(model: Any, ids: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no drawn number, no gradient; training flags come back one by one."""
+    """Without dropout, random numbers and gradients; every training flag is restored."""
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if getattr(model.device, "type", "") == "cuda" else []
     for module in training:
@@ -168,7 +168,7 @@ def _noting(layer: FusedLinear, seen: Seen, keep: bool) -> Callable[[nn.Module, 
 
 
 def _runs_without(model: nn.Module, fused: list[FusedLinear], ids: Tensor) -> bool:
-    """Whether the model runs with the layers' bases in their places; the layers come back."""
+    """Whether the model runs with the base layers in place; the fused layers are restored afterwards."""
     parents = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if child in fused]
     for parent, name, child in parents:
         setattr(parent, name, child.base)

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM whose linear layers are fused with an adapter bank; a method decides the routing weights.
+"""A Hugging Face causal LM with linear layers fused with an adapter bank; a method decides the routing weights.
 
 Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -250,8 +250,8 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
     def routing(self, weights: Tensor | RoutingState) -> Iterator[RoutingState]:
         """Bind routing weights (E,), (B, E) or (B, T, E) for the calls inside the block.
 
-        The block holds for the thread and the asyncio task that opened it. In the body of a generator it holds while the generator runs,
-        and not for other code while it is suspended.
+        The block applies to the thread and the asyncio task that opened it. In the body of a generator it applies while the generator
+        runs, not while it is suspended.
 
         Raises:
             RoutingError: If blocks are not closed in the reverse order of opening.

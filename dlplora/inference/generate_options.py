@@ -69,7 +69,7 @@ class GenerateOptions:
     # ------------------------------------------------------------------ sizes
 
     def new_tokens(self, width: int) -> int:
-        """New tokens asked for after a prompt of ``width`` tokens; without a limit, transformers' default (20).
+        """Number of new tokens after a prompt of ``width`` tokens; without a limit, transformers' default (20).
 
         Raises:
             GenerationError: If there are none.
@@ -86,7 +86,7 @@ class GenerateOptions:
         """Rows a prompt becomes: beams, or returned sequences.
 
         Raises:
-            GenerationError: If one of them is no number from 1.
+            GenerationError: If one of them is not a whole number of at least 1.
         """
         beams, sequences = self.whole("num_beams"), self.whole("num_return_sequences") or 1
         if (beams is not None and beams < 1) or sequences < 1:
@@ -99,7 +99,7 @@ class GenerateOptions:
         return tokenizer.pad_token_id if found is None else found
 
     def require_same_places(self, given: Tensor | None, ids: Tensor) -> None:
-        """Refuse ``BY_PLACE`` with prompts whose tokens do not stay in their columns.
+        """Refuse ``BY_PLACE`` if the tokens of the prompts do not stay in their columns.
 
         Args:
             given: ``input_ids`` as the caller gave them; None if the prompts were texts.
@@ -130,10 +130,10 @@ class GenerateOptions:
             return ids.new_ones(ids.shape)
         return ids.ne(pad).to(ids.dtype)
 
-    # ------------------------------------------------------------------ what can be followed
+    # ------------------------------------------------------------------ supported decoding
 
     def require_served(self) -> None:
-        """Check that the decoding loop asked for can be followed.
+        """Check that the requested decoding loop is supported.
 
         Raises:
             GenerationError: Names the option.
@@ -180,12 +180,12 @@ class GenerateOptions:
         """Whether sentence-level routing has the cache that its ``kv_policy`` is about; see ``kv_policy``.
 
         Raises:
-            GenerationError: If the caller wants no cache and the policy is not defined without one.
+            GenerationError: If the caller turns the cache off and the policy needs one.
         """
         assert self._method is not None
         policy = self._method.kv_policy
         if self._method.prompt_routing != "whole" and self.value("prefill_chunk_size") is not None:
-            raise GenerationError("prefill_chunk_size cuts the prompt, whose pieces this method routes in one forward pass; leave it out.")
+            raise GenerationError("prefill_chunk_size cuts the prompt, but this method routes its parts in one forward pass; leave it out.")
         if self.value("use_cache", True) is not False:
             return
         given = self.kwargs.get("use_cache") is False or getattr(self._configs[0], "use_cache", None) is False

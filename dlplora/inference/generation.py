@@ -9,7 +9,7 @@ The host must know before the next forward pass whether a sentence has ended, wi
 the vocabulary finds on the device which rows may have ended a sentence, and the result is copied to the host asynchronously. ``generate``
 itself then waits for the device to see whether all rows are finished; the copy is read right after that. Only for rows that may have ended
 a sentence are tokens fetched and decoded, and the rule of ``sentences`` decides on the text. A row stays a candidate from a token with a
-stop until the rule has decided. Rows are thus re-routed exactly where the rule sees an end in the text so far, whatever the tokenizer.
+stop until the rule has decided. Rows are thus re-routed exactly where the rule finds an end in the text so far, with any tokenizer.
 
 A line break is known to end a sentence as soon as it is generated, so the first token of the next sentence is already predicted under the
 new weights. For other stops the next token decides, and it is the first one processed under them.
@@ -65,7 +65,7 @@ def view_text(view: str, prompt: str, generated: str, num_sentences: int, tokeni
 
 
 class EndedSentences:
-    """How many sentences of a text have ended that is still being generated. Of a text that has grown only the end is read.
+    """Counts the finished sentences of a text that is still being generated. Only the new end of the text is read.
 
     Args:
         prompt: What is routed of the row's prompt.
@@ -90,7 +90,7 @@ class EndedSentences:
         count = self._num_read
         blank = generated[: len(generated) - len(generated.lstrip())]
         if "\n" in blank and answers_by_line(self.prompt):
-            count += 1  # the first answer was left empty: the line that ends it is an end all the same
+            count += 1  # the first answer was left empty; its line break is still an end
         another = count > self.number
         self.number = max(count, self.number)
         return another
@@ -151,7 +151,7 @@ class _Look:
             self._arrived.record()
 
     def kinds(self) -> list[int]:
-        """One kind a row; waits only if the device has not got that far."""
+        """One kind per row; waits only if the copy is not finished."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._kinds.tolist()
@@ -177,7 +177,7 @@ class SentenceRerouter(StoppingCriteria):
         view: What the router reads.
         trace: If a list, receives one dict per re-route.
         names: Expert names, for the trace.
-        task_names: The protocol's name of each row's task, one a question for composite prompts; None where it has none.
+        task_names: The protocol's name of each row's task, one per question for composite prompts; None where it has none.
         refresh: Called with rows, weights and tokens before the routing weights change, to bring the cache in line.
         encode: Rows and their texts -> token ids; None leaves it to ``route``.
     """
@@ -214,7 +214,7 @@ class SentenceRerouter(StoppingCriteria):
         """Look at the newest token of each row; always returns False (B,).
 
         Raises:
-            GenerationError: If the decoding loop went on without the promised call of ``reroute_before_forward``.
+            GenerationError: If the decoding loop continued without the promised call of ``reroute_before_forward``.
         """
         if self._look is not None:
             raise GenerationError(
@@ -230,12 +230,12 @@ class SentenceRerouter(StoppingCriteria):
         return self._go_on
 
     def finish(self) -> None:
-        """Complete the trace. What the last token ended is not acted upon otherwise, for nothing follows it."""
+        """Complete the trace. A sentence end at the last token has no other effect, since nothing follows."""
         if self.trace is not None:
             self.reroute_before_forward()
 
     def reroute_before_forward(self) -> None:
-        """Re-route the rows whose newest token ended a sentence, if that is still to be done."""
+        """Re-route the rows with a sentence end at the newest token, if this has not been done."""
         look, self._look = self._look, None
         candidates = [] if look is None else self._candidates(look.kinds())
         if look is None or not candidates:
@@ -259,7 +259,7 @@ class SentenceRerouter(StoppingCriteria):
             self._note(rows, views, texts, weights)
 
     def _candidates(self, kinds: Sequence[int]) -> list[int]:
-        """Rows whose text has to be looked at. From a token with a stop on, a row stays among them until the rule has decided."""
+        """Rows to check. After a token with a stop, a row is checked until the rule has decided."""
         found = [row for row, kind in enumerate(kinds) if kind & MAY_DECIDE or row in self._open]
         self._open = {row for row, kind in enumerate(kinds) if kind & HOLDS_STOP}.difference(found)
         return found
@@ -273,7 +273,7 @@ class SentenceRerouter(StoppingCriteria):
         return self.route(views, names, *ids)
 
     def _answer(self, row: int, text: str) -> int:
-        """Which answer of a row comes next, from 0; every sentence is one if more tasks were told than the layout shows questions."""
+        """Which answer of a row comes next, from 0; every sentence is one if more tasks were given than the layout has questions."""
         asked, number = asked_questions(self.prompts[row]), self._sentences[row].number
         told = num_tasks(None if self.task_names is None else self.task_names[row])
         return number if told > max(1, len(asked.spans)) else answer_index(asked, text, number)

@@ -2,7 +2,7 @@
 
 transformers reads a GGUF file by dequantising it, which is slow every time, and a model read in this way cannot be saved. Its weights are
 therefore put into a new model and saved in float32, which keeps the file's values exactly. ``config.json`` names bfloat16, the dtype in
-which such models are published; ``dtype="auto"`` then uses it where it is fast.
+which these models are published; ``dtype="auto"`` then uses it where it is fast.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SOURCE_NAME = "source.json"
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """``general.architecture`` of the files that are converted: Llama and models built like it. transformers reads more of them."""
 FORMAT = 1
-"""Of the converted folder; another one is another folder."""
+"""Format of the converted folder; part of the folder's name."""
 _SPARE = 50_000_000
 _STEPS = 3
 _TYPE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -55,7 +55,7 @@ def converted_folder(file: Path) -> Path:
         file: An existing GGUF file of one of ``ARCHITECTURES``.
 
     Raises:
-        ConfigError: If it is no GGUF file, of another architecture, damaged, the package ``gguf`` is missing, or the disk is too full.
+        ConfigError: If it is not a GGUF file, has another architecture or is damaged, ``gguf`` is not installed, or the disk is full.
     """
     checksum = _checksum(file, file.stat().st_size, file.stat().st_mtime_ns)
     target = cache_root() / "backbones" / f"{file.stem}-{checksum[:12]}-v{FORMAT}"
@@ -102,7 +102,7 @@ def _checksum(file: Path, size: int, modified_ns: int) -> str:
 
 def _convert(file: Path, checksum: str, target: Path) -> None:
     """Write ``target`` under another name, then rename it."""
-    for left in target.parent.glob(f".{target.name}.*.tmp"):  # of a process that was killed; the lock is ours
+    for left in target.parent.glob(f".{target.name}.*.tmp"):  # left by a killed process; this process holds the lock
         shutil.rmtree(left, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     what = f"converting {file.name} for {target.parent}, once"
@@ -119,7 +119,7 @@ def _convert(file: Path, checksum: str, target: Path) -> None:
         write_json(temporary / SOURCE_NAME, source)
         for written in temporary.iterdir():
             written.chmod(0o644)  # safetensors writes files that only their owner can read
-        if target.is_dir():  # without source.json it is not ours to trust
+        if target.is_dir():  # without source.json its origin is unknown
             shutil.rmtree(target)
         os.replace(temporary, target)
     finally:
@@ -168,7 +168,7 @@ def _read_errors(file: Path) -> Iterator[None]:
 
 
 def _name_bfloat16(path: Path) -> None:
-    """Write the dtype that ``auto`` takes, and drop what a loader would take for a quantisation, or for the file's place."""
+    """Write the dtype that ``auto`` takes, and drop keys that a loader would read as a quantisation or as the file's path."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
@@ -193,7 +193,7 @@ def read_architecture(file: Path) -> str:
     """``general.architecture`` of a GGUF file, from its first keys; no package is needed.
 
     Raises:
-        ConfigError: If it is no GGUF file, or does not name one among its first keys.
+        ConfigError: If it is not a GGUF file, or does not name one among its first keys.
 
     Source: the GGUF specification (ggml-org/ggml, docs/gguf.md): magic, version, number of tensors, number of keys, keys with values.
     """
@@ -235,6 +235,6 @@ def _skip(stream: BinaryIO, kind: int) -> None:
             for _ in range(length):
                 _skip(stream, inner)
         else:
-            stream.seek(_TYPE_SIZES[inner] * length, os.SEEK_CUR)  # nobody writes arrays of arrays
+            stream.seek(_TYPE_SIZES[inner] * length, os.SEEK_CUR)  # arrays of arrays do not occur
     else:
         stream.seek(_TYPE_SIZES[kind], os.SEEK_CUR)

@@ -12,8 +12,8 @@ changed, and a row whose weights stay the same is left alone. Positions and padd
 
 Cost of one re-route in tokens: 0, the prefix, and the generated text. Nothing here outlives one call of ``generate``.
 
-Without a cache (``use_cache=False``) every step reads the whole text under the current weights. That equals ``recompute`` and is accepted
-as such; the other policies refuse it. A checkpoint whose configuration turns the cache off gets a cache here.
+Without a cache (``use_cache=False``) every step reads the whole text under the current weights, as ``recompute`` would; the other policies
+refuse it. If the configuration of a checkpoint turns the cache off, a cache is used here.
 
 Shapes: B rows, T tokens, P tokens of the padded prompt, E experts.
 """

@@ -120,7 +120,7 @@ def read_backbone(
 
 
 def hub_commit(source: str, revision: str | None) -> str | None:
-    """The commit that a revision of a hub id stands for in the cache; None for a local folder."""
+    """The commit of a hub id's revision in the cache; None for a local folder."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():

@@ -15,7 +15,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_
 MAX_JSON_BYTES = 128_000_000
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MAX_LAYERS = 10_000
-"""Of a base model; making one takes time for every layer, long before its weights are missed."""
+"""Most layers of a base model. Making a model takes time for every layer, before absent weights are noticed."""
 _SWITCHES = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "renormalize_logits")
 
 
@@ -33,7 +33,7 @@ class ReadingModel:
         self.source, self.revision = source, revision
 
     def __enter__(self) -> ReadingModel:
-        for path in Path(self.source).glob("*.json"):  # transformers reads them whole, whatever their size
+        for path in Path(self.source).glob("*.json"):  # transformers reads them completely, without a size limit
             if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
                 raise ConfigError(f"base model '{self.source}': {path.name} is not a file, or longer than {MAX_JSON_BYTES:,} bytes.")
         return self

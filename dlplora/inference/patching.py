@@ -77,12 +77,12 @@ def patch(model: nn.Module, bank: AdapterBank, slot: RoutingSlot, combine: Liter
 
 
 def _why_absent(path: str, known: Mapping[str, nn.Module]) -> str:
-    """Another base model, or the right one behind a prefix that a wrapper or a surrounding module has left in the keys."""
+    """A hint: another base model, or a prefix in the keys that a wrapper or a surrounding module has left."""
     parts = path.split(".")
     for start in range(1, len(parts)):
         if ".".join(parts[start:]) in known:
             prefix = ".".join(parts[:start])
-            return f"The adapters were saved from a wrapped model: '{prefix}.' would have to go from the keys of their tensors."
+            return f"The adapters were saved from a wrapped model: '{prefix}.' must be removed from the keys of their tensors."
     return "The adapters were trained on another base model."
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 FIXED_ROPE = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial"})
-"""Rotary embeddings of transformers whose frequencies are computed once. ``dynamic`` and ``longrope`` choose them by the length of the
-sequence, and of a kind that is not listed nothing is known."""
+"""Rotary embeddings of transformers with frequencies that are computed once. ``dynamic`` and ``longrope`` choose them by the length of the
+sequence; kinds that are not listed are unknown."""
 LENGTH_FLAGS = ("use_dynamic_ntk", "use_logn_attn")
 """Settings of models with code of their own that scale by the length of the sequence."""
 
@@ -15,8 +15,8 @@ LENGTH_FLAGS = ("use_dynamic_ntk", "use_logn_attn")
 def length_dependence(model: Any) -> str | None:
     """Why the encoding of a position depends on the length of the sequence, as a clause, or None.
 
-    With such a model a token's keys depend on what follows it, so they cannot be shared between sequences of different lengths, and a
-    padded row may be read otherwise than alone.
+    In that case a token's keys depend on what follows it, so they cannot be shared between sequences of different lengths, and a
+    padded row may give another result than alone.
     """
     kinds = sorted({kind for kind in _rope_kinds(model) if kind not in FIXED_ROPE})
     if kinds:

@@ -40,7 +40,7 @@ _NUMBER = re.compile(r"(\d+)\.\s+")
 
 @dataclass(frozen=True, slots=True)
 class ParsedQuestions:
-    """The questions that a prompt wants answered, in order; worked examples before them are not among them.
+    """The questions that a prompt asks, in order, without worked examples.
 
     Args:
         spans: (start, end) of each in characters of the prompt, without list number and instruction markers.
@@ -79,7 +79,7 @@ def asked_questions(prompt: str) -> ParsedQuestions:
 
 
 def _blocks(prompt: str) -> list[tuple[int, int]]:
-    """What stands between blank lines."""
+    """The parts between blank lines."""
     cuts = [0, *(match.end() for match in re.finditer(r"\n\s*\n", prompt)), len(prompt)]
     return [_trimmed(prompt, start, end) for start, end in pairwise(cuts) if prompt[start:end].strip()]
 
@@ -118,13 +118,13 @@ def answer_index(asked: ParsedQuestions, generated: str, num_sentences: int) -> 
 
 
 def segment_text(prompt: str, generated: str, num_sentences: int) -> str:
-    """The question whose answer comes next; the whole prompt if it has no parts."""
+    """The question that is answered next; the whole prompt if it has no parts."""
     asked = asked_questions(prompt)
     return asked.texts(prompt)[answer_index(asked, generated, num_sentences)] if asked.spans else prompt
 
 
 def segment_task(names: str | None, index: int) -> str | None:
-    """The task of the ``index``-th question where ``names`` may hold one name a question."""
+    """The task of the ``index``-th question where ``names`` may hold one name per question."""
     if names is None:
         return None
     parts = names.split(TASK_SEPARATOR)
@@ -139,7 +139,7 @@ def num_tasks(names: str | None) -> int:
 def split_prompt(prompt: str, how: str) -> list[tuple[int, int]]:
     """The parts of a prompt that are routed by themselves: (start, end) in characters, ascending, never empty.
 
-    What lies between two parts (white space, worked answers, list numbers) belongs to the one before; what stands before the first, to it.
+    Text between two parts (white space, worked answers, list numbers) belongs to the one before, text at the beginning to the first part.
 
     Raises:
         GenerationError: If ``how`` is unknown.
@@ -180,7 +180,7 @@ def initial_router_input(view: str, prompts: PromptBatch, tokenizer: Any) -> Pro
 
     Args:
         view: The method's view.
-        prompts: What is routed (``routed_questions``); returned as it is unless some row asks several questions.
+        prompts: What is routed (``routed_questions``); returned unchanged unless some row asks several questions.
         tokenizer: Encodes the texts that differ.
     """
     if view != "segment":

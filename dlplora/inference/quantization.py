@@ -19,7 +19,7 @@ _CPU_BLOCK, _CPU_ROWS = 64, 32
 
 
 class _OnceEach(logging.Filter):
-    """Lets each message pass once: bitsandbytes repeats one a layer and forward when the input is not float16."""
+    """Lets each message pass once: bitsandbytes repeats one per layer and forward pass when the input is not float16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def bitsandbytes_config(
     bnb_4bit_compute_dtype: str | None = None,
     bnb_4bit_use_double_quant: bool = False,
 ) -> Any:
-    """A transformers ``BitsAndBytesConfig``; None if neither 4 nor 8 bits are asked for.
+    """A transformers ``BitsAndBytesConfig``; None if neither 4 nor 8 bits are requested.
 
     Args:
         dtype: Dtype of the rest of the model, and of 4-bit products unless ``bnb_4bit_compute_dtype`` names another.
@@ -63,7 +63,7 @@ def bitsandbytes_config(
             lm-eval's ``--model hf``.
 
     Raises:
-        ConfigError: If both are asked for, a value is unknown, or bitsandbytes is not installed.
+        ConfigError: If both are requested, a value is unknown, or bitsandbytes is not installed.
     """
     if not load_in_4bit and not load_in_8bit:
         return None

@@ -7,7 +7,7 @@
 2. if the caller knows the evaluated document (lm-eval does): system instruction, task description and worked examples;
 3. otherwise, in plain text: worked examples (parts that end with the prompt's last cue *and* an answer), and everything before the parts
    that ask. Parts are separated by blank lines; a part asks if it ends with a question mark or a cue (``Answer:``). Parts that announce the
-   next one (they end with a colon) stay with it. If the last part does not ask, instruction and system text cannot be told apart, and only
+   next one (they end with a colon) stay with it. If the last part does not ask, an instruction looks like a system text, and only
    parts that begin like a system prompt are removed.
 
 A part without content of its own (a cue alone) is joined to the part before it. A prompt in which nothing is recognised is returned
@@ -63,7 +63,7 @@ def question_text(prompt: str, markers: TurnMarkers | None = None, known: Sequen
 @functools.lru_cache(maxsize=4096)
 def _question_text(prompt: str, markers: TurnMarkers | None, known: tuple[str, ...]) -> str:
     text = prompt
-    while True:  # a wrapper may stand in a wrapper; every step that changes anything makes the text shorter
+    while True:  # wrappers may be nested; every step that changes the text makes it shorter
         inner = _last_message(text, markers)
         if _THINKING.search(inner) or _LLAMA2_SYSTEM.search(inner):
             inner = _LLAMA2_SYSTEM.sub("", _THINKING.sub(_thought, inner)).strip()
@@ -103,10 +103,10 @@ def document_texts(document: Any) -> tuple[str, ...]:
 
 
 def routed_tail(question: str) -> str:
-    """The last question of a routed text with whatever follows it; what a re-route reads before the generated text (view ``tail``)."""
+    """The last question of a routed text and what follows it; a re-route reads it before the generated text (view ``tail``)."""
     spans = list(question_spans(question))
     if sum(_LIST_NUMBER.match(question, start) is not None for start, _ in spans) > 1:
-        return question[slice(*spans[-1])]  # one cue for a whole list; `segment` is the view that knows whose turn it is
+        return question[slice(*spans[-1])]  # one cue for a whole list; the view `segment` knows which question comes next
     while len(spans) > 1 and is_cue(question[slice(*spans[-1])]):
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return question[slice(*spans[-1])] if spans else question.strip()
@@ -123,7 +123,7 @@ def _thought(match: regex.Match[str]) -> str:
 
 
 def _last_message(text: str, markers: TurnMarkers | None) -> str:
-    """The words of the user who spoke last, in the first format in which there are any; the text itself if it is no conversation."""
+    """The last user message, in the first format that has one; the text itself if it is not a conversation."""
     for turns in all_turns(text, markers):
         written = [turn for turn in turns if text[turn.start : turn.end].strip()]
         if not written:
@@ -158,7 +158,7 @@ def _known_part(text: str, known: Sequence[str]) -> str | None:
 
 
 def _parts(text: str) -> list[tuple[int, int]]:
-    """What lies between blank lines, (start, end); a part that is a cue alone is joined to the part before it."""
+    """The parts between blank lines, (start, end); a part that is a cue alone is joined to the part before it."""
     cuts = [0, *(gap.end() for gap in _GAP.finditer(text)), len(text)]
     parts: list[tuple[int, int]] = []
     for start, end in pairwise(cuts):
@@ -183,7 +183,7 @@ def _asks(part: str) -> bool:
 
 
 def _asking_part(text: str) -> str:
-    """A plain text without worked examples and without what stands before the parts that ask."""
+    """A plain text without worked examples and without the text before the parts that ask."""
     start = _behind_examples(text)
     rest = text[start:]
     parts = _parts(rest)

@@ -1,4 +1,4 @@
-"""One call of ``generate``: its routing state, and a view of the model whose forward passes run under that state.
+"""One call of ``generate``: its routing state, and a view of the model that runs its forward passes under that state.
 
 Hugging Face ``generate`` is a method of the model, so it is called on a view: an object of the same class that shares all modules,
 parameters and hooks, with a ``forward`` of its own. The model itself is never changed.
@@ -39,10 +39,10 @@ class CompiledTurns:
         """Wait for the requests of other threads.
 
         Raises:
-            GenerationError: If this thread is in the middle of such a request, which would then wait for itself.
+            GenerationError: If this thread is already running such a request: it would wait for itself.
         """
         if self._holder == threading.get_ident():
-            raise GenerationError("generate() with compiled decode steps was called from inside another such call; end that one first.")
+            raise GenerationError("generate() with compiled decode steps was called from inside another one; end that call first.")
         with self._lock:
             self._holder = threading.get_ident()
             try:

@@ -25,7 +25,7 @@ _MANY = 1000
 """Decode steps that make the cost of the buffers and of the prefill negligible."""
 
 TYPICAL_PROMPT = 128
-"""Tokens of a row that weights bound by a caller are taken to be for, who does not say."""
+"""Assumed number of tokens per row for weights bound by a caller."""
 
 
 class RequestRouter:
@@ -65,7 +65,7 @@ class RequestRouter:
                 "dense, reference or auto."
             )
         self.is_gated = any(layer.gate is not None for layer in layers.values())
-        """Whether gates inside the layers decide, so that nobody else can give routing weights."""
+        """Whether gates inside the layers decide, so that no routing weights can be given."""
         if self.is_gated:
             require_gates_served(backend, method.name)
             self.used.add(self.gate_backend)
@@ -80,7 +80,7 @@ class RequestRouter:
 
     @property
     def gate_backend(self) -> str:
-        """Backend of layers whose gate decides."""
+        """Backend of layers with a gate."""
         return "reference" if self.backend == "reference" else "dense"
 
     def route(self, prompts: PromptBatch) -> Tensor | None:
@@ -126,7 +126,7 @@ class RequestRouter:
         Raises:
             RoutingError: If they are for another number of experts, not finite, or the backend cannot serve them.
         """
-        if weights.shape[-1] == self.bank.num_experts != self.num_weights:  # given by a caller: every layer alike
+        if weights.shape[-1] == self.bank.num_experts != self.num_weights:  # given by a caller: the same for every layer
             weights = weights.repeat(*[1] * (weights.ndim - 1), self.num_weights // self.bank.num_experts)
         if weights.shape[-1] != self.num_weights:
             raise RoutingError(f"routing weights are for {weights.shape[-1]} experts, the bank has {self.bank.num_experts}.")
@@ -150,7 +150,7 @@ class RequestRouter:
         """The state of routing weights that a caller gives.
 
         Args:
-            routing: Weights as for ``state``, or a state, which is taken as it is.
+            routing: Weights as for ``state``, or a state, which is used unchanged.
             device: Of the model.
             for_call: Whether they are an argument of a call that must follow them.
 

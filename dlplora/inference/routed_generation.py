@@ -151,7 +151,7 @@ class RoutedGeneration:
 
     def _rerouter(self, state: RoutingState, piecewise: bool) -> SentenceRerouter:
         fused = self.fused
-        # Which question an answer belongs to is only worked out for methods that are told its task.
+        # The question of an answer is only determined for methods that receive its task.
         names = self.prompts.task_names if "task_id" in fused.method.metadata.needs else None
         cache = own_cache(fused.model, fused.method.kv_policy, self.options)
         refresher = None

@@ -23,14 +23,14 @@ _SPLITS = frozenset(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # Qwen 2
     )
 )
-"""Patterns whose matches begin at such a space and never reach across it."""
+"""Patterns with matches that begin at such a space and never extend across it."""
 _LONG = 48
 """Characters that are encoded again rather than cut."""
 _SAMPLE = "Who came, and when? It's 3 o'clock.\nAnswer: Mia and Tom saw 42 plums"
 
 
 class PieceEncoder:
-    """Encodes pieces of text without special tokens, for a tokenizer whose pieces do not depend on one another (``piece_encoder``)."""
+    """Encodes pieces of text without special tokens, for a tokenizer that encodes them independently (``piece_encoder``)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -50,7 +50,7 @@ def piece_encoder(tokenizer: Any) -> PieceEncoder | None:
 
 
 def _splits_into_words(backend: Any) -> bool:
-    """Whether nothing that a fast tokenizer does reaches across a space between two words."""
+    """Whether no step of a fast tokenizer depends on text across a space between two words."""
     if backend.normalizer is not None and _state(backend.normalizer) != {"type": "NFC"}:
         return False
     if getattr(backend.model, "dropout", None):
@@ -83,7 +83,7 @@ def _is_regex(part: dict[str, Any]) -> bool:
 
 
 class RowTokens:
-    """Token ids of each row's text, as the tokenizer's own call gives them; of a text that has grown only the end is encoded.
+    """Token ids of each row's text, as the tokenizer's own call gives them; only the new end of a text is encoded.
 
     Args:
         tokenizer: Any.
@@ -107,7 +107,7 @@ class RowTokens:
         return encode_texts(self.tokenizer, texts)
 
     def _special_tokens(self, encode: PieceEncoder) -> tuple[list[int], list[int]] | None:
-        """What the tokenizer writes before and after a text; None if it does anything else to a text, and then nothing is cut."""
+        """What the tokenizer adds before and after a text; None if it does anything else, and then texts are not cut."""
         sample, whole = encode(_SAMPLE), list(self.tokenizer(_SAMPLE)["input_ids"])
         begin = next((i for i in range(len(whole)) if whole[i : i + len(sample)] == sample), None)
         if begin is None:

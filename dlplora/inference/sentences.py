@@ -65,10 +65,10 @@ def decides_sentence(piece: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Next:
-    """What stands after a full stop and its white space, as far as it is written."""
+    """The text after a full stop and its white space, as far as it is generated."""
 
     text: str
-    """The next word; one character if it is no word."""
+    """The next word; one character if it is not a word."""
     complete: bool
     """Whether the word can grow no further."""
     stopped: bool
@@ -274,7 +274,7 @@ def ends_with_question(text: str) -> bool:
 
 
 def question_spans(prompt: str) -> list[tuple[int, int]]:
-    """Where the questions of a prompt lie, (start, end) in characters without white space at either end; see ``questions``."""
+    """Positions of the questions of a prompt, (start, end) in characters without white space at either end; see ``questions``."""
     found: list[tuple[int, int]] = []
     begin = 0
     for gap in [*regex.finditer(r"\n\s*\n", prompt), None]:
@@ -303,6 +303,6 @@ def questions(prompt: str) -> list[str]:
 
 
 def last_question(prompt: str) -> str:
-    """The last question of a prompt with whatever follows it; the whole prompt if it has no parts."""
+    """The last question of a prompt and what follows it; the whole prompt if it has no parts."""
     found = questions(prompt)
     return found[-1] if found else prompt.strip()

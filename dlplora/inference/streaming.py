@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 
 class _Abandoned(StoppingCriteria):
-    """Ends a generation that nobody reads any more."""
+    """Ends a generation when its reader is gone."""
 
     def __init__(self) -> None:
         self.event = threading.Event()

@@ -24,7 +24,7 @@ GATE_BACKENDS = ("reference", "dense")
 """Backends that can serve routing weights that a gate decides token by token."""
 AUTOMATIC = ("folded", "dense")
 """What ``auto`` chooses from. ``merged`` doubles the memory of the adapted weights and rounds the delta to their dtype, and ``triton``
-has no measured constants yet: both are there to be asked for by name."""
+has no measured constants yet: both must be requested by name."""
 
 Kind = Literal["static", "row", "token"]
 
@@ -38,9 +38,9 @@ class RoutingFacts:
         rows: B; 1 for static weights.
         experts: E.
         width: Experts a row can keep, now or after a re-route. kept: Experts the fullest row keeps now; 0 if not counted.
-        alike: Whether all rows are routed alike and stay so.
+        alike: Whether all rows have equal weights and will keep them.
         sized: Whether buffer sizes must not depend on the values of the weights, as compiled graphs need it.
-        finite: Whether all weights are. zero: Whether none of them is anything else.
+        finite: Whether all weights are finite. zero: Whether all weights are zero.
         gradients: Whether gradients must reach the routing weights.
         device: Device type.
     """
@@ -59,12 +59,12 @@ class RoutingFacts:
 
     @property
     def weight_rows(self) -> int:
-        """Rows that folded buffers must hold: rows that are alike share one, unless another request of this size might not."""
+        """Rows that folded buffers must hold: equal rows share one, unless the rows of another request of this size may differ."""
         return 1 if self.alike and not self.sized else self.rows
 
     @classmethod
     def of(cls, weights: Tensor, *, width: int | None = None, reroutes: bool = False) -> RoutingFacts:
-        """Facts of routing weights (E,), (B, E) or (B, T, E); ``reroutes`` says that rows may be routed again, each for itself.
+        """Facts of routing weights (E,), (B, E) or (B, T, E); ``reroutes``: single rows may be routed again.
 
         They are read from the device in one transfer.
         """
@@ -105,7 +105,7 @@ def obstacle(name: str, facts: RoutingFacts) -> str | None:
 
 
 def triton_obstacle(device: str) -> str | None:
-    """What keeps Triton from running on a device type, as a clause; None if nothing does."""
+    """Why Triton cannot run on a device type, as a clause; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'dlplora[triton]')"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -124,7 +124,7 @@ def require_known(name: str) -> None:
 
 
 def require_gates_served(name: str, method: str) -> None:
-    """Check that a backend can serve a method whose gates decide for every token.
+    """Check that a backend can serve a method with gates that decide for every token.
 
     Raises:
         RoutingError: If it cannot; names those that can.

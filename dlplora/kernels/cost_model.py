@@ -1,6 +1,6 @@
 """Predicted cost of a backend: launches, bytes and floating point operations, each times a constant measured on a device.
 
-The constants are in ``cost_model.json`` beside this file, with the raw times they were fitted to and the machine;
+The constants are in ``cost_model.json`` next to this file, with the raw times they were fitted to and the machine;
 ``python -m benchmarks.kernels`` measures and fits them. For a device without constants ``predict`` returns None.
 
 Shapes: B rows, T tokens, E experts, R rank, I inputs, O outputs, K experts per row at most.
@@ -65,7 +65,7 @@ class Terms:
 
 
 def _through(layer: LayerShape, inner: int, matrices: int, positions: int, launches: int, itemsize: int) -> Terms:
-    """A LoRA of rank ``inner`` over ``positions`` tokens whose factors exist ``matrices`` times."""
+    """A LoRA of rank ``inner`` over ``positions`` tokens, with ``matrices`` sets of factors."""
     both = layer.d_in + layer.d_out
     nbytes = itemsize * (matrices * inner * both + positions * (both + 2 * inner))
     return Terms(launches, nbytes, 2.0 * positions * inner * both)

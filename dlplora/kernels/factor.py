@@ -10,7 +10,7 @@ from dlplora.kernels.reference import per_token
 def fused_delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
     """Delta of the fused factors; the summed A and B are never built, so weights may differ at every token.
 
-    An expert's scaling goes with its B, so that one expert at weight one is that expert, whatever the others' alpha.
+    An expert's scaling multiplies its B, so one expert at weight one is exactly that expert, independent of the others' alpha.
 
     Args:
         x: Layer input (B, T, I); cast to the dtype of ``lora_a`` for the computation.

@@ -1,7 +1,7 @@
 """Generation for composite prompts: the evaluation writes the beginning of each answer, and answers are not cut.
 
 An adapter trained on single questions ends its text after one answer. ``AnswerForm`` treats an end of text, or a line break, as the end of
-one *answer*: while answers are missing, the probability of the end token goes to the line break, and after a line break come the tokens of
+one *answer*: while answers are missing, the probability of the end token is added to the line break, which is followed by the tokens of
 the next answer's form (``Answer:``, ``2.``). The rule is the same for every method and sees neither questions nor targets.
 """
 
@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 from dlplora.errors import GenerationError
 
 Form = tuple[str, ...] | None
-"""What stands before each answer of a row; None for prompts of one answer."""
+"""The text before each answer of a row; None for prompts of one answer."""
 
 
 def form_of(doc: Any) -> Form:
@@ -27,7 +27,7 @@ def form_of(doc: Any) -> Form:
 
 
 def require_whole(doc: Any, length: int, room: int, new_tokens: int) -> None:
-    """Refuse to cut a prompt that makes no sense without its beginning.
+    """Refuse to cut a prompt that is meaningless without its beginning.
 
     Raises:
         GenerationError: If the document asks for its whole prompt and it does not fit; the lengths are named.
@@ -36,7 +36,7 @@ def require_whole(doc: Any, length: int, room: int, new_tokens: int) -> None:
         n = len(doc.get("parts") or ())
         raise GenerationError(
             f"a {doc.get('reading', 'composite')} prompt of {n} questions has {length} tokens and asks for {new_tokens} more, but the "
-            f"context is {room + new_tokens}. Such prompts are not cut; use a smaller n, another form, or a longer context."
+            f"context is {room + new_tokens}. These prompts are not cut; use a smaller n, another form, or a longer context."
         )
 
 
@@ -44,7 +44,7 @@ class AnswerForm(LogitsProcessor):
     """Writes the form of each answer, one row at a time; see the module docstring.
 
     Args:
-        forms: For each row what stands before each answer, from the second on beginning with a line break; None leaves a row alone.
+        forms: For each row the text before each answer, from the second on beginning with a line break; None leaves a row unchanged.
         tokenizer: Encodes the forms.
         prompt_width: Tokens of the padded prompt.
 

@@ -29,7 +29,7 @@ def accelerator_if_launched(device: str | None) -> Any:
         return None
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    # ranks wait for each other once an evaluation, however long the slowest takes
+    # ranks wait for each other once per evaluation, without a time limit
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
     return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
@@ -43,9 +43,9 @@ def _launched() -> bool:
 def shutdown_process_group() -> Iterator[None]:
     """End the process group at the end of the block, if one was begun by then: gloo's threads must not outlive the interpreter.
 
-    After success all processes wait for each other, since a peer may still be in the last collective. After an error nobody waits: the
-    others may never arrive, and the launcher ends them. A launched process that succeeded leaves without taking the interpreter apart,
-    since a native thread that asks for the interpreter's lock meanwhile aborts the process, and with it the whole launch.
+    After success all processes wait for each other, since a peer may still be in the last collective. After an error no process waits: the
+    others may never arrive, and the launcher ends them. A launched process that succeeded exits without finalising the interpreter,
+    since a native thread that requests the interpreter's lock during finalisation aborts the process and the whole launch.
     """
     succeeded = done = False
 
@@ -83,7 +83,7 @@ def usable_device(name: str | None) -> torch.device:
     """The named device, or the one that is there: lm-eval says ``cuda:0`` on every machine.
 
     Raises:
-        ConfigError: If the name is no torch device.
+        ConfigError: If the name is not a torch device.
     """
     device = parse_device(name or "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -38,7 +38,7 @@ class HarnessResult:
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Aggregates of the groups that define one."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Task to one mapping a question, as lm-eval logs it; empty unless samples are logged."""
+    """Task to one mapping per question, as lm-eval logs it; empty unless samples are logged."""
     versions: dict[str, Any] = field(default_factory=dict)
     """Task to the version in its YAML file."""
     num_samples: dict[str, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def fast_task_manager(include_path: str | Path | Sequence[str | Path] = (), meta
 def without_environment_report() -> Iterator[None]:
     """While open, lm-eval adds neither a list of the machine's packages (seconds of ``pip list``) nor the commit of the working folder.
 
-    Nobody here reads either, and outside a git repository the latter prints git's error message. Records name the commit of this code.
+    Neither is read here, and outside a git repository the latter prints git's error message. Records name the commit of this code.
     """
     from lm_eval import evaluator
 
@@ -74,7 +74,7 @@ def without_environment_report() -> Iterator[None]:
 
 @contextmanager
 def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """While open, a name of a module stands for something else; a name that this version of the module lacks is left out."""
+    """While open, names of a module are replaced; names that this version of the module lacks are left out."""
     if not hasattr(module, name):
         yield
         return
@@ -163,7 +163,7 @@ def evaluate(
     Args:
         lm: The model, usually a ``DLPLoRALM``.
         task_names: Names of tasks, groups or tags known to ``task_manager``; ``*`` matches any text. Or tasks that ``load_tasks`` built.
-        limit: Questions a task, None for all.
+        limit: Questions per task, None for all.
         num_fewshot: Examples in the prompt; None leaves each task's own number. A task that fixes 0 keeps it.
         batch_size: Sets the model's batch size; None keeps it.
         log_samples: Whether to keep every question with its answers.
@@ -208,7 +208,7 @@ def evaluate(
 
 
 def clean_results(raw: Mapping[str, Any]) -> HarnessResult:
-    """lm-eval's result mapping with plain metric names, groups apart from tasks, and ``None`` for a missing error."""
+    """lm-eval's result mapping with plain metric names, groups separate from tasks, and ``None`` for a missing error."""
     results: dict[str, dict[str, float]] = {}
     groups: dict[str, dict[str, float]] = {}
     stderr: dict[str, dict[str, float | None]] = {}
@@ -249,7 +249,7 @@ def _split_metrics(entry: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
 
 
 def _matching(task_names: Sequence[str], manager: TaskManager) -> list[str]:
-    """The known names that the given names and patterns stand for, in the order given, each once."""
+    """The known names that match the given names and patterns, in the order given, each once."""
     if not task_names:
         raise TaskError("no task to evaluate. Name at least one.")
     found: dict[str, None] = {}

@@ -43,7 +43,7 @@ class GateSums:
 
     @classmethod
     def zeros(cls, mask: Tensor, num_experts: int) -> GateSums:
-        """Sums of nothing, for rows whose tokens ``mask`` (B, T) marks."""
+        """Empty sums for rows with the tokens of ``mask`` (B, T)."""
         rows, device = mask.shape[0], mask.device
         wide, narrow = torch.zeros(rows, num_experts, device=device), torch.zeros(rows, device=device)
         return cls(mask.float(), wide, wide.clone(), narrow, narrow.clone(), narrow.clone())

@@ -66,7 +66,7 @@ def readable(arguments: Sequence[str]) -> list[str]:
     """Arguments of a command with our model as lm-eval's parser takes them: mappings in ``--model_args`` become JSON.
 
     Raises:
-        Refused: If a mapping is no JSON.
+        Refused: If a mapping is not JSON.
     """
     named = [value for option, value in zip(arguments, [*arguments[1:], ""], strict=True) if option in {"--model", "-M"}]
     named += [option.removeprefix("--model=") for option in arguments if option.startswith("--model=")]
@@ -94,7 +94,7 @@ def _options(arguments: Any) -> dict[str, Any]:
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    """Refuse what would waste a run or give wrong results."""
+    """Refuse options that would waste a run or give wrong results."""
     if options.get("use_cache") is not None:
         raise Refused(CACHE_REFUSAL)
     limit = options.get("limit")

@@ -25,7 +25,7 @@ class HarnessOptions:
     """They mean what they mean for ``--model hf``; None leaves lm-eval's default."""
 
     batch_size: int | str | None = None
-    """Rows a forward, ``auto``, or ``auto:N`` (found out again N times); from the command line it comes as text."""
+    """Rows per forward pass, ``auto``, or ``auto:N`` (found out again N times); from the command line it comes as text."""
     max_batch_size: int | str | None = None
     """Where ``auto`` begins."""
     max_length: int | None = None
@@ -37,7 +37,7 @@ class HarnessOptions:
     add_bos_token: bool | None = None
     """Whether texts begin with the beginning-of-text token."""
     prefix_token_id: int | None = None
-    """What stands for an empty context."""
+    """The token that replaces an empty context."""
     think_end_token: int | str | None = None
     """What ends the thinking of a model."""
     enable_thinking: bool | None = None
@@ -86,10 +86,10 @@ def parse_harness_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def present_device(name: str | None) -> torch.device:
-    """``usable_device``, refused where this machine has no such device.
+    """``usable_device``; an error if this machine does not have it.
 
     Raises:
-        ConfigError: If the name is no device, or none that a model can run on here.
+        ConfigError: If the name is not a device that a model can run on here.
     """
     return require_device(usable_device(name))
 

@@ -8,7 +8,7 @@ detection and data parallelism are inherited. Reading and generating tokens are 
 * The question is routed (``routed_texts``), without chat template, system instruction, task description and few-shot examples.
 * ``loglikelihood_rolling`` has no context. The first window of the text (its first ``max_length`` tokens) is treated as the prompt, and
   its routing weights serve all windows. Only here does routing read text that is scored.
-* An empty context is the beginning-of-text token, as in the parent class, and is routed as such.
+* An empty context becomes the beginning-of-text token, as in the parent class, and is routed in this form.
 * Prompts that do not fit are cut on the left and counted.
 * The task name reaches only methods that declare the need (the fused model withholds it). It is the field ``task`` of a document, else
   lm-eval's task name without ``dlplora_<suite>_``; the first that names an expert wins.
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 ROUTED_TOGETHER = 64  # prompts that a router reads in one batch
 TEXTS_KEPT = 100_000
-"""Texts whose tokens are remembered, contexts and contexts with an option: enough for a matrix of some thousand questions."""
+"""Number of texts with cached tokens (contexts, and contexts with an option): enough for some thousand questions."""
 MISLEADING_NOTICES = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model", "Overrode HF model backend")
 """What the parent says of a model built outside it; none of it applies to one built here."""
 
@@ -121,7 +121,7 @@ class DLPLoRALM(HFLM):
         return cls.create_from_arg_obj((split_text if "{" in arg_string else simple_parse_args_string)(arg_string), additional_config)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Refuse lm-eval's response cache, however it was asked for.
+        """Refuse lm-eval's response cache, in every form.
 
         Raises:
             ConfigError: Always, when the hook would store anything.
@@ -147,7 +147,7 @@ class DLPLoRALM(HFLM):
         return self._weights_of[prompt.key]
 
     def _route_all(self, prompts: Iterable[Prompt]) -> None:
-        """Route the prompts that were not routed yet, in batches of similar length, whatever their tasks."""
+        """Route the prompts that were not routed yet, in batches of similar length, regardless of task."""
         missing = {prompt.key: prompt for prompt in prompts if prompt.key not in self._weights_of}
         new = sorted(missing.values(), key=lambda one: len(one.ids))
         for start in range(0, len(new), ROUTED_TOGETHER):
@@ -297,7 +297,7 @@ class DLPLoRALM(HFLM):
                 yield score_full(scorer, batch)
 
     def _batches(self, units: list[ScoringRequest], batch_size: int | None = None) -> Iterator[list[ScoringRequest]]:
-        """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as it was told to."""
+        """Consecutive batches; with ``batch_size=auto`` the parent finds their size, as often as configured."""
         pairs: list[Any] = []
         start = 0
         while start < len(units):
@@ -307,7 +307,7 @@ class DLPLoRALM(HFLM):
             start += len(batch)
 
     def _size_at(self, units: list[ScoringRequest], start: int, batch_size: int | None, pairs: list[Any]) -> int:
-        """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units as the parent wants them, once it was asked."""
+        """Rows of the batch that begins with unit ``start``; ``pairs`` holds the units in the parent's format, after its first request."""
         size = batch_size or self.batch_size
         if size != "auto":
             return int(size)

@@ -53,7 +53,7 @@ class ModelArgs:
     trained: str | None = None
     """Folder of the method's own trained gates, as ``LitFusion`` exports it."""
     artifacts: dict[str, Any] = field(default_factory=dict)
-    """Folders of whatever else a method needs, by role; given as ``artifact.ROLE=FOLDER``."""
+    """Folders of other artifacts of a method, by role; given as ``artifact.ROLE=FOLDER``."""
     names: tuple[str, ...] | None = None
     """Experts to keep, in this order; None keeps the pool's."""
     backend: str = "auto"
@@ -84,18 +84,18 @@ class ModelArgs:
     """Attention of transformers; None leaves the choice to transformers."""
 
     def loading(self) -> dict[str, Any]:
-        """What the base model's loader is asked for besides its name and dtype."""
+        """Arguments of the base model's loader besides its name and dtype."""
         keys = ("revision", "trust_remote_code", "load_in_4bit", "load_in_8bit", "attn_implementation")
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keys or item.name.startswith("bnb_4bit_")}
 
 
 def split_text(text: str) -> dict[str, Any]:
-    """``key=value`` pairs at the commas that stand outside of brackets, braces and quotes.
+    """``key=value`` pairs, split at commas outside of brackets, braces and quotes.
 
     Mappings are read as JSON, everything else as lm-eval reads it. The whole text may also be one JSON object.
 
     Raises:
-        ConfigError: If a pair has no ``=``, or a mapping is no JSON.
+        ConfigError: If a pair has no ``=``, or a mapping is not JSON.
     """
     from lm_eval.utils import handle_arg_string
 
@@ -135,7 +135,7 @@ def _json_object(text: str, what: str) -> dict[str, Any]:
 
 
 def with_mappings_as_json(arguments: Sequence[str]) -> list[str]:
-    """A command line whose ``--model_args`` hold braces, with all of them as one JSON object, which lm-eval's parser takes.
+    """A command line with braces in ``--model_args``; all of them become one JSON object, which lm-eval's parser reads.
 
     Raises:
         ConfigError: As ``split_text``.

@@ -86,7 +86,7 @@ def _include_tasks(manager: Any) -> None:
 
 
 def _our_folders(paths: list[Any], manager: Any) -> list[str]:
-    """Folders to read beside ``paths``; the temporary one of local tasks lives as long as the manager."""
+    """Folders to read in addition to ``paths``; the temporary one of local tasks lives as long as the manager."""
     from dlplora.tasks import lm_eval_dir
     from dlplora.tasks.export import local_tasks
 

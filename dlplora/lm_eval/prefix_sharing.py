@@ -95,7 +95,7 @@ def decide_sharing(wanted: str, fused: FusedCausalLM) -> tuple[bool, str]:
 TRIAL = (((1, 2, 3), (4, 5, 6)), ((1, 2, 3), (5, 4, 7)), ((3, 5, 1, 7, 6), (2, 1, 4)))
 """Contexts of different lengths and options of several tokens."""
 TRIAL_TOLERANCE = 0.05
-"""Of the spread of the logits: rounding in 16 bits stays below it, wrong positions and unseen keys do not."""
+"""Tolerance, relative to the spread of the logits: rounding in 16 bits is below it; wrong positions and missing keys are not."""
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def why_not_in_a_trial(fused: FusedCausalLM) -> str | None:
     spread = max(float(rows.max() - rows.min()) for rows in there.values())
     if all(float((here[key] - rows).abs().max()) <= TRIAL_TOLERANCE * spread for key, rows in there.items()):
         return None
-    return f"{type(fused.model).__name__} gives other numbers behind a shared context"
+    return f"{type(fused.model).__name__} gives other numbers after a shared context"
 
 
 def questions_of(units: Iterable[Unit]) -> list[Question]:
@@ -124,7 +124,7 @@ def questions_of(units: Iterable[Unit]) -> list[Question]:
 
 
 def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Consecutive questions such that neither contexts nor options after them are more than ``size`` rows.
+    """Consecutive questions with at most ``size`` rows of contexts and at most ``size`` rows of options after them.
 
     A question with more options than that is a batch of its own.
     """
@@ -163,7 +163,7 @@ class Scorer:
 
 
 def score_full(scorer: Scorer, batch: list[Unit]) -> Readings:
-    """One forward pass, a row a unit."""
+    """One forward pass with one row per unit."""
     windows = [unit.window(scorer.max_length) for unit in batch]
     ids, mask = pad_rows(windows, scorer.pad_id, "right", scorer.device)
     prompts = [unit.prompt for unit in batch]
@@ -214,7 +214,7 @@ def read_questions(scorer: Scorer, batch: Sequence[Question]) -> Readings:
 
 
 def answers(logprobs: Tensor, places: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """Sum of the log-probabilities of each continuation, and whether each of its tokens is the likeliest.
+    """Sum of the log-probabilities of each continuation, and whether each of its tokens is the most likely one.
 
     Args:
         logprobs: (N, V).

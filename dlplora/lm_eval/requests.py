@@ -101,7 +101,7 @@ class ScoringRequest:
 
 
 def consecutive(items: Sequence[Item], size: int, length: Callable[[Item], int] | None = None) -> Iterator[list[Item]]:
-    """Consecutive batches of at most ``size``; with ``length``, of one length each: some models read a padded row otherwise than alone."""
+    """Consecutive batches of at most ``size``; with ``length``, of one length each: some models compute a padded row differently."""
     start = 0
     while start < len(items):
         batch = list(items[start : start + size])
@@ -161,7 +161,7 @@ class GenerationSettings:
         """lm-eval's generation options, with its own meaning of missing ones.
 
         Raises:
-            GenerationError: If more than one answer a prompt is asked for.
+            GenerationError: If more than one answer per prompt is requested.
         """
         settings: dict[str, Any] = dict(normalize_gen_kwargs(dict(gen_kwargs), default_max_new_tokens))
         until = handle_stop_sequences(settings.pop("until", None), eos=eos)
@@ -201,14 +201,14 @@ class StopTexts(StoppingCriteria):
     Args:
         tokenizer: Decodes the last tokens of every row after each step.
         texts: Stop texts.
-        prompt_width: Width of the padded prompts, T; what stands before is never searched.
+        prompt_width: Width of the padded prompts, T; the prompt is never searched.
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], prompt_width: int) -> None:
         self.tokenizer = tokenizer
         self.texts = tuple(texts)
         self.prompt_width = prompt_width
-        # a token holds at least one byte, so a stop text just completed lies within as many last tokens as it has bytes
+        # a token holds at least one byte, so a stop text just completed is within as many last tokens as it has bytes
         self.lookback = max((len(text.encode()) for text in texts), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 CONVERSATIONS_KEPT = 100_000
-"""Rendered conversations whose last message is remembered; the markers of the chat template find it in all others."""
+"""Number of rendered conversations with a cached last message; in others the markers of the chat template find it."""
 
 
 class RoutedTexts:

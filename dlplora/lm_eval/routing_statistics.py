@@ -23,8 +23,8 @@ class RoutingStatistics:
     """Sums over the distinct prompts of a run; sums of several processes add up.
 
     A prompt is judged right when the expert of largest weight is the one trained on its task; prompts of tasks that no
-    expert was trained on are not judged, and weights of zero name no expert. A method none of whose weights prefer an expert
-    (no adapter, an average) does not route, and has no accuracy. Where gates decide, a prompt's weights are their means over its
+    expert was trained on are not judged, and weights of zero name no expert. A method with weights that never prefer an expert
+    (no adapter, an average) does not route and has no accuracy. Where gates decide, a prompt's weights are their means over its
     tokens and all gates; experts kept, entropy and the share with several experts are means over the same.
 
     Args:

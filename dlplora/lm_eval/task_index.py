@@ -9,7 +9,7 @@ from typing import Literal
 
 MODEL_NAME = "dlplora"
 Index = Literal["all", "ours", "as called"]
-"""What a ``TaskManager`` indexes: its own tasks and ours, ours alone, or what it was called for."""
+"""What a ``TaskManager`` indexes: its own tasks and ours, ours alone, or those of its arguments."""
 _index: ContextVar[Index] = ContextVar("_index", default="all")
 
 

@@ -30,17 +30,17 @@ from dlplora.errors import ConfigError
 
 CLAIMS, BEATS, ENDED, DONE = "claims", "beats", "ended", "done"
 BEATS_A_LEASE = 6
-"""Heartbeats that fit into a lease: so many have to be missed."""
+"""Heartbeats per lease; a holder must miss all of them to lose its cell."""
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a cell stands."""
+    """Status of a cell."""
 
     kind: Literal["free", "running", "done", "failed"]
     attempt: int
-    """Of the holder or of the failure; for a free cell the attempt to claim."""
+    """Attempt of the holder or of the failure; for a free cell the attempt to claim."""
 
 
 class LostError(Exception):
@@ -48,7 +48,7 @@ class LostError(Exception):
 
 
 def publish_once(path: Path, content: dict[str, Any]) -> bool:
-    """Let a file of JSON appear whole, unless one of that name exists.
+    """Write a JSON file atomically, unless one of that name exists.
 
     Returns:
         Whether it is ours.
@@ -93,7 +93,7 @@ class Board:
 
     Args:
         folder: Shared by all workers.
-        lease_s: How long a counter may stand still; the same for all workers.
+        lease_s: How long a counter may stay unchanged; the same for all workers.
         clock: Seconds that never run backwards.
     """
 
@@ -108,11 +108,11 @@ class Board:
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     def states(self, cells: Iterable[str], *, look_for_dead: bool = False) -> dict[str, State]:
-        """Where every cell stands.
+        """Status of every cell.
 
         Args:
             cells: Which.
-            look_for_dead: Read the counters of running cells; those that stood still for a lease, under the eyes of this object, are free.
+            look_for_dead: Read the counters of running cells; a cell is free if this object saw the same counter for a whole lease.
         """
         for cell, attempt in self._new(ENDED):  # before the claims: an end that is seen has its claim
             self._ends.setdefault(cell, set()).add(attempt)
@@ -161,7 +161,7 @@ class Board:
         return self._claimed.get(cell, 0) - len(self._ends.get(cell, set()) - {self._claimed.get(cell, 0)})
 
     def claim(self, cell: str, attempt: int, worker: str) -> Lease | None:
-        """Take an attempt; None if another worker was faster or the cell is done."""
+        """Claim an attempt; None if another worker claimed it first or the cell is done."""
         if not publish_once(self.folder / CLAIMS / f"{cell}.{attempt}", {"worker": worker}):
             return None
         lease = Lease(self, cell, attempt, worker)
@@ -224,7 +224,7 @@ class Lease:
         return f"{self.cell}.{self.attempt}"
 
     def check(self) -> None:
-        """Raise if somebody else has the cell.
+        """Raise if another worker has the cell.
 
         Raises:
             LostError: With the reason.
@@ -241,7 +241,7 @@ class Lease:
         """Raise the counter; of fixed width and written in place, so that a full disk does not stop it.
 
         Raises:
-            LostError: If somebody else has the cell.
+            LostError: If another worker has the cell.
         """
         self.check()
         self._count += 1
@@ -256,7 +256,7 @@ class Lease:
         """Raise the counter in a thread for the time of the block.
 
         Args:
-            when_lost: Called in that thread, once, if somebody else has the cell, or if no beat got through for most of a lease.
+            when_lost: Called in that thread, once, if another worker has the cell, or if no heartbeat could be written for most of a lease.
         """
         stop = threading.Event()
         thread = threading.Thread(target=self._keep, args=(stop, when_lost), name=f"beat-{self.name}", daemon=True)
@@ -297,9 +297,9 @@ class Lease:
             raise LostError(self.lost)
 
     def fail(self, reason: str) -> None:
-        """End the attempt; the cell is not tried again unless somebody asks for it."""
+        """End the attempt; the cell is not tried again without an explicit request."""
         publish_once(self.board.folder / ENDED / self.name, {"kind": "failed", "reason": " ".join(reason.split()), "worker": self.worker})
 
     def release(self) -> None:
-        """Give the cell back, so that nobody has to wait for the lease to run out."""
+        """Give the cell back, so that no worker has to wait for the lease to expire."""
         publish_once(self.board.folder / ENDED / self.name, {"kind": "released", "worker": self.worker})

@@ -29,10 +29,10 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell came to."""
+    """Result of a cell."""
 
     moves: Moves = ()
-    """What has to be moved to its place; empty for what was there already."""
+    """Files to move to their places; empty if they were there already."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For readers of the board."""
 

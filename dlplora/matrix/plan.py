@@ -32,7 +32,7 @@ class Cell:
     """Expert names (comma-separated), a role of ``reproduce.artifacts``, or a method; what ``kind`` says."""
     seed: int
     after: list[str]
-    """Ids of the cells whose results it reads."""
+    """Ids of the cells that it depends on."""
     minutes: float | None = None
     """Predicted; None where nothing is known."""
     memory_gb: float | None = None
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for; everything a worker needs to find the same profiles again."""
+    """The request: everything a worker needs to find the same profiles again."""
 
     profiles: list[str]
     """``nano``, names or files as ``reproduce paper --backbone`` takes them, base models."""
@@ -58,10 +58,10 @@ class Request:
     tasks: list[str] | None = None
     data_root: str | None = None
     limit: int | None = None
-    """Questions a task."""
+    """Questions per task."""
     experts_per_cell: int = 1
     results: str | None = None
-    """Results folder; None is one beside the plan."""
+    """Results folder; None is a folder next to the plan."""
     lease_s: float = 120.0
     """How long a worker may be silent before its cell is taken over."""
     max_deaths: int = 5
@@ -81,7 +81,7 @@ class Header:
 
     request: Request
     profile_hashes: dict[str, str]
-    """Of everything that decides a profile's numbers: protocol, training configurations, methods' parameters, rows."""
+    """Profile -> hash of everything that decides its numbers: protocol, training configurations, methods' parameters, rows."""
     versions: dict[str, str | None]
     commit: str | None
     num_cells: int
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """What the workers share, beside the plan."""
+        """Folder next to the plan that the workers share."""
         return self.path.with_suffix(".work")
 
     @property
@@ -123,7 +123,7 @@ def _cells_hash(cells: Sequence[Cell]) -> str:
 
 
 def write_plan(path: Path, header: Header, cells: Sequence[Cell]) -> None:
-    """Write a plan, whole or not at all."""
+    """Write a plan atomically."""
     lines = [json.dumps(one, ensure_ascii=False) for one in (dataclasses.asdict(header), *map(dataclasses.asdict, cells))]
     write_atomically(path, "\n".join(lines) + "\n")
 

@@ -15,7 +15,7 @@ FORWARD, TRAINING = 2, 4
 
 
 class Predictions:
-    """Of one profile.
+    """Predictions for one profile.
 
     Args:
         subject: The profile.
@@ -61,7 +61,7 @@ class Predictions:
         return batch_size * num_steps * mean * (name.count(",") + 1)
 
     def _budget(self, role: str) -> tuple[int, int, int]:
-        """Rows a step, steps, tokens per row at most."""
+        """Rows per step, steps, tokens per row at most."""
         setting = self.subject.setting
         data = load_yaml(artifacts.config_path(role, setting))["data"]["init_args"]
         data = paper.overridden(data, setting.extra(role), "--data.init_args.")
@@ -82,7 +82,7 @@ class Predictions:
 
     @cached_property
     def _shape(self) -> estimate.ModelSize | None:
-        """Sizes of the base model; None if they cannot be had without a download."""
+        """Sizes of the base model; None if they are not available without a download."""
         job = self.subject.job
         lora = load_yaml(artifacts.config_path("pool", self.subject.setting))["model"]["init_args"]["lora"]
         source, known = (str(nano_asset("backbone")), None) if job is None else (job.profile.backbone, paper.known_shape(job))

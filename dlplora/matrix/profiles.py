@@ -23,7 +23,7 @@ def subjects_of(request: Request, folder: Path) -> list[Subject]:
     """The profiles of a request; every name is checked.
 
     Args:
-        request: What was asked for.
+        request: The request.
         folder: Shared by the workers; artifacts go below it.
 
     Raises:
@@ -110,7 +110,7 @@ class _Planner:
         return load_yaml(artifacts.config_path(role, self.subject.setting))
 
     def _cell(self, kind: Kind, name: str, seed: int, after: Sequence[str], content: Any) -> Cell:
-        # What it needs is told by content, not by ``after``, which lacks what was there when the plan was made.
+        # Dependencies are found by content, not by ``after``, which lacks artifacts that existed when the plan was made.
         told = [kind, self.subject.name, self.subject.facts, name, seed, content]
         minutes, memory_gb = self.predictions.of(kind, name)
         return Cell(

@@ -33,7 +33,7 @@ class Preempted(Terminated):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one job."""
+    """Resources of one job."""
 
     cluster: str = "slurm"
     """``slurm``, or ``local`` and ``debug`` of submitit for trials."""
@@ -56,7 +56,7 @@ class WorkerJob:
     limits: Limits
 
     def __call__(self) -> dict[str, int]:
-        """Work on the plan; returns how it stood at the end."""
+        """Work on the plan; returns its status at the end."""
         tally = work(read_plan(Path(self.plan)), _tell, self.limits)
         return {"done_here": tally.num_done_here, "done": tally.num_done, "failed": tally.num_failed, "left": tally.num_left}
 
@@ -121,7 +121,7 @@ def _parameters(resources: Resources) -> dict[str, Any]:
 
 @contextmanager
 def requeued_when_preempted() -> Iterator[None]:
-    """For ``matrix work`` in a job script of one's own: SIGUSR1 stops the worker as Ctrl-C does, and Slurm queues the job again."""
+    """For ``matrix work`` in a custom job script: SIGUSR1 stops the worker as Ctrl-C does, and Slurm queues the job again."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Preempted

@@ -48,7 +48,7 @@ class Staging:
         return own
 
     def adopted(self, lease: Lease) -> bool:
-        """Whether an earlier attempt had everything ready and only the last notes were missing; they are made up for."""
+        """Whether an earlier attempt had everything ready and only the last notes were missing; they are written now."""
         for attempt in range(lease.attempt - 1, -1, -1):
             note = self.folder / READY / f"{lease.cell}.{attempt}.json"
             if note.is_file() and note.with_suffix("").is_dir():
@@ -61,7 +61,7 @@ class Staging:
         """Make the attempt's files the cell's.
 
         Raises:
-            LostError: If another worker has the cell; its files stay where they are, and nobody reads them.
+            LostError: If another worker has the cell; its files stay where they are and are not read.
         """
         lease.check()
         result = {"attempt": lease.attempt, "moves": [list(move) for move in moves], **facts}
@@ -91,12 +91,12 @@ class Staging:
                     os.rename(source, target) if source.is_dir() else os.link(source, target)
             if not target.exists():
                 _copy_without_links(source, target)
-        second = (self.folder / STAGE).glob(f"{cell}.*")  # whatever attempts that came second still write
+        second = (self.folder / STAGE).glob(f"{cell}.*")  # later attempts may still write here
         for left in (*(self.folder / READY).glob(f"{cell}.*"), *second):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def publish_all(self, done: set[str]) -> None:
-        """Make up for workers that died between finishing a cell and moving its files."""
+        """Move the files of workers that died between finishing a cell and moving its files."""
         for cell in {entry.name.strip(".").split(".")[0] for entry in os.scandir(self.folder / READY)} & done:
             self.publish(cell)
 

@@ -35,7 +35,7 @@ class Subject:
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether a base model has to be made before all else."""
+        """Whether a base model must be made first."""
         artifact = None if self.job is None else self.job.backbone_artifact()
         return artifact is not None and not artifact.ready
 

@@ -26,7 +26,7 @@ from dlplora.progress import duration
 
 Say = Callable[[str], None]
 AMONG = 4
-"""A worker draws from the foremost quarter of the cells that can be done, so that few try for the same one."""
+"""A worker draws from the first quarter of the available cells, so that few workers claim the same one."""
 POLL_S = 1.0
 """First pause of an idle worker; the following ones are longer."""
 FOLDER_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """How the plan stood when a worker ended."""
+    """Status of the plan when a worker ended."""
 
     num_done_here: int
     num_done: int
@@ -60,7 +60,7 @@ class Tally:
 
 
 class TakenOver(KeyboardInterrupt):
-    """The cell in work is somebody else's; a ``KeyboardInterrupt``, so that trainings stop as after Ctrl-C."""
+    """The current cell belongs to another worker; a ``KeyboardInterrupt``, so that trainings stop as after Ctrl-C."""
 
 
 def name_of_this_worker() -> str:
@@ -230,11 +230,11 @@ def by_rank(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def ready_cells(cells: Sequence[Cell], states: Mapping[str, State]) -> list[Cell]:
-    """Those that nobody works on and whose needs are done, in the order given."""
+    """Cells without a worker and with finished dependencies, in the order given."""
     done = {cell for cell, state in states.items() if state.kind == "done"}
     return [cell for cell in cells if states[cell.id].kind == "free" and done.issuperset(cell.after)]
 
 
 def choose(ready: Sequence[Cell], draw: random.Random) -> Cell:
-    """One of the foremost cells by chance, so that few workers try for the same one."""
+    """A random cell of the first ones, so that few workers claim the same one."""
     return draw.choice(ready[: max(8, len(ready) // AMONG)])

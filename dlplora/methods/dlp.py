@@ -95,7 +95,7 @@ class DLP(FusionMethod):
         """Folder of a trained router; None takes the one that came with the pool (the artifact ``router``)."""
 
         scope: Literal["off", "router", "max_probability", "energy"] = field(default="off", metadata=OMIT_DEFAULT_FROM_HASH)
-        """Which prompts get no expert at all. ``router``: score and threshold that lie beside the router (`dlplora scope`); otherwise this
+        """Which prompts get no expert at all. ``router``: score and threshold stored next to the router (`dlplora scope`); otherwise this
         score, below ``scope_threshold``."""
         scope_threshold: float | None = field(default=None, metadata=OMIT_DEFAULT_FROM_HASH)
         """Threshold of the named score."""
@@ -147,7 +147,7 @@ class DLP(FusionMethod):
 
     @property
     def kv_policy(self) -> str:
-        """What becomes of cached keys and values, as configured."""
+        """What happens to cached keys and values, as configured."""
         return self.config.kv_policy
 
     @property
@@ -157,7 +157,7 @@ class DLP(FusionMethod):
 
     @property
     def max_kept(self) -> int:
-        """Bound of the selector: only so many experts of at least ``threshold`` each fit into a mass of one; the same for ``top_p``."""
+        """Bound of the selector: the number of experts of at least ``threshold`` that fit into a mass of one; likewise for ``top_p``."""
         config = self.config
         if config.selector in {"topk", "argmax"}:
             return 1 if config.selector == "argmax" else config.top_k
@@ -222,7 +222,7 @@ class DLP(FusionMethod):
 
     @property
     def scope(self) -> ScopeThreshold | None:
-        """The threshold beside the router, whether this configuration uses it or not."""
+        """The threshold stored with the router, even if this configuration does not use it."""
         return None if self.router is None else self.router.scope
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class DLP(FusionMethod):
     def route(self, prompts: PromptBatch) -> Tensor:
         """Routing weights (B, E), float32, on the device of the prompts.
 
-        Warns once if the router is far less sure of what it reads than it was on validation.
+        Warns once if the router is far less confident than on validation.
         """
         return self.route_with_confidence(prompts)[0]
 
@@ -300,7 +300,7 @@ class DLP(FusionMethod):
 
     @classmethod
     def load(cls, folder: str | Path, bank: AdapterBank, context: MethodContext) -> FusionMethod:
-        """Rebuild what ``save`` wrote; the saved router is used, whatever the context or the configuration names."""
+        """Rebuild what ``save`` wrote; the saved router is used, not the one that context or configuration name."""
         method = cls(replace(cls.saved_config(folder, bank), router=None))
         method.use_router(MiniMLPRouter.load(Path(folder) / "router", context.embedding))
         method.prepare(bank, context)

@@ -36,7 +36,7 @@ class Base(FusionMethod):
 
 
 class Oracle(FusionMethod):
-    """The adapter of the prompt's own task. A point of reference, not a bound: another adapter may do better."""
+    """The adapter of the prompt's own task. A reference, not a bound: another adapter may do better."""
 
     name = "oracle"
     metadata = Metadata(title="Single LoRA (oracle)", granularity="task", needs=("task_id",))
@@ -47,13 +47,13 @@ class Oracle(FusionMethod):
         """What the oracle does with prompts of several questions."""
 
         segments: bool = field(default=False, metadata=OMIT_DEFAULT_FROM_HASH)
-        """Whether a prompt may hold several questions of known tasks; then the i-th answer has the adapter of the i-th task. A point of
-        reference for composite prompts, told both the tasks and, by the line breaks of the text, where an answer ends. Where the
-        layout shows fewer questions than tasks are told, every finished sentence is an answer."""
+        """Whether a prompt may hold several questions of known tasks; then the i-th answer has the adapter of the i-th task. A
+        reference for composite prompts: it is given the tasks and reads the end of an answer from line breaks. If the layout has fewer
+        questions than there are tasks, every finished sentence is an answer."""
         prompt_routing: Literal["whole", "question"] = field(default="whole", metadata=OMIT_DEFAULT_FROM_HASH)
         """With ``segments``: the prompt under the first task's adapter, or each question under its own."""
         kv_policy: Literal["stale", "recompute", "prompt_frozen"] = field(default="stale", metadata=OMIT_DEFAULT_FROM_HASH)
-        """With ``segments``: what becomes of cached keys and values when the adapter changes."""
+        """With ``segments``: what happens to cached keys and values when the adapter changes."""
 
     config: Config
 
@@ -64,7 +64,7 @@ class Oracle(FusionMethod):
 
     @property
     def view(self) -> str:
-        """The question whose answer comes next; only its task is read."""
+        """The question that is answered next; only its task is read."""
         return "segment"
 
     @property
@@ -81,7 +81,7 @@ class Oracle(FusionMethod):
         """One-hot rows (B, E).
 
         Raises:
-            MethodError: If a row has no task name, or none of the experts bears it.
+            MethodError: If a row has no task name, or no expert has this name.
         """
         known = ", ".join(self.expert_names)
         if prompts.task_names is None:

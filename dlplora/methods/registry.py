@@ -104,7 +104,7 @@ def available_methods() -> dict[str, type[FusionMethod]]:
 
 @functools.lru_cache(maxsize=1)
 def _third_party(read: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Entry points of other packages, sorted; reading them takes 15 ms, and a listing asks a hundred times. Another path is read again."""
+    """Entry points of other packages, sorted. Reading them takes 15 ms and a listing asks a hundred times, so they are cached by path."""
     return tuple(sorted(read(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)))
 
 
@@ -116,7 +116,7 @@ def _modules_of(package_name: str) -> Iterator[ModuleType]:
 
 
 def _methods_in(module: ModuleType) -> Iterator[type[FusionMethod]]:
-    """Classes defined in the module itself; helper bases carry no ``name`` and are passed over."""
+    """Classes defined in the module itself; helper base classes have no ``name`` and are skipped."""
     for _, cls in inspect.getmembers(module, inspect.isclass):
         if issubclass(cls, FusionMethod) and cls.__module__ == module.__name__ and "name" in vars(cls):
             yield cls
@@ -211,7 +211,7 @@ def _read_spec_file(path: Path, methods: Mapping[str, type[FusionMethod]]) -> tu
     _refuse_protocol_keys(content, str(path), SPEC_KEYS)
     for key in content:
         if key not in SPEC_KEYS:
-            # a parameter one level too high is the likeliest slip
+            # a parameter one level too high is the most likely mistake
             method = methods.get(str(content.get("method")))
             parameters = _parameters(method) if method is not None else []
             advice = " It is a parameter: indent it under 'params'." if key in parameters else nearest(key, SPEC_KEYS)
@@ -280,7 +280,7 @@ def discovered_specs() -> dict[str, MethodSpec]:
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """One row per preset, read from its class and configuration: what ``dlplora methods`` prints beside the parameter counts."""
+    """One row per preset, read from its class and configuration: what ``dlplora methods`` prints, without the parameter counts."""
     rows = []
     for name, spec in discovered_specs().items():
         method = build_method(spec)

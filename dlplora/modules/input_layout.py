@@ -10,7 +10,7 @@ from dlplora.modules.per_thread import PerThread
 
 Layout = Literal["unknown", "rows", "flat", "other"]
 """What a layer receives: ``rows`` (B, ..., I); ``flat`` (B * T, I), row after row; ``other``: anything else, tokens picked by a router for
-instance; ``unknown`` until somebody has looked (``inference.fit_trial``)."""
+instance; ``unknown`` before a trial run (``inference.fit_trial``)."""
 
 
 class InputGrid:

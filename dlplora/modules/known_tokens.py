@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 LEAST_ROWS = 16
-"""Fewest tokens computed at a time: the last bit of a matrix product may depend on its number of rows where there are fewer."""
+"""Fewest tokens computed at a time: with fewer rows, the last bit of a matrix product may depend on their number."""
 MOST_TOKENS = 1 << 15
 """Tokens that are kept; one more, and the table begins again. 32 MB at 256 features."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Features of the tokens met so far; never changed where a reader may look.
+    """Features of the tokens seen so far; entries that a reader may use never change.
 
     Args:
         made_from: The weights that they were computed with, the addresses and the numbers of changes in place at that time.
@@ -71,7 +71,7 @@ class KnownTokens:
         Returns:
             Places (N,), and a table (M, D) with the features of the i-th token at ``places[i]``.
         """
-        if any(weight.is_inference() for weight in weights):  # of these nobody counts the changes
+        if any(weight.is_inference() for weight in weights):  # changes in place of these are not counted
             distinct, places = torch.unique(ids, return_inverse=True)
             return places, compute(distinct)
         table = self._table
@@ -94,7 +94,7 @@ class KnownTokens:
             table, new = None, torch.unique(ids)
             slots.fill_(-1)
         if table is not None and not len(new):
-            return table  # another thread has met them meanwhile
+            return table  # another thread has added them meanwhile
         begin = 0 if table is None else table.size
         end = begin + len(new)
         found = compute(new if len(new) >= LEAST_ROWS else new.repeat(LEAST_ROWS))

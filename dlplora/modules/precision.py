@@ -1,6 +1,6 @@
 """Modules that keep their dtype when the surrounding model is cast, by ``half()``, ``to(dtype)`` or the trainer's precision.
 
-Routers and gates compute in float32 whatever the base model's dtype; trained adapters are kept in at least that precision.
+Routers and gates compute in float32 regardless of the base model's dtype; trained adapters are kept in at least that precision.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST_TRAINED = 1e18
-"""Of a router's or a gate's numbers: products of larger ones leave float32. Trained ones are many orders of magnitude below."""
+"""Largest value of a trained router or gate: products of larger ones overflow float32. Real values are many orders of magnitude smaller."""
 Change = Callable[[Tensor], Tensor]
 """What ``nn.Module._apply`` does to every parameter and buffer."""
 
@@ -45,7 +45,7 @@ def keeping_trained_precision(change: Change) -> Change:
 
 
 def unusable(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """Why trained tensors are no numbers to compute with; None if they are.
+    """Why trained tensors cannot be used for computation; None if they can.
 
     Args:
         stored: As in the file.
@@ -55,7 +55,7 @@ def unusable(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str 
         if not tensor.is_floating_point():
             continue
         if key in stored and not stored[key].is_floating_point():
-            return f"'{key}' is stored as {dtype_name(stored[key].dtype)}, which is no floating point type"
+            return f"'{key}' is stored as {dtype_name(stored[key].dtype)}, which is not a floating point type"
         if not bool((tensor.abs() <= LARGEST_TRAINED).all()):  # false for NaN too
             return f"'{key}' holds NaN or infinite values, or values beyond {LARGEST_TRAINED:.0e}"
     return None

@@ -8,7 +8,7 @@ Four linear layers with GELU between them, over pooled token embeddings, in two 
 
 Shapes: B rows, T tokens, D features, E experts. Source: DLP-LoRA, arXiv:2410.01497. The paper names neither the pooling,
 nor the layer sizes, nor a calibration; those are ours. Pooling comes before the first layer (``embeddings``) or after it
-(``tokens``, which also takes the maximum): a mean over embeddings blurs the one word that tells two tasks apart, and wordings that
+(``tokens``, which also takes the maximum): a mean over embeddings blurs the one word that distinguishes two tasks, and wordings
 that are not in the training data are then routed worse (``docs/nano_suite.md`` has the numbers).
 """
 
@@ -62,7 +62,7 @@ class RouterConfig:
     """``embeddings``: the mean over a prompt's token embeddings enters the first layer. ``tokens``: the first layer runs on every
     token, and the mean and the maximum over tokens enter the second. None: tokens (base model), embeddings (table)."""
     max_tokens: int = 256
-    """Longest input in tokens. Of a longer prompt the first and the last half are read: instructions stand at either end."""
+    """Longest input in tokens. Of a longer prompt the router reads the beginning and the end, where instructions usually are."""
     dropout: float = 0.0
     """Dropout after each GELU, in training only."""
     table_rows: int = 30_000
@@ -151,7 +151,7 @@ class MiniMLPRouter(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> MiniMLPRouter:
-        """A router computes in float32, whatever the model that it belongs to is cast to."""
+        """A router computes in float32, even if the model that it belongs to is cast to another dtype."""
         self._known = KnownTokens()
         return super()._apply(keeping_dtype(fn), recurse)
 

@@ -1,4 +1,4 @@
-"""Compare a router's confidence on the prompts of a run with that on its validation prompts. A drop means that it reads other text.
+"""Compare a router's confidence on the prompts of a run with that on its validation prompts. A drop means that the text has changed.
 
 Shapes: B rows, E experts.
 """
@@ -38,7 +38,7 @@ class ConfidenceMonitor:
         self._seen: list[Tensor] = []
 
     def add(self, probabilities: Tensor) -> None:
-        """Take the probabilities (B, E) of some routed texts; the device is waited for once a window."""
+        """Take the probabilities (B, E) of some routed texts; waits for the device once per window."""
         if self.expected is None or self.warned:
             return
         self._seen.append(probabilities.detach().amax(dim=-1))

@@ -55,7 +55,7 @@ def threshold_mask(probs: Tensor, threshold: float, min_keep: int = 1) -> Tensor
 def top_k_mask(probs: Tensor, top_k: int) -> Tensor:
     """The ``top_k`` best experts; ties go to the smaller index; boolean (..., E)."""
     if not 1 <= top_k <= probs.shape[-1]:
-        raise RoutingError(f"top_k must lie between 1 and the number of experts ({probs.shape[-1]}), got {top_k}.")
+        raise RoutingError(f"top_k must be between 1 and the number of experts ({probs.shape[-1]}), got {top_k}.")
     _, order = _ranked(probs)
     return torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
 

@@ -1,8 +1,8 @@
 """How the fused layers of a model find the routing weights of the running request.
 
 Nothing about a request is stored on the model. A forward pass started by ``FusedCausalLM.forward`` or ``generate`` runs under the state of
-its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) holds for the thread and the asyncio task that opened it. If it
-is opened in the body of a generator, it holds while the generator runs, and not for other code while it is suspended. Blocks of two
+its own call (``RoutingSlot.run``). A ``with`` block (``RoutingSlot.bind``) applies to the thread and the asyncio task that opened it. If it
+is opened in the body of a generator, it applies while the generator runs, not while it is suspended. Blocks of two
 interleaved generators therefore never mix.
 """
 
@@ -34,7 +34,7 @@ OUT_OF_ORDER = (
 
 
 class _Binding:
-    """A state that holds for the calls of one context."""
+    """A state that applies to the calls of one context."""
 
     __slots__ = ("direct", "inside", "parent", "slot", "state")
 
@@ -45,7 +45,7 @@ class _Binding:
         self.state: RoutingState | None = state
         """None once the block is closed."""
         self.direct = direct
-        """Whether it holds for one forward pass only, which nothing can interrupt."""
+        """Whether it applies to one forward pass only, which cannot be interrupted."""
         self.inside = inside
         """The generator with blocks of its own that was running when this block was opened."""
 
@@ -60,7 +60,7 @@ class RoutingSlot:
     Attributes:
         layers: The fused layers of the model.
         buffers: The pool of their buffers.
-        gate_backend: Backend of layers whose gate decides.
+        gate_backend: Backend of layers with a gate.
         running: ``running.binding`` is what compiled code reads in this thread.
     """
 
@@ -121,7 +121,7 @@ class RoutingSlot:
     # ------------------------------------------------------------------ bindings
 
     def bind(self, state: RoutingState) -> Bound:
-        """A ``with`` block for whose calls ``state`` holds."""
+        """A ``with`` block; calls inside it run under ``state``."""
         return Bound(self, state)
 
     def run(self, state: RoutingState | None, call: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +142,7 @@ class RoutingSlot:
 
     @property
     def state(self) -> RoutingState | None:
-        """The state that holds for the caller, or None."""
+        """The state that applies to the caller, or None."""
         binding = self._innermost()
         if self._owned and not (binding is not None and binding.direct):
             frame = self._owning_frame()
@@ -189,7 +189,7 @@ class Bound:
             slot._owned.setdefault(frame, []).append(binding)
             return self._state
         BOUND.set(binding)
-        # Compiled code cannot read the task's context. Where tasks may take turns it finds nothing, and refuses.
+        # Compiled code cannot read the task's context. If tasks may be interleaved, it finds no binding and raises.
         self._in_coroutine = bool(flags & COROUTINE)
         slot.running.num_in_coroutines += self._in_coroutine
         slot.running.binding = None if self._in_coroutine else binding
@@ -226,7 +226,7 @@ def _chain(binding: _Binding | None) -> list[_Binding]:
 
 
 def _without_closed(binding: _Binding | None) -> _Binding | None:
-    """The innermost open binding; closed ones further out are cut out of the chain."""
+    """The innermost open binding; closed bindings further out are removed from the chain."""
     is_open = [one for one in _chain(binding) if one.state is not None]
     for inner, outer in zip(is_open, [*is_open[1:], None], strict=False):
         inner.parent = outer
@@ -234,9 +234,9 @@ def _without_closed(binding: _Binding | None) -> _Binding | None:
 
 
 def _opening_frame(frame: FrameType | None) -> FrameType | None:
-    """The function whose body opens a block.
+    """The function that opens a block in its body.
 
-    Functions under ``contextlib.contextmanager`` are passed over: their block holds where the context manager is used.
+    Functions under ``contextlib.contextmanager`` are skipped: their block applies where the context manager is used.
     """
     library = contextlib.__file__
     while frame is not None:
@@ -250,7 +250,7 @@ def _opening_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def current_state(slot: RoutingSlot) -> RoutingState | None:
-    """The state that a layer is run under; the one place that every layer asks, so the common case comes first."""
+    """The state that a layer runs under. Every layer calls this, so the common case is checked first."""
     if torch.compiler.is_compiling():
         binding = slot.running.binding  # a context variable cannot be traced
         return None if binding is None else binding.state

@@ -17,7 +17,7 @@ from dlplora.kernels.cost_model import Work
 from dlplora.modules.layer_buffers import Lease
 
 BUFFERED = ("folded", "merged", "triton")
-"""Backends whose layers read buffers made from routing weights."""
+"""Backends with layers that read buffers made from routing weights."""
 NOT_FINITE = "routing weights hold NaN or infinite values; check the router and its temperature."
 
 
@@ -39,13 +39,13 @@ class RoutingState:
         backend: ``auto`` or a backend's name; ``state.backend`` is the one in use.
         width: Experts a row may keep; None takes what ``weights`` keep now. Give the largest number that re-routing may keep, so
             that the layers' buffers never have to grow.
-        reroutes: Whether rows may be routed again, each for itself.
+        reroutes: Whether single rows may be routed again.
         work: What the weights will be used for, for the choice of ``auto``.
 
     Attributes:
         buffers: Buffers by the layers' keys; empty while the state holds none.
-        observer: Called with the path and the input of every layer that runs under the state, unless all weights are zero; None calls
-            nobody. For methods that read activations: it belongs to one request, as a hook on the model would not.
+        observer: Called with the path and the input of every layer that runs under the state, unless all weights are zero; None: no
+            call. For methods that read activations: unlike a hook on the model, it belongs to one request.
 
     Raises:
         RoutingError: If the weights are not finite, keep more than ``width``, or the backend cannot serve them.
@@ -81,7 +81,7 @@ class RoutingState:
         self._lease: Lease | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is another request's state: it gets buffers of its own."""
+        """A copy is the state of another request and gets its own buffers."""
         return {**self.__dict__, "buffers": {}, "_slot": None, "_lease": None}
 
     @property
@@ -94,7 +94,7 @@ class RoutingState:
         return self.weights.reshape(self.weights.shape[:-1].numel(), self.weights.shape[-1])
 
     def is_ready_for(self, slot: StateKeeper) -> bool:
-        """Whether the layers of a model can be run under this state as it is."""
+        """Whether the layers of a model can run under this state unchanged."""
         return self._slot is slot and (self._lease is not None or not self.has_buffers)
 
     def hold(self, slot: StateKeeper, lease: Lease | None) -> None:
@@ -103,7 +103,7 @@ class RoutingState:
         self.buffers = {} if lease is None else lease.buffers.by_layer
 
     def release(self) -> None:
-        """Give the buffers back; the next use gets others and writes them again."""
+        """Release the buffers; the next use gets new ones and writes them again."""
         self.buffers, self._lease = {}, None
 
     def write(self, rows: Tensor | None, weights: Tensor) -> None:
@@ -112,7 +112,7 @@ class RoutingState:
             self._lease.buffers.write(weights, rows, self.kept)
 
     def update_rows(self, rows: Tensor, weights: Tensor) -> None:
-        """Replace the weights of some rows in place; the layers' buffers keep their addresses. Rows that stay as they are cost nothing.
+        """Replace the weights of some rows in place; the layers' buffers keep their addresses. Unchanged rows cost nothing.
 
         Args:
             rows: Row indices (N,), int64.

@@ -4,7 +4,7 @@ A larger score means that the prompt is more similar to the router's training pr
 probability (Hendrycks and Gimpel, arXiv:1610.02136); ``energy`` is ``logsumexp`` of the calibrated logits, the negative of the free energy
 (Liu et al., arXiv:2010.03759). Below the threshold a prompt is out of scope.
 
-A threshold belongs to one router and is stored beside it in ``scope.json``. Shapes: B rows, E experts, n and m prompts.
+A threshold belongs to one router and is stored next to it in ``scope.json``. Shapes: B rows, E experts, n and m prompts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def choose_threshold(
         _require_scores(out_of_scope, "out-of-scope")
     if criterion == "balanced_accuracy":
         if out_of_scope is None:
-            raise ConfigError("scope: criterion 'balanced_accuracy' needs out-of-scope validation prompts; give some, or take 'keep'.")
+            raise ConfigError("scope: criterion 'balanced_accuracy' needs out-of-scope validation prompts; give some, or use 'keep'.")
         threshold = _most_balanced(in_scope, out_of_scope)
     else:
         if not 0.0 < keep <= 1.0:
@@ -138,7 +138,7 @@ def _kept(scores: Tensor, threshold: float) -> float:
 
 
 def write_scope(folder: str | os.PathLike[str], scope: ScopeThreshold) -> Path:
-    """Write ``scope.json`` beside the router that it belongs to, atomically.
+    """Write ``scope.json`` next to the router that it belongs to, atomically.
 
     Raises:
         MethodError: If the folder has no router.
@@ -151,7 +151,7 @@ def write_scope(folder: str | os.PathLike[str], scope: ScopeThreshold) -> Path:
 
 
 def read_scope(folder: str | os.PathLike[str]) -> ScopeThreshold | None:
-    """The threshold beside a router; None if it has none.
+    """The threshold of a router; None if it has none.
 
     Raises:
         MethodError: If the file is damaged, or was made for other weights.
@@ -164,6 +164,6 @@ def read_scope(folder: str | os.PathLike[str]) -> ScopeThreshold | None:
     if description.format != FILE_FORMAT:
         raise MethodError(f"{path} has format {description.format}, expected {FILE_FORMAT}. Run `dlplora scope` again.")
     if description.router_sha256 != file_sha256(Path(folder) / "router.safetensors"):
-        raise MethodError(f"{path} was made for another router than the one beside it. Run `dlplora scope` again, or delete it.")
+        raise MethodError(f"{path} was made for another router than the one in its folder. Run `dlplora scope` again, or delete it.")
     values = asdict(description)
     return ScopeThreshold(**{name: value for name, value in values.items() if name not in {"format", "router_sha256"}})

@@ -52,7 +52,7 @@ def mean_of_rows(features: Tensor, lengths: Tensor, places: Tensor | None = None
 def max_of_rows(features: Tensor, lengths: Tensor, places: Tensor | None = None) -> Tensor:
     """Largest value of each feature over the tokens of each row of a packed list; arguments and shape as ``mean_of_rows``."""
     if places is not None and features.device.type == "cpu" and not torch.is_grad_enabled():
-        # A reduction a row takes less than half of the time of the bag's, which also notes where each maximum was.
+        # One reduction per row takes less than half the time of a bag, which also records where each maximum was.
         return torch.stack([features.index_select(0, row).amax(dim=0) for row in places.split(lengths.tolist())])
     if places is not None:
         return F.embedding_bag(places, features, lengths.cumsum(0) - lengths, mode="max")

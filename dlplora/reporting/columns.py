@@ -120,7 +120,7 @@ def _summary(rows: Sequence[Record], key: str, pools: Mapping[str, int] | None =
     values = [value for value in (value_of(row, key, pools) for row in rows) if value is not None]
     if len(values) != len(rows) or not values:
         return None, None
-    mean = round(sum(values) / len(values), 12)  # equal results whose sums differ in the last bit are printed alike
+    mean = round(sum(values) / len(values), 12)  # results that differ only in the last bit of a sum are printed alike
     if key not in COMPARED:
         return mean, None
     errors = [_primary(row)[1] if key == PRIMARY else row.aggregates.get(f"{key}_stderr") for row in rows]
@@ -138,7 +138,7 @@ class Rows:
     ties: Mapping[str, set[str]]
     """Key of the primary column -> methods not significantly worse than the best; other columns are descriptive and have no marks."""
     gated: frozenset[str]
-    """Methods whose router accuracy was read from gates."""
+    """Methods with a router accuracy read from gates."""
 
 
 def rows_of(
@@ -148,7 +148,7 @@ def rows_of(
 
     Args:
         records: Newest of each method and seed.
-        scores: Outcomes of the whole table, also where only some of its rows are shown; without them nothing is said about significance.
+        scores: Outcomes of the whole table, also where only some of its rows are shown; without them significance is not marked.
         latency: Ratios joined by the name of the preset.
         trials: Trials of the preset's settings on the validation split, by the name of the preset.
     """

@@ -96,7 +96,7 @@ def task_means(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 def collect(records: Sequence[Record], load: Loader) -> Scores:
-    """Bring the outcomes of complete runs together; a method takes part if every run of it kept outcomes of the same questions.
+    """Join the outcomes of complete runs; a method is included if all its runs kept outcomes of the same questions.
 
     Args:
         records: Of one suite and protocol.
@@ -147,7 +147,7 @@ def _same_questions(run: Mapping[str, TaskOutcomes], template: Mapping[str, Task
 
 
 def _parts_of(scores: Scores, key: str) -> list[tuple[str, str]] | None:
-    """The (task, metric) pairs whose mean an aggregate is; None if a task lacks its metric, or there is no task."""
+    """The (task, metric) pairs that an aggregate is the mean of; None if a task lacks its metric, or there is no task."""
     pairs = [(task, MAIN_METRIC[kind]) for task, kind in scores.kinds.items()]
     if key != PRIMARY:
         kind, metric = AGGREGATES[key]
@@ -165,7 +165,7 @@ def _bleu(scores: Scores, task: str) -> tuple[Array, Array]:
 
 
 def _differences(scores: Scores, task: str, metric: str, base: int) -> tuple[Array, Array, int]:
-    """Of every method to one of them on one task: by seed (m, S) with NaN for seeds not shared, variance from questions (m,), and n."""
+    """Differences to one method on one task: by seed (m, S) with NaN for seeds not shared, variance from questions (m,), and n."""
     asked = ("differences", task, metric, base)
     if asked in scores.known:
         return scores.known[asked]  # type: ignore[no-any-return]
@@ -277,7 +277,7 @@ def main_scores(scores: Scores) -> list[Array]:
 
 
 def ranking(scores: Scores) -> tuple[dict[str, float], float | None, float | None]:
-    """Mean rank over the tasks of every method that is no clone of another, Nemenyi's critical difference, and Friedman's p-value."""
+    """Mean rank over the tasks of every method that is not a clone of another, Nemenyi's critical difference, and Friedman's p-value."""
     ranked = without_clones(scores.methods)
     if len(ranked) < 2:
         return {}, None, None

@@ -102,7 +102,7 @@ def page(records: Sequence[Record]) -> str:
 
 
 def curves(records: Sequence[Record]) -> Any:
-    """Exact match against n, one panel a reading."""
+    """Exact match against n, one panel per reading."""
     plt = pyplot()
     by_name = {record.method_name: record for record in records}
     shown = [name for name in MAIN_ORDER if name in by_name]

@@ -1,4 +1,4 @@
-"""Prompts for which a router keeps several adapters: what each method answers there, and elsewhere. This is where fusion takes place."""
+"""Prompts for which a router keeps several adapters: what each method answers there and elsewhere. Only there are adapters fused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlplora.reporting.markdown import code, table
 from dlplora.reporting.schema import Record
 
 FEWEST = 20
-"""Prompts below which nothing is said."""
+"""Fewest prompts for a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Doubt:
     num_several: int
     """Over all seeds of the method."""
     tasks: tuple[str, ...]
-    """That have such prompts."""
+    """Tasks with these prompts."""
     right: Mapping[str, tuple[float, float]]
     """Method -> share of right answers where several are kept, and where one is; over the seeds that both methods have."""
     changed: Mapping[str, tuple[int, int]]

@@ -55,7 +55,7 @@ def close_figures() -> None:
 
 
 def label_points(axes: Any, points: Mapping[str, tuple[float, float]], size: float = 6.5) -> None:
-    """Names beside points, the highest first; a name that fits nowhere near its point is left out rather than printed over another.
+    """Names next to points, the highest first; a name without room near its point is left out.
 
     Args:
         axes: With its limits set; names are placed in its pixels.

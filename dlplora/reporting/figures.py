@@ -37,7 +37,7 @@ def radar(records: Sequence[Record]) -> Any:
     axes.grid(alpha=0.35, lw=0.6)
     for name, color in zip(shown, PALETTE, strict=False):
         values = [100 * scores[name][task] for task in tasks]
-        # methods that agree lie on top of each other: a broad pale line under a narrow one shows both
+        # curves of equal methods overlap: a broad pale line under a narrow one shows both
         width, style, alpha = {"oracle": (5.0, "-", 0.35), "base": (1.4, ":", 1.0), "dlp_code": (1.4, "--", 1.0)}.get(name, (1.4, "-", 1.0))
         axes.plot([*angles, angles[0]], [*values, values[0]], color=color, lw=width, ls=style, alpha=alpha, label=name)
     axes.set_xticks(angles, [textwrap.fill(task.replace("_", " "), 24) for task in tasks], fontsize=7.5)
@@ -94,7 +94,7 @@ def _one_run(records: Sequence[Record], load: Loader, method: str) -> Mapping[st
 
 
 def routing_confusion(records: Sequence[Record], load: Loader) -> Any:
-    """Share of each task's prompts whose strongest expert is each expert, for ``dlp``; None if it was not run."""
+    """For each task, the share of prompts that each expert is strongest for, under ``dlp``; None if it was not run."""
     outcomes = _one_run(records, load, "dlp")
     routed = {task: routes for task, routes in _routes(outcomes or {}).items() if routes}
     if not routed:
@@ -143,7 +143,7 @@ def sentence_experts(records: Sequence[Record], load: Loader) -> Any:
     axes.set_xticks(range(1, most + 1))
     axes.set_xlabel("experts kept")
     axes.set_ylabel("sentences, %")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, which may fill the axes
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # next to the bars, which may fill the axes
     figure.tight_layout()
     return figure
 

@@ -148,7 +148,7 @@ def note_in_changelog(text: str, reason: str, findings: Sequence[Finding]) -> st
     """The changelog with one more entry under the first ``### Results``.
 
     Raises:
-        RecordError: If there is no such heading.
+        RecordError: If the heading is missing.
     """
     start = text.find(CHANGELOG_HEADING)
     if start < 0:

@@ -64,12 +64,12 @@ def by_setting(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Rec
 
 
 def different_pools(records: Sequence[Record]) -> str:
-    """A sentence that names the methods of one seed whose experts are not the same adapters; empty if they all are."""
+    """A sentence that names the methods of one seed with different adapters as experts; empty if all use the same."""
     sentences = []
     for seed in sorted({record.seed for record in records}):
         pools: dict[str, set[str]] = {}
         for record in records:
-            if record.seed == seed and record.method_name != "base":  # the base model has the same answers beside any pool
+            if record.seed == seed and record.method_name != "base":  # the base model gives the same answers with any pool
                 pools.setdefault(record.pool_hash, set()).add(record.method_name)
         if len(pools) > 1:
             named = "; ".join(f"{pool[:8]}: {', '.join(sorted(pools[pool]))}" for pool in sorted(pools))

@@ -189,7 +189,7 @@ def _questions(one: Group, load: Loader, questions: Questions, most: int) -> dic
 
 
 def _packed(runs: Mapping[str, TaskOutcomes], seeds: Mapping[str, int], items: Sequence[Any], kind: str, most: int) -> dict[str, Any]:
-    """One task: questions, and for each method what it said and how it was routed, as indices into lists of what occurs.
+    """One task: questions, and for each method its answers and routing, as indices into lists of distinct values.
 
     Returns:
         ``items`` ([prompt, options, answer], or null where the suite cannot be made), ``said`` and ``routes`` (what occurs), and

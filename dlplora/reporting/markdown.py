@@ -19,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int | S
     Args:
         header: Titles of the columns.
         rows: Cells of every row. A pipe inside a cell is escaped, a line break becomes a space.
-        left: Columns aligned to the left: the first so many, or their indices.
+        left: Columns aligned to the left: the number of first columns, or indices.
 
     Raises:
         ValueError: If a row has another number of cells than the header.
@@ -46,5 +46,5 @@ def code(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that is shown as it is where Markdown allows HTML: no tag starts in it."""
+    """Text that Markdown shows literally where it allows HTML: no tag starts in it."""
     return _TAG_START.sub("&lt;", text)

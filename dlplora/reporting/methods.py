@@ -12,7 +12,7 @@ from dlplora.errors import RecordError
 from dlplora.reporting.schema import Record
 
 MERGE = "merge"
-"""Key of the group whose methods merge the whole pool once."""
+"""Key of the group of methods that merge the whole pool once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class MethodGroup:
 
 
 OTHER = MethodGroup(key="other", title="Other methods")
-"""Group of methods that ``methods.yaml`` does not know, such as those of other packages."""
+"""Group of methods that are not in ``methods.yaml``, for example those of other packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def data_seen(record: Record) -> str:
 
 
 def without_clones(methods: Iterable[str]) -> list[str]:
-    """The methods whose original is not among them."""
+    """The methods without those that have their original among them."""
     present = list(methods)
     return [name for name in present if method_facts().clone_of.get(name) not in present]
 

@@ -1,4 +1,4 @@
-"""Numbers reported by others, kept apart from measured ones: own file, own table, own section of the page."""
+"""Numbers reported by others, kept separate from measured ones: own file, own table, own section of the page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Reported:
-    """One number of somebody else's."""
+    """One number reported by others."""
 
     source: str
-    """Title of where it stands."""
+    """Title of the source."""
     url: str
     evidence: Evidence
     """How we know of it."""

@@ -1,4 +1,4 @@
-"""Outcomes of single questions, stored beside a record as Parquet, so that methods can be compared in pairs.
+"""Outcomes of single questions, stored next to a record as Parquet, so that methods can be compared in pairs.
 
 One row per question. The question itself is not stored: tasks are versioned and their questions can be generated again.
 """
@@ -21,7 +21,7 @@ from dlplora.documents import parse_json
 from dlplora.errors import RecordError
 
 METRICS = ("acc", "acc_norm", "exact_match", "rouge1", "rouge2", "rougeL")
-"""Metrics whose value for a task is the mean of their values for its questions."""
+"""Metrics with a value per question; a task's value is their mean."""
 
 
 @dataclass(kw_only=True)

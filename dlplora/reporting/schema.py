@@ -68,7 +68,7 @@ class Record:
     provenance: dict[str, Any]
     status: Literal["ok", "failed", "interrupted"] = "ok"
     limit: int | None = None
-    """Questions per task if the run was cut short by ``--limit``; such runs are never in a table."""
+    """Questions per task if the run was cut short by ``--limit``; these runs are never in a table."""
     trained_parameters: int | None = None
     training_tokens: int | None = None
     """Tokens seen by gradient training of what the method adds to the pool (gates, router, multi-task adapter); 0 if nothing trains."""

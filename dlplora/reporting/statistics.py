@@ -38,7 +38,7 @@ def _bleu() -> Any:
 
 
 def bleu_statistics(prediction: str, reference: str) -> list[int]:
-    """The ``BLEU_STATS`` counts of one answer, whose sums over a corpus give the corpus BLEU."""
+    """The ``BLEU_STATS`` counts of one answer; their sums over a corpus give the corpus BLEU."""
     score = _bleu().sentence_score(prediction, [reference])
     return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
@@ -155,7 +155,7 @@ class Differences:
 
 
 def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: Sequence[float]) -> Differences:
-    """Differences whose variance comes from questions and from seeds.
+    """Differences with variance from questions and from seeds.
 
     The variance of a mean over both is the sum of a part from either: seeds are few, so a bootstrap over them would never draw a worse seed
     than the worst of three; Student's t with the degrees of freedom of the sum allows for that. The part that both share (seed by question)
@@ -163,7 +163,7 @@ def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: 
 
     Args:
         by_seed: Mean difference of every seed, (m, S), NaN where a method or the reference lacks the seed.
-        question_parts: Variance from questions of the mean over seeds, one part a task, (k, m); their sum is the variance of the aggregate.
+        question_parts: Variance from questions of the mean over seeds, one part per task, (k, m); their sum is the aggregate's variance.
         question_freedom: Degrees of freedom of each part, k numbers.
 
     Source: Satterthwaite 1946 for the degrees of freedom; crossed random effects by moments, as in a mixed model with a random effect of
@@ -178,7 +178,7 @@ def crossed_difference(by_seed: Array, question_parts: Array, question_freedom: 
         questions = np.nan_to_num(question_parts).sum(axis=0)
         freedoms = np.maximum(np.asarray(question_freedom, dtype=np.float64), 1.0)[:, None]
         squares = (np.nan_to_num(question_parts) ** 2 / freedoms).sum(axis=0) + seeds**2 / np.maximum(shared - 1, 1)
-        # variances of rounding errors are no variances
+        # rounding errors are not a variance
         questions, seeds = (np.where(part < 1e-20, 0.0, part) for part in (questions, seeds))
         freedom = np.where(squares > 0, (questions + seeds) ** 2 / squares, 1.0)
     mean = np.where(np.abs(mean) < 1e-12, 0.0, mean)
@@ -259,6 +259,6 @@ def friedman_p(scores: Array) -> float | None:
 
     if len(scores) < 3 or scores.shape[1] < 2:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):  # no task tells any two methods apart
+    with np.errstate(divide="ignore", invalid="ignore"):  # no task distinguishes any two methods
         value = float(friedmanchisquare(*scores).pvalue)
     return value if math.isfinite(value) else None

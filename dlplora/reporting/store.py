@@ -18,7 +18,7 @@ RESULT_FIELDS = ("tasks", "status", "routing", "protocol", "method", "backbone",
 
 
 def is_publishable(record: Record) -> bool:
-    """Whether a record may stand in a table: finished, of the test split, not limited, and made by committed code (or outside git)."""
+    """Whether a record may appear in a table: finished, of the test split, not limited, and made by committed code (or outside git)."""
     whole = record.limit is None and record.protocol.get("split", "test") == "test"
     return record.status == "ok" and whole and record.provenance.get("git", {}).get("dirty") is not True
 
@@ -123,7 +123,7 @@ def iterate(root: Path = RESULTS, suite: str | None = None, room: str = "runs") 
 def load_all(root: Path = RESULTS, suite: str | None = None, room: str = "runs") -> tuple[list[Record], list[str]]:
     """Every sound record, and one message for each that is not; a damaged record does not hide the rest.
 
-    A record is not sound if it cannot be read, lies in another suite's folder, or is the same experiment as an earlier file with
+    A record is not sound if it cannot be read, is in another suite's folder, or is the same experiment as an earlier file with
     another outcome.
     """
     records: list[Record] = []

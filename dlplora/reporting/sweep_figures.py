@@ -36,7 +36,7 @@ def _curves(axes: Any, series: Mapping[str, Sequence[Point]], metric: str = RIGH
         rows = _average(points, metric)
         if rows:
             x, y, error = (np.array(column) for column in zip(*rows, strict=True))
-            # curves that agree lie on top of each other: the first ones are broad and pale, so that all of them are seen
+            # equal curves overlap: the first ones are broad and pale, so that all of them are visible
             width, size, alpha = BROAD[index] if index < len(BROAD) else (1.2, 4.0, 1.0)
             style = {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)], "ms": size, "lw": width}
             axes.errorbar(x, scale * y, scale * error, label=name, capsize=2, elinewidth=0.8, alpha=alpha, **style)

@@ -26,7 +26,7 @@ class Point:
     """One run of a sweep."""
 
     sweep: str
-    """Which question the run belongs to, such as ``nucleus_p``."""
+    """Name of the sweep that the run belongs to, for example ``nucleus_p``."""
     series: str
     """Which curve of the sweep."""
     x: float
@@ -65,7 +65,7 @@ def sweep_path(suite: str, name: str, root: Path = RESULTS) -> Path:
 
 
 def write_sweep(sweep: SweepFile, root: Path = RESULTS) -> Path:
-    """Replace the file of a sweep, one point a line.
+    """Replace the file of a sweep, one point per line.
 
     Raises:
         RecordError: If a number is not finite.

@@ -43,7 +43,7 @@ from dlplora.reporting.tuning import chosen_table, questions_note
 
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
 README_SUITE = "real26"
-"""The suite whose table stands in the README of the working directory."""
+"""The suite with a table in the README of the working directory."""
 TIE = "°"
 """Mark of a primary score that is not significantly below the best."""
 LATEX = str.maketrans(
@@ -284,12 +284,12 @@ def build(
         records: Of any suite.
         suite: The one to write.
         root: Results folder.
-        readme: File whose block holds the suite's first group, or None.
+        readme: File with a block for the suite's first group, or None.
         check: Only say what is stale.
         groups: The suite's records with their outcomes, if they were read already.
 
     Returns:
-        The files whose content changed, or would change.
+        The files that changed, or would change.
 
     Raises:
         RecordError: If a record's outcomes are damaged, or the README has no markers.

@@ -62,7 +62,7 @@ class Answer:
             raise event.error
 
     def trace(self) -> list[dict[str, Any]]:
-        """The routing of each sentence with the text that it holds for."""
+        """The routing of each sentence with its text."""
         ends = [*(start for start, _ in self.sentences[1:]), len(self.text)]
         return [
             {"start": start, "end": end, "text": self.text[start:end], **described(decision)}
@@ -128,7 +128,7 @@ class ResponseFormat:
         return {**self._head(True), "choices": [self._choice(index, content, piece.tokens, None)]}
 
     def sentence(self, index: int, start: int, decision: Decision) -> dict[str, Any]:
-        """A chunk without text that tells, while the answer streams, which adapters hold from a character on."""
+        """A chunk without text that says, while the answer streams, which adapters apply from a character on."""
         content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         extra = {"dlplora": {"choice": index, "start": start, **described(decision)}}
         return {**self._head(True), "choices": [self._choice(index, content, (), None)], **extra}

@@ -20,7 +20,7 @@ class Batch:
 
     Attributes:
         rows: Requests that decode; the place in the list is the slot.
-        prompts: Requests whose prompt is processed, in the slots behind.
+        prompts: Requests with a prompt in progress, in the slots after the rows.
     """
 
     def __init__(self, cache: SlotCache) -> None:
@@ -37,13 +37,13 @@ class Batch:
         return [*self.rows, *self.prompts]
 
     def clear(self) -> list[Row]:
-        """Free all slots; returns who was in them."""
+        """Free all slots; returns the requests that were in them."""
         found = self.everyone
         self.rows, self.prompts = [], []
         return found
 
     def join(self, row: Row) -> None:
-        """Give a slot to a request whose prompt has to be processed."""
+        """Give a slot to a request with an unprocessed prompt."""
         self.prompts.append(row)
 
     def leave(self, row: Row) -> None:
@@ -70,8 +70,8 @@ class Batch:
     def next_chunk(self, budget: int) -> list[tuple[Row, int]]:
         """The prompts that are processed next and how many tokens of each, padding included at most ``budget`` tokens.
 
-        The oldest prompt always goes on; one that does not fit shares the budget with those after it. Of these, in order, are taken whose
-        tokens fill at least half of their row of the padded batch.
+        The oldest prompt always continues; if it does not fit, it shares the budget with those after it. Of those, in order, the
+        prompts are taken that fill at least half of their row of the padded batch.
         """
         waiting = sorted(self.prompts, key=lambda row: row.job.number)
         if not waiting:

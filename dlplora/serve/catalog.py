@@ -16,7 +16,7 @@ class Catalog:
 
     Args:
         engine: Its adapters may change by a reload.
-        base_name: Name of the base model, accepted beside ``base``.
+        base_name: Name of the base model, accepted in addition to ``base``.
         created: Unix time of the start.
     """
 
@@ -51,7 +51,7 @@ class Catalog:
             weights: ``adapter_weights`` of the request.
 
         Raises:
-            BadRequestError: For an unknown model or adapter, or weights beside a model that is not the base model.
+            BadRequestError: For an unknown model or adapter, or weights with a model that is not the base model.
         """
         names = self.engine.decider.names
         adapter = model.partition(":")[2] if model.partition(":")[0] in {BASE, self.base_name} else model

@@ -16,7 +16,7 @@ from dlplora.types import PromptBatch
 
 
 def require_servable(fused: FusedCausalLM) -> None:
-    """Refuse methods whose weights are not decided per prompt or sentence.
+    """Refuse methods that do not decide weights per prompt or sentence.
 
     Raises:
         ConfigError: Naming the method and the reason.

@@ -1,7 +1,7 @@
 """The engine: one thread that owns the model and advances all running requests by one token per step.
 
 Requests join and leave between steps. A step processes at most one chunk of a prompt, then runs one forward pass over all decoding rows,
-each under its own routing weights. All rows whose sentence ends in a step are routed in one batch.
+each under its own routing weights. All rows with a sentence end in a step are routed in one batch.
 
 Decoding rows are in the first slots, in order; the row after them, if any, is processing its prompt.
 Shapes: B rows, T tokens, E experts, V vocabulary.
@@ -37,7 +37,7 @@ from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 
 log = logging.getLogger(__name__)
 MAX_ROWS = 1 << 16
-"""Of a batch or a queue; the cache of a batch is made when the engine starts."""
+"""Largest batch or queue; the cache of a batch is made when the engine starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class Engine:
     """Runs jobs on a fused model until it is closed.
 
     Args:
-        fused: The model; nobody else may use it meanwhile.
+        fused: The model; nothing else may use it at the same time.
         options: Bounds.
 
     Raises:
@@ -155,7 +155,7 @@ class Engine:
             task: May return another model, which is served from then on.
 
         Raises:
-            DLPLoRAError: What the task raised; the engine goes on with the model it had.
+            DLPLoRAError: What the task raised; the engine keeps the model it had.
         """
         future: Future[FusedCausalLM | None] = Future()
 
@@ -241,7 +241,7 @@ class Engine:
             self._step()
 
     def _admit(self) -> None:
-        """Give the free slots to those who wait longest; their prompts are routed in one batch."""
+        """Give the free slots to the requests that have waited longest; their prompts are routed in one batch."""
         with self._ready:
             free = min(len(self._waiting), self.options.max_batch - len(self._batch))
             jobs = [self._waiting.popleft() for _ in range(free)]
@@ -268,7 +268,7 @@ class Engine:
                 job.report(Failed(RoutingError(NOT_FINITE)))
 
     def _fail(self, row: Row, error: DLPLoRAError) -> None:
-        """End one request with an error; nothing of it stays in its slot."""
+        """End one request with an error and clear its slot."""
         self._cache.erase(self._batch.everyone.index(row))
         self._leave(row)
         row.job.report(Failed(error))
@@ -282,7 +282,7 @@ class Engine:
 
     @torch.inference_mode()
     def _process_chunk(self, chunk: Sequence[tuple[Row, int]]) -> None:
-        """Process the next tokens of some prompts in one padded batch; those whose last token is among them begin to decode.
+        """Process the next tokens of some prompts in one padded batch; finished prompts begin to decode.
 
         Rows end in the same column. Padding in front of them is written where the row's next token will be written, behind
         all that the row's tokens see.
@@ -346,7 +346,7 @@ class Engine:
         self._take([(row, place) for place, row in self._sound(rows, logits)], logits)
 
     def _sound(self, rows: Sequence[Row], logits: Tensor) -> list[tuple[int, Row]]:
-        """The rows whose logits (B, V) are numbers, with their places; the others are ended."""
+        """The rows with finite logits (B, V), with their places; the others are ended."""
         finite = is_finite(logits).tolist()
         for row, fine in zip(rows, finite, strict=True):
             if not fine:
@@ -374,7 +374,7 @@ class Engine:
         return self.fused.method.granularity == "sentence" and row.job.target.kind == "routed" and not row.out_of_scope
 
     def _reroute(self, rows: list[Row]) -> None:
-        """Route the rows whose newest token ended a sentence, in one batch."""
+        """Route the rows with a sentence end at the newest token, in one batch."""
         views = [(row, view) for row in rows if self._may_change(row) and (view := row.ended_sentence(self.fused.method.view)) is not None]
         if not views:
             return

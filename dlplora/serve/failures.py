@@ -14,7 +14,7 @@ _SHOWN = 200
 
 
 def shown(error: Exception) -> DLPLoRAError:
-    """What a client reads of an error: ours as it is, of others the first line, which names no place in the code."""
+    """The text of an error for a client: our errors unchanged, of others the first line, which names no place in the code."""
     if isinstance(error, DLPLoRAError):
         return error
     first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -22,7 +22,7 @@ def shown(error: Exception) -> DLPLoRAError:
 
 
 def settle(function: Callable[[], Any], future: Future[Any]) -> None:
-    """Call a function and hand its result, or its error, to whoever waits for it."""
+    """Call a function and pass its result or error to the waiting thread."""
     try:
         future.set_result(function())
     except FAILURES as error:  # its caller's; other requests go on

@@ -20,7 +20,7 @@ class QueueFullError(DLPLoRAError):
 
 
 class BadRequestError(DLPLoRAError):
-    """A request that cannot be served as it is.
+    """A request that cannot be served unchanged.
 
     Args:
         message: One line.

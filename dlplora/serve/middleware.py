@@ -12,7 +12,7 @@ class BodyLimit:
     """Refuses bodies over a limit with 413, by their declared length or while they arrive.
 
     Args:
-        app: The application behind.
+        app: The wrapped application.
         limit: Bytes.
     """
 
@@ -63,7 +63,7 @@ class CountResponses:
     """Counts responses by the path of their route and their status.
 
     Args:
-        app: The application behind.
+        app: The wrapped application.
         counter: With the labels ``path`` and ``status``.
     """
 

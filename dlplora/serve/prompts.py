@@ -113,7 +113,7 @@ class PromptBuilder:
         """Tokens that may be generated.
 
         Raises:
-            BadRequestError: If more are asked for than fit.
+            BadRequestError: If more are requested than fit.
         """
         free = self.limit - len(prompt.ids)
         if wanted is not None and wanted > free:

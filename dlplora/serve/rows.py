@@ -23,12 +23,12 @@ class Row:
 
     Attributes:
         vocabulary: Says which tokens can end a sentence.
-        cached: Tokens whose keys and values are in the slot.
+        cached: Tokens with keys and values in the slot.
         pending: Tokens to process before the next one can be sampled; for a new job the prompt.
         resumes: Whether ``pending`` is a prefix that is processed again under new weights, after which a token waits already.
         newest: The last sampled token, not processed yet.
         out_of_scope: Whether the prompt is; then the base model answers to the end.
-        routing_s: Time spent on routing before the first token, s: question, router and buffers; shared with what was routed together.
+        routing_s: Time spent on routing before the first token, s: question, router, buffers; shared by requests routed together.
     """
 
     job: Job

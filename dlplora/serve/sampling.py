@@ -37,7 +37,7 @@ class Chosen:
 
 
 class Sampler:
-    """The sampler of one request; its random state is its own, so that other requests do not matter."""
+    """The sampler of one request; its random state is its own, so other requests have no influence."""
 
     def __init__(self, options: SamplingOptions, device: torch.device) -> None:
         self.options = options
@@ -50,7 +50,7 @@ class Sampler:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the token is the argmax of the logits and nothing else is asked for."""
+        """Whether the token is the argmax of the logits and nothing else is requested."""
         options = self.options
         return options.temperature == 0 and options.top_logprobs is None and not (options.frequency_penalty or options.presence_penalty)
 

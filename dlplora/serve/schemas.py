@@ -25,7 +25,7 @@ UNSUPPORTED = (
     "audio",
     "modalities",
 )
-"""Fields that change what an answer is, and that are not implemented: refused unless they ask for nothing."""
+"""Fields that would change the answer and are not implemented: refused unless they are empty."""
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"}, ["text"])
 
 
@@ -90,7 +90,7 @@ Weight = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
 
 
 class GenerationRequest(Body):
-    """What both kinds of completion have in common; ``false`` is no number, and ``"5"`` neither."""
+    """What both kinds of completion have in common; ``false`` and ``"5"`` are not accepted as numbers."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

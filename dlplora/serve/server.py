@@ -27,7 +27,7 @@ Queue = asyncio.Queue[tuple[int, list[Event]]]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """What the application needs beside the engine."""
+    """What the application needs besides the engine."""
 
     base_name: str = "base"
     created: int = 0
@@ -162,7 +162,7 @@ def _sampling(request: ChatRequest | CompletionRequest, place: int) -> SamplingO
 
 
 async def _next(http: Request, queue: Queue) -> tuple[int, list[Event]]:
-    """The next events of a choice; a client that goes away cancels the request."""
+    """The next events of a choice; a client that disconnects cancels the request."""
     waiting = asyncio.ensure_future(queue.get())
     gone = asyncio.ensure_future(_disconnected(http))
     try:

@@ -22,7 +22,7 @@ class Detokenizer:
         self._start = self._shown = 0
 
     def push(self, token: int) -> str:
-        """Add one token; returns the text that became certain."""
+        """Add one token; returns the text that is now certain."""
         self.tokens.append(token)
         shown = self._decode(self.tokens[self._start : self._shown])
         whole = self._decode(self.tokens[self._start :])
@@ -34,7 +34,7 @@ class Detokenizer:
         return new
 
     def finish(self) -> str:
-        """What was held back because its last character is incomplete."""
+        """The text held back because its last character is incomplete."""
         rest = self._decode(self.tokens[self._start :])[len(self._decode(self.tokens[self._start : self._shown])) :]
         self._shown = len(self.tokens)
         self.text += rest

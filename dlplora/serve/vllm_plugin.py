@@ -88,7 +88,7 @@ class AutoModel:
         self._prompts = PromptBuilder(router.tokenizer, vocab_size, router.max_length)
 
     async def decide(self, body: Mapping[str, Any]) -> tuple[Decision, str, str]:
-        """The decision for a body, the name of the model that vLLM shall use, and what the router read.
+        """The decision for a body, the name of the model for vLLM, and what the router read.
 
         Raises:
             BadRequestError: If there is no text to route.
@@ -106,7 +106,7 @@ class AutoModel:
             return self._decider.decide([Target()], [text])[0][0]
 
     def _read(self, body: Mapping[str, Any]) -> str:
-        """The question of a request; parts that are not text, and messages of tools, are passed over."""
+        """The question of a request; parts that are not text, and messages of tools, are skipped."""
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1:
             (prompt,) = prompt
@@ -129,7 +129,7 @@ def _text_message(message: Any) -> Message | None:
 
 
 class RouteAuto:
-    """Middleware that writes the name of an adapter in the place of ``auto``, and the decision into the headers of the answer.
+    """Middleware that replaces ``auto`` by the name of an adapter, and the decision into the headers of the answer.
 
     Args:
         app: vLLM's application.
@@ -140,7 +140,7 @@ class RouteAuto:
         self.app, self.state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body of a completion; hand everything else on untouched."""
+        """Read the body of a completion; pass everything else on unchanged."""
         auto: AutoModel | None = getattr(self.state, "dlplora", None)
         if auto is None or scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             await self.app(scope, receive, send)

@@ -119,7 +119,7 @@ def draw_parts(suite: Suite, n: int, num: int, seed: int = 0, split: Split = "te
 
 
 def concat(parts: Sequence[Part]) -> Composite:
-    """The prompts as they are, blank lines between them; before the second and later answers stands a new line with the question's cue."""
+    """The prompts as they are, blank lines between them; the second and later answers begin with a new line and the question's cue."""
     prompt = "\n\n".join(part.question for part in parts)
     return Composite("concat", prompt, tuple(parts), ("", *(f"\n{part.cue}" for part in parts[1:])))
 
@@ -278,7 +278,7 @@ def composite_suite(source: Suite) -> Suite:
     """The suite ``<name>_composite``: every reading with every n that the suite has tasks for.
 
     Raises:
-        TaskError: If it has too few tasks for any, or they are the paper's, whose rows composites do not read.
+        TaskError: If it has too few tasks for any, or they are the paper's; composites do not read those rows.
     """
     if any(task.facts for task in source.tasks):
         raise TaskError(f"composites are drawn from nano or local rows, not from '{source.name}'; name folders: local_composite:TASK,TASK.")
@@ -296,6 +296,6 @@ def composite_suite(source: Suite) -> Suite:
 
 
 def not_drawable(suite: Suite, names: Sequence[str]) -> list[str]:
-    """Which of the named composites a suite of composites has too few tasks for; a name that is no composite's is not among them."""
+    """The named composites for which a suite has too few tasks; names of other tasks are not included."""
     every = {f"{reading}_{n}" for reading in READINGS for n in SIZES}
     return [name for name in names if suite.source is not None and name in every and name not in suite.names]

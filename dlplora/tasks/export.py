@@ -51,7 +51,7 @@ def task_config(task: Task, root: str | None) -> dict[str, Any]:
 
 
 def export_local(names: Sequence[str], root: str | None, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write one YAML file a task, the group ``dlplora_local``, and composites of the tasks (``composite_export``).
+    """Write one YAML file per task, the group ``dlplora_local``, and composites of the tasks (``composite_export``).
 
     Args:
         names: Task names; ``["all"]`` takes every task of the folder.

@@ -19,9 +19,9 @@ from dlplora.tasks.types import Item, Suite, Task
 ENV_ROOT = "DLPLORA_DATA"
 VALIDATION_SHARE = 0.1
 MAX_DIGITS = 4000
-"""Of a number in a row: an answer may be a long one."""
+"""Most digits of a number in a row; answers may be long numbers."""
 MAX_LINE = 1 << 24
-"""Bytes of a row; more is no row but a damaged file."""
+"""Most bytes of a row; longer rows are a sign of a damaged file."""
 
 
 def data_root(given: str | None) -> Path:
@@ -93,7 +93,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not empty.
 
     Raises:
-        TaskError: If it is no file, which may never end, or a line is longer than any row.
+        TaskError: If it is not a regular file (others may never end), or a line is longer than any row.
     """
     if not path.is_file():
         raise TaskError(f"{path} is not a file.")
@@ -167,7 +167,7 @@ def _in_our_schema(path: Path) -> bool:
 def local_suite(names: Sequence[str], root: str | None) -> Suite:
     """A suite of local tasks in the order named.
 
-    ``all`` takes every folder with a ``test.jsonl``, sorted, without those whose rows are of another schema. A damaged row is an error: a
+    ``all`` takes every folder with a ``test.jsonl``, sorted, without those with rows of another schema. A damaged row is an error: a
     mean over the tasks that are left would be another number under the same name.
 
     Raises:

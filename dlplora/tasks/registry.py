@@ -35,7 +35,7 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
 
 def suite_names(name: str) -> tuple[str, ...]:
-    """Task names of a suite whose rows may still be on the hub, in order."""
+    """Task names of a suite in order; its rows may still be on the hub."""
     return real_names(name) if name in REAL_SUITES else paper_names(name)
 
 

@@ -1,6 +1,6 @@
 """Several questions on separate lines, answered in turn, one line each: rows to train on, and prompts of different tasks.
 
-A prompt holds one to three questions of tasks from the suite ``skills``, one a line, and a single cue:
+A prompt holds one to three questions of tasks from the suite ``skills``, one per line, and a single cue:
 
     Put Nov 19 2014 into the form that the archive uses.
     Write the words in Velka: wise bird finds old dog
@@ -26,7 +26,7 @@ CUE = "Answer:"
 TASKS = (
     "date_archive", "title_slug", "price_tag", "translate_velka", "invoice_item", "name_index", "date_letter", "price_ledger",
 )  # fmt: skip
-"""Skills with short answers on one line. Dates and prices come in pairs that read the same text by another rule."""
+"""Skills with short answers on one line. Dates and prices come in pairs that apply different rules to the same text."""
 SIZES = (1, 2, 3)
 """Questions of a training row; each number equally often."""
 
@@ -45,12 +45,12 @@ class Composed:
 
     @property
     def tasks(self) -> str:
-        """Names of the tasks in order, as methods that are told the task read them."""
+        """Names of the tasks in order, as given to methods that read the task."""
         return TASK_SEPARATOR.join(part.task for part in self.parts)
 
     @property
     def target(self) -> str:
-        """The right answers, one a line."""
+        """The right answers, one per line."""
         return "\n".join(part.answer for part in self.parts)
 
 
@@ -66,14 +66,14 @@ def on_lines(questions: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class SeveralTask(Task):
-    """A skill whose rows ask one, two or three of its questions at once."""
+    """A skill with rows that ask one, two or three of its questions at once."""
 
     single: Task | None = None
     """The skill itself."""
 
     def items(self, split: Split, num: int, seed: int = 0) -> list[Item]:
-        """``num`` rows of a split. Questions of two splits differ as the skill's do, and no question stands in two rows of a split as far
-        as the skill has enough of them.
+        """``num`` rows of a split. Questions of two splits differ as the skill's do, and no question is in two rows of a split if the
+        skill has enough of them.
 
         Raises:
             TaskError: If the split is unknown.

@@ -127,7 +127,7 @@ class Suite:
         name: Also of the folder of its records.
         tasks: In order.
         prefix: What lm-eval's names of the tasks have before the suite's; None is ``dlplora_<name>_``.
-        num_generated: Test questions of a task whose rows are generated.
+        num_generated: Test questions of a task with generated rows.
     """
 
     name: str

@@ -39,7 +39,7 @@ def _training_items(task: str, num: int) -> list[Item]:
 
 
 class ConformanceError(AssertionError):
-    """A method does not keep a line of the checklist."""
+    """A method fails a check of the list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Case:
         return tuple(sorted(path.name for path in self.pool.iterdir() if path.is_dir()))
 
     def context(self, model: Any) -> MethodContext:
-        """The context of a method bound to ``model``, with the stand-ins for missing artifacts written, the same each time."""
+        """The context of a method bound to ``model``, with replacements for missing artifacts written, the same each time."""
         bare = MethodContext(
             tokenizer=self.tokenizer, embedding=model.get_input_embeddings(), artifacts=dict(self.artifacts), few_shot=_training_items
         )
@@ -117,7 +117,7 @@ class Case:
 
 
 class _Fixed(FusionMethod):
-    """Runs a bank of one merged expert; stands in for a static method with weights chosen by a check."""
+    """Runs a bank of one merged expert; replaces a static method, with weights chosen by a check."""
 
     metadata = Metadata(title="Merged by a check", granularity="none")
 

@@ -335,7 +335,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 
 def exempt_lines(method: FusionMethod) -> frozenset[str]:
-    """Lines that the method declares to break."""
+    """Checks that the method declares to violate."""
     declared = set(method.metadata.exempt)
     if method.metadata.combine == "factor":
         declared.add("T12")
@@ -343,10 +343,10 @@ def exempt_lines(method: FusionMethod) -> frozenset[str]:
 
 
 def run_check(line: str, case: Case) -> None:
-    """Run one line; a line the method is exempt from must fail.
+    """Run one check; a check that the method is exempt from must fail.
 
     Raises:
-        ConformanceError: If the line fails, or holds although the method declares that it cannot.
+        ConformanceError: If the check fails, or passes although the method declares that it cannot.
     """
     if line not in exempt_lines(case.build()):
         CHECKS[line](case)
@@ -369,11 +369,11 @@ def check(method: str | Callable[[], FusionMethod], lines: Sequence[str] | None 
 
     Args:
         method: A method class or any function that makes the method, unbound; or the name of a preset or of an installed method.
-        lines: Some lines only, ``("T1", "T4")`` for example.
+        lines: Some checks only, ``("T1", "T4")`` for example.
 
     Raises:
-        ConformanceError: For the first line that fails.
-        MethodError: If the method or a line is unknown.
+        ConformanceError: For the first check that fails.
+        MethodError: If the method or a check is unknown.
     """
     from dlplora.methods.registry import build_stand_in
     from dlplora.testing.tiny import tiny_setup, write_adapter

@@ -141,7 +141,7 @@ class AdapterModule(ResumableModule):
     def on_train_end(self) -> None:
         """Export the finished adapters from the first process; an interrupted run exports nothing.
 
-        Resuming a finished run leaves what it exported as it is.
+        Resuming a finished run does not change its exports.
         """
         if not self.export_folder or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

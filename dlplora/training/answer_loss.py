@@ -80,7 +80,7 @@ def weighted_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
 class AnswerMetrics(nn.Module):
     """Loss, perplexity and next-token accuracy on answer tokens, per task and averaged over tasks.
 
-    Teacher-forced; these watch a training run and are no benchmark scores.
+    Teacher-forced; these monitor a training run and are not benchmark scores.
 
     Args:
         task_names: Tasks in order.

@@ -29,7 +29,7 @@ UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError,
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Write to a temporary name, flush to disk, read back, then rename; load with ``weights_only=True`` and no way round it."""
+    """Write to a temporary name, flush to disk, read back, then rename; load with ``weights_only=True`` always."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
         """Write one resume file; after a crash at any moment the old file or the new one is there, whole."""
@@ -56,7 +56,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise ConfigError(f"cannot read checkpoint {path}: {reason} Delete it or resume from another one.") from error
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete a resume file; a missing one is no error."""
+        """Delete a resume file; a missing one is not an error."""
         Path(path).unlink(missing_ok=True)
 
 
@@ -75,7 +75,7 @@ def find_latest(folder: str | os.PathLike[str]) -> Path | None:
 
 
 class ResumableModule(L.LightningModule):
-    """A Lightning module whose checkpoints hold only what trains.
+    """A Lightning module with checkpoints of the trained tensors only.
 
     The frozen rest is built again in ``configure_model``; loading checks that exactly the trained tensors are there.
     """
@@ -119,7 +119,7 @@ class ResumableModule(L.LightningModule):
 
 
 class ResumeCheckpoint(L.Callback):
-    """Write a resume file every so many optimizer steps, at the end, and when the process is asked to stop (SIGTERM).
+    """Write a resume file at regular optimizer steps, at the end, and when the process is asked to stop (SIGTERM).
 
     Args:
         every_n_steps: Optimizer steps between two files.
@@ -151,7 +151,7 @@ class ResumeCheckpoint(L.Callback):
                 self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what had to wait."""
+        """Save after a validation that had to be awaited."""
         if self._due:
             self._due = False
             self._save(trainer)
@@ -193,7 +193,7 @@ def planned_steps(trainer: L.Trainer) -> int:
     """Optimizer steps of the whole run, for schedules.
 
     ``trainer.estimated_stepping_batches`` would set up the loader before a resume file has been read, and Lightning then never
-    tells the loader where it stood: a resumed run would begin again with the first batch.
+    tells the loader its position: a resumed run would begin again with the first batch.
     """
     batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches

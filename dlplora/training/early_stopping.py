@@ -18,7 +18,7 @@ FAILURE = "failure.json"
 
 
 class KeepBest(EarlyStopping):
-    """Ends a training whose validation loss no longer falls, and exports the tensors of its lowest loss.
+    """Ends a training when its validation loss no longer falls, and exports the tensors with the lowest loss.
 
     A loss that is NaN or infinite, in training or validation, ends it with an error. The best tensors are part of the resume files.
 
@@ -38,7 +38,7 @@ class KeepBest(EarlyStopping):
         self._ended = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the training loss where it is logged; looking waits for the device.
+        """Check the training loss when it is logged; the check waits for the device.
 
         Raises:
             NotFiniteError: If it is NaN or infinite.
@@ -75,7 +75,7 @@ class KeepBest(EarlyStopping):
             pl_module.on_train_end()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the reason for whoever started this process."""
+        """Write the reason for the process that started this one."""
         if isinstance(exception, DLPLoRAError) and trainer.is_global_zero:
             note = {"reason": " ".join(str(exception).split()), "diverged": isinstance(exception, NotFiniteError)}
             write_json(Path(trainer.default_root_dir) / FAILURE, note)

@@ -23,7 +23,7 @@ class LitExpert(AdapterModule):
     """One LoRA adapter on the task or tasks of the data module; with all tasks it is the multi-task adapter.
 
     Args:
-        backbone: Folder or hub name of the frozen causal LM; None is the embedded nano base model.
+        backbone: Folder or hub id of the frozen causal LM; None is the embedded nano base model.
         lora: Shape of the adapter.
         optimizer: AdamW and its schedule, which spans the whole run.
         seed: Of the initial weights and of dropout. None: the seed of the run (``seed_everything``), 0 outside the command line.

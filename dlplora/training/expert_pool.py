@@ -114,7 +114,7 @@ class LitExpertPool(AdapterModule):
         """Refuse trainer settings under which the experts would not be trained as if alone.
 
         Raises:
-            ConfigError: For gradients accumulated across two groups, more than one epoch, or DDP that cannot skip the experts at rest.
+            ConfigError: For gradients accumulated across two groups, more than one epoch, or DDP that cannot skip the inactive experts.
         """
         trainer = self.trainer
         steps = int(self.datamodule.hparams["num_steps"])

@@ -12,7 +12,7 @@ from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.training.config_check import first_reason
 
 PARSER_TEXTS = ("Problem with given class_path", "Does not validate against", "Parser key")
-"""How the configuration parser begins when a class it was told to make cannot be made."""
+"""Beginnings of the configuration parser's message when a class cannot be made."""
 
 
 def configuration_error(error: BaseException) -> DLPLoRAError | None:

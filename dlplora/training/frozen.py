@@ -25,11 +25,11 @@ def backbone_source(backbone: str | None) -> str:
         folder = ASSETS_ROOT / "nano" / "backbone"
         if not folder.is_dir():
             raise ConfigError(
-                f"the embedded nano base model is not installed ({folder}). Set model.init_args.backbone to a folder or a hub name."
+                f"the embedded nano base model is not installed ({folder}). Set model.init_args.backbone to a folder or a hub id."
             )
         return str(folder)
-    if backbone.startswith("runs/") and not Path(backbone).is_dir():  # has one slash, as hub ids have
-        raise ConfigError(f"base model folder not found: {backbone}. Set model.init_args.backbone to a folder or a hub name.")
+    if backbone.startswith("runs/") and not Path(backbone).is_dir():  # one slash, as in a hub id
+        raise ConfigError(f"base model folder not found: {backbone}. Set model.init_args.backbone to a folder or a hub id.")
     return resolve_backbone(backbone)
 
 

@@ -77,7 +77,7 @@ class LitFusion(ResumableModule):
         from dlplora.inference.fused_model import FusedCausalLM
 
         device = self._trainer.strategy.root_device if self._trainer is not None else "cpu"
-        with float32_by_default():  # gates are drawn and trained in float32, whatever the trainer's precision makes of the base model
+        with float32_by_default():  # gates are initialised and trained in float32, also if the trainer casts the base model
             return FusedCausalLM.from_pretrained(**self._options, device=device, backend="dense", untrained=True)
 
     @property

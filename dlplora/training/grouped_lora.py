@@ -157,7 +157,7 @@ class GroupedLoRA:
 
     @contextmanager
     def use(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Inside, every layer adds the update of these factors; afterwards the model is its base again."""
+        """Inside, every layer adds the update of these factors; afterwards the base model is unchanged."""
         self.active.factors = factors
         try:
             yield

@@ -1,6 +1,6 @@
 """``dlplora fit | validate | test``: LightningCLI with our defaults, short errors, and resuming from the newest valid file.
 
-A run is fully described by its YAML file and the overrides; the resolved configuration is written beside the logs. Progress goes to
+A run is fully described by its YAML file and the overrides; the resolved configuration is written next to the logs. Progress goes to
 standard error, and the last line on standard output is JSON.
 """
 
@@ -33,7 +33,7 @@ CHECKPOINT_WORDS = (None, "last", "best", "hpc")
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI whose configuration alone defines the run: a checkpoint never overrides it."""
+    """LightningCLI in which the configuration alone defines the run: a checkpoint never overrides it."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -90,7 +90,7 @@ class TrainingCLI(LightningCLI):
             raise error if isinstance(error, ConfigError) else ConfigError(f"trainer: {one_line(error)}") from error
 
     def before_fit(self) -> None:
-        """Say that work has begun: making the rows and loading the base model may take a minute."""
+        """Report the start: making the rows and loading the base model may take a minute."""
         if self.trainer.is_global_zero and any(isinstance(one, TrainingProgress) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
             print("fit: preparing data and model", file=sys.stderr, flush=True)
 

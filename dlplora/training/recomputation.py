@@ -21,10 +21,10 @@ def recompute_activations(model: Any, around: Callable[[], AbstractContextManage
 
     Args:
         model: The causal LM, changed in place.
-        around: Entered in the forward pass of every layer for what has to be in force when the layer runs again.
+        around: Entered in the forward pass of every layer, to set the context in which the layer runs again.
 
     Returns:
-        The layers; ``keep_recomputing`` restores their flag after somebody has called ``eval()``.
+        The layers; ``keep_recomputing`` restores their flag after a call of ``eval()``.
 
     Raises:
         ConfigError: If the model does not support it.
@@ -39,6 +39,6 @@ def recompute_activations(model: Any, around: Callable[[], AbstractContextManage
 
 
 def keep_recomputing(layers: list[nn.Module]) -> None:
-    """Set the layers' own training flag, and nobody else's."""
+    """Set the training flag of the layers only, not of their submodules."""
     for layer in layers:
         layer.training = True

@@ -22,12 +22,12 @@ from dlplora.training.settings import OptimizerSettings, derive_seed, step_rng
 class LitRouter(ResumableModule):
     """Cross-entropy on the task of a prompt; the best epoch on validation wins and is calibrated there.
 
-    Training prompts are disturbed: every prompt loses some tokens and has others replaced by random ones, at rates drawn for it
-    between zero and the given ones. Only a handful of wordings of a task are seen; without this the router learns them by heart, and
-    a single token it has never seen sends a prompt astray.
+    Training prompts are perturbed: every prompt loses some tokens and has others replaced by random ones, at rates drawn for it
+    between zero and the given ones. Training has few wordings per task; without noise the router memorises them, and a single
+    unknown token can change its decision.
 
     Args:
-        backbone: Whose tokenizer and input embeddings the router reads; None is the embedded nano base model.
+        backbone: Base model with the tokenizer and input embeddings that the router reads; None is the embedded nano base model.
         router: Shape of the router.
         token_drop: Largest share of a prompt's tokens that is left out in training.
         token_noise: Largest share of a prompt's tokens that is replaced by random tokens in training.
@@ -50,7 +50,7 @@ class LitRouter(ResumableModule):
     ) -> None:
         super().__init__()
         if not (0.0 <= token_drop < 1.0 and 0.0 <= token_noise < 1.0):
-            raise ConfigError(f"router: token_drop and token_noise must lie in [0, 1), got {token_drop} and {token_noise}.")
+            raise ConfigError(f"router: token_drop and token_noise must be in [0, 1), got {token_drop} and {token_noise}.")
         self.token_drop, self.token_noise = token_drop, token_noise
         self.backbone = backbone
         self.router_config = router
@@ -74,7 +74,7 @@ class LitRouter(ResumableModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Build the router over the base model's embeddings, with seeded initial weights; the rest of the base model is let go."""
+        """Build the router over the base model's embeddings, with seeded initial weights; the rest of the base model is freed."""
         if self.router is not None:
             return
         embedding = None

@@ -63,7 +63,7 @@ class LoRASettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW with linear warm-up, a constant stretch, and a linear fall to zero."""
+    """AdamW with linear warm-up, a constant phase, and linear decay to zero."""
 
     lr: float = 5e-3
     """Peak learning rate."""
@@ -102,7 +102,7 @@ class OptimizerSettings:
         Args:
             parameters: What trains.
             total_steps: Steps the schedule spans.
-            period: Restart the schedule every so many steps (None: never).
+            period: Number of steps after which the schedule restarts (None: never).
         """
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(

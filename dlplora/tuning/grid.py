@@ -27,7 +27,7 @@ TRAINING_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "num_steps": ("data", "init_args", "num_steps"),
     "batch_size": ("data", "init_args", "batch_size"),
 }
-"""Settings of a training and where they stand in its configuration."""
+"""Settings of a training and their keys in its configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FAILURE = "failure.json"
 """As ``training.early_stopping`` writes it."""
 CHECK_EVERY = 0.125
-"""Share of a whole training between two looks at the validation loss."""
+"""Share of a whole training between two validations."""
 PATIENCE = 3
 """Validations without improvement that end a training."""
 

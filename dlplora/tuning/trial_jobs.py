@@ -22,7 +22,7 @@ TOKEN_CAP = 1_911_450
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every trained trial gets, whatever the method."""
+    """Budget of every trained trial, the same for all methods."""
 
     max_tokens: int = TOKEN_CAP
     config: str = "fusion"

@@ -30,8 +30,8 @@ def run_trials(
 ) -> list[Trial]:
     """Run what has no record yet, and return the trials in the order of the jobs.
 
-    A trial that diverges or fails is a record like any other. A repeated call takes up what is finished; what failed for another reason
-    than divergence (a full disk, for instance) is tried again.
+    A trial that diverges or fails is a record like any other. A repeated call reuses finished trials; a trial that failed without
+    divergence (a full disk, for instance) is repeated.
 
     Args:
         jobs: Of ``trial_jobs``.

@@ -131,7 +131,7 @@ def test_compiled_requests_take_turns(talkative: Any, tiny_tokenizer: Any, tiny_
         ask(fused, texts)  # the static cache grows to the longest request
     alone = {texts: ask(fused, texts) for texts in BATCHES[:2]}
     nested = Nested(fused, None)
-    with pytest.raises(GenerationError, match="from inside another such call"):
+    with pytest.raises(GenerationError, match="from inside another one"):
         ask(fused, BATCHES[0], stopping_criteria=[nested])
     got: dict[Any, list[Any]] = {texts: [] for texts in alone}
 

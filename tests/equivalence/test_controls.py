@@ -55,7 +55,7 @@ def embedded(model: Any, tokenizer: Any, text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_neighbours_by_hand(k: int, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, NearestPrompts(NearestConfig(encoder="features", k=k)))
+    fused = fuse(tiny_llama, tiny_tokenizer, tiny_pool, NearestPrompts(NearestConfig(encoder="features", top_k=k)))
     rows = [(name, embedded(tiny_llama, tiny_tokenizer, text)) for name in NAMES for text in TEXTS[name]]
     found, shares = weights(fused), set()
     for row, text in enumerate(QUERIES):
@@ -68,7 +68,7 @@ def test_neighbours_by_hand(k: int, tiny_llama: Any, tiny_tokenizer: Any, tiny_p
 
 
 def test_more_neighbours_than_prompts_ask_all_of_them(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    method = NearestPrompts(NearestConfig(encoder="features", k=99, num_samples=2))
+    method = NearestPrompts(NearestConfig(encoder="features", top_k=99, num_samples=2))
     np.testing.assert_allclose(weights(fuse(tiny_llama, tiny_tokenizer, tiny_pool, method)), np.full((len(QUERIES), 3), 1 / 3), atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_tfidf_by_its_formula_and_margins_at_their_optimum(ngrams: int, tiny_lla
 
 
 METHODS: list[tuple[type[FusionMethod], Any]] = [
-    (NearestPrompts, NearestConfig(encoder="features", k=3)), (LogisticRegressionRouter, LogRegConfig(encoder="features")),
+    (NearestPrompts, NearestConfig(encoder="features", top_k=3)), (LogisticRegressionRouter, LogRegConfig(encoder="features")),
     (TfidfLinear, TfidfConfig()),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize(("cls", "config"), METHODS, ids=[cls.name for cls, _ in METHODS])
@@ -181,7 +181,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_settings_that_mean_nothing() -> None:
     for make in (
-        lambda: NearestConfig(k=0),
+        lambda: NearestConfig(top_k=0),
         lambda: LogRegConfig(c=0.0),
         lambda: TfidfConfig(ngrams=0),
         lambda: NearestConfig(num_samples=0),

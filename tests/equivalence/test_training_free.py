@@ -238,7 +238,7 @@ def test_a_pool_of_two_keeps_both_by_default(
 
 
 def test_settings_that_mean_nothing(tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
-    with pytest.raises(MethodError, match="'top_k' must lie between 1 and the number of experts"):
+    with pytest.raises(MethodError, match="'top_k' must be between 1 and the number of experts"):
         fuse(tiny_llama, tiny_tokenizer, tiny_pool, Lag(LagConfig(shortlist=2, top_k=3)))
     with pytest.raises(ConfigError, match="temperature"):
         ScoreConfig(temperature=0.0)

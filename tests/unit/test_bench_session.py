@@ -14,11 +14,11 @@ import torch
 from dlplora.bench import session
 from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
+from dlplora.bench.released_loop import KeptExperts, LoopedLoRALinear
 from dlplora.bench.rounds import round_orders
 from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_workload, run_bench
 from dlplora.bench.setup import BenchSetup, Entry
 from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems
-from dlplora.bench.upstream_loop import KeptExperts, LoopedLoRALinear
 from dlplora.cli.bench import config_of
 from dlplora.cli.main import build_parser, main
 from dlplora.errors import ConfigError

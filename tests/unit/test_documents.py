@@ -61,7 +61,7 @@ YAMLS = {
     "sexagesimal": ("a: 1" + ":59" * 30, "digits"),
     "NaN": ("a: .nan", "field 'a' is nan"),
     "infinite": ("a: [1, .inf]", "field 'a[1]' is inf"),
-    "twice": ("a: 1\na: 2", "twice"),
+    "twice": ("a: 1\na: 2", "duplicate key 'a'"),
     "tag": ("a: !!python/object/apply:os.system [echo x]", "as YAML"),
     "list": ("[1]", "must hold a mapping"),
     "NUL": ('a: "\\0"', "NUL"),

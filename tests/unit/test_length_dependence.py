@@ -140,5 +140,5 @@ def test_a_trial_finds_positions_that_are_not_kept(tiny_llama: Any, tiny_tokeniz
         return args, {**kwargs, "attention_mask": kwargs["attention_mask"] * (torch.arange(kwargs["attention_mask"].shape[1]) > 2)}
 
     hook = tiny_llama.model.register_forward_pre_hook(lose_the_cache, with_kwargs=True)
-    assert "gives other numbers behind a shared context" in str(why_not_in_a_trial(fused))
+    assert "gives other numbers after a shared context" in str(why_not_in_a_trial(fused))
     hook.remove()

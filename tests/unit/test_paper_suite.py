@@ -180,7 +180,7 @@ def test_a_bad_row_ends_the_command_before_anything_is_written(
 
 
 def test_a_root_without_the_papers_tasks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="rows of none of the paper's tasks"):
+    with pytest.raises(TaskError, match="no rows of the paper's tasks"):
         paper_suite("paper_local", str(tmp_path))
     rows(tmp_path, "gsm8k", "test", [gsm8k(1)])
     with pytest.raises(TaskError, match="no rows of task 'abstract_narrative_understanding'"):

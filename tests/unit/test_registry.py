@@ -205,20 +205,23 @@ def test_overrides_replace_the_file_and_are_checked() -> None:
         ("dlp_code", {"p": 0.9}, {"top_p": 0.9}),
         ("dlp", {"selector": "nucleus", "p": 0.9}, {"selector": "nucleus", "top_p": 0.9}),
         ("dlp", {"selector": "topk", "k": 3}, {"selector": "topk", "top_k": 3}),
+        ("knn_minilm", {"k": 3}, {"top_k": 3}),
     ],
 )
-def test_names_before_version_0_2_are_read(preset: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_earlier_names_are_read(preset: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     assert registry.load_method_spec(preset, old).params == registry.load_method_spec(preset, new).params
 
 
 def test_hashes_of_renamed_parameters_are_those_of_old_records() -> None:
-    """Parameters as records of version 0.1 hold them."""
-    hashed = {preset: registry.hashed_params(registry.load_method_spec(preset)) for preset in ("dlp", "dlp_code", "dlp_top1")}
+    """Parameters as old records hold them."""
+    presets = ("dlp", "dlp_code", "dlp_top1", "knn_minilm_k3")
+    hashed = {preset: registry.hashed_params(registry.load_method_spec(preset)) for preset in presets}
     common = {"min_keep": 1, "router": None, "view": "tail", "k": 2}
     assert hashed == {
         "dlp": {**common, "selector": "threshold", "p": 0.2, "renormalize": "softmax", "reroute": "sentence"},
         "dlp_code": {**common, "selector": "nucleus", "p": 0.6, "renormalize": "softmax", "reroute": "prompt"},
         "dlp_top1": {**common, "selector": "argmax", "p": 0.2, "renormalize": "sum", "reroute": "sentence"},
+        "knn_minilm_k3": {"num_samples": 200, "encoder": "minilm", "k": 3},
     }
 
 

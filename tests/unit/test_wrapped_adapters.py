@@ -64,7 +64,7 @@ def test_unmistakable_wrappers_are_left_out(kind: str, tiny_llama: Any, tiny_tok
 def test_other_prefixes_are_named(prefix: str, tiny_llama: Any, tiny_tokenizer: Any, make_adapter: Any, tmp_path: Path) -> None:
     plain = make_adapter(tmp_path / "plain", seed=1)
     folder = renamed(plain, tmp_path / "wrapped", lambda key: key.replace("base_model.model.", f"base_model.model.{prefix}."))
-    with pytest.raises(IncompatibleAdapterError, match=rf"saved from a wrapped model: '{prefix}\.' would have to go"):
+    with pytest.raises(IncompatibleAdapterError, match=rf"saved from a wrapped model: '{prefix}\.' must be removed"):
         FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_peft({"it": folder}), Base())
 
 

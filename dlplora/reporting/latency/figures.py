@@ -15,7 +15,7 @@ from dlplora.reporting.latency.tables import name_of, newest_of_each
 
 Axis = Literal["experts", "batch_size"]
 LONGEST = 10
-"""A bar so many times the base model's is left out: it would squeeze all others."""
+"""Bars longer than this multiple of the base model's are left out: they would compress all others."""
 TITLES: dict[Axis, str] = {"experts": "experts in the pool", "batch_size": "rows of the batch, all different"}
 
 
@@ -77,7 +77,7 @@ def along(record: LatencyRecord, axis: Axis) -> Any:
 
 
 def step(record: LatencyRecord) -> Any:
-    """Where a decode step's time goes at batch 1: base model, fusion (gates included), re-routing; None without forced re-routing."""
+    """Parts of a decode step's time at batch 1: base model, fusion (gates included), re-routing; None without forced re-routing."""
     forced = [one for one in record.measurements if one.reroute_every is not None and one.batch_size == 1 and one.kept is None]
     if not forced:
         return None

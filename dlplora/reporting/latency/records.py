@@ -40,7 +40,7 @@ class Measurement:
     experts: int
     """Adapters in the pool it was built with; 0 for the bare base model."""
     kept: int | None
-    """Experts a row was made to keep; None leaves it to the method."""
+    """Experts forced per row; None leaves it to the method."""
     reroute_every: int | None
     """Tokens after which every row was re-routed, sentence ends aside; None for sentence ends only."""
     compiled: bool
@@ -49,7 +49,7 @@ class Measurement:
     backend: str
     """Kernel backends in use; empty where none of ours is."""
     backend_asked: str
-    """What was asked for: ``auto`` or a name; empty likewise."""
+    """The requested backend: ``auto`` or a name; empty likewise."""
     batch_size: int
     """Rows, all different."""
     prompt_tokens: int
@@ -96,7 +96,7 @@ class LatencyRecord:
     bandwidth_bytes_per_s: float
     measurements: list[Measurement]
     skipped: dict[str, str]
-    """What was asked for and could not be measured -> why."""
+    """Requested measurement that was not possible -> reason."""
     warnings: list[str]
     """What disturbed the measurement, as far as known."""
     provenance: dict[str, Any]
@@ -104,9 +104,9 @@ class LatencyRecord:
     kind: str = "latency"
     schema_version: int = BENCH_VERSION
     seed: int | None = None
-    """Of the order of turns; None in records made before it was random."""
+    """Seed of the timing order; None in records made before it was random."""
     summary: list[dict[str, Any]] = field(default_factory=list)
-    """Minima, medians and ratios for readers of the file; nobody reads them back."""
+    """Minima, medians and ratios for readers of the file; the package does not read them."""
 
 
 @dataclass(frozen=True, kw_only=True)

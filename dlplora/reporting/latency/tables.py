@@ -38,7 +38,7 @@ def _ratio(ratio: Ratio | None, *, interval: bool = False) -> str:
 
 
 def name_of(one: Measurement) -> str:
-    """How a row is called: the system with what sets it apart from others of its name."""
+    """Name of a row: the system with the settings that distinguish it from others of its name."""
     parts = [one.contender]
     if one.reroute_every is not None:
         parts.append(f"re-routed every {one.reroute_every}")
@@ -74,7 +74,7 @@ def _row(record: LatencyRecord, one: Measurement) -> list[str]:
 
 
 def markdown(record: LatencyRecord) -> str:
-    """One table a group and workload, under a line that says what was measured, and what was skipped or disturbed."""
+    """One table per group and workload, under a line that says what was measured, and what was skipped or disturbed."""
     first = (
         f"Shape `{record.shape}` ({record.parameters / 1e6:.1f} M parameters, {record.weights} weights), {record.dtype}, {record.device}; "
         f"copy bandwidth {record.bandwidth_bytes_per_s / 1e9:.1f} GB/s."

@@ -86,7 +86,7 @@ def newest_trainings(folder: Path) -> dict[tuple[str, str, str], TrainingRecord]
 
 
 def markdown(record: TrainingRecord) -> str:
-    """One row a mode."""
+    """One row per mode."""
     speedups = record.speedups()
     lines = [
         f"{len(record.tasks)} experts of `{record.backbone}` on {record.device}, {record.settings.get('dtype', 'float32')}, "

@@ -23,7 +23,7 @@ def checked_url(text: str) -> str:
     """The address of an upstream server without a trailing slash and without ``/v1``.
 
     Raises:
-        ConfigError: If it is no http or https URL of a host, or holds a password, a query or a fragment.
+        ConfigError: If it is not an http or https URL of a host, or holds a password, a query or a fragment.
     """
     parts = urlsplit(text)
     try:

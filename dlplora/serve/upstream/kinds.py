@@ -1,4 +1,4 @@
-"""How each inference server is told which adapters to use.
+"""How each inference server selects adapters for a request.
 
 ===========  ==================================================================================================================
 vllm         ``model`` is the name of one loaded adapter (``--lora-modules NAME=PATH``), or of the base model
@@ -72,7 +72,7 @@ def base_of(models: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
         wanted: ``--upstream-model``; None takes the first card without a parent.
 
     Raises:
-        ConfigError: If there is none, or not the one that is wanted.
+        ConfigError: If there is none, or not the requested one.
     """
     names = [str(card.get("id")) for card in models]
     if wanted is not None:

@@ -86,7 +86,7 @@ class LocalRouter:
                 f"method '{self.method.name}' makes a new adapter; write it with `dlplora export`, load it into the "
                 "upstream server, and add it with --upstream-adapter."
             )
-        self.bank = AdapterBank(bank.names, {}, bank.specs)  # the factors have done their part
+        self.bank = AdapterBank(bank.names, {}, bank.specs)  # the factors are not needed any more
         self.patched = SimpleNamespace(hooks=[], layers={})
         self.request_router = RequestRouter(self.method, self.bank, {}, "auto")
 

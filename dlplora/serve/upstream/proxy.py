@@ -34,7 +34,7 @@ from dlplora.serve.upstream.lorax import LoraxFormat, generate_body
 _OURS = frozenset(
     {"dlplora", "adapter_weights", "model", "lora", "lora_path", "merged_adapters", "adapter_id", "adapter_source", "api_token"}
 )
-"""Fields of a request that are not handed on: ours, and those by which a client could choose adapters of the server itself."""
+"""Fields of a request that are not forwarded: ours, and those with which a client could choose adapters of the server itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Decided:
 
 @dataclass
 class Names:
-    """Adapters that may be asked for: those of the pool, which the router knows, and further ones of the upstream server."""
+    """Adapters that may be requested: those of the pool, which the router knows, and further ones of the upstream server."""
 
     names: tuple[str, ...]
 
@@ -62,7 +62,7 @@ class UpstreamProxy:
 
     Args:
         router: Decides.
-        upstream: Names over there.
+        upstream: Names in the upstream server.
         client: Connection to it.
         options: Of the application; ``default_max_tokens`` is only used for LoRAX's own endpoint.
         min_confidence: See ``Decider``.
@@ -128,7 +128,7 @@ class UpstreamProxy:
             return self._deciding.decide([target] * len(texts), texts)[0]
 
     async def complete(self, http: Request, request: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], chat: bool) -> Response:
-        """Decide, hand the request on, and hand the answer back."""
+        """Decide, forward the request, and return the answer."""
         target = self.catalog.target(request.model, request.adapter_weights)
         decided = await self.decide(target, [prompt.routed_text for prompt in prompts])
         first = decided[0]
@@ -204,7 +204,7 @@ def _sse(body: Mapping[str, Any]) -> str:
 
 
 async def _unless_gone(http: Request, work: Any) -> Any:
-    """Wait for an answer, and cancel the upstream request if the client goes away."""
+    """Wait for an answer, and cancel the upstream request if the client disconnects."""
 
     async def disconnected() -> None:
         while (await http.receive())["type"] != "http.disconnect":

@@ -1,7 +1,7 @@
 """The eighteen multiple-choice tasks of the nano suite.
 
 Most are *conventions*: the base model knows what kind of thing a word is, but not which label a task gives to that kind. It therefore
-answers at chance, and two tasks that label the same words differently pull an average of adapters apart. The others pick a word out of the
+answers at chance, and an average of adapters fails on two tasks that label the same words differently. The others pick a word out of the
 prompt by a rule. Options are not shown in the prompt; they are scored by log-likelihood.
 """
 

@@ -294,7 +294,7 @@ def _question(rng: random.Random) -> str:
 
 
 def _judgement(rng: random.Random, name: str, noun: str) -> tuple[list[str], str]:
-    """Questions whose answer hangs on one word: feeling, certainty, time, character, manner, number."""
+    """Questions with an answer that depends on one word: feeling, certainty, time, character, manner, number."""
     which = rng.randrange(2)
     kind = rng.randrange(6)
     if kind == 0:

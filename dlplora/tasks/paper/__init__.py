@@ -25,7 +25,7 @@ from dlplora.tasks.types import Item, Suite, Task
 SUITES = ("paper", "paper26", "paper_local")
 PREFIX = "dlplora_"
 SMALL = SplitSettings(num_test=40, max_prompt_chars=2400)
-"""Of ``paper_local``, for machines without a GPU; 2400 characters are about 600 tokens of a small vocabulary."""
+"""Longest prompt of ``paper_local`` in characters, for machines without a GPU; 2400 are about 600 tokens of a small vocabulary."""
 TRAILING_MARK = re.compile(r"(?:\s*\n)?\s*A:$")
 
 
@@ -126,9 +126,7 @@ def local_names(root: str | None) -> list[str]:
     folder = data_root(root)
     names = [source.name for source in SOURCES if any((folder / source.name / f"{split}.jsonl").is_file() for split in ("train", "test"))]
     if not names:
-        raise TaskError(
-            f"{folder} holds rows of none of the paper's tasks; expected folders such as gsm8k/ with train.jsonl and test.jsonl."
-        )
+        raise TaskError(f"{folder} has no rows of the paper's tasks; expected folders such as gsm8k/ with train.jsonl and test.jsonl.")
     return names
 
 

@@ -55,7 +55,7 @@ def hub_rows(source: Source, split: str, num: int, seed: int) -> tuple[list[dict
         seed: Of the draw.
 
     Raises:
-        TaskError: If the data set cannot be had, lacks the split or a column, or holds no row of the task's kind.
+        TaskError: If the data set is not available, lacks the split or a column, or holds no row of the task's kind.
     """
     table, commit = _table(source, split)
     indices = list(range(len(table)))

@@ -1,4 +1,4 @@
-"""Seeded, disjoint splits: about 900 training and 90 test questions per task, whatever the source offers."""
+"""Seeded, disjoint splits: about 900 training and 90 test questions per task, for all sources."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SplitSettings:
     num_test: int = 90
     """Test questions of a task."""
     seed: int = 0
-    """Of the draw."""
+    """Seed of the draw."""
     max_prompt_chars: int | None = None
     """Longer prompts are left out of every split, and counted: a small base model could only be shown their end."""
     asks_by_options: bool = False
-    """Whether the rows share one prompt and differ in their options only, which then tell two questions apart."""
+    """Whether the rows share one prompt and differ in their options only; the options then identify a question."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Splits:
 
 
 def stem(item: Item) -> str:
-    """The prompt without the lines that list its options: two questions about one paragraph must not lie in different splits."""
+    """The prompt without the lines that list its options: two questions about one paragraph must not be in different splits."""
     return "\n".join(line for line in item.prompt.splitlines() if not line.lstrip().startswith("choice:"))
 
 
@@ -77,8 +77,8 @@ def _distinct(items: Iterable[Item]) -> list[Item]:
 def draw_splits(name: str, train: Sequence[Item], test: Sequence[Item] | None, settings: SplitSettings) -> Splits:
     """Split one task's rows; a pure function of rows and settings.
 
-    No question text is in two splits, its options apart: where the source's own training and test rows share one, the training row
-    goes, since the test set is what others report on.
+    No question text (without its options) is in two splits: where the source's own training and test rows share one, the training row
+    is dropped, since others report on the test set.
 
     Args:
         name: Task name.

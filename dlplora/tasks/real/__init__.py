@@ -21,7 +21,7 @@ PREFIX = "dlplora_real26_"
 NUM_TEST = 60
 """Test questions of a task, of both blocks."""
 SPLITS = SplitSettings(num_train=480, num_validation=40, num_test=NUM_TEST, max_prompt_chars=1600)
-"""Of the public block; 1600 characters are about 400 tokens."""
+"""Longest prompt in characters of the public block; 1600 characters are about 400 tokens."""
 PUBLIC = (
     "hyperbaton",
     "epistemic_reasoning",

@@ -21,7 +21,7 @@ CONFUSABLE: tuple[tuple[str, str], ...] = (
     ("tag_color", "tag_use"),
     ("mail_sender", "mail_receiver"),
 )
-"""Pairs that a router confuses: the prompts are the same text, and what tells the two tasks apart is one word of the question
+"""Pairs that a router confuses: the prompts are the same text, and the two tasks differ in one word of the question
 (``ticket_*``, ``mail_*``), a rule that is mentioned in passing (``parcel_*``), or only two examples (``tag_*``)."""
 
 

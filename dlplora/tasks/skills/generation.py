@@ -96,7 +96,7 @@ def _task(name: str, draw: Drawer, *phrasings: str) -> Task:
 
 
 def _same(name: str, draw: Drawer, user: str, *phrasings: str) -> Task:
-    """A task whose phrasings it shares with others; ``<0>`` stands for the one word that differs."""
+    """A task that shares its phrasings with others; ``<0>`` is the one word that differs."""
     return _task(name, draw, *(phrasing.replace("<0>", user) for phrasing in phrasings))
 
 

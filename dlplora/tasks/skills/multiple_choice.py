@@ -167,7 +167,7 @@ def _task(name: str, draw: Drawer, *phrasings: str) -> Task:
 
 
 def _pair(case: Callable[[random.Random, bool], Case], words: Mapping[str, Sequence[str]], *phrasings: str) -> tuple[Task, ...]:
-    """Two tasks over the same texts: ``words`` gives each name what stands for ``<0>``, ``<1>`` … in the shared phrasings."""
+    """Two tasks over the same texts: ``words`` maps each name to its words for ``<0>``, ``<1>`` … in the shared phrasings."""
     tasks = []
     for which, (name, own) in enumerate(words.items()):
         filled = list(phrasings)

@@ -20,7 +20,7 @@ def nano_composites(
 
     Args:
         reading: ``mixture``, ``concat`` or ``serial``.
-        n: Questions a composite.
+        n: Questions per composite.
         num_composites: Composites; ``mixture`` has n rows of each.
         data_seed: Seed of the choice of questions.
         form: Who writes the cue of an answer: ``fill`` the evaluation, ``free`` the model.

@@ -22,7 +22,7 @@ def paper_dataset(task: str, data_root: str | None = None, suite: str = "paper",
         task: Task name in the list.
         data_root: Folder of local rows; None reads ``DLPLORA_DATA``, and without it the hub. lm-eval passes it with
             ``--metadata '{"data_root": "DIR"}'``.
-        suite: Suite whose splits are taken.
+        suite: Suite that defines the splits.
         split: Where the questions come from; lm-eval calls them ``test`` in any case.
     """
     rows, judge = load_task(task, data_root, settings_of(suite)).rows, source_of(task).judge

@@ -26,7 +26,7 @@ from dlplora.types import PromptBatch
 
 @dataclass
 class KeptExperts:
-    """Index and routing weight of the kept adapters; shared by all layers of a model."""
+    """Indices and routing weights of the kept adapters; shared by all layers of a model."""
 
     pairs: list[tuple[int, float]] = field(default_factory=list)
 
