@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dlplora.kernels.allocation import zeros
 
+WIDENED_NUMEL = 1 << 18
+"""Elements of factors up to which a CPU multiplies a single token per row in float32: starting a product in 16 bits takes it longer."""
 SHRINK_PLAN = "Use a smaller batch, keep fewer experts per prompt, or backend=dense, which needs no copy."
 
 
@@ -85,7 +87,8 @@ class FoldedBuffers(nn.Module):
 
     def _lay_out(self) -> None:
         """Keep the views that eager products read: taking them again costs a small base model 4 % of a decode step."""
-        self._eager = self._factors(self.used * self.rank)
+        self._eager = a_sel, b_sel = self._factors(self.used * self.rank)
+        self._widens = a_sel.device.type == "cpu" and a_sel.itemsize == 2 and max(a_sel.numel(), b_sel.numel()) <= WIDENED_NUMEL
 
     def _factors(self, inner: int) -> tuple[Tensor, Tensor]:
         """The first ``inner`` columns: A (B, I, inner) and B (B, inner, O); matrices for weights that all rows share."""
@@ -127,7 +130,10 @@ class FoldedBuffers(nn.Module):
 
     def delta(self, x: Tensor) -> Tensor:
         """The delta (B, T, O) in the dtype of ``x`` (B, T, I); buffers of one row serve every row with 2-D products."""
-        a_sel, b_sel = self._factors(self.width * self.rank) if torch.compiler.is_compiling() else self._eager
+        compiling = torch.compiler.is_compiling()
+        a_sel, b_sel = self._factors(self.width * self.rank) if compiling else self._eager
+        if self._widens and x.shape[1] == 1 and not compiling:
+            a_sel, b_sel = a_sel.float(), b_sel.float()
         inner = x.to(a_sel.dtype)
         if a_sel.ndim == 2:
             return ((inner @ a_sel) @ b_sel).to(x.dtype)

@@ -408,3 +408,15 @@ def test_buffers_of_many_layers_are_those_of_each_layer(seed: int, rows: int, st
                 got = layer(x) - layer.base(x)
                 expected = loop(x, layer.lora_a, layer.lora_b, state.weights * layer.scaling)
                 np.testing.assert_allclose(got.numpy(), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_token_in_half_precision_is_rounded_once(dtype: torch.dtype, rows: int) -> None:
+    """A CPU multiplies single tokens in float32; what is rounded is the sum alone."""
+    x, lora_a, lora_b, weights = draw((rows, 1, 5, 3, 8, 6), 7, "row")
+    x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+    plan = folded.fold(lora_a, lora_b, weights)
+    folded_b = plan.b_sel.double()
+    expected = torch.bmm(torch.bmm(x.double(), plan.a_sel.double().mT), folded_b).to(dtype)
+    torch.testing.assert_close(plan.delta(x), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
