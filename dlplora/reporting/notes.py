@@ -19,7 +19,8 @@ retrieval methods combine three adapters per prompt, as in their papers, and sco
 rates of gates were not searched. `meteora_gate` saw a third of the router's training tokens (with a twelfth of them its mean score was
 61.6), the other gates a twelfth. `mole` was tried at two rates: at 1e-3 its gate ended saturated on one adapter per token (23.8), at
 1e-4, shown here, its loss hardly fell, and it scores like `cat`, which has one trained weight per adapter and layer whatever the input;
-the row says little about the method. Compare gates with their [ceilings](real26_ceilings.md). For tasks whose adapter is missing, see [unseen tasks](../../docs/unseen_task.md).""",
+the row says little about the method. Compare gates with their [ceilings](real26_ceilings.md). For tasks whose adapter is missing, see
+[unseen tasks](../../docs/unseen_task.md).""",
     "skills_confusable": """\
 **Where the router is in doubt, fusing two adapters is worse than taking the likelier one.** Four pairs of tasks whose prompts are
 drawn from the same texts: `dlp` keeps two adapters for a fifth of the prompts, all of one pair, and answers fewer of them right than
