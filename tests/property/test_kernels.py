@@ -420,3 +420,27 @@ def test_one_token_in_half_precision_is_rounded_once(dtype: torch.dtype, rows: i
     folded_b = plan.b_sel.double()
     expected = torch.bmm(torch.bmm(x.double(), plan.a_sel.double().mT), folded_b).to(dtype)
     torch.testing.assert_close(plan.delta(x), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_factors_of_equal_modules_stay_in_one_block() -> None:
+    """In a loaded bank, and in what is made of it: other experts, another dtype. Values are those of the experts."""
+    from dlplora.inference.loading import nano_asset
+    from dlplora.kernels.allocation import as_stack
+
+    loaded = AdapterBank.from_pool(nano_asset("pool"))
+    names = loaded.names[5:1:-2]
+    for bank in (loaded, loaded.select(names), loaded.to(dtype=torch.bfloat16), loaded.select(names).to(dtype=torch.float64)):
+        by_size: dict[tuple[int, ...], list[str]] = {}
+        for path, entry in bank.modules.items():
+            by_size.setdefault((*entry.lora_a.shape, *entry.lora_b.shape), []).append(path)
+        assert max(map(len, by_size.values())) > 1
+        for paths in by_size.values():
+            stack_a = as_stack([bank.modules[path].lora_a for path in paths])
+            stack_b = as_stack([bank.modules[path].lora_b.mT for path in paths])
+            assert stack_a is not None
+            assert stack_b is not None
+            for place, path in enumerate(paths):
+                old, chosen = loaded.modules[path], [loaded.index(name) for name in bank.names]
+                assert torch.equal(stack_a[place], old.lora_a[chosen].to(stack_a.dtype))
+                assert torch.equal(stack_b[place].mT, old.lora_b[chosen].to(stack_b.dtype))
+                assert torch.equal(bank.modules[path].scaling, old.scaling[chosen])
