@@ -96,7 +96,7 @@ def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor], str], None]) 
         (lambda tensors, key: tensors.pop(key), "only lora_B"),
         (lambda tensors, key: tensors.update({key: tensors[key][:2]}), "expected (R, I) and (O, R)"),
         (lambda tensors, key: tensors.update({"base_model.model.embed.lora_embedding_A": torch.ones(1)}), "trained embedding"),
-        (lambda tensors, key: tensors.update({"base_model.model.lm_head.weight": torch.ones(1)}), "no LoRA factor"),
+        (lambda tensors, key: tensors.update({"base_model.model.lm_head.weight": torch.ones(1)}), "not a LoRA factor"),
         (lambda tensors, key: tensors.clear(), "no LoRA weights"),
         (lambda tensors, key: tensors.update({key.removeprefix("base_model.model."): tensors[key].clone()}), "are one factor"),
         (lambda tensors, key: tensors.update({"base_model.model.model.norm.bias": torch.ones(1)}), "trained bias"),
