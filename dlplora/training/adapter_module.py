@@ -21,7 +21,7 @@ from dlplora.training.answer_loss import AnswerMetrics, weighted_loss
 from dlplora.training.checkpoints import ResumableModule
 from dlplora.training.frozen import DTYPES, load_tokenizer
 from dlplora.training.recomputation import keep_recomputing
-from dlplora.training.settings import LoRASettings, OptimizerSettings, step_rng
+from dlplora.training.settings import LoRASettings, OptimizerSettings, is_logged, step_rng
 
 
 class AdapterModule(ResumableModule):
@@ -99,7 +99,7 @@ class AdapterModule(ResumableModule):
         else:
             logits = self.logits(batch)
         loss = weighted_loss(logits, batch)
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if is_logged(self.trainer, batch_idx):
             self.log("train_loss", self.logged_loss(loss.detach(), batch), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlplora.atomic import write_json
 from dlplora.errors import ConfigError, DLPLoRAError, NotFiniteError
+from dlplora.training.settings import is_logged
 
 FAILURE = "failure.json"
 """Note in the trainer's root folder: ``reason`` and whether the training ``diverged``."""
@@ -43,7 +44,7 @@ class KeepBest(EarlyStopping):
         Raises:
             NotFiniteError: If it is NaN or infinite.
         """
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if is_logged(trainer, batch_idx):
             _require_finite(trainer, "train_loss")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

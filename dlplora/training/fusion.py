@@ -15,7 +15,7 @@ from dlplora.errors import MethodError
 from dlplora.modules.precision import float32_by_default
 from dlplora.training.answer_loss import AnswerMetrics, answer_logits, has_plain_head, weighted_loss
 from dlplora.training.checkpoints import ResumableModule, planned_steps
-from dlplora.training.settings import OptimizerSettings, step_rng
+from dlplora.training.settings import OptimizerSettings, is_logged, step_rng
 from dlplora.types import PromptBatch
 
 
@@ -157,7 +157,7 @@ class LitFusion(ResumableModule):
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         with step_rng(self.seed, step, self.global_rank, self.device), float32_by_default():
             loss = self.fused.method.loss(own)
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if is_logged(self.trainer, batch_idx):
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 

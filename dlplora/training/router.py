@@ -16,7 +16,7 @@ from dlplora.modules.precision import float32_by_default
 from dlplora.modules.router import MiniMLPRouter, RouterConfig
 from dlplora.training.checkpoints import ResumableModule, planned_steps
 from dlplora.training.frozen import load_frozen, load_tokenizer
-from dlplora.training.settings import OptimizerSettings, derive_seed, step_rng
+from dlplora.training.settings import OptimizerSettings, derive_seed, is_logged, step_rng
 
 
 class LitRouter(ResumableModule):
@@ -112,7 +112,7 @@ class LitRouter(ResumableModule):
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         with step_rng(self.seed, step, self.global_rank, self.device):
             loss = F.cross_entropy(self.logits(self.disturbed(batch)), batch["labels"]) * batch["row_share"]
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if is_logged(self.trainer, batch_idx):
             self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 

@@ -135,3 +135,9 @@ def initial_lora_a(shape: tuple[int, int], generator: torch.Generator) -> Tensor
 def expert_generator(seed: int, name: str) -> torch.Generator:
     """The generator of one expert's initial weights: the same whether it trains alone or among others."""
     return torch.Generator(device="cpu").manual_seed(derive_seed("lora", seed, name))
+
+
+def is_logged(trainer: Any, batch_idx: int) -> bool:
+    """Whether Lightning's ``trainer`` logs this batch; with ``log_every_n_steps`` 0 it never does, as in Lightning."""
+    every: int = trainer.log_every_n_steps
+    return every > 0 and (batch_idx + 1) % every == 0

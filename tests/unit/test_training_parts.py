@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from dlplora.training.checkpoints import AtomicCheckpointIO
 from dlplora.training.config_check import first_reason
 from dlplora.training.muon import MuonWithAdamW, orthogonalize
 from dlplora.training.router import LitRouter, expected_calibration_error
-from dlplora.training.settings import LoRASettings, OptimizerSettings, derive_seed, step_rng
+from dlplora.training.settings import LoRASettings, OptimizerSettings, derive_seed, is_logged, step_rng
 
 
 def test_every_row_once_a_pass_and_the_same_in_any_company() -> None:
@@ -253,3 +254,9 @@ def test_rows_of_a_step_are_cut_with_the_least_padding() -> None:
         assert found[-1] == len(lengths)
         assert max(sizes(found)) <= bound
         assert sum(sizes(found)) == min(sum(one) for one in every if max(one) <= bound)
+
+
+@pytest.mark.parametrize(("every", "logged"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (0, []), (-1, [])])
+def test_no_batch_is_logged_every_zero_steps(every: int, logged: list[int]) -> None:
+    trainer = SimpleNamespace(log_every_n_steps=every)
+    assert [batch for batch in range(4) if is_logged(trainer, batch)] == logged
