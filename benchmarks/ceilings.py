@@ -13,7 +13,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from dlplora.config import config_hash
+from dlplora.config import config_hash, config_label
 from dlplora.errors import ConfigError
 from dlplora.evaluation.cache import EvalCache, eval_cache
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
-    suite = f"{Path(arguments.protocol).stem}_ceilings"
+    suite = f"{config_label(arguments.protocol)}_ceilings"
     protocol = load_protocol(arguments.protocol, {"data_root": arguments.data_root} if arguments.data_root else {})
     run = prepare(protocol, suite, "oracle", 0, artifacts=Artifacts(pool=arguments.pool), limit=arguments.limit)
     with eval_cache() as cache:

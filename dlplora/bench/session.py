@@ -282,19 +282,13 @@ def _weights(shape: str) -> str:
 def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
     """The trained pool where it has the size asked for: that of ``runs``, or the embedded one on nano; otherwise a random one."""
     experts = max(1, experts)
-    asset = method_asset if config.runs is None and find_shape(config.shape) is None else None
-    if config.runs is not None:
-        asset = partial(_trained, Path(config.runs))
+    runs = None if config.runs is None else Path(config.runs)
+    asset = None if runs is None and find_shape(config.shape) is not None else partial(method_asset, runs=runs)
     if asset is None or experts != len(load_pool(asset("pool", "")).names):
         bank = random_bank(model, [f"expert_{index:04d}" for index in range(experts)], config.seed)
         return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder)
     bank = AdapterBank.from_pool(asset("pool", ""), dtype=model.dtype, device=model.device)
     return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder, asset=asset)
-
-
-def _trained(runs: Path, role: str, preset: str) -> Path:
-    """Folder of an artifact as ``dlplora reproduce`` leaves it."""
-    return runs / (f"trained/{preset}" if role == "trained" else role)
 
 
 def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:

@@ -32,9 +32,10 @@ def backbones_kept() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def method_asset(role: str, preset: str) -> Path:
-    """Folder of the embedded asset that a preset reads in a role; trained gates are its own."""
-    return nano_asset(f"trained/{preset}" if role == "trained" else role)
+def method_asset(role: str, preset: str, runs: Path | None = None) -> Path:
+    """Folder of the asset that a preset reads in a role, embedded or in ``runs``; trained gates are its own."""
+    name = f"trained/{preset}" if role == "trained" else role
+    return nano_asset(name) if runs is None else runs / name
 
 
 def load_backbone(

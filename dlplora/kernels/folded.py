@@ -115,17 +115,14 @@ class FoldedBuffers(nn.Module):
         self.a_sel[:, :inner].index_copy_(0, rows, a_rows)
         self.b_sel[:, :inner].index_copy_(0, rows, b_rows)
 
-    def would_change(self, kept: int) -> bool:
-        """Whether ``use`` would change what is read."""
-        return self.a_sel.device.type == "cpu" and min(max(1, kept), self.width) != self.used
-
     def use(self, kept: int) -> None:
         """Skip everything after the first ``kept`` experts, which is zero for every row.
 
         Only on a CPU, and not in compiled products: a captured graph must find the same sizes after the next write.
         """
-        if self.would_change(kept):
-            self.used = min(max(1, kept), self.width)
+        used = min(max(1, kept), self.width)
+        if used != self.used and self.a_sel.device.type == "cpu":
+            self.used = used
             self._lay_out()
 
     def delta(self, x: Tensor) -> Tensor:
@@ -144,35 +141,29 @@ class FoldedStack:
     """Buffers of layers of equal sizes that keep the same experts, written together: it is the number of operations that costs.
 
     Args:
-        rows, width: As for ``FoldedBuffers``.
-        factors: A (E, R, I) and B (E, O, R) of each of the L layers.
-
-    Attributes:
-        layers: Buffers of each layer, views of the stack.
-
-    Raises:
-        AllocationError: If the buffers do not fit into memory.
+        layers: Buffers of each of the L layers.
+        storage: What these are views of: (L, B, K * R, I) and (L, B, K * R, O).
     """
 
-    def __init__(self, rows: int, width: int, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        storage = _zeros(len(factors), rows, width, *factors[0])
-        self.layers = [FoldedBuffers(rows, width, lora_a, lora_b, (a, b)) for (lora_a, lora_b), a, b in zip(factors, *storage, strict=True)]
-        self._take(*storage)
+    def __init__(self, layers: Sequence[FoldedBuffers], storage: Sequence[Tensor]) -> None:
+        self.layers, self._storage = layers, storage
+        self._by_expert = [buffer.view(len(layers), -1, layers[0].rank, buffer.shape[3]) for buffer in storage]
 
-    def _take(self, a_sel: Tensor, b_sel: Tensor) -> None:
-        rank = self.layers[0].rank
-        self._storage = a_sel, b_sel
-        self._by_expert = [buffer.view(len(self.layers), -1, rank, buffer.shape[3]) for buffer in self._storage]
+    @classmethod
+    def allocate(cls, rows: int, width: int, factors: Sequence[tuple[Tensor, Tensor]]) -> FoldedStack:
+        """Empty buffers; arguments as for ``FoldedBuffers``, with A (E, R, I) and B (E, O, R) of each layer.
+
+        Raises:
+            AllocationError: If the buffers do not fit into memory.
+        """
+        storage = _zeros(len(factors), rows, width, *factors[0])
+        views = zip(factors, *storage, strict=True)
+        return cls([FoldedBuffers(rows, width, lora_a, lora_b, (a, b)) for (lora_a, lora_b), a, b in views], storage)
 
     def split(self) -> list[FoldedStack]:
         """One stack a layer, over the same buffers."""
-        found = []
-        for place, layer in enumerate(self.layers):
-            one = object.__new__(FoldedStack)
-            one.layers = [layer]
-            one._take(*(buffer[place : place + 1] for buffer in self._storage))
-            found.append(one)
-        return found
+        places = range(len(self.layers))
+        return [FoldedStack([self.layers[at]], [buffer[at : at + 1] for buffer in self._storage]) for at in places]
 
     @torch.no_grad()
     def write(self, lora_a: Tensor, lora_b: Tensor, chosen: tuple[Tensor, Tensor], rows: Tensor | None, kept: int) -> None:
@@ -187,9 +178,8 @@ class FoldedStack:
         order, scales = chosen
         first = self.layers[0]
         before = first.used
-        if first.would_change(kept):
-            for layer in self.layers:
-                layer.use(kept)
+        for layer in self.layers:
+            layer.use(kept)
         used = first.used
         if rows is None and used == first.width:
             places = order.reshape(-1)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlplora.config import config_hash, list_configs, load_yaml
-from dlplora.errors import ConfigError, nearest
+from dlplora.config import config_hash, load_yaml
 from dlplora.evaluation.preconditions import require_limit, require_seed
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.matrix.plan import Cell, Kind, Request
@@ -33,10 +32,6 @@ def subjects_of(request: Request, folder: Path) -> list[Subject]:
     require_limit(request.limit)
     for seed in request.seeds or ():
         require_seed(seed)
-    known = [NANO_PROFILE, *(name for name in list_configs("reproduce") if name != "any")]
-    for name in request.profiles:
-        if name not in known and f"'{NANO_PROFILE}'" in nearest(name, known):
-            raise ConfigError(f"unknown profile '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
     return [_nano(request, folder) if name == NANO_PROFILE else _paper(request, name, folder) for name in request.profiles]
 
 
@@ -52,7 +47,7 @@ def _nano(request: Request, folder: Path) -> Subject:
 
 def _paper(request: Request, name: str, folder: Path) -> Subject:
     overrides = {key: value for key, value in (("tasks", request.tasks), ("data_root", request.data_root)) if value}
-    job = paper.resolve(name, overrides, request.methods, request.seeds, folder / "artifacts" / config_hash(name))
+    job = paper.resolve(name, overrides, request.methods, request.seeds, folder / "artifacts" / config_hash(name), also=[NANO_PROFILE])
     return Subject(name, job.protocol, job.protocol_name, job.setting, job.methods, job.seeds, job.runs, job, request.limit)
 
 

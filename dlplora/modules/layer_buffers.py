@@ -88,7 +88,7 @@ class LayerBuffers:
         self._written_for: list[tuple[Tensor, int, Tensor]] = []
         if kind.backend == "folded":
             for alike in _of_equal_sizes(self._layers, kind):
-                stack = FoldedStack(kind.rows, kind.width, [(layer.lora_a, layer.lora_b) for layer in alike])
+                stack = FoldedStack.allocate(kind.rows, kind.width, [(layer.lora_a, layer.lora_b) for layer in alike])
                 self._stacks.append((alike, stack))
                 self.by_layer.update((layer.key, buffers) for layer, buffers in zip(alike, stack.layers, strict=True))
         elif kind.backend == "merged":
@@ -117,9 +117,9 @@ class LayerBuffers:
         before = self._written_for
         same = (
             scaling is old[0] and version == old[1] and lora_a is old[2]
-            for (scaling, version, lora_a), old in zip(now, before, strict=False)
+            for (scaling, version, lora_a), old in zip(now, before, strict=False)  # nothing before the first time
         )
-        if len(now) == len(before) and all(same):
+        if before and all(same):
             return
         writers = {"folded": self._folded, "merged": self._merged, "triton": self._triton}[self.kind.backend]
         self._writers = [(layers[0], writers(layers)) for layers in _of_equal_scaling(self._layers)]
@@ -166,20 +166,17 @@ def _of_equal_scaling(layers: Sequence[BufferedLayer]) -> list[list[BufferedLaye
 
 
 def _of_equal_sizes(layers: Sequence[BufferedLayer], kind: BufferKind) -> list[list[BufferedLayer]]:
-    """Layers of equal scaling whose factors lie one behind another, in that order; every other layer by itself."""
+    """Layers of equal scaling and sizes, in the order of their factors in memory; by itself a layer whose buffers cannot be stacked."""
     found: list[list[BufferedLayer]] = []
     for group in _of_equal_scaling(layers):
         alike: dict[Any, list[BufferedLayer]] = {}
-        for layer in group:
-            alike.setdefault((layer.lora_a.shape, layer.lora_b.shape, layer.lora_a.untyped_storage().data_ptr()), []).append(layer)
-        for some in alike.values():
-            some.sort(key=lambda layer: layer.lora_a.storage_offset())
-            first = some[0]
-            inner = kind.rows * min(kind.width, first.lora_a.shape[0]) * first.lora_a.shape[1]
-            sizes = [(inner, size) for size in (first.lora_a.shape[2], first.lora_b.shape[1])]
-            stacked = as_stack([layer.lora_a for layer in some]) is not None and as_stack([layer.lora_b.mT for layer in some]) is not None
-            together = stacked and all(is_stackable(size, first.lora_a.dtype) for size in sizes)
-            found += [some] if together else [[layer] for layer in some]
+        for layer in sorted(group, key=lambda layer: layer.lora_a.data_ptr()):
+            experts, rank, inputs = layer.lora_a.shape
+            outputs, dtype = layer.lora_b.shape[1], layer.lora_a.dtype
+            inner = kind.rows * min(kind.width, experts) * rank
+            stackable = is_stackable((inner, inputs), dtype) and is_stackable((inner, outputs), dtype)
+            alike.setdefault((experts, rank, inputs, outputs, dtype) if stackable else layer.key, []).append(layer)
+        found += alike.values()
     return found
 
 

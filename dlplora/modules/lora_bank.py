@@ -197,20 +197,20 @@ class AdapterBank:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, indices: Sequence[int] | None = None
     ) -> dict[str, BankEntry]:
         """The entries elsewhere, in another dtype, or with other experts, stacked as those of a loaded bank; scaling stays float32."""
-        if not self.modules:
-            return {}
-        first = next(iter(self.modules.values())).lora_a
-        device, dtype = torch.device(first.device if device is None else device), dtype or first.dtype
-        if indices is None and all((one.lora_a.device, one.lora_a.dtype) == (device, dtype) for one in self.modules.values()):
+        index = None if device is None else torch.empty(0, device=device).device  # "cuda" is a certain one
+        wanted = {path: (index or one.lora_a.device, dtype or one.lora_a.dtype) for path, one in self.modules.items()}
+        if indices is None and all((one.lora_a.device, one.lora_a.dtype) == wanted[path] for path, one in self.modules.items()):
             return self.modules
         chosen = list(range(self.num_experts) if indices is None else indices)
         sizes = {path: (len(chosen), *one.lora_a.shape[1:], one.lora_b.shape[1]) for path, one in self.modules.items()}
-        found = empty_factors(sizes, dtype, device)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for place in dict.fromkeys(wanted.values()):
+            found |= empty_factors({path: size for path, size in sizes.items() if wanted[path] == place}, place[1], place[0])
         for path, one in self.modules.items():
             for new, old in zip(found[path], (one.lora_a, one.lora_b), strict=True):
                 new.copy_(old if indices is None else old[chosen])
         return {
-            path: BankEntry(*found[path], one.scaling[chosen].to(device), tuple(one.ranks[index] for index in chosen))
+            path: BankEntry(*found[path], one.scaling[chosen].to(wanted[path][0]), tuple(one.ranks[expert] for expert in chosen))
             for path, one in self.modules.items()
         }
 

@@ -91,8 +91,12 @@ def _as_options(settings: Mapping[str, Any], above: str = "--") -> list[str]:
     return found
 
 
-def load_profile(name: str) -> tuple[str, Profile]:
+def load_profile(name: str, also: Sequence[str] = ()) -> tuple[str, Profile]:
     """A profile by name or file, or the one for any base model with a folder or hub id in it; also what its runs are called.
+
+    Args:
+        name: Of a profile, a file, a folder or a hub id.
+        also: Further names that the caller knows, for the error.
 
     Raises:
         ConfigError: If the name is neither a profile, nor a folder, nor like a hub id.
@@ -105,7 +109,7 @@ def load_profile(name: str) -> tuple[str, Profile]:
         return name, _read_profile(path)
     local = is_local_name(name)
     if name == "any" or not (local or name.count("/") == 1):
-        profiles = [*(one for one in known if one != "any"), *NAMED]
+        profiles = [*also, *(one for one in known if one != "any"), *NAMED]
         raise ConfigError(
             f"unknown base model '{name}'.{nearest(name, profiles)} Known: {', '.join(profiles)}; "
             "or give a model folder, a GGUF file, a hub id, or a profile's file."
@@ -201,7 +205,13 @@ class PaperJob:
 
 
 def resolve(
-    backbone: str, overrides: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int] | None, runs: Path | None
+    backbone: str,
+    overrides: Mapping[str, Any],
+    methods: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    runs: Path | None,
+    *,
+    also: Sequence[str] = (),
 ) -> PaperJob:
     """Check every name before anything starts.
 
@@ -211,11 +221,12 @@ def resolve(
         methods: Methods; None takes the profile's.
         seeds: Seeds; None takes the protocol's.
         runs: Folder of artifacts; None is ``runs/paper/NAME``, or ``runs/PROTOCOL`` of a profile with a suite of its own.
+        also: Further names that the caller knows, for the error about an unknown one.
 
     Raises:
         DLPLoRAError: For an unknown base model, method or task, or rows that are missing or malformed.
     """
-    name, profile = load_profile(backbone)
+    name, profile = load_profile(backbone, also)
     protocol = load_protocol(profile.protocol, overrides)
     if profile.without_rows is not None and not has_rows(protocol) and not _hub_answers(protocol):
         profile = dataclasses.replace(profile, protocol=profile.without_rows)

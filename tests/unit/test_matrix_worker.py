@@ -269,7 +269,7 @@ def test_what_changed_since_the_plan_is_refused(profile: Path, tmp_path: Path, c
     ("options", "part"),
     [
         ("nowhere --out x.jsonl", "unknown base model 'nowhere'"),
-        ("nao --out x.jsonl", "unknown profile 'nao'. Did you mean 'nano'?"),
+        ("nao --out x.jsonl", "unknown base model 'nao'. Did you mean 'nano'?"),
         ("nano --out x.txt", "must end in .jsonl"),
         ("nano,nano --out x.jsonl", "each once"),
         ("nano --out x.jsonl --lease 0", "'lease_s' must be at least 1"),
