@@ -130,6 +130,9 @@ def _evaluation(commands: Any) -> None:
     parser.add_argument("--fresh", action="store_true", help="nano: train and evaluate everything again")
     parser.add_argument("--methods", help="comma-separated methods, or 'all' (default for nano: 14, some of each family)")
     parser.add_argument("--seeds", help="comma-separated seeds; every seed has its own experts (default: the protocol's)")
+    parser.add_argument(
+        "--tuned", action="store_true", help="also evaluate, as METHOD_tuned, the settings that trials of `dlplora tune` choose"
+    )
     parser.add_argument("--limit", type=int, help="questions per task; tables leave such records out")
     parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/nano/results, or results for the paper)")
     parser.add_argument("--runs", metavar="DIR", help="folder of trained artifacts (default: runs/nano, or runs/paper/NAME)")

@@ -20,6 +20,7 @@ from dlplora.progress import duration
 
 if TYPE_CHECKING:
     from dlplora.reporting.schema import Record
+    from dlplora.reporting.tuning import Trial
     from dlplora.reproduce.comparison import Comparison
     from dlplora.reproduce.pipeline import Evaluated, ReproduceJob
 
@@ -92,7 +93,7 @@ def _reproduce_nano(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     folders = pipeline.train_missing(job, runs, say)
-    planned = pipeline.runs_of(job, protocol, "nano", folders, arguments.limit)
+    planned = pipeline.runs_of(job, protocol, "nano", folders, arguments.limit, _trials(arguments, root))
     say(power_note(planned[0]))
     evaluated = pipeline.evaluate_missing(planned, root, say)
     pipeline.finish(runs)
@@ -109,6 +110,24 @@ def _reproduce_nano(arguments: argparse.Namespace) -> int:
         f"{counts['differs']} differ, {counts['new']} new"
     )
     return 1 if counts["differs"] else 0
+
+
+def _trials(arguments: argparse.Namespace, root: Path) -> list[Trial]:
+    """Trials of ``--tuned``: those in the results folder, else the committed ones; none without the option.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    from dlplora.reporting.tuning import load_trials
+    from dlplora.reproduce.comparison import committed_results
+
+    if not arguments.tuned:
+        return []
+    folders = [folder for folder in (root, committed_results()) if folder is not None]
+    found = next((trials for folder in folders if (trials := load_trials(folder))), [])
+    if not found:
+        raise ConfigError(f"--tuned: no trials in {' or '.join(str(folder / 'tuning') for folder in folders)}; run `dlplora tune` first.")
+    return found
 
 
 def _compared(records: Sequence[Record], root: Path) -> list[Comparison]:
@@ -185,7 +204,7 @@ def _reproduce_over_backbone(arguments: argparse.Namespace) -> int:
     protocol, setting = job.over(*paper.backbone_folder(job))
     over_backbone = paper.job_over(job, setting)
     folders = pipeline.train_missing(over_backbone, job.runs, say)
-    planned = pipeline.runs_of(over_backbone, protocol, job.protocol_name, folders, arguments.limit)
+    planned = pipeline.runs_of(over_backbone, protocol, job.protocol_name, folders, arguments.limit, _trials(arguments, root))
     say(power_note(planned[0]))
     records = pipeline.evaluate_missing(planned, root, say).records
     _write_tables(protocol.suite, records, root)

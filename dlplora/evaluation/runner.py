@@ -93,6 +93,11 @@ class Run:
         return self.suite.lm_eval_prefix
 
     @property
+    def backbone_name(self) -> str:
+        """Name of the base model, as records have it."""
+        return str(backbone_identity(self.protocol.backbone, self.protocol.revision)["name"])
+
+    @property
     def task_names(self) -> list[str]:
         """Suite names of the tasks to evaluate."""
         return list(self.protocol.tasks or self.suite.names)

@@ -11,7 +11,7 @@ from dlplora.reporting.latency.join import LatencyColumns
 from dlplora.reporting.methods import OTHER, experts_kept, group_of, merged_experts, method_facts, trained_parameters
 from dlplora.reporting.schema import Record
 from dlplora.reporting.statistics import combined_stderr
-from dlplora.reporting.tuning import Trial
+from dlplora.reporting.tuning import Trial, preset_of
 
 KEPT, ACCURACY = "routing.mean_experts_kept", "routing.router_accuracy"
 TRIALS = "tuning.trials"
@@ -57,7 +57,7 @@ README_COLUMNS = tuple(
 )
 REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
 """First rows of every table."""
-README_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "lorauter", "tfidf_linear", "meteora_gate")
+README_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "lorauter_tuned", "tfidf_linear", "meteora_gate")
 """The only rows in the README: the references, a method without a trained router, an ordinary classifier, and gates for each token."""
 Trials = Mapping[str, Sequence[Trial]]
 """Preset -> its trials."""
@@ -157,7 +157,7 @@ def rows_of(
     summaries = {name: {column.key: _summary(rows, column.key, pools) for column in COLUMNS} for name, rows in groups.items()}
     for name, cells in summaries.items():
         prefill, decode = (None, None) if latency is None else latency.ratios.get(name, (None, None))
-        tried = len((trials or {}).get(name, ())) or None
+        tried = len((trials or {}).get(preset_of(name), ())) or None
         cells |= {PREFILL: (prefill, None), DECODE: (decode, None), TRIALS: (tried, None)}
     best: dict[str, float | None] = {}
     ties: dict[str, set[str]] = {}

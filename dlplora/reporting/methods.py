@@ -10,6 +10,7 @@ from importlib import resources
 from dlplora.documents import parse_yaml
 from dlplora.errors import RecordError
 from dlplora.reporting.schema import Record
+from dlplora.reporting.tuning import tuned_name
 
 MERGE = "merge"
 """Key of the group of methods that merge the whole pool once."""
@@ -64,9 +65,9 @@ def data_seen(record: Record) -> str:
 
 
 def without_clones(methods: Iterable[str]) -> list[str]:
-    """The methods without those that have their original among them."""
+    """The methods without those that have their original among them, and without defaults whose tuned row is there."""
     present = list(methods)
-    return [name for name in present if method_facts().clone_of.get(name) not in present]
+    return [name for name in present if method_facts().clone_of.get(name) not in present and tuned_name(name) not in present]
 
 
 def trained_parameters(record: Record) -> int | None:

@@ -54,7 +54,9 @@ def _note(scores: Scores, reference: str) -> str:
         )
         parts.append(text + ("." if friedman is None else f"; Friedman p = {friedman:.1g}."))
         if clones:
-            parts.append(f"Variants that hardly differ from another row are not ranked: {', '.join(map(code, clones))}.")
+            parts.append(
+                f"Variants that hardly differ from another row, and defaults of tuned rows, are not ranked: {', '.join(map(code, clones))}."
+            )
     return " ".join(parts)
 
 

@@ -126,6 +126,17 @@ def latex_table(
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def _seeds(records: Sequence[Record]) -> str:
+    """The seeds of some records, and which methods lack some of them."""
+    groups = {name: tuple(sorted({row.seed for row in rows})) for name, rows in by_method(records).items()}
+    every = tuple(sorted({record.seed for record in records}))
+    fewer = [
+        f"{_named(seeds)} only: {', '.join(sorted(name for name, own in groups.items() if own == seeds))}"
+        for seeds in sorted({*groups.values()} - {every})
+    ]
+    return _named(every) + (f" ({'; '.join(fewer)})" if fewer else "")
+
+
 def _named(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
@@ -154,20 +165,17 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
     """
     if not records:
         return ""
-    seeds = sorted({record.seed for record in records})
+    seeds = {record.seed for record in records}
     commits = sorted({(record.provenance.get("git", {}).get("commit") or "unknown")[:7] for record in records})
     machines = sorted(
         {str(record.provenance.get("hardware", {}).get("gpu") or record.provenance.get("hardware", {}).get("cpu")) for record in records}
     )
-    groups = by_method(records)
-    short = sorted(name for name, rows in groups.items() if {record.seed for record in rows} != set(seeds))
-    fewer = f" (not every seed: {', '.join(short)})" if short else ""
     over = "over questions and seeds" if len(seeds) > 1 else "over questions"
     mixed = different_pools(records)
     parts = [
         *([f"**{mixed}**"] if mixed else []),
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`: {len(records[0].suite_tasks)} tasks × "
-        f"{questions_a_task(records)} questions, {_named(seeds)}{fewer}; code {', '.join(commits)}; "
+        f"{questions_a_task(records)} questions, {_seeds(records)}; code {', '.join(commits)}; "
         f"{', '.join(machines)}.",
         f"Values are means over tasks{' and seeds' if len(seeds) > 1 else ''} ± one standard error {over}.",
         "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are not tested.",
@@ -202,9 +210,8 @@ def readme_block(one: Group | None) -> str:
         return f"{BEGIN}\n{main_table(())}\n{END}"
     timed = one.latency is not None
     columns = [column for column in README_COLUMNS if timed or column.key != DECODE]
-    seeds = sorted({record.seed for record in shown})
     text = (
-        f"{len(shown[0].suite_tasks)} tasks × {questions_a_task(shown)} questions, {_named(seeds)}; ± one standard "
+        f"{len(shown[0].suite_tasks)} tasks × {questions_a_task(shown)} questions, {_seeds(shown)}; ± one standard "
         "error over questions and seeds. Bold: best of these rows. "
     )
     if timed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from dlplora.reporting.store import RESULTS
 
 FORMAT = 1
 ROOM = "tuning"
+TUNED = "_tuned"
+"""Ending of the name of a row with tuned settings."""
 MAX_TRIALS = 8
 """Number of settings that a method may try; the same for every method, so that none is tuned more than another."""
 
@@ -128,11 +130,52 @@ def best_trial(trials: Iterable[Trial]) -> Trial | None:
     return max(usable, key=lambda trial: (round(trial.score or 0.0, 12), trial.default), default=None)
 
 
+def tuned_name(method: str) -> str:
+    """What a row of a table is called that has the settings which the trials of a preset choose."""
+    return method + TUNED
+
+
+def preset_of(name: str) -> str:
+    """The preset of a row, tuned or not."""
+    return name.removesuffix(TUNED)
+
+
+def validated_settings(
+    trials: Iterable[Trial], method: str, suite: str, protocol: str, backbone: str, tasks: Collection[str]
+) -> dict[str, Any]:
+    """The settings that the newest set of trials of a preset chooses; empty if it chooses the preset's own, or a training.
+
+    They are chosen once, on the pool that the trials had, and hold for every seed. A trial that trains the method has gates of its own
+    under ``runs/tuning``, so it is not in here.
+
+    Args:
+        trials: Of any method.
+        method: Preset.
+        suite, protocol, backbone: Of the trials, as records name them.
+        tasks: Of the evaluation; trials over others do not count.
+    """
+    wanted = (method, suite, protocol, backbone)
+    own = [one for one in trials if (one.method, one.suite, one.protocol, one.backbone) == wanted and _whole(one, set(tasks))]
+    best = best_trial(alike(own))
+    return {} if best is None or best.default or best.trained_here else best.settings
+
+
+def _whole(trial: Trial, tasks: Set[str]) -> bool:
+    """Whether a trial ran over these tasks; one without a score is counted with the others."""
+    return not trial.scores or set(trial.scores) == tasks
+
+
+def alike(trials: Iterable[Trial]) -> list[Trial]:
+    """Of one method's trials those that are as the newest one: as many questions, the same seed and pool; in the order of their making."""
+    ordered = sorted(trials, key=lambda trial: trial.created)
+    return [one for one in ordered if (one.limit, one.seed, one.pool_hash) == (ordered[-1].limit, ordered[-1].seed, ordered[-1].pool_hash)]
+
+
 def of_table(trials: Iterable[Trial], records: Sequence[Record]) -> dict[str, list[Trial]]:
     """Method -> trials that belong to a table, in the order in which they were made.
 
-    They have its suite, protocol, base model and pool. Trials over some of the tasks do not count; of trials with several limits or seeds,
-    only those of the newest one do.
+    They have its suite, protocol and base model, and one of its pools. Trials over some of the tasks do not count; of trials with several
+    limits, seeds or pools, only those of the newest one do.
 
     Args:
         trials: Of any suite.
@@ -142,11 +185,9 @@ def of_table(trials: Iterable[Trial], records: Sequence[Record]) -> dict[str, li
     tasks = set(records[0].suite_tasks) if records else set()
     found: dict[str, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.created):
-        whole = not trial.scores or set(trial.scores) == tasks
-        if whole and (trial.suite, trial.protocol, trial.backbone, trial.pool_hash) in settings:
+        if _whole(trial, tasks) and (trial.suite, trial.protocol, trial.backbone, trial.pool_hash) in settings:
             found.setdefault(trial.method, []).append(trial)
-    alike = {method: (several[-1].limit, several[-1].seed) for method, several in found.items()}
-    return {method: [one for one in several if (one.limit, one.seed) == alike[method]] for method, several in found.items()}
+    return {method: alike(several) for method, several in found.items()}
 
 
 def spelled(settings: dict[str, Any]) -> str:
@@ -197,5 +238,7 @@ def questions_note(found: Mapping[str, Sequence[Trial]]) -> str:
     asked = " or ".join("all" if limit is None else str(limit) for limit in limits)
     return (
         f"Validation split, {asked} questions per task; accuracy or exact match, mean over tasks. At most {MAX_TRIALS} trials per method; "
-        "ties go to the default. All trials: `results/tuning`, made by `dlplora tune`. The rows above show the presets with their defaults."
+        "ties go to the default. All trials: `results/tuning`, made by `dlplora tune`. "
+        f"The rows above have the presets' defaults; rows whose name ends in `{TUNED}` have the settings that validation chooses, for "
+        "every seed."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlplora.evaluation.cache import EvalCache, eval_cache
@@ -17,6 +17,7 @@ from dlplora.reporting import tables
 from dlplora.reporting.columns import REFERENCE_ROWS
 from dlplora.reporting.schema import Record, read_record
 from dlplora.reporting.store import RESULTS, load_all
+from dlplora.reporting.tuning import Trial, tuned_name, validated_settings
 from dlplora.reproduce import artifacts
 from dlplora.reproduce.recipe import NANO, Setting
 from dlplora.reproduce.training import train
@@ -122,14 +123,28 @@ def train_missing(job: ReproduceJob, runs: Path, say: Say) -> Folders:
     return folders
 
 
-def runs_of(job: ReproduceJob, protocol: Protocol, name: str, folders: Folders, limit: int | None) -> list[Run]:
-    """One run per method and seed; names and folders are checked before the first one starts."""
+def runs_of(
+    job: ReproduceJob, protocol: Protocol, name: str, folders: Folders, limit: int | None, trials: Sequence[Trial] = ()
+) -> list[Run]:
+    """One run per method and seed; names and folders are checked before the first one starts.
+
+    Args:
+        job: What is evaluated.
+        protocol, name: How, and what the records call it.
+        folders: Of the artifacts.
+        limit: Questions per task; None takes all.
+        trials: Of any method. One that is better off with other settings than the preset's gets a second run with these.
+    """
     runs = []
     for spec in job.specs:
         for seed in job.seeds:
             own = {role.partition("/")[0]: folders[seed, role] for role in artifacts.roles_of(spec)}
             given = Artifacts(pool=own.pop("pool"), others=own)
             runs.append(prepare(protocol, name, spec, seed, artifacts=given, limit=limit))
+            settings = validated_settings(trials, spec.name, protocol.suite, name, runs[-1].backbone_name, runs[-1].task_names)
+            if settings:
+                tuned = replace(load_method_spec(str(spec.path or spec.name), settings), name=tuned_name(spec.name))
+                runs.append(prepare(protocol, name, tuned, seed, artifacts=given, limit=limit))
     return runs
 
 

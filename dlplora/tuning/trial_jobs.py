@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora.config import config_hash, configs_root, find_config, list_configs, load_yaml
 from dlplora.errors import ConfigError
-from dlplora.evaluation.identity import backbone_identity
 from dlplora.evaluation.runner import Artifacts, Run, prepare
 from dlplora.methods.registry import MethodSpec, method_class
 from dlplora.reporting.tuning import protocol_folder
@@ -116,9 +115,4 @@ def folder_of(run: Run) -> str:
     """Folder of a run's trials below ``tuning/``."""
     shipped = run.protocol_name in list_configs("protocol")
     own = not shipped or load_yaml(find_config("protocol", run.protocol_name)).get("backbone") == run.protocol.backbone
-    return protocol_folder(run.protocol_name, own, backbone_name(run))
-
-
-def backbone_name(run: Run) -> str:
-    """Name of a run's base model, as records have it."""
-    return str(backbone_identity(run.protocol.backbone, run.protocol.revision)["name"])
+    return protocol_folder(run.protocol_name, own, run.backbone_name)

@@ -17,7 +17,7 @@ from dlplora.provenance import provenance
 from dlplora.reporting.comparison import MAIN_METRIC
 from dlplora.reporting.schema import Record
 from dlplora.reporting.tuning import Trial, read_trial, trial_path, write_trial
-from dlplora.tuning.trial_jobs import TrialJob, backbone_name, folder_of
+from dlplora.tuning.trial_jobs import TrialJob, folder_of
 
 if TYPE_CHECKING:
     from dlplora.evaluation.cache import EvalCache
@@ -71,7 +71,7 @@ def _blank(one: TrialJob) -> Trial:
         seed=run.seed,
         suite=run.suite.name,
         protocol=run.protocol_name,
-        backbone=backbone_name(run),
+        backbone=run.backbone_name,
         pool_hash=load_pool(run.folders["pool"]).checksum() if "pool" in run.folders else "",
         limit=run.limit,
         status="failed",

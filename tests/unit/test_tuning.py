@@ -18,10 +18,20 @@ from dlplora.evaluation.protocol import load_protocol
 from dlplora.methods.registry import available_methods, hashed_params, load_method_spec
 from dlplora.reporting.columns import TRIALS, rows_of
 from dlplora.reporting.groups import OutcomeReader, group
-from dlplora.reporting.methods import data_seen, method_facts
+from dlplora.reporting.methods import data_seen, method_facts, without_clones
 from dlplora.reporting.store import is_publishable, load_all
-from dlplora.reporting.tables import main_table
-from dlplora.reporting.tuning import MAX_TRIALS, Trial, best_trial, load_trials, of_table, read_trial, trial_path, write_trial
+from dlplora.reporting.tables import caption, main_table
+from dlplora.reporting.tuning import (
+    MAX_TRIALS,
+    Trial,
+    best_trial,
+    load_trials,
+    of_table,
+    read_trial,
+    trial_path,
+    validated_settings,
+    write_trial,
+)
 from dlplora.tasks.registry import get_suite
 from dlplora.tuning.grid import Grid, choices, grid_of
 from dlplora.tuning.trial_jobs import Budget, trial_jobs
@@ -204,6 +214,48 @@ def test_tables_show_the_trials_that_belong_to_them(tmp_path: Path) -> None:
     assert "| method | data it saw |" in table
     assert "| `base` | none |" in table
     assert "| `dlp` | labels |" in table
+
+
+def test_validated_settings_are_those_of_the_newest_whole_set_of_trials() -> None:
+    old = [make_trial(0.9, settings={"threshold": 0.9}, pool_hash="old"), make_trial(0.1, default=True, pool_hash="old")]
+    new = [
+        make_trial(0.5, settings={"threshold": 0.1}, created="2026-02-01"),
+        make_trial(0.4, default=True, created="2026-02-02"),
+        make_trial(0.95, settings={"threshold": 0.7}, created="2026-02-03", scores={"a": 0.95}),  # some tasks only
+        make_trial(0.99, settings={"threshold": 0.8}, created="2026-02-04", backbone="another"),
+    ]
+    where = ("dlp", "toy", "toy", "tiny", ["a", "b", "g"])
+    assert validated_settings([*new, *old], *where) == {"threshold": 0.1}
+    assert validated_settings(old, *where) == {"threshold": 0.9}
+    assert validated_settings([make_trial(0.5, default=True), make_trial(0.5)], *where) == {}  # a tie keeps the default
+    assert validated_settings([make_trial(0.5, trained_here=True), make_trial(0.4, default=True)], *where) == {}  # its gates are elsewhere
+    assert validated_settings([], *where) == {}
+
+
+def test_a_tuned_row_is_beside_the_default_and_takes_its_rank() -> None:
+    records = [make_record(), make_record(method_name="dlp_tuned", seed=1, cell="t")]
+    trials = {"dlp": [make_trial(0.5, default=True), make_trial(0.6)]}
+    cells = rows_of(records, None, None, trials).summaries
+    assert {name: row[TRIALS][0] for name, row in cells.items()} == {"dlp": 2, "dlp_tuned": 2}
+    assert without_clones(["dlp", "dlp_tuned", "base"]) == ["dlp_tuned", "base"]
+    assert "seeds 0, 1 (seed 0 only: dlp; seed 1 only: dlp_tuned)" in caption(records)
+
+
+def test_reproduce_evaluates_what_the_trials_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", "nano", "--methods", "lorauter", "--limit", "1", "--tuned", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    shipped = load_trials(ROOT / "results", "nano")
+    (tmp_path / "tuning/nano/lorauter").mkdir(parents=True)
+    (tmp_path / "tuning/nano/lorauter/broken.json").write_text("{")
+    assert main(command) == 2
+    assert "broken.json" in capsys.readouterr().err
+    (tmp_path / "tuning/nano/lorauter/broken.json").unlink()
+    assert main(command) == 0
+    records = {record.method_name: record for record in load_all(tmp_path, room="scratch")[0]}
+    tried = sorted((one for one in shipped if one.method == "lorauter"), key=lambda one: one.created)
+    chosen = max(tried, key=lambda one: (one.score or 0.0, one.default)).settings
+    assert set(records) == {"lorauter", "lorauter_tuned"}
+    assert chosen.items() <= records["lorauter_tuned"].method["params"].items()
+    assert records["lorauter"].method["params"]["top_k"] == load_method_spec("lorauter").config.top_k != chosen["top_k"]
 
 
 def test_the_data_a_method_saw_is_what_its_class_declares() -> None:
