@@ -6,6 +6,7 @@ model. Shapes: B rows, T tokens, S supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 SHORT_ROWS = 160
 """Tokens up to which plain attention trains faster in 16 bits on a CPU than torch's fused kernel."""
@@ -91,22 +92,35 @@ class AnswerMetrics(nn.Module):
         self.task_names = tuple(task_names)
         self.losses = nn.ModuleList(MeanMetric() for _ in self.task_names)
         self.accuracies = nn.ModuleList(MeanMetric() for _ in self.task_names)
+        self.counts = nn.ModuleList(SumMetric() for _ in self.task_names)
 
     def update(self, task: str, logits: Tensor, targets: Tensor) -> None:
         """Count the supervised tokens of one batch of one task; logits (S, V), targets (S,)."""
         index = self.task_names.index(task)
+        self.counts[index].update(targets.numel())  # type: ignore[operator]
         self.losses[index].update(F.cross_entropy(logits.float(), targets, reduction="none"))  # type: ignore[operator]
         self.accuracies[index].update((logits.argmax(dim=-1) == targets).float())  # type: ignore[operator]
 
     def compute(self) -> dict[str, float]:
         """``loss``, ``perplexity`` and ``accuracy`` as the mean over tasks, and ``accuracy/<task>``; resets the counts.
 
-        In a run of several processes the counts of all are added first.
+        A task without tokens takes no part (``limit_val_batches`` may leave some out); without any task nothing is reported. In a run of
+        several processes the counts of all are added first.
         """
-        losses = torch.stack([metric.compute() for metric in self.losses])  # type: ignore[operator]
-        accuracies = torch.stack([metric.compute() for metric in self.accuracies])  # type: ignore[operator]
         for metric in (*self.losses, *self.accuracies):
+            metric.update(0.0, weight=0.0)  # type: ignore[operator]  # TorchMetrics warns of a metric that was never updated
+        for metric in self.counts:
+            metric.update(0.0)  # type: ignore[operator]
+        counts, losses, accuracies = (
+            torch.stack([metric.compute().float() for metric in metrics])  # type: ignore[operator]
+            for metrics in (self.counts, self.losses, self.accuracies)
+        )
+        for metric in (*self.counts, *self.losses, *self.accuracies):
             metric.reset()  # type: ignore[operator]
+        seen = counts > 0
+        if not seen.any():
+            return {}
+        losses, accuracies = losses[seen], accuracies[seen]
         summary = {"loss": losses.mean(), "perplexity": losses.exp().mean(), "accuracy": accuracies.mean()}
-        per_task = {f"accuracy/{name}": value for name, value in zip(self.task_names, accuracies, strict=True)}
+        per_task = {f"accuracy/{name}": value for name, value in zip(itertools.compress(self.task_names, seen), accuracies, strict=True)}
         return {key: float(value) for key, value in (summary | per_task).items()}
