@@ -15,6 +15,7 @@ from dlplora.reporting.tuning import Trial, preset_of
 
 KEPT, ACCURACY = "routing.mean_experts_kept", "routing.router_accuracy"
 TRIALS = "tuning.trials"
+SEEDS = "seeds"
 PREFILL, DECODE = "latency.ttft_ratio", "latency.tpot_ratio"
 
 
@@ -48,6 +49,7 @@ COLUMNS = (
     Column("trained parameters", "trained_parameters", percent=False, larger_is_better=None, digits=0),
     Column("training tokens (M)", "training_tokens", percent=False, larger_is_better=None, digits=2, factor=1e-6),
     Column("trials", TRIALS, percent=False, larger_is_better=None, digits=0),
+    Column("seeds", SEEDS, percent=False, larger_is_better=None, digits=0),
     Column("prefill ÷ one LoRA", PREFILL, percent=False, larger_is_better=None, digits=2),
     Column("decode ÷ one LoRA", DECODE, percent=False, larger_is_better=None, digits=2),
 )
@@ -73,6 +75,20 @@ def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
+def by_seeds(records: Sequence[Record]) -> list[list[Record]]:
+    """Records in tables whose rows are means over the same seeds: the largest set of seeds first, then what has fewer.
+
+    A mean over one seed and one over three differ by the experts that these seeds trained, so they are not put in one column. A table of
+    fewer seeds repeats the reference rows, from these seeds alone.
+    """
+    seeds = {name: frozenset(record.seed for record in rows) for name, rows in by_method(records).items()}
+    found = []
+    for wanted in sorted(set(seeds.values()), key=lambda some: (-len(some), sorted(some))):
+        shown = {name for name, own in seeds.items() if own == wanted or (name in REFERENCE_ROWS and own > wanted)}
+        found.append([record for record in records if record.method_name in shown and record.seed in wanted])
+    return found
+
+
 def row_order(record: Record) -> tuple[int, int, str]:
     """Sort key of a table's rows: the reference rows first, then by group and name."""
     first = REFERENCE_ROWS.index(record.method_name) if record.method_name in REFERENCE_ROWS else len(REFERENCE_ROWS)
@@ -90,7 +106,7 @@ def _primary(record: Record) -> tuple[float | None, float | None]:
     return sum(value for value, _ in found) / len(found), stderr
 
 
-def value_of(record: Record, key: str, pools: Mapping[str, int] | None = None) -> float | None:
+def value_of(record: Record, key: str, pools: Mapping[str, float] | None = None) -> float | None:
     """What a record says for a column: an aggregate, ``routing.…``, or a count. Latency is never in it.
 
     Args:
@@ -106,7 +122,7 @@ def value_of(record: Record, key: str, pools: Mapping[str, int] | None = None) -
         value = trained_parameters(record)
     elif key == "training_tokens":
         value = record.training_tokens
-    elif key == TRIALS:
+    elif key in {TRIALS, SEEDS}:
         return None
     elif key.startswith("routing."):
         value = record.routing.get(key.removeprefix("routing."))
@@ -115,7 +131,7 @@ def value_of(record: Record, key: str, pools: Mapping[str, int] | None = None) -
     return None if value is None else float(value)
 
 
-def _summary(rows: Sequence[Record], key: str, pools: Mapping[str, int] | None = None) -> tuple[float | None, float | None]:
+def _summary(rows: Sequence[Record], key: str, pools: Mapping[str, float] | None = None) -> tuple[float | None, float | None]:
     """Mean over seeds and its standard error, which combines questions and seeds; None unless every seed has a value."""
     values = [value for value in (value_of(row, key, pools) for row in rows) if value is not None]
     if len(values) != len(rows) or not values:
@@ -158,7 +174,7 @@ def rows_of(
     for name, cells in summaries.items():
         prefill, decode = (None, None) if latency is None else latency.ratios.get(name, (None, None))
         tried = len((trials or {}).get(preset_of(name), ())) or None
-        cells |= {PREFILL: (prefill, None), DECODE: (decode, None), TRIALS: (tried, None)}
+        cells |= {PREFILL: (prefill, None), DECODE: (decode, None), TRIALS: (tried, None), SEEDS: (len(groups[name]), None)}
     best: dict[str, float | None] = {}
     ties: dict[str, set[str]] = {}
     told = scores is not None and set(groups) <= set(scores.methods)
@@ -169,6 +185,11 @@ def rows_of(
             ties[column.key] = ties_with(scores, column.key, max(present, key=lambda name: present[name])) & set(groups)
     gated = frozenset(name for name, rows in groups.items() if any(row.routing.get("num_gated_prompts") for row in rows))
     return Rows(summaries=summaries, best=best, ties=ties, gated=gated)
+
+
+def named_seeds(seeds: Sequence[int]) -> str:
+    """Seeds in words: ``seeds 0, 1``."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def questions_a_task(records: Sequence[Record]) -> str:

@@ -73,10 +73,6 @@ class Scores:
         """Tasks of one kind."""
         return [task for task, its_kind in self.kinds.items() if its_kind == kind]
 
-    def seed_means(self, values: Array) -> Array:
-        """Mean over the seeds that a method has, (..., m, S) to (..., m)."""
-        return np.asarray((values * self.ran).sum(axis=-1) / self.ran.sum(axis=-1))
-
 
 def task_means(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Method -> task -> mean over seeds of its main metric, for the tasks that every run of the method has."""
@@ -271,21 +267,46 @@ def ties_with(scores: Scores, key: str, best: str) -> set[str]:
     return {name for name, verdict in against(scores, key, best).items() if not verdict.significant}
 
 
-def main_scores(scores: Scores) -> list[Array]:
-    """Right-or-wrong scores of every task, mean over seeds, (n, m) each, in the suite's order."""
-    return [scores.seed_means(scores.values[task][MAIN_METRIC[kind]]) for task, kind in scores.kinds.items()]
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Mean ranks over the tasks, on seeds that every ranked method has."""
+
+    ranks: Mapping[str, float]
+    """Method -> mean rank, the best first."""
+    seeds: tuple[int, ...]
+    critical: float | None
+    """Nemenyi's critical difference at 5 %; None if there is nothing to rank."""
+    friedman: float | None
+    """Friedman's p-value."""
 
 
-def ranking(scores: Scores) -> tuple[dict[str, float], float | None, float | None]:
-    """Mean rank over the tasks of every method that is not a clone of another, Nemenyi's critical difference, and Friedman's p-value."""
+def ranking(scores: Scores) -> Ranking:
+    """Rank the methods that are no clone of another, on the seed that most of them have and every further one that these share.
+
+    Means over different seeds are means over different experts, so a method that lacks the seed has no rank.
+    """
     ranked = without_clones(scores.methods)
     if len(ranked) < 2:
-        return {}, None, None
-    columns = [scores.methods.index(name) for name in ranked]
-    means = np.array([task.mean(axis=0)[columns] for task in main_scores(scores)]).T  # (m, tasks)
-    ranks = statistics.average_ranks(means)
-    ordered = dict(sorted(zip(ranked, map(float, ranks), strict=True), key=lambda pair: pair[1]))
-    return ordered, statistics.critical_difference(len(ranked), means.shape[1]), statistics.friedman_p(means)
+        return Ranking(ranks={}, seeds=(), critical=None, friedman=None)
+    rows = [scores.methods.index(name) for name in ranked]
+    commonest = int(np.argmax(scores.ran[rows].sum(axis=0)))
+    columns = [row for row in rows if scores.ran[row, commonest]]
+    shared = np.flatnonzero(scores.ran[columns].all(axis=0))
+    values = [scores.values[task][MAIN_METRIC[kind]][:, columns][:, :, shared] for task, kind in scores.kinds.items()]
+    means = np.array([task.mean(axis=(0, 2)) for task in values]).T  # (m, tasks)
+    ranks = zip((scores.methods[column] for column in columns), map(float, statistics.average_ranks(means)), strict=True)
+    return Ranking(
+        ranks=dict(sorted(ranks, key=lambda pair: pair[1])),
+        seeds=tuple(scores.seeds[index] for index in shared),
+        critical=statistics.critical_difference(len(columns), means.shape[1]),
+        friedman=statistics.friedman_p(means),
+    )
+
+
+def shared_seeds(scores: Scores, reference: str) -> dict[str, int]:
+    """Method -> number of seeds that it shares with the reference."""
+    base = scores.methods.index(reference)
+    return dict(zip(scores.methods, map(int, (scores.ran & scores.ran[base]).sum(axis=1)), strict=True))
 
 
 def task_wins(scores: Scores, reference: str) -> dict[str, tuple[int, int, int, int, int]]:

@@ -81,23 +81,23 @@ def trained_parameters(record: Record) -> int | None:
     return counted
 
 
-def merged_experts(records: Sequence[Record]) -> dict[str, int]:
+def merged_experts(records: Sequence[Record]) -> dict[str, float]:
     """Pool -> number of its experts, as far as the records tell.
 
     ``num_merged`` is written by methods that merge a pool; in older records the average over all experts (``avg_delta``) tells it.
     """
-    found: dict[str, int] = {}
+    found: dict[str, float] = {}
     for record in records:
         kept = record.routing.get("mean_experts_kept")
         merged = record.routing.get("num_merged")
         if merged is not None:
-            found[record.pool_hash] = int(merged)
+            found[record.pool_hash] = float(merged)
         elif record.method.get("method") == "avg_delta" and kept:
-            found.setdefault(record.pool_hash, round(kept))
+            found.setdefault(record.pool_hash, float(kept))
     return found
 
 
-def experts_kept(record: Record, pools: Mapping[str, int]) -> float | None:
+def experts_kept(record: Record, pools: Mapping[str, float]) -> float | None:
     """Experts that answer a prompt, mean over prompts; for static merges the number of experts merged, None if unknown.
 
     Args:

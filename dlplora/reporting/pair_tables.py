@@ -6,8 +6,19 @@ import csv
 import io
 from collections.abc import Sequence
 
-from dlplora.reporting.columns import COLUMNS
-from dlplora.reporting.comparison import COMPARED, PRIMARY, REFERENCE_METHOD, Scores, Verdict, against, by_task, ranking, task_wins
+from dlplora.reporting.columns import COLUMNS, named_seeds
+from dlplora.reporting.comparison import (
+    COMPARED,
+    PRIMARY,
+    REFERENCE_METHOD,
+    Scores,
+    Verdict,
+    against,
+    by_task,
+    ranking,
+    shared_seeds,
+    task_wins,
+)
 from dlplora.reporting.groups import Group
 from dlplora.reporting.markdown import code, table
 from dlplora.reporting.methods import without_clones
@@ -18,9 +29,16 @@ def pair_table(scores: Scores, reference: str = REFERENCE_METHOD) -> str:
     if reference not in scores.methods or len(scores.methods) < 2:
         return ""
     by_key = {key: against(scores, key, reference) for key in COMPARED}
-    ranks, wins = ranking(scores)[0], task_wins(scores, reference)
+    ranks, wins, shared = ranking(scores).ranks, task_wins(scores, reference), shared_seeds(scores, reference)
     shown = {column.key: column for column in COLUMNS if by_key.get(column.key)}
-    header = ["method", *(f"Δ {column.title}" for column in shown.values()), "tasks won–tied–lost", "of these significant", "mean rank"]
+    header = [
+        "method",
+        *(f"Δ {column.title}" for column in shown.values()),
+        "shared seeds",
+        "tasks won–tied–lost",
+        "of these significant",
+        "mean rank",
+    ]
     primary = by_key[PRIMARY]
     rows = []
     for name in sorted(scores.methods, key=lambda name: -primary[name].difference if name in primary else 0.0):
@@ -29,6 +47,7 @@ def pair_table(scores: Scores, reference: str = REFERENCE_METHOD) -> str:
         if name in primary and primary[name].significant:
             cells[0] += " *"
         record = wins.get(name)
+        cells.append(str(shared[name]) if name != reference else "")
         cells += ["", ""] if record is None else ["–".join(map(str, record[:3])), f"{record[3]}–{record[4]}"]
         rows.append([code(name), *cells, f"{ranks[name]:.1f}" if name in ranks else ""])
     return table(header, rows) + "\n\n" + _note(scores, reference)
@@ -37,22 +56,23 @@ def pair_table(scores: Scores, reference: str = REFERENCE_METHOD) -> str:
 def _note(scores: Scores, reference: str) -> str:
     """What the pair table shows, and the families of its corrections."""
     others, seeds = len(scores.methods) - 1, len(scores.seeds)
-    source = "questions and seeds" if seeds > 1 else "questions (one seed: nothing is said about other trainings)"
+    source = "questions and the seeds that both methods have" if seeds > 1 else "questions"
+    alone = " With one shared seed they say nothing about other trainings."
     parts = [
-        f"Differences to `{reference}` in points, with 95 % intervals over {source}. * significant at 5 % after Holm's correction; the "
-        f"family is the {others} other methods. Only the primary metric is tested. The other columns are descriptive; their intervals are "
-        "not corrected.",
+        f"Differences to `{reference}` in points, with 95 % intervals over {source}.{alone} * significant at 5 % after Holm's correction; "
+        f"the family is the {others} other methods. Only the primary metric is tested. The other columns are descriptive; their intervals "
+        "are not corrected.",
         "Tasks won and lost: mean over seeds of right answers; significant after Holm's correction, the family is the "
         f"{len(scores.kinds)} tasks of one method.",
     ]
-    ranks, critical, friedman = ranking(scores)
+    ranked = ranking(scores)
     clones = [name for name in scores.methods if name not in without_clones(scores.methods)]
-    if critical is not None:
+    if ranked.critical is not None:
         text = (
-            f"Mean rank over {len(scores.kinds)} tasks among {len(ranks)} methods; ranks that differ by less than {critical:.1f} cannot be "
-            "told apart (Nemenyi, 5 %)"
+            f"Mean rank over {len(scores.kinds)} tasks among {len(ranked.ranks)} methods, {named_seeds(ranked.seeds)}; ranks that differ "
+            f"by less than {ranked.critical:.1f} cannot be told apart (Nemenyi, 5 %)"
         )
-        parts.append(text + ("." if friedman is None else f"; Friedman p = {friedman:.1g}."))
+        parts.append(text + ("." if ranked.friedman is None else f"; Friedman p = {ranked.friedman:.1g}."))
         if clones:
             parts.append(
                 f"Variants that hardly differ from another row, and defaults of tuned rows, are not ranked: {', '.join(map(code, clones))}."

@@ -23,6 +23,8 @@ from dlplora.reporting.columns import (
     Rows,
     Trials,
     by_method,
+    by_seeds,
+    named_seeds,
     questions_a_task,
     row_order,
     rows_of,
@@ -131,14 +133,10 @@ def _seeds(records: Sequence[Record]) -> str:
     groups = {name: tuple(sorted({row.seed for row in rows})) for name, rows in by_method(records).items()}
     every = tuple(sorted({record.seed for record in records}))
     fewer = [
-        f"{_named(seeds)} only: {', '.join(sorted(name for name, own in groups.items() if own == seeds))}"
+        f"{named_seeds(seeds)} only: {', '.join(sorted(name for name, own in groups.items() if own == seeds))}"
         for seeds in sorted({*groups.values()} - {every})
     ]
-    return _named(every) + (f" ({'; '.join(fewer)})" if fewer else "")
-
-
-def _named(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return named_seeds(every) + (f" ({'; '.join(fewer)})" if fewer else "")
 
 
 def _searches(records: Sequence[Record]) -> list[str]:
@@ -155,6 +153,21 @@ def _searches(records: Sequence[Record]) -> list[str]:
     return [f"Weights searched for every task, without training tokens; {'; '.join(sorted(costs))}."] if costs else []
 
 
+def _made(records: Sequence[Record]) -> list[str]:
+    """What some records were made from, and what their errors are over."""
+    over = " and seeds" if len({record.seed for record in records}) > 1 else ""
+    commits = sorted({(record.provenance.get("git", {}).get("commit") or "unknown")[:7] for record in records})
+    hardware = [record.provenance.get("hardware", {}) for record in records]
+    machines = sorted({str(one.get("gpu") or one.get("cpu")) for one in hardware})
+    mixed = different_pools(records)
+    return [
+        *([f"**{mixed}**"] if mixed else []),
+        f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`: {len(records[0].suite_tasks)} tasks × "
+        f"{questions_a_task(records)} questions, {_seeds(records)}; code {', '.join(commits)}; {', '.join(machines)}.",
+        f"Values are means over tasks{over} ± one standard error over questions{over}.",
+    ]
+
+
 def caption(records: Sequence[Record], latency: LatencyColumns | None = None, scores: Scores | None = None) -> str:
     """What the table was made from and how it is read.
 
@@ -165,19 +178,8 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
     """
     if not records:
         return ""
-    seeds = {record.seed for record in records}
-    commits = sorted({(record.provenance.get("git", {}).get("commit") or "unknown")[:7] for record in records})
-    machines = sorted(
-        {str(record.provenance.get("hardware", {}).get("gpu") or record.provenance.get("hardware", {}).get("cpu")) for record in records}
-    )
-    over = "over questions and seeds" if len(seeds) > 1 else "over questions"
-    mixed = different_pools(records)
     parts = [
-        *([f"**{mixed}**"] if mixed else []),
-        f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`: {len(records[0].suite_tasks)} tasks × "
-        f"{questions_a_task(records)} questions, {_seeds(records)}; code {', '.join(commits)}; "
-        f"{', '.join(machines)}.",
-        f"Values are means over tasks{' and seeds' if len(seeds) > 1 else ''} ± one standard error {over}.",
+        *_made(records),
         "The primary metric is the mean score: accuracy or exact match, mean over all tasks. The other columns are not tested.",
         "Bold: best of the column.",
     ]
@@ -192,8 +194,8 @@ def caption(records: Sequence[Record], latency: LatencyColumns | None = None, sc
         f"{GATED} weights of gates, averaged over tokens and layers.",
         "Trained parameters and training tokens: what a method trains by gradient beyond the experts; classifiers and prototypes that are "
         "fitted to training prompts while they load count as none.",
-        "Data it saw: of the tasks, beyond the experts; labels are answers or the task of a prompt. Trials: settings tried on the "
-        "validation split; empty: none.",
+        "Data it saw: of the tasks, beyond the experts; inputs are training prompts, each with its task, labels their answers as well. "
+        "Trials: settings tried on the validation split; empty: none.",
         *_searches(records),
         "Prefill and decode: not measured." if latency is None else latency.source,
         "Generated from `results/runs` by `dlplora report build`.",
@@ -251,17 +253,32 @@ def page(groups: Sequence[Group], suite: str) -> str:
 
 def _sections(one: Group, depth: str) -> list[str]:
     pairs = pair_table(one.scores)
+    first, *others = by_seeds(one.records)
     return [
-        main_table(one.records, one.scores, one.latency, trials=one.trials),
-        caption(one.records, one.latency, one.scores),
+        main_table(first, one.scores, one.latency, trials=one.trials),
+        caption(first, one.latency, one.scores),
+        *(part for rows in others for part in _fewer_seeds(one, rows, depth)),
         f"{depth} Settings chosen on the validation split" if one.trials else "",
         f"{chosen_table(one.trials)}\n\n{questions_note(one.trials)}" if one.trials else "",
         f"{depth} In pairs with `{REFERENCE_METHOD}`" if pairs else "",
         pairs,
         *((f"{depth} Where {code(one.doubt.method)} keeps several adapters", doubt_table(one.doubt)) if one.doubt else ()),
-        f"{depth} By task (accuracy or exact match, %)",
+        f"{depth} By task (accuracy or exact match, %, mean over a method's seeds)",
         task_table(one.records),
     ]
+
+
+def _fewer_seeds(one: Group, records: Sequence[Record], depth: str) -> list[str]:
+    """The table of methods that lack some seeds, with the reference rows on the same seeds."""
+    seeds = named_seeds(sorted({record.seed for record in records}))
+    text = " ".join(
+        [
+            "Methods that were not run with the other seeds, and the reference rows on the same experts; columns as above.",
+            *_made(records),
+            *_searches(records),
+        ]
+    )
+    return [f"{depth} {seeds.capitalize()} only", main_table(records, one.scores, one.latency, trials=one.trials), text]
 
 
 def with_block(text: str, block: str, where: str) -> str:
@@ -309,8 +326,11 @@ def build(
     if speed is not None:
         wanted[tables / "speed.md"] = speed
     if groups:
-        titles = [f"% {one.title}\n" if len(groups) > 1 else "" for one in groups]
-        latex = [title + latex_table(one.records, one.scores, one.latency, one.trials) for title, one in zip(titles, groups, strict=True)]
+        latex = [
+            f"% {one.title}, {_seeds(rows)}\n" + latex_table(rows, one.scores, one.latency, one.trials)
+            for one in groups
+            for rows in by_seeds(one.records)
+        ]
         wanted[tables / f"{suite}.csv"] = csv_table(groups)
         wanted[tables / f"{suite}.tex"] = "\n".join(latex)
         wanted[tables / f"{suite}_pairs.csv"] = pairs_csv(groups)

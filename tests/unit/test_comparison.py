@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dlplora.reporting import comparison, store, tables
+from dlplora.reporting.columns import by_seeds
 from dlplora.reporting.groups import group, latest
 from dlplora.reporting.pair_tables import pair_table, pairs_csv
 from dlplora.reporting.samples import Outcome
@@ -83,11 +84,11 @@ def test_large_differences_are_significant_and_small_ones_are_not(scores: compar
 
 def test_tasks_won_and_ranks(scores: comparison.Scores) -> None:
     assert comparison.task_wins(scores, "dlp")["base"] == (0, 1, 2, 0, 2)
-    ranks, critical, friedman = comparison.ranking(scores)
-    assert list(ranks)[-1] == "base"
-    assert sum(ranks.values()) == pytest.approx(6.0)
-    assert critical == pytest.approx(2.343 * (3 * 4 / (6 * 3)) ** 0.5, abs=0.01)  # q of Demšar's table 5 for three methods
-    assert friedman is not None
+    ranking = comparison.ranking(scores)
+    assert list(ranking.ranks)[-1] == "base"
+    assert sum(ranking.ranks.values()) == pytest.approx(6.0)
+    assert ranking.critical == pytest.approx(2.343 * (3 * 4 / (6 * 3)) ** 0.5, abs=0.01)  # q of Demšar's table 5 for three methods
+    assert ranking.friedman is not None
 
 
 def seeded(root: Path, name: str, rates: Mapping[int, float]) -> None:
@@ -124,20 +125,53 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     assert verdicts["partly"].p == 1.0
 
 
+def test_ranks_compare_methods_on_the_same_seeds(tmp_path: Path) -> None:
+    """Seed 1 has bad experts. A mean over both seeds would put the method that lacks it first."""
+    seeded(tmp_path, "dlp", {0: 0.95, 1: 0.3})
+    seeded(tmp_path, "base", {0: 0.2, 1: 0.2})
+    seeded(tmp_path, "lucky", {0: 0.7})
+    seeded(tmp_path, "elsewhere", {1: 0.9})
+    (one,) = group(store.load_all(tmp_path)[0], store.OutcomeReader(tmp_path))
+    ranking = comparison.ranking(one.scores)
+    assert (list(ranking.ranks), ranking.seeds) == (["dlp", "lucky", "base"], (0,))
+    assert "among 3 methods, seed 0;" in pair_table(one.scores)
+    assert comparison.shared_seeds(one.scores, "dlp") == {"dlp": 2, "base": 2, "lucky": 1, "elsewhere": 1}
+    seeded(tmp_path / "whole", "dlp", {0: 0.95, 1: 0.3})
+    seeded(tmp_path / "whole", "base", {0: 0.2, 1: 0.2})
+    (whole,) = group(store.load_all(tmp_path / "whole")[0], store.OutcomeReader(tmp_path / "whole"))
+    assert comparison.ranking(whole.scores).seeds == (0, 1)
+
+
+def test_a_table_has_means_over_the_same_seeds(tmp_path: Path) -> None:
+    seeded(tmp_path, "dlp", {0: 0.95, 1: 0.3})
+    seeded(tmp_path, "ties", {0: 0.5, 1: 0.1})
+    seeded(tmp_path, "lucky", {0: 0.7})
+    (one,) = group(store.load_all(tmp_path)[0], store.OutcomeReader(tmp_path))
+    first, second = by_seeds(one.records)
+    assert {(record.method_name, record.seed) for record in first} == {("dlp", 0), ("dlp", 1), ("ties", 0), ("ties", 1)}
+    assert {(record.method_name, record.seed) for record in second} == {("dlp", 0), ("lucky", 0)}  # the reference row on the same experts
+    text = tables.page([one], one.suite)
+    assert text.count("\n| `dlp` |") == 3  # both tables, and the pairs
+    assert "## Seed 0 only" in text
+    assert "± one standard error over questions and seeds" in text
+    assert "± one standard error over questions." in text
+
+
 def test_clones_are_compared_but_not_ranked(tmp_path: Path) -> None:
     for name, rate in (("dlp", 0.9), ("dlp_code", 0.9), ("dlp_top1", 0.9), ("base", 0.2), ("oracle", 0.95)):
         seeded(tmp_path, name, {0: rate})
     (one,) = group(store.load_all(tmp_path)[0], store.OutcomeReader(tmp_path))
-    ranks, critical, _ = comparison.ranking(one.scores)
-    assert set(ranks) == {"dlp", "base", "oracle"}
-    assert critical == pytest.approx(2.343 * (3 * 4 / (6 * 3)) ** 0.5, abs=0.01)  # three methods, not five
+    ranking = comparison.ranking(one.scores)
+    assert set(ranking.ranks) == {"dlp", "base", "oracle"}
+    assert ranking.critical == pytest.approx(2.343 * (3 * 4 / (6 * 3)) ** 0.5, abs=0.01)  # three methods, not five
+    assert ranking.seeds == (0,)
     text = pair_table(one.scores)
     assert "| `dlp_code` | +0.0 [+0.0, +0.0]" in text
     assert "are not ranked: `dlp_code`, `dlp_top1`." in text
     seeded(tmp_path / "alone", "dlp_code", {0: 0.9})
     seeded(tmp_path / "alone", "base", {0: 0.2})
     (alone,) = group(store.load_all(tmp_path / "alone")[0], store.OutcomeReader(tmp_path / "alone"))
-    assert set(comparison.ranking(alone.scores)[0]) == {"dlp_code", "base"}  # its original is not there
+    assert set(comparison.ranking(alone.scores).ranks) == {"dlp_code", "base"}  # its original is not there
 
 
 def test_the_committed_difference_of_one_bad_seed_is_not_starred() -> None:

@@ -149,10 +149,10 @@ def test_the_main_table_has_hand_computed_cells() -> None:
     text = tables.main_table([make_record(), worse])
     base_row, dlp_row = text.splitlines()[2:]
     assert base_row.startswith(
-        "| `base` | labels | 50.0 ± 2.4 | **70.0** ± 2.5 | 10.0 ± 5.0 | **40.0** | **50.0** ± 2.0 | **40.0** ± 2.0 | 1.25 |  |  |"
+        "| `base` | inputs | 50.0 ± 2.4 | **70.0** ± 2.5 | 10.0 ± 5.0 | **40.0** | **50.0** ± 2.0 | **40.0** ± 2.0 | 1.25 |  |  |"
     )
     # the class of both is dlp; (50 + 90 + 25) / 3, and the root of 3² + 4² + 5² over 3
-    assert dlp_row.startswith("| `dlp` | labels | **55.0** ± 2.4 | **70.0** ± 2.5 | **25.0** ± 5.0 |")
+    assert dlp_row.startswith("| `dlp` | inputs | **55.0** ± 2.4 | **70.0** ± 2.5 | **25.0** ± 5.0 |")
 
 
 def test_the_error_of_several_seeds_combines_seeds_and_questions() -> None:

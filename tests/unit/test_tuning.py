@@ -213,7 +213,7 @@ def test_tables_show_the_trials_that_belong_to_them(tmp_path: Path) -> None:
     table = main_table(one.records, trials=one.trials)
     assert "| method | data it saw |" in table
     assert "| `base` | none |" in table
-    assert "| `dlp` | labels |" in table
+    assert "| `dlp` | inputs |" in table
 
 
 def test_validated_settings_are_those_of_the_newest_whole_set_of_trials() -> None:
@@ -259,12 +259,13 @@ def test_reproduce_evaluates_what_the_trials_choose(tmp_path: Path, capsys: pyte
 
 
 def test_the_data_a_method_saw_is_what_its_class_declares() -> None:
-    declared = {"inputs": "inputs", "labels": "labels", "few_shot": "labels", "all_tasks_adapter": "labels", "trained": "labels"}
+    declared = {"inputs": "inputs", "labels": "inputs", "few_shot": "labels", "all_tasks_adapter": "labels", "trained": "labels"}
     for name, cls in available_methods().items():
         if not any(name in one.classes for one in method_facts().groups):
             continue
         needs = cls.metadata.needs
-        seen = {declared[need] for need in needs if need != "task_id"} - ({"inputs"} if "labels" in needs else set())
+        seen = {declared[need] for need in needs if need != "task_id"}
+        seen -= {"inputs"} if "labels" in seen else set()
         parts = [*sorted(seen), *(["task name"] if "task_id" in needs else [])]
         assert data_seen(make_record(method={"method": name})) == (", ".join(parts) or "none"), name
 
