@@ -5,7 +5,8 @@ variance), scores ``x . v_e / sqrt(I)``, softmax over the best two. No gate is t
 
 Deviations, with reasons: v starts within 1e-3 of zero rather than at it; standardised zeros would all have the same score, and an
 untrained method would depend on the order of the experts. All gates train in one run, each on its own rows: their gradients are
-independent. The softmax over the kept two follows MTTL; the authors' own code takes it over all experts first.
+independent. The softmax over the kept two follows MTTL; the authors' own code takes it over all experts first. So does the layer norm
+with an epsilon of 1e-5: the variance of a short gate vector stays below one (nano's gates: standard deviation 0.55 to 1).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def add_new_method(commands: Any) -> argparse.ArgumentParser:
     """Declare ``new-method``; returns its parser."""
     parser: argparse.ArgumentParser = commands.add_parser("new-method", help="write the files of a new method: class, preset, test")
     parser.add_argument("name", help="name of the method, a Python identifier in lower case")
-    parser.add_argument("--dir", metavar="DIR", help="folder of a package of your own (default: this clone's baselines, configs and tests)")
+    parser.add_argument("--dir", metavar="DIR", help="folder of your own package (default, in a clone: its baselines, configs and tests)")
     return parser
 
 
@@ -99,7 +99,7 @@ def files_of(name: str, folder: Path | None) -> dict[Path, str]:
         folder: A package of one's own; None is the clone.
 
     Raises:
-        ConfigError: If there is no clone and no folder, or the name is not an identifier.
+        ConfigError: If no folder is given outside a clone, or the name is not an identifier.
         MethodError: If a method or preset of that name exists.
     """
     from dlplora.config import list_configs
@@ -119,6 +119,8 @@ def files_of(name: str, folder: Path | None) -> dict[Path, str]:
         }
     if not (clone / "baselines").is_dir():
         raise ConfigError("dlplora is not installed from a clone; pass --dir with a folder of your own package.")
+    if clone.resolve() not in (here := Path.cwd().resolve(), *here.parents):
+        raise ConfigError(f"pass --dir with a folder of your own package, or run this in the clone ({clone}) to add to its baselines.")
     return {
         clone / "baselines" / f"{name}.py": METHOD.format(**words),
         clone / "configs" / "method" / f"{name}.yaml": PRESET.format(**words),

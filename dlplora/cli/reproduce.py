@@ -176,7 +176,7 @@ def _reproduce_over_backbone(arguments: argparse.Namespace) -> int:
     from dlplora.evaluation.preconditions import require_limit
     from dlplora.evaluation.runner import power_note
     from dlplora.reporting import tables
-    from dlplora.reproduce import paper, pipeline
+    from dlplora.reproduce import paper, pipeline, profile
 
     require_limit(arguments.limit)
     if arguments.fresh:
@@ -186,7 +186,7 @@ def _reproduce_over_backbone(arguments: argparse.Namespace) -> int:
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
     job = paper.resolve(
-        arguments.backbone or paper.PROFILES[arguments.suite],
+        arguments.backbone or profile.PROFILES[arguments.suite],
         overrides,
         split_names(arguments.methods) if arguments.methods else None,
         chosen_seeds(arguments.seeds) if arguments.seeds else None,

@@ -56,7 +56,7 @@ def _track(arguments: argparse.Namespace, runs: Path) -> Any:
     from dlplora.evaluation.protocol import load_protocol
     from dlplora.evaluation.unseen import NUM_FOLDS, unseen_name
     from dlplora.inference.loading import nano_asset
-    from dlplora.reproduce import paper, pipeline, unseen
+    from dlplora.reproduce import paper, pipeline, profile, unseen
     from dlplora.reproduce.recipe import NANO
 
     folds = NUM_FOLDS if arguments.folds is None else arguments.folds
@@ -74,7 +74,7 @@ def _track(arguments: argparse.Namespace, runs: Path) -> Any:
     overrides: dict[str, Any] = {"data_root": arguments.data_root} if arguments.data_root else {}
     if arguments.tasks:
         overrides["tasks"] = split_names(arguments.tasks)
-    job = paper.resolve(arguments.backbone or paper.PROFILES[arguments.suite], overrides, ["base"], [0], None)
+    job = paper.resolve(arguments.backbone or profile.PROFILES[arguments.suite], overrides, ["base"], [0], None)
     protocol, setting = job.over(*paper.backbone_folder(job))
     if arguments.dry_run:
         folder = pipeline.artifacts.locate("pool", job.runs, fresh=False, setting=setting).folder

@@ -32,7 +32,7 @@ def add_tune(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tasks", help="only these tasks, comma-separated (default: all)")
     parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     parser.add_argument("--tokens", type=int, help="training tokens per trial, at most (default: 1911450, as many as the shipped router)")
-    parser.add_argument("--train-config", default="fusion", metavar="NAME", help="configuration of trials that train (default: fusion)")
+    parser.add_argument("--train-config", metavar="NAME", help="configuration of trials that train (default: the profile's)")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--runs", default="runs/tuning", metavar="DIR", help="folder of trained trials (default: runs/tuning)")
     parser.add_argument("--force", action="store_true", help="run finished trials again")
@@ -56,7 +56,7 @@ def _jobs(arguments: argparse.Namespace, protocol: Protocol) -> list[list[TrialJ
     from dlplora.evaluation.runner import Artifacts
     from dlplora.methods.registry import load_method_spec
     from dlplora.tuning.grid import grid_of
-    from dlplora.tuning.trial_jobs import TOKEN_CAP, Budget, trial_jobs
+    from dlplora.tuning.trial_jobs import TOKEN_CAP, budget_of, trial_jobs
 
     methods = list(dict.fromkeys(split_names(arguments.method)))
     for option, value in (("--setting", arguments.setting), ("--trained", arguments.trained)):
@@ -66,17 +66,17 @@ def _jobs(arguments: argparse.Namespace, protocol: Protocol) -> list[list[TrialJ
     if arguments.trained:
         folders["others"] = {"trained": Path(arguments.trained)}
     given = [parse_setting(text) for text in arguments.setting]
-    budget = Budget(max_tokens=TOKEN_CAP if arguments.tokens is None else arguments.tokens, config=arguments.train_config)
+    label = config_label(arguments.protocol)
     common: dict[str, Any] = {
         "artifacts": Artifacts(**folders),
         "limit": arguments.limit or None,
         "device": arguments.device,
-        "budget": budget,
     }
     found = []
     for method in methods:
         spec = load_method_spec(method)
-        found.append(trial_jobs(spec, grid_of(spec, given), protocol, config_label(arguments.protocol), arguments.seed, **common))
+        budget = budget_of(label, spec.name, TOKEN_CAP if arguments.tokens is None else arguments.tokens, arguments.train_config)
+        found.append(trial_jobs(spec, grid_of(spec, given), protocol, label, arguments.seed, budget=budget, **common))
     return found
 
 

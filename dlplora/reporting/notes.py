@@ -14,13 +14,14 @@ NOTES: dict[str, str] = {
 **An ordinary classifier is as good as the router here.** Every prompt of this suite clearly belongs to one task: `dlp` keeps one adapter
 for every prompt and gives the same answers as `oracle`, and so does `tfidf_linear`, a linear classifier on word counts. The suite shows
 what adapters, routing and merging do on a pretrained model; it does not show that fusing several adapters helps. Where the router is in
-doubt, see `skills_confusable`. `multitask` is one adapter of the size of one expert, trained on as many rows as all experts together. Most
-retrieval methods combine three adapters per prompt, as in their papers, and score lower because of it. Learning
-rates of gates were not searched. `meteora_gate` saw a third of the router's training tokens (with a twelfth of them its mean score was
-61.6), the other gates a twelfth. `mole` was tried at two rates: at 1e-3 its gate ended saturated on one adapter per token (23.8), at
-1e-4, shown here, its loss hardly fell, and it scores like `cat`, which has one trained weight per adapter and layer whatever the input;
-the row says little about the method. Compare gates with their [ceilings](real26_ceilings.md). For tasks whose adapter is missing, see
-[unseen tasks](../../docs/unseen_task.md).""",
+doubt, see `skills_confusable`. `multitask` is one adapter of the size of one expert, trained on as many rows as all experts together.
+Most retrieval methods combine three adapters per prompt, as in their papers, and score lower because of it. Learning rates of gates were
+not searched by validation. `meteora_gate` saw a third of the router's training tokens (with a twelfth of them its mean score was 61.6),
+the other gates a twelfth. `mole` was tried at two rates: at 1e-3 its gate ended saturated on one adapter per token (23.8), at 1e-4, shown
+here, its loss hardly fell, and it scores like `cat`, which has one trained weight per adapter and layer whatever the input; the row says
+little about the method. These two choices were made after the test scores were seen, so both rows are optimistic. `llm_choice` names the
+first adapter of its menu for nine prompts in ten. Compare gates with their [ceilings](real26_ceilings.md). For tasks whose adapter is
+missing, see [unseen tasks](../../docs/unseen_task.md).""",
     "skills_confusable": """\
 **Where the router is in doubt, fusing two adapters is worse than taking the likelier one.** Four pairs of tasks whose prompts are
 drawn from the same texts: `dlp` keeps two adapters for a fifth of the prompts, all of one pair, and answers fewer of them right than

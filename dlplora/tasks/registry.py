@@ -36,7 +36,9 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
 
 def suite_names(name: str) -> tuple[str, ...]:
     """Task names of a suite in order; its rows may still be on the hub."""
-    return real_names(name) if name in REAL_SUITES else paper_names(name)
+    if name in REAL_SUITES:
+        return real_names(name)
+    return paper_names(name) if name in SUITES else tuple(get_suite(name).names)
 
 
 @lru_cache(maxsize=8)

@@ -189,6 +189,8 @@ def check_t8_weights(case: Case) -> None:
             again, confidence = fused.request_router.route_with_confidence(case.prompts())
             if again is None:
                 fail("T8: route_with_confidence: no weights, route has some")
+            if again.dtype != torch.float32:  # the engine converts; whoever calls ``route`` directly gets what the method returns
+                fail(f"T8: route: weights are {again.dtype}, expected torch.float32")
             require_close(fused.request_router.per_expert(again), weights, "T8: route_with_confidence against route")
             sure = [1.0] * len(weights) if confidence is None else confidence.tolist()
             if len(sure) != len(weights) or not all(0.0 < one < 1.0 + 1e-6 for one in sure):

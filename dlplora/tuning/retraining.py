@@ -55,7 +55,8 @@ def _setting(one: TrialJob) -> Setting:
     """Base model, tasks and options of the training command."""
     protocol = one.run.protocol
     values = {name: one.choice.training.get(name) for name in TRAINING_SETTINGS}
-    options = [f"--{'.'.join(TRAINING_SETTINGS[name])}={value}" for name, value in values.items() if value is not None]
+    options = list(one.budget.options)
+    options += [f"--{'.'.join(TRAINING_SETTINGS[name])}={value}" for name, value in values.items() if value is not None]
     options += [
         f"--data.init_args.max_tokens={one.budget.max_tokens}",
         f"--model.init_args.method_params={json.dumps({**one.run.spec.params})}",

@@ -6,17 +6,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dlplora.config import config_hash, configs_root, find_config, list_configs, load_yaml
+from dlplora.documents import parse_yaml
 from dlplora.errors import ConfigError
 from dlplora.evaluation.runner import Artifacts, Run, prepare
 from dlplora.methods.registry import MethodSpec, method_class
 from dlplora.reporting.tuning import protocol_folder
+from dlplora.reproduce.paper import CONFIGS
+from dlplora.reproduce.profile import profile_of_protocol
+from dlplora.reproduce.recipe import TRAINED
 from dlplora.tuning.grid import TRAINING_SETTINGS, Choice, Grid, choices
 
 if TYPE_CHECKING:
     from dlplora.evaluation.protocol import Protocol
 
 TOKEN_CAP = 1_911_450
-"""Most tokens that a trial may train on: what the shipped router of the nano suite saw, the most of all methods on top of the experts."""
+"""Most tokens that a trial may train on, unless another number is given: what the shipped router of the nano suite saw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class Budget:
     max_tokens: int = TOKEN_CAP
     config: str = "fusion"
     """Training configuration."""
+    options: tuple[str, ...] = ()
+    """Further options of ``dlplora fit``: what a profile changes in the configuration for the method."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -38,15 +44,35 @@ class Budget:
             ConfigError: If the configuration is unknown or does not name one of them.
         """
         path = find_config("train", self.config)
+        changed = dict(option.removeprefix("--").split("=", 1) for option in self.options)
         found = {}
         for name in names:
+            dotted = ".".join(TRAINING_SETTINGS[name])
             value: Any = load_yaml(path)
             for key in TRAINING_SETTINGS[name]:
                 value = value.get(key) if isinstance(value, dict) else None
+            if dotted in changed:
+                value = parse_yaml(changed[dotted], f"{path}: {dotted}")
             if value is None:
-                raise ConfigError(f"{path}: '{'.'.join(TRAINING_SETTINGS[name])}' is missing; '{name}' has no default to start from.")
+                raise ConfigError(f"{path}: '{dotted}' is missing; '{name}' has no default to start from.")
             found[name] = value
         return found
+
+
+def budget_of(protocol: str, method: str, max_tokens: int, config: str | None = None) -> Budget:
+    """The budget of a method's trials: what the protocol's profile trains gates with, so that the default trial is the row of the table.
+
+    Args:
+        protocol: Name of a protocol; one without a profile (nano) takes ``configs/train/fusion.yaml``.
+        method: Preset.
+        max_tokens: Cap for every trial.
+        config: Training configuration in place of the profile's, without its options.
+    """
+    profile = None if config is not None else profile_of_protocol(protocol)
+    if profile is None:
+        return Budget(max_tokens=max_tokens, config=config or "fusion")
+    options = [option for role in ("trained", f"{TRAINED}{method}") for option in profile.fit_options.get(role, ())]
+    return Budget(max_tokens=max_tokens, config=profile.configs.get("trained", CONFIGS["trained"]), options=tuple(options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +91,7 @@ class TrialJob:
         if self.trains:
             config = load_yaml(find_config("train", self.budget.config))
             described |= {"artifacts": {}, "training": dict(self.choice.training), "max_tokens": self.budget.max_tokens, "config": config}
+            described |= {"options": list(self.budget.options)} if self.budget.options else {}
         return config_hash(described)
 
 

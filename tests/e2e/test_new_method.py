@@ -39,6 +39,15 @@ def test_in_a_clone_the_files_go_where_the_registry_looks() -> None:
     assert [str(path.relative_to(clone)) for path in files_of("warm_start", None)] == wanted
 
 
+def test_outside_the_clone_a_folder_must_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-method", "warm_start"]) == 2
+    assert "pass --dir" in capsys.readouterr().err
+    assert not (PACKAGE_ROOT.parent / "baselines" / "warm_start.py").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -50,6 +59,19 @@ def test_bad_names_are_one_line(name: str, message: str, tmp_path: Path, capsys:
     assert main(["new-method", name, "--dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_in_another_dtype_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["new-method", "precise", "--dir", str(tmp_path)]) == 0
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from precise import Precise  # type: ignore[import-not-found]
+
+    class Double(Precise):  # type: ignore[misc]
+        def route(self, prompts: object) -> object:
+            return super().route(prompts).double()
+
+    with pytest.raises(ConformanceError, match=r"T8: route: weights are torch.float64"):
+        conformance.check(Double)
 
 
 def test_the_public_check_finds_a_wrong_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from dlplora.config import build, configs_root, list_configs, load_yaml
 from dlplora.evaluation.protocol import load_protocol
 from dlplora.reporting.store import load_all
 from dlplora.reproduce import artifacts
-from dlplora.reproduce.paper import CONFIGS, Profile, announced, budgets, resolve
+from dlplora.reproduce.paper import CONFIGS, announced, budgets, resolve
+from dlplora.reproduce.profile import Profile
 from dlplora.reproduce.recipe import Setting
 from dlplora.training.config_check import check_command_line
 
@@ -171,6 +172,17 @@ def test_profile_and_protocol_of_a_backbone_agree(name: str) -> None:
 def test_gates_with_a_budget_of_their_own_are_counted_apart() -> None:
     found = budgets(resolve("real26", {}, ["mole", "xlora", "meteora_gate"], [0, 1], None))
     assert [(found[name]["num_steps"], found[name]["runs"]) for name in ("gates", "trained/meteora_gate")] == [(1200, 4), (4800, 2)]
+
+
+def test_an_adapter_on_all_tasks_sees_as_many_rows_as_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over fewer tasks than its recipe was written for: 18 of real26 without public rows, the 8 of the confusable pairs."""
+    monkeypatch.delenv("DLPLORA_DATA", raising=False)
+    monkeypatch.setattr("dlplora.reproduce.paper._hub_answers", lambda protocol: False)
+    for name, tasks in (("real26", 18), ("confusable", 8)):
+        found = budgets(resolve(name, {}, ["multitask", "multitask_r64"], None, None))
+        for role in ("multitask", "multitask_r64"):
+            assert found[role]["num_steps"] * found[role]["batch_size"] == tasks * 144 * 8
+        assert found["pool"]["runs"] == tasks
 
 
 def test_adapters_of_higher_rank_and_further_seeds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dlplora.errors import ConfigError
 from dlplora.evaluation.identity import backbone_identity
 from dlplora.inference import backbones, gguf
 from dlplora.inference.loading import load_backbone
-from dlplora.reproduce.paper import load_profile
+from dlplora.reproduce.profile import load_profile
 from dlplora.training.frozen import load_frozen, load_tokenizer
 
 NAMES = {

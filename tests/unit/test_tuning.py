@@ -34,7 +34,7 @@ from dlplora.reporting.tuning import (
 )
 from dlplora.tasks.registry import get_suite
 from dlplora.tuning.grid import Grid, choices, grid_of
-from dlplora.tuning.trial_jobs import Budget, trial_jobs
+from dlplora.tuning.trial_jobs import Budget, budget_of, trial_jobs
 from tests.toy_tasks import write_tasks
 from tests.unit.test_records import make_record
 
@@ -256,6 +256,16 @@ def test_reproduce_evaluates_what_the_trials_choose(tmp_path: Path, capsys: pyte
     assert set(records) == {"lorauter", "lorauter_tuned"}
     assert chosen.items() <= records["lorauter_tuned"].method["params"].items()
     assert records["lorauter"].method["params"]["top_k"] == load_method_spec("lorauter").config.top_k != chosen["top_k"]
+
+
+def test_the_default_trial_has_the_settings_of_the_table() -> None:
+    """real26 trains ``meteora_gate`` and ``mole`` with options of their own; nano has no profile."""
+    defaults = {method: budget_of("real26", method, 5).defaults(["lr", "num_steps"]) for method in ("meteora_gate", "mole", "xlora")}
+    assert {method: row["num_steps"] for method, row in defaults.items()} == {"meteora_gate": 4800, "mole": 1200, "xlora": 1200}
+    assert {method: row["lr"] for method, row in defaults.items()} == {"meteora_gate": 1e-3, "mole": 1e-4, "xlora": 1e-3}
+    assert budget_of("real26_skills", "mole", 5).config == "real_fusion"
+    assert budget_of("nano", "mole", 5) == Budget(max_tokens=5)
+    assert budget_of("real26", "mole", 5, "fusion") == Budget(max_tokens=5, config="fusion")
 
 
 def test_the_data_a_method_saw_is_what_its_class_declares() -> None:

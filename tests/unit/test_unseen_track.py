@@ -17,7 +17,7 @@ from dlplora.evaluation.runner import Run
 from dlplora.evaluation.unseen import folds_of, joined, leaves_itself_out, measure_folds
 from dlplora.inference.loading import nano_asset
 from dlplora.reporting.schema import Record, TaskResult
-from dlplora.reproduce import paper
+from dlplora.reproduce import profile
 from dlplora.reproduce.recipe import NANO, Setting
 from dlplora.reproduce.unseen import UnseenTrack, pool_without, require_possible, runs_of, setting_without
 
@@ -25,7 +25,7 @@ TASKS = ("object_counting", "pick_food", "translate_tepak", "translate_zargi")
 
 
 def test_the_profiles_that_are_taken_by_default_exist() -> None:
-    assert set(paper.PROFILES.values()) <= set(list_configs("reproduce"))
+    assert set(profile.PROFILES.values()) <= set(list_configs("reproduce"))
 
 
 def test_every_task_is_left_out_once() -> None:
