@@ -60,7 +60,8 @@ README_COLUMNS = tuple(
 REFERENCE_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "dlp_code")
 """First rows of every table."""
 README_ROWS = ("base", "oracle", "multitask", "avg_delta", "dlp", "lorauter_tuned", "tfidf_linear", "meteora_gate")
-"""The only rows in the README: the references, a method without a trained router, an ordinary classifier, and gates for each token."""
+"""The only rows in the README: the references, a method without a trained router, an ordinary classifier, and gates for each token. The
+default stands in for a tuned row that there is not."""
 Trials = Mapping[str, Sequence[Trial]]
 """Preset -> its trials."""
 GATED = "†"

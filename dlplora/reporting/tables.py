@@ -41,7 +41,7 @@ from dlplora.reporting.pair_tables import pair_table, pairs_csv
 from dlplora.reporting.reported import reported_page
 from dlplora.reporting.schema import Record
 from dlplora.reporting.store import OutcomeReader
-from dlplora.reporting.tuning import chosen_table, questions_note
+from dlplora.reporting.tuning import chosen_table, preset_of, questions_note
 
 BEGIN, END = "<!-- dlplora:results:begin -->", "<!-- dlplora:results:end -->"
 README_SUITE = "real26"
@@ -207,7 +207,9 @@ def readme_block(one: Group | None) -> str:
     """The text between the README's markers: the reference rows of a group in a few columns, and where the rest is."""
     if one is None:
         return f"{BEGIN}\n{main_table(())}\n{END}"
-    shown = [record for record in one.records if record.method_name in README_ROWS]
+    present = {record.method_name for record in one.records}
+    names = {name if name in present else preset_of(name) for name in README_ROWS}
+    shown = [record for record in one.records if record.method_name in names]
     if not shown:
         return f"{BEGIN}\n{main_table(())}\n{END}"
     timed = one.latency is not None
@@ -220,7 +222,7 @@ def readme_block(one: Group | None) -> str:
         text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "
     mixed = different_pools(shown)
     text = f"**{mixed}** {text}" if mixed else text
-    others = len({record.method_name for record in one.records} - set(README_ROWS))
+    others = len(present - names)
     rest = f"Tests, all columns{f' and {others} more methods' if others else ''}"
     text += f"{rest}: [results/tables/{one.suite}.md](results/tables/{one.suite}.md)."
     return f"{BEGIN}\n{main_table(shown, None, one.latency, columns)}\n\n{text}\n{END}"

@@ -10,7 +10,7 @@ from dlplora.documents import parse_yaml
 from dlplora.errors import ConfigError
 from dlplora.evaluation.runner import Artifacts, Run, prepare
 from dlplora.methods.registry import MethodSpec, method_class
-from dlplora.reporting.tuning import protocol_folder
+from dlplora.reporting.tuning import protocol_folder, spelled
 from dlplora.reproduce.paper import CONFIGS
 from dlplora.reproduce.profile import profile_of_protocol
 from dlplora.reproduce.recipe import TRAINED
@@ -135,6 +135,14 @@ def trial_jobs(
         common: dict[str, Any] = {"artifacts": artifacts, "limit": limit, "device": device}
         run = prepare(validation, protocol_name, method, seed, method_params=choice.params, **common)
         jobs.append(TrialJob(choice=choice, run=run, trains=trains, budget=budget))
+    seen: dict[str, Choice] = {}
+    for one in jobs:
+        same = seen.setdefault(one.cell(), one.choice)
+        if same is not one.choice:
+            raise ConfigError(
+                f"'{spec.name}' reads no difference between {spelled(same.settings)} and {spelled(one.choice.settings)}: "
+                "another setting of the preset turns the varied one off."
+            )
     return jobs
 
 

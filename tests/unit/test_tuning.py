@@ -172,6 +172,7 @@ def test_a_pool_that_does_not_fit_is_said_once(
         (["dlp", "--setting", "lr=0.1"], "'lr' is not a setting of 'dlp'"),
         (["dlp", "--setting", "threshold"], "--setting must be NAME=VALUE,VALUE"),
         (["dlp", "--setting", "threshold=0.1,0.1"], "has a value twice"),
+        (["dlp_code", "--setting", "threshold=0.1,0.5"], "reads no difference between"),
         (["ties", "--setting", "density=2"], "'density' must be in (0, 1]"),
         (["dlp,ties", "--setting", "threshold=0.1"], "--setting belongs to one method"),
         (["dlp", "--protocol", "nano_composite"], "no validation split"),
