@@ -80,12 +80,14 @@ def by_seeds(records: Sequence[Record]) -> list[list[Record]]:
     """Records in tables whose rows are means over the same seeds: the largest set of seeds first, then what has fewer.
 
     A mean over one seed and one over three differ by the experts that these seeds trained, so they are not put in one column. A table of
-    fewer seeds repeats the reference rows, from these seeds alone.
+    fewer seeds repeats the reference rows and the defaults of tuned rows, from these seeds alone.
     """
     seeds = {name: frozenset(record.seed for record in rows) for name, rows in by_method(records).items()}
     found = []
     for wanted in sorted(set(seeds.values()), key=lambda some: (-len(some), sorted(some))):
-        shown = {name for name, own in seeds.items() if own == wanted or (name in REFERENCE_ROWS and own > wanted)}
+        shown = {name for name, own in seeds.items() if own == wanted}
+        beside = {*REFERENCE_ROWS, *map(preset_of, shown)}
+        shown |= {name for name, own in seeds.items() if name in beside and own > wanted}
         found.append([record for record in records if record.method_name in shown and record.seed in wanted])
     return found
 

@@ -216,7 +216,7 @@ def readme_block(one: Group | None) -> str:
     columns = [column for column in README_COLUMNS if timed or column.key != DECODE]
     text = (
         f"{len(shown[0].suite_tasks)} tasks × {questions_a_task(shown)} questions, {_seeds(shown)}; ± one standard "
-        "error over questions and seeds. Bold: best of these rows. "
+        f"error over questions{' and seeds' if len({record.seed for record in shown}) > 1 else ''}. Bold: best of these rows. "
     )
     if timed:
         text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "

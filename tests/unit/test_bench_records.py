@@ -202,6 +202,13 @@ def test_quality_tables_join_the_ratios_of_one_process_by_method(tmp_path: Path)
     plain = latency_columns(tmp_path / "other", "nano")
     assert plain is not None
     assert plain.ratios == {"peft_single": (1.0, 1.0), "dlp": (3.0, 3.0)}  # measurements of something special do not count
+    assert "folded into" not in plain.source
+    folded = [measured("ties", [9.0]), measured("ties", [2.0], backend_asked="merged"), measured("dlp", [3.0])]
+    save_bench(recorded(single[0], *folded, measured("dlp", [1.5], backend_asked="merged")), tmp_path / "merged" / "latency-a.json")
+    served = latency_columns(tmp_path / "merged", "nano")
+    assert served is not None
+    assert served.ratios == {"peft_single": (1.0, 1.0), "ties": (2.0, 2.0), "dlp": (3.0, 3.0)}  # a static merge, as it would be served
+    assert "Static merges are folded" in served.source
     text = caption(records, joined)
     assert "17 new tokens, float32, methods interleaved in one process, median of 3 paired ratios" in text
     assert "joined by method name from the newest record of shape `nano`" in text
