@@ -140,7 +140,7 @@ def _seeds(records: Sequence[Record]) -> str:
 
 
 def _searches(records: Sequence[Record]) -> list[str]:
-    """One sentence about the cost of weights that are searched, which no column shows; nothing if no method searches."""
+    """Sentences about the cost of weights that are searched or read off further passes, which no column shows; none if there is none."""
     methods: dict[tuple[int, int], set[str]] = {}
     for record in records:
         budget, examples = (record.routing.get(key) for key in ("search_budget", "search_examples"))
@@ -150,7 +150,21 @@ def _searches(records: Sequence[Record]) -> list[str]:
         f"{', '.join(map(code, sorted(names)))}: {budget} evaluations of {examples} examples"
         for (budget, examples), names in methods.items()
     ]
-    return [f"Weights searched for every task, without training tokens; {'; '.join(sorted(costs))}."] if costs else []
+    found = [f"Weights searched for every task, without training tokens; {'; '.join(sorted(costs))}."] if costs else []
+    return found + _choosing(records)
+
+
+def _choosing(records: Sequence[Record]) -> list[str]:
+    """What some methods compute for a prompt before its answer, which no column shows either."""
+    found: dict[str, list[str]] = {}
+    for name, rows in sorted(by_method(records).items()):
+        for key, unit in (("routing_tokens_per_prompt", "token"), ("routing_rows_per_prompt", "row")):
+            values = [value for row in rows if (value := row.routing.get(key)) is not None]
+            if values:
+                mean = sum(values) / len(values)
+                found.setdefault(f"{mean:.0f} {unit}{'' if mean == 1 else 's'}", []).append(code(name))
+    costs = "; ".join(f"{', '.join(names)} {cost}" for cost, names in found.items())
+    return [f"Computed for every prompt to choose its adapters: {costs}."] if costs else []
 
 
 def _made(records: Sequence[Record]) -> list[str]:

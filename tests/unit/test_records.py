@@ -244,3 +244,14 @@ def test_committed_records_name_no_folder_of_the_machine_they_were_made_on() -> 
             if isinstance(one, str) and re.match(r"(/|~|[A-Za-z]:\\)[\w.-]+[/\\]", one):
                 found.append((path.name, one))
     assert found == []
+
+
+def test_the_caption_names_what_a_choice_of_adapters_costs() -> None:
+    costs = {
+        "llm_choice": {"routing_tokens_per_prompt": 295.9},
+        "logo_norm": {"routing_rows_per_prompt": 1},
+        "qa_flora": {"routing_rows_per_prompt": 27},
+    }
+    records = [make_record(method_name=name, cell=name, routing={**make_record().routing, **cost}) for name, cost in costs.items()]
+    assert "to choose its adapters: `llm_choice` 296 tokens; `logo_norm` 1 row; `qa_flora` 27 rows." in tables.caption(records)
+    assert "to choose its adapters" not in tables.caption([make_record()])
