@@ -16,7 +16,7 @@ from typing import Any
 
 from dlplora.adapters.targets import pattern_problem, target_problems, timed_match
 from dlplora.config import short
-from dlplora.documents import read_json
+from dlplora.documents import is_unicode, read_json
 from dlplora.errors import AdapterError
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -81,6 +81,8 @@ def load_config(folder: Path, name: str) -> dict[str, Any]:
         AdapterError: If the file is missing or is not a JSON object.
     """
     path = folder / CONFIG_NAME
+    if not is_unicode(str(folder)):  # safetensors opens no such file
+        raise AdapterError(f"adapter '{name}': the path {folder} is not UTF-8; rename it.")
     if not folder.is_dir():
         raise AdapterError(f"adapter '{name}': folder not found: {folder}.")
     if not path.is_file():
