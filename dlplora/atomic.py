@@ -47,6 +47,16 @@ def _name(error: BaseException, path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, operating system errors that name no file name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        _name(error, Path(path))
+        raise
+
+
+@contextlib.contextmanager
 def tensors_written_to(path: str | os.PathLike[str]) -> Iterator[None]:
     """Inside, what safetensors cannot write is an ``OSError`` that names ``path``."""
     from safetensors import SafetensorError
@@ -55,6 +65,19 @@ def tensors_written_to(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """``tokenizer.save_pretrained``, where a full disk is an ``OSError``.
+
+    The library under fast tokenizers raises a bare ``Exception``, so its file is written here first.
+    """
+    folder = Path(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -218,10 +218,15 @@ def check_plain(
             raise error(f"{where}: {_field(place)}{problem}.")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether text holds no half of a surrogate pair, as names of files that are not UTF-8 do."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _problem(value: Any, max_digits: int) -> str | None:
     """What is wrong with one scalar value; None if nothing is."""
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_unicode(value):
             return f"holds half of a surrogate pair, which is not text: {value[:40]!r}"
         return f"holds a NUL character: {value[:40]!r}" if "\0" in value else None
     if isinstance(value, float):

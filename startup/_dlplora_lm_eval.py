@@ -1,13 +1,13 @@
 """Start-up hook of dlplora: lm-eval learns of the model ``dlplora`` and of our tasks when it is imported, and not before.
 
 Python runs this module at every start (``dlplora_lm_eval.pth``), so it imports nothing but what Python has loaded by then. It waits for
-three modules of lm-eval; what is done with them is in ``dlplora.lm_eval.plugin``. ``DLPLORA_NO_LM_EVAL_HOOK=1`` turns it off.
+four modules of lm-eval; what is done with them is in ``dlplora.lm_eval.plugin``. ``DLPLORA_NO_LM_EVAL_HOOK=1`` turns it off.
 """
 
 import os
 import sys
 
-WATCHED = ("lm_eval.models", "lm_eval.tasks", "lm_eval._cli")
+WATCHED = ("lm_eval.models", "lm_eval.tasks", "lm_eval._cli", "lm_eval.evaluator")
 SWITCH = "DLPLORA_NO_LM_EVAL_HOOK"
 
 

@@ -307,7 +307,8 @@ def convert_pickle(source: Path, target: Path) -> None:
     import pickle
 
     import torch
-    from safetensors.torch import save_file
+
+    from dlplora.adapters.files import write_tensors
 
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
@@ -316,7 +317,7 @@ def convert_pickle(source: Path, target: Path) -> None:
         raise UnsafeFileError(f"{source} is not a plain file of tensors and is not read: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UnsafeFileError(f"{source} must hold tensors by name, found {type(content).__name__}; it is not read.")
-    save_file({str(key): value.detach().clone().contiguous() for key, value in content.items()}, target)
+    write_tensors(target, {str(key): value.detach().clone().contiguous() for key, value in content.items()})
 
 
 def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...], allowed: bool) -> bool:

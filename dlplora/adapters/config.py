@@ -14,15 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dlplora.adapters.targets import pattern_problem, target_problems, timed_match
 from dlplora.config import short
-from dlplora.documents import read_json
+from dlplora.documents import is_unicode, read_json
 from dlplora.errors import AdapterError
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 UNDERSTOOD = frozenset(
     "r lora_alpha use_rslora rank_pattern alpha_pattern".split()  # the scaling of each module
-    + "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out".split()  # the weights themselves say where
+    + "target_modules exclude_modules layers_to_transform layers_pattern".split()  # must agree with the weights (``targets``)
+    + "fan_in_fan_out".split()  # the layout of the base model's weights
     + "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode".split()  # facts
     + "lora_dropout init_lora_weights eva_config corda_config lora_ga_config loftq_config runtime_config".split()  # training only
     + "megatron_core qalora_group_size ensure_weight_tying bias".split()  # nothing without a key that is checked below
@@ -50,9 +52,6 @@ MAX_CONFIG_BYTES = 10_000_000
 _LARGEST_SCALE = 3e38
 """About the largest float32: no product with a larger number is finite."""
 _PLAIN_PATTERN = re.compile(r"[\w.-]+")
-_MAX_PATTERN_CHARS = 10_000
-_MATCH_SECONDS = 0.1
-"""A pattern that takes longer for one module name is refused; ordinary ones take microseconds."""
 _STORAGE = re.compile(r"[-_.](unsloth|bnb|4bit|8bit|gptq|awq|int4|int8|fp8|bf16|fp16|hf)\b")
 """Storage suffixes in a model's name; they mark another format of the same base model."""
 
@@ -82,6 +81,8 @@ def load_config(folder: Path, name: str) -> dict[str, Any]:
         AdapterError: If the file is missing or is not a JSON object.
     """
     path = folder / CONFIG_NAME
+    if not is_unicode(str(folder)):  # safetensors opens no such file
+        raise AdapterError(f"adapter '{name}': the path {folder} is not UTF-8; rename it.")
     if not folder.is_dir():
         raise AdapterError(f"adapter '{name}': folder not found: {folder}.")
     if not path.is_file():
@@ -106,7 +107,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights is {start!r}, which changes the base model's own weights; save it again as a plain LoRA with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    found += _type_problems(config) + _number_problems(config)
+    found += _type_problems(config) + _number_problems(config) + target_problems(config)
     unknown = [key for key, value in config.items() if key not in UNDERSTOOD and key not in UNSUPPORTED and value not in _EMPTY]
     found += [
         f"'{key}' is set to {config[key]!r}, a setting that this version does not know and that may change the result. {advice}"
@@ -122,7 +123,6 @@ _EMPTY: tuple[Any, ...] = (None, False, {}, [], "", "none")
 _TYPES: dict[str, tuple[type, ...]] = {
     "use_rslora": (bool,),
     "base_model_name_or_path": (str,),
-    "target_modules": (list, str),
     "init_lora_weights": (bool, str),
     "bias": (str,),
 }
@@ -149,12 +149,8 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
             found.append(f"'{key}' must map module names to numbers, got {type(pattern).__name__}")
             continue
         for module, value in pattern.items():
-            try:
-                if len(module) > _MAX_PATTERN_CHARS:
-                    raise re.error(f"it is longer than {_MAX_PATTERN_CHARS:,} characters")
-                re.compile(module)
-            except (re.error, OverflowError, RecursionError) as error:
-                found.append(f"'{key}' holds '{module[:60]}', which is not a regular expression: {error}")
+            if (problem := pattern_problem(key, module)) is not None:
+                found.append(problem)
             if not fits(value):
                 found.append(f"'{key}' gives '{module}' the value {value!r}; expected a {kind} number")
     return found
@@ -197,14 +193,7 @@ def _matches(pattern: str, module: str) -> bool:
     rule = rf"(.*\.)?({pattern})$"
     if _PLAIN_PATTERN.fullmatch(pattern):  # a module's name or path, which is what nearly all patterns are
         return re.match(rule, module) is not None
-    import regex
-
-    try:
-        return regex.match(rule, module, timeout=_MATCH_SECONDS) is not None
-    except TimeoutError as error:
-        raise AdapterError(f"the pattern '{pattern[:60]}' takes too long to compare with module names; write it as plain names") from error
-    except regex.error as error:
-        raise AdapterError(f"the pattern '{pattern[:60]}' is not a regular expression: {error}") from error
+    return timed_match(rule, module, pattern) is not None
 
 
 def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:

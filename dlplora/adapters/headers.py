@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, config_problems, load_config, rank_of, scaling_of
+from dlplora.adapters.targets import left_out
+from dlplora.config import short
 from dlplora.documents import parse_json
 from dlplora.errors import AdapterError, UnsafeFileError
 
@@ -175,6 +177,7 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
         return None, [*problems, error if text.startswith("adapter ") else AdapterError(f"adapter '{name}': {text}")]
     pairs: dict[str, dict[str, str]] = {}
     wrappers: dict[str, None] = {}
+    spelled: dict[str, set[str]] = {}
     for key in sorted(tensors, key=lambda key: "lora_" not in key):  # the telling names first
         plain, found = unwrapped(key)
         wrappers |= dict.fromkeys(found)
@@ -184,8 +187,12 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
         elif pairs.setdefault(match["module"], {}).setdefault(match["side"], key) != key:
             first = pairs[match["module"]][match["side"]]
             problems.append(AdapterError(f"adapter '{name}': '{first}' and '{key}' in {path} are one factor; save the adapter again."))
+        if match is not None and plain != key and (raw := _KEY.match(key)):
+            spelled.setdefault(match["module"], set()).add(raw["module"].split("base_model.model.")[-1])
     if not pairs:
         problems.append(AdapterError(f"adapter '{name}': no LoRA weights in {path}."))
+    if not problems:
+        problems += _not_selected(config, {module: spelled.get(module, set()) for module in sorted(pairs)}, name, path)
     modules: dict[str, ModuleHeader] = {}
     for module in sorted(pairs):
         try:
@@ -193,6 +200,25 @@ def examine(folder: Path, name: str) -> tuple[AdapterHeader | None, list[Adapter
         except AdapterError as error:
             problems.append(AdapterError(f"adapter '{name}': {error} ({path})."))
     return AdapterHeader(name, folder, config, modules, tensors, tuple(wrappers)), problems
+
+
+def _not_selected(config: Mapping[str, Any], modules: Mapping[str, set[str]], name: str, path: Path) -> list[AdapterError]:
+    """Tensors of modules that the configuration leaves out: PEFT passes over them without a word."""
+    try:
+        found = left_out(config, modules)
+    except AdapterError as error:
+        return [AdapterError(f"adapter '{name}': {error} ({path.with_name(CONFIG_NAME)}).")]
+    return [
+        AdapterError(
+            f"adapter '{name}': '{setting}' in {CONFIG_NAME} leaves out '{these[0]}'{_and_more(len(these) - 1)}: {short(config[setting])}. "
+            f"{path} holds tensors of such modules, which PEFT would not use; correct the setting, or remove the tensors."
+        )
+        for setting, these in found.items()
+    ]
+
+
+def _and_more(number: int) -> str:
+    return f" and {number} more" if number else ""
 
 
 def _what_is(key: str) -> str:

@@ -19,7 +19,7 @@ from dlplora.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, file_
 from dlplora.adapters.hub import find_pool
 from dlplora.atomic import write_json
 from dlplora.config import build, short
-from dlplora.documents import read_json
+from dlplora.documents import is_unicode, read_json
 from dlplora.errors import PoolError, nearest
 
 MANIFEST_NAME = "pool.json"
@@ -152,6 +152,8 @@ def load_pool(folder: str | Path) -> Pool:
         hint = " It looks like a single adapter; pass its parent folder." if (root / CONFIG_NAME).is_file() else ""
         raise PoolError(f"no PEFT LoRA folders (with {CONFIG_NAME}) in {root}.{hint}")
     for name in names:
+        if not is_unicode(name):
+            raise PoolError(f"{root}: the name of adapter folder '{name}' is not UTF-8, so it cannot name an expert; rename the folder.")
         if not (root / name).resolve().is_relative_to(root.resolve()):
             raise PoolError(f"{root}: adapter folder '{name}' is a link out of the pool; copy it in with `dlplora pool add`.")
     folders = {name: root / name for name in names}

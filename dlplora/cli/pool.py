@@ -106,7 +106,7 @@ def known_pools() -> dict[str, int | None]:
 
 
 def run_pool_check(arguments: argparse.Namespace) -> int:
-    """Read every adapter; exit 2 if one cannot be fused, after naming all that cannot."""
+    """Read every adapter; exit 2 if one cannot be fused, after one line for each that cannot, and their number if there are several."""
     from dlplora.adapters.inspect import inspect_adapter
     from dlplora.adapters.pool import load_pool, unlisted
     from dlplora.errors import DLPLoRAError, one_line
@@ -122,8 +122,9 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
         except DLPLoRAError as error:
             failed += 1
             _note(f"dlplora: error: {one_line(error)}")
-    if failed:
+    if failed > 1:
         _note(f"{failed} of {len(pool.names)} adapters cannot be fused")
+    if failed:
         return 2
     for name in pool.names:
         for hint in inspect_adapter(name, pool.folders[name]).hints:

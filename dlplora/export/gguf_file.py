@@ -14,6 +14,7 @@ Shapes: K rank, I inputs, O outputs, H heads.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,10 +158,15 @@ def _write(path: Path, name: str, adapter: FusedAdapter, model: Any, dtype: str)
             lora_b = interleaved(lora_b, config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads)
         for side, factor in (("a", lora_a), ("b", lora_b)):
             writer.add_tensor(f"{tensor}.lora_{side}", stored(f"{tensor}.lora_{side}", factor, dtype).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        if error.errno is None:  # NumPy's: it only counts what could be written
+            raise OSError(errno.EIO, f"the disk is full, or the file too large ({error})") from error
+        raise
 
 
 def _require_size(model: Any, module: str, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlplora.adapters.fingerprint import check_backbone
-from dlplora.atomic import tensors_written_to
+from dlplora.atomic import save_tokenizer, tensors_written_to
 from dlplora.errors import IncompatibleAdapterError, nearest
 from dlplora.export.fused_adapter import FusedAdapter
 from dlplora.export.target import describe, new_folder, require_dtype, require_free, stored
@@ -55,7 +55,7 @@ def export_merged(
     model.to(saved_as)
     with tensors_written_to(target), new_folder(target, force) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
         describe(temporary, "merged", {target.name: adapter}, dtype, ("transformers",))
     return target
 

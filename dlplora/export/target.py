@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlplora.atomic import write_json
+from dlplora.atomic import naming, write_json
 from dlplora.errors import AdapterError, ConfigError
 from dlplora.export.fused_adapter import FusedAdapter
 
@@ -53,7 +53,8 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
     temporary, old = (target.with_name(f".{target.name}.{token}.{kind}") for kind in ("tmp", "old"))
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(target):
+            yield temporary
         for written in temporary.rglob("*"):
             if written.is_file():
                 written.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -304,15 +304,15 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
         Args:
             texts: One or several prompts as text, or token ids as a tensor (B, T), as transformers takes them; or give
-            input_ids, attention_mask: tokens (B, T), padded on either side. A missing mask is inferred from the padding as in
-                transformers: padding is masked unless its token also ends texts.
+            input_ids, attention_mask: tokens (B, T), padded on either side. Columns stay as they are, as in transformers; padding on the
+                right is moved to the left. A missing mask is inferred: padding is masked unless its token also ends texts.
             prompts: What the router reads, if it differs from ``input_ids`` (longer, or with task names).
             routing: Routing weights (E,) or (B, E), or a state from ``route``.
             trace: A list that receives one dict per routed sentence.
             kwargs: Options of ``generate``; those that sentence-level routing does not support are refused (``generate_options``).
 
         Returns:
-            Token ids (B * num_return_sequences, prompt + new), the prompt left-padded.
+            Token ids (B * num_return_sequences, T + new), the prompts first, each ending in column T.
 
         Raises:
             GenerationError: For an empty prompt, no room for new tokens, an option that cannot be followed, or logits that are not finite.
@@ -328,7 +328,9 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         kwargs["logits_processor"] = with_finite_check(kwargs.get("logits_processor"))
         new_tokens = options.new_tokens(ids.shape[1])
         ids, mask, num_cut = fit_to_context(ids, mask, new_tokens, self.max_length)
-        options.require_same_places(given_ids, ids)
+        options.require_same_places(given_ids, attention_mask, ids, mask)
+        if num_cut and kwargs.get("max_new_tokens") is None:  # max_length counts columns that are gone
+            kwargs["max_new_tokens"] = new_tokens
         with _COUNTING:
             self.num_truncated_prompts += num_cut
         with Request(self.slot, self._turns, self._decoding) as request:

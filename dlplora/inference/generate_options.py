@@ -78,6 +78,11 @@ class GenerateOptions:
         if count is None:
             limit = self.whole("max_length")
             count = 20 if limit is None else limit - width
+            if count < 1:
+                raise GenerationError(
+                    f"max_length is {limit}, but the prompts take {width} columns, and it counts them too, padding included; "
+                    "raise it, or give max_new_tokens."
+                )
         if count < 1:
             raise GenerationError(f"max_new_tokens must be at least 1, got {count}.")
         return count
@@ -98,22 +103,32 @@ class GenerateOptions:
         found = self.whole("pad_token_id")
         return tokenizer.pad_token_id if found is None else found
 
-    def require_same_places(self, given: Tensor | None, ids: Tensor) -> None:
+    def require_same_places(self, given: Tensor | None, given_mask: Tensor | None, ids: Tensor, mask: Tensor) -> None:
         """Refuse ``BY_PLACE`` if the tokens of the prompts do not stay in their columns.
 
         Args:
             given: ``input_ids`` as the caller gave them; None if the prompts were texts.
-            ids: The left-padded ids (B, T) of this call.
+            given_mask: Their mask, if there was one.
+            ids, mask: Of this call (B, T).
 
         Raises:
             GenerationError: Names the option.
         """
         named = [name for name in BY_PLACE if self.kwargs.get(name) is not None]
-        if named and (given is None or not torch.equal(given.to(ids), ids)) and not self._starts_empty(named):
+        kept = given is not None and torch.equal(given.to(ids), ids) and (given_mask is None or torch.equal(given_mask.to(mask), mask))
+        if named and not kept and not self._starts_empty(named):
             raise GenerationError(
-                f"{named[0]} belongs to tokens in their places, but the prompts are tokenised, padded or cut here; "
+                f"{named[0]} belongs to tokens in their places, but the prompts are tokenised, moved or cut here; "
                 f"leave it out, or pass input_ids that are padded on the left."
             )
+        positions = self.kwargs.get("position_ids")
+        if positions is not None and self.kwargs.get("past_key_values") is None:  # of a cache's tokens they may be left out
+            shape = tuple(getattr(positions, "shape", ()))
+            if len(shape) < 2 or shape[-1] < ids.shape[1]:
+                found = f"shape {shape}" if isinstance(positions, Tensor) else type(positions).__name__
+                raise GenerationError(
+                    f"position_ids must be a tensor with a place for each column of input_ids {tuple(ids.shape)}, got {found}."
+                )
 
     def _starts_empty(self, named: list[str]) -> bool:
         """Whether the only input by place is a cache that holds nothing yet."""

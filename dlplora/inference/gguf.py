@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dlplora.adapters.files import file_sha256
-from dlplora.atomic import write_json
+from dlplora.atomic import save_tokenizer, write_json
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.progress import Progress
@@ -152,7 +152,7 @@ def _write_model(file: Path, folder: Path, advance: Callable[[], object]) -> Non
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     _name_bfloat16(folder / "config.json")
     advance()
 

@@ -10,7 +10,7 @@ The last two give routing weights (B, T, E) that are piecewise constant over the
 token of the answer, so it is processed under the weights of the answer, like the token that ends a generated sentence. Everything is read
 from the context. A prompt of one question has one piece under ``question``, which then equals ``whole``.
 
-Shapes: B rows, T tokens of the left-padded prompt, E experts.
+Shapes: B rows, T columns of the prompts, E experts.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def piecewise_weights(
     route: Callable[[Sequence[str], Sequence[tuple[int, int]]], Tensor],
     tokenizer: Any,
 ) -> tuple[Tensor, list[list[tuple[str, Tensor]]]]:
-    """Routing weights of every token of left-padded prompts.
+    """Routing weights of every token of prompts that end with a token.
 
     Args:
         ids, mask: Prompts (B, T).
@@ -244,8 +244,9 @@ def piecewise_weights(
     weights = answer[:, None, :].repeat(1, ids.shape[1], 1)
     shown: list[list[tuple[str, Tensor]]] = [[] for _ in range(ids.shape[0])]
     for row, owner in enumerate(owners):
-        index = torch.tensor([owner[0]] * (ids.shape[1] - len(owner)) + owner[:-1], dtype=torch.long, device=routed.device)
-        weights[row, : len(index)] = routed[index]
+        index = torch.full((ids.shape[1],), owner[0], device=routed.device)
+        index[mask[row].bool()] = torch.tensor(owner, device=routed.device)
+        weights[row, :-1] = routed[index[:-1]]
     for (row, _), text, chosen in zip(places, texts, routed, strict=True):
         shown[row].append((text, chosen))
     return weights, shown

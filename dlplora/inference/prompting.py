@@ -1,7 +1,8 @@
-"""Inputs of ``generate`` as tensors: texts, token ids or prompts become left-padded ids and the text that a router reads.
+"""Inputs of ``generate`` as tensors: texts, token ids or prompts become ids that end with a token, and the text that a router reads.
 
 Token ids have the form that transformers expects: a tensor (B, T) as the first argument or as ``input_ids``. Mappings and lists of ids are
-refused.
+refused. Columns stay where the caller put them, however wide the padding is: lengths, criteria and processors count them. Only rows that
+are padded on the right are moved.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def prompt_tensors(
     infer_mask: Callable[[Tensor], Tensor] = torch.ones_like,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, PromptBatch]:
-    """Left-padded ids (B, T) and mask, and the prompts a router reads; the arguments are those of ``FusedCausalLM.generate``.
+    """Ids (B, T) and mask, every row ending with a token, and the prompts a router reads.
+
+    The arguments are those of ``FusedCausalLM.generate``.
 
     Args:
         infer_mask: The mask of ``input_ids`` that come without one.
@@ -106,8 +109,10 @@ def prompt_tensors(
         markers = learn_markers(tokenizer)
         asked = (_question_of_ids(row, text, tokenizer, markers) for row, text in zip(rows, prompts.texts, strict=True))
         prompts = replace(prompts, questions=tuple(asked))
-    ids, mask = _left_padded(rows, int(tokenizer.pad_token_id or 0))
-    return ids.to(device), mask.to(device), prompts
+    ids, mask = _ending_with_tokens(input_ids, mask)
+    if vocab_size is not None:  # labels' -100 and the like under the mask; embeddings look them up all the same
+        ids = ids.where(mask.bool() | ((ids >= 0) & (ids < vocab_size)), int(tokenizer.pad_token_id or 0))
+    return ids, mask, prompts
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
@@ -120,15 +125,15 @@ def context_length(config: Any, tokenizer: Any) -> int:
 
 
 def fit_to_context(ids: Tensor, mask: Tensor, new_tokens: int, max_length: int) -> tuple[Tensor, Tensor, int]:
-    """Keep the last tokens of prompts that leave no room for the answer.
+    """Keep the last tokens of prompts that leave no room for the answer. Padding takes no room, and stays where nothing has to be cut.
 
     Args:
-        ids, mask: Left-padded (B, T).
+        ids, mask: (B, T), every row ending with a token.
         new_tokens: Tokens of the answer.
         max_length: Tokens of the context.
 
     Returns:
-        ids and mask of at most ``max_length - new_tokens`` tokens, and how many prompts were cut.
+        ids and mask with at most ``max_length - new_tokens`` tokens a row, and how many prompts were cut.
 
     Raises:
         GenerationError: If there is no room for any prompt.
@@ -138,7 +143,10 @@ def fit_to_context(ids: Tensor, mask: Tensor, new_tokens: int, max_length: int) 
         raise GenerationError(f"{new_tokens} new tokens leave no room for a prompt in a context of {max_length}; lower max_new_tokens.")
     if ids.shape[1] <= room:
         return ids, mask, 0
-    return ids[:, -room:], mask[:, -room:], int((mask.sum(dim=1) > room).sum())
+    from_the_end = mask.flip(1).cumsum(dim=1).amax(dim=0)  # tokens of the fullest row in the last 1, 2, ... columns
+    width = int((from_the_end <= room).sum())
+    cut = ids.shape[1] - width
+    return ids[:, cut:], mask[:, cut:], int(mask[:, :cut].any(dim=1).sum())
 
 
 def _checked(ids: Any, mask: Any, device: torch.device, infer_mask: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -154,7 +162,10 @@ def _checked(ids: Any, mask: Any, device: torch.device, infer_mask: Callable[[Te
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise GenerationError(f"attention_mask must be a tensor of the shape of input_ids {tuple(ids.shape)}, got {what}.")
-    return ids, mask.to(device)
+    kept = mask.to(device).bool()
+    if not bool((mask.to(device) == kept).all()):
+        raise GenerationError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else.")
+    return ids, kept.long()
 
 
 def _question_of_ids(ids: Sequence[int], text: str, tokenizer: Any, markers: TurnMarkers | None) -> str:
@@ -168,11 +179,12 @@ def _question_of_ids(ids: Sequence[int], text: str, tokenizer: Any, markers: Tur
     return question_text(text, markers) if asked == marked else asked
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids, mask
+def _ending_with_tokens(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) with the padding at the end of each row moved to its beginning; all else, the width included, as it is."""
+    width = ids.shape[1]
+    columns = torch.arange(width, device=ids.device)
+    after = width - 1 - (columns * mask).amax(dim=1)  # columns after the last token
+    if not bool(after.any()):
+        return ids, mask
+    places = (columns - after[:, None]) % width
+    return ids.gather(1, places), mask.gather(1, places)

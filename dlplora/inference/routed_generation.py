@@ -1,6 +1,6 @@
 """From prompts to a running generation: first routing weights, routing of the prompt itself, and detection of sentence ends.
 
-Shapes: B rows, T tokens of the left-padded prompt, E experts.
+Shapes: B rows, T columns of the prompts, E experts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RoutedGeneration:
         fused: The model.
         request: The call; it receives the routing state, and what acts before its forward passes.
         prompts: The prompts, one per row; the router reads their questions.
-        ids, mask: Left-padded prompts (B, T) as they are processed.
+        ids, mask: Prompts (B, T) as they are processed, every row ending with a token.
         options: Of the call; its arguments receive the watchers.
         trace: A list that receives one dict per routed sentence.
     """

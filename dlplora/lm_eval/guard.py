@@ -11,6 +11,7 @@ from typing import Any
 from dlplora.documents import parse_yaml, read_text
 from dlplora.errors import ConfigError, DLPLoRAError, nearest, one_line
 from dlplora.lm_eval import CACHE_REFUSAL
+from dlplora.lm_eval.commit import note_commit_quietly
 from dlplora.lm_eval.task_index import MODEL_NAME, task_index
 from dlplora.lm_eval.versions import untested_version
 
@@ -43,9 +44,12 @@ def guarded(arguments: Any, execute: Callable[[], None]) -> None:
     try:
         with ExitStack() as stack:
             if ours:
+                from lm_eval import evaluator
+
                 from dlplora.lm_eval.distributed import shutdown_process_group
 
                 stack.enter_context(shutdown_process_group())
+                note_commit_quietly(evaluator)
             if only_ours:
                 stack.enter_context(task_index("ours"))
             execute()

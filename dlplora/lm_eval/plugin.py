@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dlplora.lm_eval.commit import note_commit_quietly
 from dlplora.lm_eval.task_index import MODEL_NAME, current_index
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def extend(module: ModuleType) -> None:
         _include_tasks(module.TaskManager)
     elif module.__name__ == "lm_eval._cli" and hasattr(module, "HarnessCLI"):
         _guard_command(module.HarnessCLI)
+    elif module.__name__ == "lm_eval.evaluator" and hasattr(module, "simple_evaluate"):
+        note_commit_quietly(module)
 
 
 def activate() -> None:

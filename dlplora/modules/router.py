@@ -33,6 +33,7 @@ from dlplora.documents import read_json
 from dlplora.errors import ConfigError, MethodError, RoutingError
 from dlplora.modules.known_tokens import KnownTokens
 from dlplora.modules.precision import keeping_dtype, unusable
+from dlplora.modules.router_confidence import check_metrics
 from dlplora.modules.scope import SCOPE_FILE, ScopeThreshold, read_scope, write_scope
 from dlplora.modules.token_pooling import max_of_rows, mean_of_rows, select_tokens
 
@@ -94,9 +95,12 @@ class _Description:
     names: list[str]
     config: RouterConfig
     embedding_shape: tuple[int, int] | None
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)]
     num_trained_parameters: int | None = None
     metrics: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics or {})
 
 
 class MiniMLPRouter(nn.Module):
@@ -334,7 +338,10 @@ class MiniMLPRouter(nn.Module):
         content = read_json(path, error=MethodError)
         if content.get("format") != FILE_FORMAT:
             raise MethodError(f"{path} has format {short(content.get('format'))}, expected {FILE_FORMAT}. Train the router again.")
-        description = build(_Description, content, str(path), error=MethodError)
+        try:
+            description = build(_Description, content, str(path), error=MethodError)
+        except ConfigError as problem:  # a number out of its range
+            raise MethodError(f"{path}: {problem}") from problem
         router = cls(description.names, description.config, embedding=embedding)
         shape = description.embedding_shape
         if shape is not None and shape != router.embedding_shape:
@@ -353,6 +360,12 @@ class MiniMLPRouter(nn.Module):
             reason = f"a temperature of {float(router.temperature)}"
         if reason is not None:
             raise MethodError(f"{folder / 'router.safetensors'}: {reason}. Train the router again.")
+        precision = max(1e-6, torch.finfo(tensors["temperature"].dtype).eps)
+        if not math.isclose(description.temperature, float(router.temperature), rel_tol=precision):
+            raise MethodError(
+                f"{path}: 'temperature' is {description.temperature}, but router.safetensors, which is used, holds "
+                f"{float(router.temperature):.6g}. Restore the file that belongs to the tensors, or train the router again."
+            )
         router.metrics = dict(description.metrics or {})
         router.scope = read_scope(folder)
         return router.eval()

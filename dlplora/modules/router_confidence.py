@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dlplora.config import short
+from dlplora.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 WINDOW = 32
@@ -18,6 +21,23 @@ WINDOW = 32
 FAR_BELOW = 0.8
 """Share of the validation confidence below which a warning is due. On nano, mixed questions (composites) reach 0.88 of it, prompts of
 other kinds and questions drowned in a system text 0.4 to 0.78."""
+
+
+USED = ("validation_accuracy", "validation_calibration_error")
+"""Measurements of a router that are used, both shares."""
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Check the measurements that are used.
+
+    Raises:
+        ConfigError: If one is not a number from 0 to 1; it may be missing or null.
+    """
+    for key in USED:
+        value = metrics.get(key)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0.0 <= value <= 1.0):
+            raise ConfigError(f"router: '{key}' under 'metrics' must be a number from 0 to 1, got {short(value)}.")
 
 
 class ConfidenceMonitor:
@@ -31,9 +51,8 @@ class ConfidenceMonitor:
     """
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
-        accuracy, error = metrics.get("validation_accuracy"), metrics.get("validation_calibration_error")
-        known = isinstance(accuracy, (int, float)) and isinstance(error, (int, float))
-        self.expected = float(accuracy) - float(error) if known else None  # type: ignore[arg-type]
+        accuracy, error = (metrics.get(key) for key in USED)
+        self.expected = None if accuracy is None or error is None else float(accuracy) - float(error)
         self.warned = False
         self._seen: list[Tensor] = []
 

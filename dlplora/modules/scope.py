@@ -57,6 +57,14 @@ class ScopeThreshold:
     def __post_init__(self) -> None:
         if not math.isfinite(self.threshold):
             raise ConfigError(f"scope: 'threshold' must be a finite number, got {self.threshold}.")
+        if self.score == "max_probability" and not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"scope: 'threshold' of a probability must be between 0 and 1, got {self.threshold}.")
+        for name in ("keep", "in_scope_kept", "out_of_scope_kept"):
+            share = getattr(self, name)
+            if share is not None and not 0.0 <= share <= 1.0:
+                raise ConfigError(f"scope: '{name}' is a share, between 0 and 1, got {share}.")
+        if self.num_in_scope < 0 or self.num_out_of_scope < 0:
+            raise ConfigError(f"scope: numbers of prompts are at least 0, got {self.num_in_scope} and {self.num_out_of_scope}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +168,10 @@ def read_scope(folder: str | os.PathLike[str]) -> ScopeThreshold | None:
     if not path.is_file():
         return None
     content = read_json(path, error=MethodError)
-    description = build(_Description, content, str(path), error=MethodError)
+    try:
+        description = build(_Description, content, str(path), error=MethodError)
+    except ConfigError as problem:  # a number out of its range
+        raise MethodError(f"{path}: {problem} Run `dlplora scope` again, or delete it.") from problem
     if description.format != FILE_FORMAT:
         raise MethodError(f"{path} has format {description.format}, expected {FILE_FORMAT}. Run `dlplora scope` again.")
     if description.router_sha256 != file_sha256(Path(folder) / "router.safetensors"):

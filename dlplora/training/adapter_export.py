@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlplora.adapters.files import WEIGHTS_NAME, write_tensors
+from dlplora.atomic import naming
 from dlplora.errors import AdapterError
 
 EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -39,8 +40,13 @@ def save_adapter(folder: str | os.PathLike[str], config: Any, tensors: Mapping[s
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     config.inference_mode = True
-    config.save_pretrained(str(temporary))
-    write_tensors(temporary / WEIGHTS_NAME, ready, {"format": "pt"})
+    try:
+        with naming(folder):
+            config.save_pretrained(str(temporary))
+        write_tensors(temporary / WEIGHTS_NAME, ready, {"format": "pt"})
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from dlplora.atomic import tensors_written_to
+from dlplora.atomic import save_tokenizer, tensors_written_to
 from dlplora.training.checkpoints import planned_steps
 from dlplora.training.muon import MuonWithAdamW
 
@@ -139,7 +139,7 @@ class LitBackbone(L.LightningModule):
         folder.mkdir(parents=True, exist_ok=True)
         with tensors_written_to(folder):
             self.model.to(torch.float16).save_pretrained(folder)
-        datamodule.tokenizer.save_pretrained(folder)
+        save_tokenizer(datamodule.tokenizer, folder)
         recipe = {
             "config": self.hparams["config"],
             "model": {k: v for k, v in self.hparams.items() if k not in {"export_folder", "config"}},

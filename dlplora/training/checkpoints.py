@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import lightning as L
 import torch
@@ -28,14 +28,47 @@ UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError,
 """What ``torch.load`` raises for a missing, truncated, foreign or unsafe file."""
 
 
+class _KeepsError:
+    """A file for ``torch.save``, whose zip writer ends with another error (``unexpected pos``) and hides that of a full disk."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle = handle
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._handle.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+
+def write_checkpoint(checkpoint: Any, path: Path) -> None:
+    """``torch.save`` to a file.
+
+    Raises:
+        OSError: If the file cannot be written, as any other file.
+    """
+    with path.open("wb") as handle:  # by handle: by name, the name would become part of the file
+        kept = _KeepsError(handle)
+        try:
+            torch.save(checkpoint, cast("IO[bytes]", kept))
+        except RuntimeError as error:
+            if kept.error is None:
+                raise
+            raise kept.error from error
+
+
 class AtomicCheckpointIO(CheckpointIO):
     """Write to a temporary name, flush to disk, read back, then rename; load with ``weights_only=True`` always."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
         """Write one resume file; after a crash at any moment the old file or the new one is there, whole."""
         with replacing(path) as temporary:
-            with temporary.open("wb") as handle:  # by handle: by name, the name would become part of the file
-                torch.save(checkpoint, handle)
+            write_checkpoint(checkpoint, temporary)
             torch.load(temporary, map_location="cpu", weights_only=True)
 
     def load_checkpoint(

@@ -180,3 +180,16 @@ def test_an_unknown_task_of_ours_is_one_line(capsys: pytest.CaptureFixture[str])
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("lm_eval: unknown task dlplora_nano_mqc.")
     assert "dlplora_nano_mcq" in last
+
+
+def test_outside_a_repository_git_says_nothing(model_args: str, tmp_path: Path) -> None:
+    """In a process of its own: git writes to the terminal, not to Python's streams."""
+    arguments = ["--model", "dlplora", "--model_args", model_args, "--tasks", TASK, "--limit", "2", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "dlplora.lm_eval", *arguments, "--output_path", str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fatal" not in done.stderr
+    assert results_in(tmp_path)["git_hash"] is None

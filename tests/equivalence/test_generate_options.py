@@ -302,9 +302,15 @@ def test_inputs_by_place_keep_their_places_or_are_refused(fuse: Any, adapted: An
     options = {"max_new_tokens": 6, "pad_token_id": 0, **GREEDY}
     expected = adapted.generate(input_ids=left, attention_mask=left.ne(0).long(), position_ids=positions, **options)
     assert fused.generate(input_ids=left, position_ids=positions, **options).tolist() == expected.tolist()
-    for given in ({"input_ids": right}, {"inputs": right}, {"texts": list(TEXTS)}, {"input_ids": torch.cat([left * 0, left], dim=1)}):
+    for given in ({"input_ids": right}, {"inputs": right}, {"texts": list(TEXTS)}):
         with pytest.raises(GenerationError, match="position_ids belongs to tokens in their places"):
             fused.generate(**given, position_ids=positions, **options)
+    wide = torch.cat([left * 0, left], dim=1)
+    for few in (positions, positions[0], positions.tolist(), positions[:1]):
+        with pytest.raises(GenerationError, match="position_ids must be a tensor with a place for each column"):
+            fused.generate(input_ids=wide, position_ids=few, **options)
+    placed = {"input_ids": wide, "position_ids": torch.cat([positions * 0, positions], dim=1)}
+    assert fused.generate(**placed, **options).tolist() == adapted.generate(**placed, **options).tolist()
     empty, used = DynamicCache(config=fused.config), DynamicCache(config=fused.config)
     assert fused.generate(list(TEXTS), past_key_values=empty, **options).tolist() == fused.generate(list(TEXTS), **options).tolist()
     with torch.no_grad(), fused.routing(torch.tensor([0.0, 1.0, 0.0])):

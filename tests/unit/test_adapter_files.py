@@ -179,6 +179,7 @@ def test_a_pool_of_another_backbone_is_refused(pool: Path, tiny_llama_folder: Pa
 def test_modules_the_backbone_lacks_are_named(folder: Path, tiny_llama: Any, tiny_tokenizer: Any) -> None:
     tensors = load_file(folder / WEIGHTS)
     save_file({key.replace("q_proj", "q_prok"): value for key, value in tensors.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text((folder / CONFIG).read_text().replace("q_proj", "q_prok"))
     with pytest.raises(IncompatibleAdapterError, match=r"no module '.*q_prok'.*alpha.*[Dd]id you mean '.*q_proj'"):
         FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_peft({"alpha": folder}), Base())
     assert not any("base." in name for name, _ in tiny_llama.named_parameters())

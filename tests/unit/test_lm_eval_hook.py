@@ -24,8 +24,8 @@ STARTUP = Path(__file__).resolve().parents[2] / "startup"
 
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> Path:
-    """An lm-eval of four small modules, and a dlplora that notes what it is called with."""
-    for name in ("__init__", "models", "tasks", "_cli", "utils"):
+    """An lm-eval of five small modules, and a dlplora that notes what it is called with."""
+    for name in ("__init__", "models", "tasks", "_cli", "evaluator", "utils"):
         (tmp_path / "lm_eval").mkdir(exist_ok=True)
         (tmp_path / "lm_eval" / f"{name}.py").write_text("loaded = True\n")
     (tmp_path / "dlplora" / "lm_eval").mkdir(parents=True)
@@ -47,8 +47,9 @@ def start(code: str, *folders: Path, **environment: str) -> str:
 
 
 def test_the_hook_extends_the_watched_modules_once_they_have_run(stand_ins: Path) -> None:
-    code = "import lm_eval.utils, lm_eval.tasks, lm_eval._cli, lm_eval.models\nfrom dlplora.lm_eval.plugin import seen\nprint(seen)"
-    assert start(code, STARTUP, stand_ins) == "['lm_eval.tasks', 'lm_eval._cli', 'lm_eval.models']\n"
+    code = "import lm_eval.utils, lm_eval.tasks, lm_eval._cli, lm_eval.models, lm_eval.evaluator\n"
+    code += "from dlplora.lm_eval.plugin import seen\nprint(seen)"
+    assert start(code, STARTUP, stand_ins) == "['lm_eval.tasks', 'lm_eval._cli', 'lm_eval.models', 'lm_eval.evaluator']\n"
 
 
 def test_the_hook_can_be_turned_off(stand_ins: Path) -> None:

@@ -195,3 +195,53 @@ def test_a_pool_that_does_not_fit_a_backbone(
     text = capsys.readouterr().err
     assert "'model.layers.0.self_attn.q_proj' maps 64 -> 64 in the base model, the adapters (alpha, beta, gamma) expect 32 -> 32" in text
     assert str(folder) in text
+
+
+# ---------------------------------------------------------------------- one error, one line
+
+
+def renamed(pool: Path, name: str, other: bytes) -> None:
+    import os
+
+    try:
+        os.rename(os.fsencode(pool / name), os.fsencode(pool) + b"/" + other)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"ad\xffapter"])
+@pytest.mark.parametrize("command", [["pool", "check"], ["pool", "list"], ["generate", "hi", "--pool"]])
+def test_folders_that_are_not_utf8_are_one_line(command: list[str], name: bytes, tiny_pool: Path, tmp_path: Path, capsys: Any) -> None:
+    pool = tmp_path / "pool"
+    shutil.copytree(tiny_pool, pool)
+    (pool / "pool.json").unlink(missing_ok=True)
+    renamed(pool, "beta", name)
+    assert main([*command, str(pool)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "is not UTF-8" in told.err
+    assert "rename" in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_inspect_says_that_such_a_folder_is_not_usable(tiny_pool: Path, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    shutil.copytree(tiny_pool, pool)
+    renamed(pool, "beta", b"ad\xffapter")
+    (finding,) = (one for one in inspect_folder(pool).findings if one.name not in ("alpha", "gamma"))
+    assert not finding.usable
+    assert "is not UTF-8; rename it" in finding.hints[0]
+
+
+def test_check_counts_only_where_there_is_something_to_count(tiny_pool: Path, tmp_path: Path, capsys: Any) -> None:
+    pool = tmp_path / "pool"
+    shutil.copytree(tiny_pool, pool)
+    (pool / "pool.json").unlink(missing_ok=True)
+    edit(pool / "beta", use_dora=True)
+    assert main(["pool", "check", str(pool)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert [line.partition(":")[2].strip().partition(":")[0] for line in told.err.splitlines()] == ["error"]
+    edit(pool / "gamma", use_dora=True)
+    assert main(["pool", "check", str(pool)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "2 of 3 adapters cannot be fused"

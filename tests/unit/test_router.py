@@ -292,3 +292,52 @@ def test_more_than_five_million_parameters_are_refused(embedding: nn.Embedding) 
         MiniMLPRouter(("a", "a"), embedding=embedding)
     with pytest.raises(ConfigError, match="needs the base model's input embedding"):
         MiniMLPRouter(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 1e-300}, r"router\.json: 'temperature' is 1e-300, but router\.safetensors, which is used, holds 1\.7"),
+        ({"temperature": 1e300}, "'temperature' is 1e[+]?300"),
+        ({"temperature": 1.0}, "'temperature' is 1.0, but"),
+        ({"temperature": 1.7001}, "'temperature' is 1.7001, but"),
+        ({"temperature": None}, "temperature"),
+        ({"temperature": "1.7"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({}, "missing required key.s.: temperature"),
+    ],
+)
+def test_the_temperature_is_that_of_the_tensors(change: Any, message: str, tmp_path: Path, embedding: nn.Embedding) -> None:
+    """The tensors' value is used, so another one in the description would be believed and do nothing."""
+    router = small(embedding)
+    router.temperature.fill_(1.7)
+    router.save(tmp_path)
+    assert float(MiniMLPRouter.load(tmp_path, embedding).temperature) == pytest.approx(1.7)
+    file = tmp_path / "router.json"
+    description = json.loads(file.read_text())
+    del description["temperature"]
+    file.write_text(json.dumps(description | change))
+    with pytest.raises(MethodError, match=message) as caught:
+        MiniMLPRouter.load(tmp_path, embedding)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_tensors_stored_in_another_precision_keep_their_temperature(dtype: torch.dtype, tmp_path: Path, embedding: nn.Embedding) -> None:
+    router = small(embedding)
+    router.temperature.fill_(0.9312456250190735)
+    router.save(tmp_path)
+    file = tmp_path / "router.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
+    assert float(MiniMLPRouter.load(tmp_path, embedding).temperature) == pytest.approx(0.9312, rel=0.005)
+
+
+@pytest.mark.parametrize("key", ["validation_accuracy", "validation_calibration_error"])
+@pytest.mark.parametrize("value", [7, -0.1, "x", "0.9", True, [0.9], 1.0000001, None, 0, 1, 0.5])
+def test_measurements_that_are_used_are_shares(key: str, value: Any, tmp_path: Path, embedding: nn.Embedding) -> None:
+    small(embedding).save(tmp_path, metrics={key: value, "other": "text"})
+    if value is None or (not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1):
+        assert MiniMLPRouter.load(tmp_path, embedding).metrics[key] == value
+        return
+    with pytest.raises(MethodError, match=rf"router\.json: router: '{key}' under 'metrics' must be a number from 0 to 1"):
+        MiniMLPRouter.load(tmp_path, embedding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,3 +164,35 @@ def test_the_page_and_the_file_show_the_record() -> None:
     assert with_table(page, "out_of_scope-nano", out_of_scope.table(record)) == page
     file = (ROOT / "results" / "tables" / "out_of_scope-nano.md").read_text(encoding="utf-8")
     assert file == f"{out_of_scope.heading(record)}\n\n{out_of_scope.table(record)}\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threshold": 2}, "'threshold' of a probability must be between 0 and 1, got 2"),
+        ({"threshold": -1}, "'threshold' of a probability must be between 0 and 1, got -1"),
+        ({"threshold": 1.0000001}, "must be between 0 and 1"),
+        ({"threshold": 0}, None),
+        ({"threshold": 1.0}, None),
+        ({"score": "energy", "threshold": 25.5}, None),
+        ({"score": "energy", "threshold": -25.5}, None),
+        ({"keep": 1.5}, "'keep' is a share"),
+        ({"in_scope_kept": -0.5}, "'in_scope_kept' is a share"),
+        ({"out_of_scope_kept": 7}, "'out_of_scope_kept' is a share"),
+        ({"num_in_scope": -3}, "numbers of prompts are at least 0"),
+    ],
+)
+def test_numbers_of_a_threshold_are_in_their_range(change: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+    embedding = nn.Embedding(50, 12)
+    MiniMLPRouter(("a", "b"), RouterConfig(hidden=(4, 4, 4)), embedding=embedding).save(tmp_path)
+    write_scope(tmp_path, ScopeThreshold(score="max_probability", threshold=0.5, criterion="keep"))
+    file = tmp_path / SCOPE_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    if message is None:
+        scope = MiniMLPRouter.load(tmp_path, embedding).scope
+        assert scope is not None
+        assert scope.threshold == change["threshold"]
+        return
+    with pytest.raises(MethodError, match=rf"scope\.json: scope: .*{message}") as caught:
+        MiniMLPRouter.load(tmp_path, embedding)
+    assert "\n" not in str(caught.value)
