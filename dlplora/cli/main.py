@@ -19,6 +19,7 @@ from dlplora.cli.matrix import add_matrix
 from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
+from dlplora.cli.reproduce import add_reproduce
 from dlplora.cli.scope import add_scope
 from dlplora.cli.serve import add_serve
 from dlplora.cli.tune import add_tune
@@ -107,36 +108,7 @@ def _evaluation(commands: Any) -> None:
     parser = add_scope(commands)
     parser.set_defaults(run=_lazy("scope", "run_scope"))
 
-    parser = commands.add_parser("reproduce", help="train missing artifacts, evaluate, compare with the committed records")
-    parser.add_argument(
-        "suite",
-        choices=["nano", "nano_linear", "paper", "real", "confusable"],
-        help="nano; nano_linear: nano with adapters on all linear layers; paper: the paper's tasks; real: real26; confusable: task pairs",
-    )
-    parser.add_argument(
-        "--track",
-        choices=["in-pool", "unseen"],
-        default="in-pool",
-        help="unseen: tasks answered by a pool without their experts (nano, real)",
-    )
-    parser.add_argument("--folds", type=int, metavar="N", help="unseen: groups of tasks that are left out together (default: 5)")
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="paper: a profile of configs/reproduce, or a base model as in --pretrained (default: local-small)",
-    )
-    parser.add_argument("--tasks", help="paper: only these tasks, comma-separated (default: the protocol's)")
-    parser.add_argument("--data-root", metavar="DIR", help="paper: folder of local rows (default: DLPLORA_DATA, else the hub)")
-    parser.add_argument("--fresh", action="store_true", help="nano: train and evaluate everything again")
-    parser.add_argument("--methods", help="comma-separated methods, or 'all' (default for nano: 14, some of each family)")
-    parser.add_argument("--seeds", help="comma-separated seeds; every seed has its own experts (default: the protocol's)")
-    parser.add_argument(
-        "--tuned", action="store_true", help="also evaluate, as METHOD_tuned, the settings that trials of `dlplora tune` choose"
-    )
-    parser.add_argument("--limit", type=int, help="questions per task; tables leave such records out")
-    parser.add_argument("--out", metavar="DIR", help="results folder (default: runs/nano/results, or results for the paper)")
-    parser.add_argument("--runs", metavar="DIR", help="folder of trained artifacts (default: runs/nano, or runs/paper/NAME)")
-    parser.add_argument("--dry-run", action="store_true", help="print the steps, and for the paper what they need, and stop")
+    parser = add_reproduce(commands)
     parser.set_defaults(run=_lazy("reproduce", "run_reproduce"))
 
 
