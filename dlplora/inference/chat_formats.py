@@ -7,7 +7,7 @@ sentinel messages; those of common formats are listed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -18,7 +18,7 @@ from dlplora.errors import one_line
 USER, INPUT, OTHER = "user", "input", "other"
 """Roles: the user, whose words are routed; input that belongs to them (Alpaca's ``### Input:``); all others."""
 
-_USER_NAMES = frozenset("user human instruction question prompt prompter inst user_token".split())
+_USER_NAMES = frozenset("user human instruction instruct question query prompt prompter inst user_token".split())
 _INPUT_NAMES = frozenset("input context".split())
 _ROLE = r"(?P<role>system|developer|user|human|assistant|model|bot|gpt|tool|ipython|observation|function|environment)"
 
@@ -32,7 +32,9 @@ _MARKED = tuple(
         rf"<\|turn>{_ROLE}\b",
         rf"<\|start_of_role\|>{_ROLE}[^<\n]*<\|end_of_role\|>",  # Granite
         rf"<\|start\|>{_ROLE}[^<\n]*(?:<\|channel\|>\w+)?[^<\n]*<\|message\|>",  # gpt-oss
-        rf"<[|｜]{_ROLE}[|｜]>",  # Phi-3, Zephyr, GLM, DeepSeek
+        rf"<[|｜]{_ROLE}[|｜]>:?",  # Phi-3, Zephyr, GLM, DeepSeek, InternLM
+        rf"<\|im_\w+\|>{_ROLE}<\|im_middle\|>",  # Kimi
+        rf"<extra_id_[01]>{_ROLE}\b",  # Nemotron
         r"<\|(?P<role>prompter|prompt|assistant|answer|system)\|>",  # OpenAssistant, H2O
         rf"\[\|{_ROLE}\|\]",  # EXAONE
         r"<(?P<role>human|bot)>:",  # RedPajama
@@ -41,20 +43,30 @@ _MARKED = tuple(
         r"\[(?P<role>/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS))\]",  # Llama 2, Mistral
     )
 )
+_AFTER_TURN = r"(?<=(?:</s>|<eos>|<\|\w+\|>|<｜[^｜\n]*｜>) ?)"
+"""Behind a token that ends a turn; Vicuna writes no space between the two."""
 _PLAIN = tuple(
     regex.compile(pattern)
     for pattern in (
-        r"(?mi)^#{2,3} ?(?P<role>instruction|input|context|question|prompt|response|answer|output|system|user|human|assistant|gpt)s?"
-        r"(?: prompt| message)?(?::|[ \t]*$)",  # Alpaca
-        r"(?:^|(?<=\s))(?P<role>USER|ASSISTANT|SYSTEM):(?=\s|$)",  # Vicuna
-        r"(?m)^(?P<role>System|User|Human|Assistant|AI|Bot|Falcon):(?=\s|$)",
+        r"(?mi)^#{1,3} ?(?P<role>instructions?|input|context|question|prompt|response|answer|output|system|user|human|assistant|gpt)s?"
+        r"(?: prompt| message)?(?::|[ \t]*$)",  # Alpaca, Markdown headings
+        r"### (?P<role>System|Human|User|Assistant):",  # Guanaco writes them on one line
+        rf"(?:^|(?<=\s)|{_AFTER_TURN})(?P<role>USER|ASSISTANT|SYSTEM):(?=\s|$)",  # Vicuna
+        rf"(?m)(?:^|{_AFTER_TURN})(?P<role>System|User|Human|Assistant|AI|Bot|Falcon):(?=\s|$)",
+        r"(?m)^(?P<role>Instruct|Output):(?=\s|$)",  # Phi-2
         r"(?m)^(?P<role>system|user|assistant|model)[ \t]*$",  # ChatML and Gemma without their special tokens
     )
 )
+_BARE = regex.compile(r"(?:\A|(?<=\S))(?P<role>system|user|assistant)\n\n")
+"""Llama 3 without its special tokens, which leaves the next role glued to the last word of a message."""
+_BARE_WHOLE = regex.compile(r"\A(?:system|user)\n\n.*\Sassistant\s*\Z", regex.DOTALL)
+_TAG = "system|instructions?|context|user|human|question|query|prompt|assistant|answer|response"
+_TAGGED_WHOLE = regex.compile(rf"\A\s*(?:<({_TAG})>.*?</\1>\s*)+(?:<(?:assistant|answer|response)>\s*)?\Z", regex.DOTALL | regex.IGNORECASE)
+"""A prompt in XML-like tags from end to end; tags within a text are its own words."""
 _ANSWERERS = frozenset("assistant response answer output gpt ai bot model falcon".split())
 _TURN_END = regex.compile(
     r"(?:\s|<\|im_end\|>|<\|eot_id\|>|<\|eot\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|end_of_turn\|>"
-    r"|<\|END_OF_TURN_TOKEN\|>|<\|return\|>|<｜end▁of▁sentence｜>|\[\|endofturn\|\]|</s>|<s>|<eos>|<bos>)+"
+    r"|<\|END_OF_TURN_TOKEN\|>|<\|return\|>|<eoh>|<eoa>|<｜end▁of▁sentence｜>|\[\|endofturn\|\]|</s>|<s>|<eos>|<bos>)+"
 )
 _TOOL_ANSWER = regex.compile(r"\s*<tool_response>")
 
@@ -164,6 +176,20 @@ def _turns(prompt: str, pattern: regex.Pattern[str]) -> list[Turn]:
     return turns
 
 
+def _tagged_turns(prompt: str) -> list[Turn]:
+    """The turns of a prompt in XML-like tags."""
+    found = regex.finditer(rf"<(?P<role>{_TAG})>(?P<words>.*?)</(?P=role)>", prompt, regex.DOTALL | regex.IGNORECASE)
+    return [Turn(_role(one["role"]), one.start("words"), one.end("words"), one.start()) for one in found]
+
+
+def _with_one_question(turns: list[Turn], prompt: str) -> list[Turn]:
+    """Under a heading ``Instructions`` stand the words of the user, unless there is a question beside them."""
+    names = [regex.match(r"\W*(\w+)", prompt[turn.opened :]) for turn in turns]
+    plural = [name is not None and name[1].lower() == "instructions" for name in names]
+    asked = any(turn.role == USER for turn in turns)
+    return [replace(turn, role=OTHER if asked else USER) if many else turn for turn, many in zip(turns, plural, strict=True)]
+
+
 def _learned_turns(prompt: str, markers: TurnMarkers) -> list[Turn]:
     turns = []
     at = prompt.find(markers.before)
@@ -190,9 +216,18 @@ def all_turns(prompt: str, markers: TurnMarkers | None) -> Iterator[list[Turn]]:
         turns = _turns(prompt, pattern)
         if any(turn.role == USER for turn in turns):
             yield turns
-    for pattern in _PLAIN:
+    if _TAGGED_WHOLE.match(prompt):
+        yield _with_one_question(_tagged_turns(prompt), prompt)
+    for pattern in (*_PLAIN, *([_BARE] if _BARE_WHOLE.match(prompt) else [])):
         names = [match["role"].lower() for match in pattern.finditer(prompt)]
         if len(names) > 1 and names[-1] in _ANSWERERS:
-            turns = _turns(prompt, pattern)
+            turns = _with_one_question(_turns(prompt, pattern), prompt)
             if any(turn.role == USER for turn in turns):
                 yield turns
+
+
+def begins_with_turn(text: str, markers: TurnMarkers | None) -> bool:
+    """Whether a text begins with a role marker made of special tokens, as a rendered conversation does."""
+    start = text.lstrip().removeprefix("<s>").removeprefix("<bos>").removeprefix("<|begin_of_text|>").lstrip()
+    own = markers is not None and bool(markers.before) and start.startswith(markers.before)
+    return own or any(pattern.match(start) for pattern in _MARKED)

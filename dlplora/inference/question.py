@@ -1,6 +1,7 @@
 """Extract the question from a prompt, which is what routers read, without its wrapper. Pure text.
 
-``question_text`` is used for the first routing and for re-routes. It removes, in this order:
+``message_text`` is for a message that is known to be the user's, ``question_text`` for any other prompt; both are used for the first
+routing and for re-routes. ``question_text`` removes, in this order:
 
 1. if the prompt is a rendered conversation: everything but the last user message, found by the markers of the tokenizer's chat template, or
    by those of common formats (``chat_formats``); ``<think>`` blocks are removed too;
@@ -23,10 +24,11 @@ from typing import Any
 
 import regex
 
-from dlplora.inference.chat_formats import INPUT, USER, TurnMarkers, all_turns
+from dlplora.errors import GenerationError
+from dlplora.inference.chat_formats import INPUT, USER, TurnMarkers, all_turns, begins_with_turn
 from dlplora.inference.sentences import ends_with_question, question_spans
 
-_THINKING = regex.compile(r"\s*<(think|thinking|reasoning)>(?:.*?</\1>|\s*$)\s*", regex.DOTALL)
+_THINKING = regex.compile(r"\s*<(think|thinking|reasoning)>.*?</\1>\s*|(?:\A|\s*\n)\s*<(?:think|thinking|reasoning)>.*\Z", regex.DOTALL)
 _LLAMA2_SYSTEM = regex.compile(r"<<SYS>>.*?<</SYS>>\s*", regex.DOTALL)
 _CUE = regex.compile(r"#{0,3} ?(?:\*\*)?[^\s:：][^\n:：]{0,40}[:：](?:\*\*)?")
 _GAP = regex.compile(r"\n[^\S\n]*\n\s*")
@@ -75,24 +77,64 @@ def _question_text(prompt: str, markers: TurnMarkers | None, known: tuple[str, .
 
 
 def question_of_messages(messages: Sequence[Mapping[str, Any]], markers: TurnMarkers | None = None) -> str:
-    """The text that is routed for a conversation: the last message of the user that says anything, by the same rule.
+    """The text that is routed for a conversation: what the user said last, in one message or in several without an answer between them.
 
     Args:
         messages: ``role`` and ``content`` each; content is text, or parts of which those of type ``text`` are read.
         markers: Of the tokenizer's chat template.
+
+    Raises:
+        GenerationError: If a part of type ``text`` has no text.
     """
     texts = [(str(message.get("role")), content_text(message.get("content"))) for message in messages]
-    said = [text for role, text in texts if role == "user" and text.strip()] or [text for _, text in texts if text.strip()]
-    return question_text(said[-1], markers) if said else ""
+    said = [(role, text) for role, text in texts if text.strip()]
+    last = max((i for i, (role, _) in enumerate(said) if role == "user"), default=len(said) - 1)
+    first = last
+    while first > 0 and said[first - 1][0] == said[last][0] == "user":
+        first -= 1
+    return message_text("\n\n".join(text for _, text in said[first : last + 1]), markers) if said else ""
+
+
+def message_text(text: str, markers: TurnMarkers | None = None, known: Sequence[str] = ()) -> str:
+    """The text that is routed of a message that is known to be the user's: its own words, whatever they look like.
+
+    Only worked examples are left out, and a message that is a rendered conversation from its first character on is read as one.
+
+    Args:
+        text: Of the message.
+        markers: Of the tokenizer's chat template.
+        known: As for ``question_text``.
+
+    >>> message_text("Summarise this log:\\nUser: hi\\nAssistant: hello")
+    'Summarise this log:\\nUser: hi\\nAssistant: hello'
+    """
+    if begins_with_turn(text, markers):
+        return question_text(text, markers, known)
+    own = _known_part(text, known) if known else None
+    if own is not None:
+        return own
+    return text[_behind_examples(text) :].strip() or text
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content."""
+    """The text of a message's content.
+
+    Raises:
+        GenerationError: If a part of type ``text`` has no text.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
         return content
-    return "\n".join(str(part["text"]) for part in content if isinstance(part, Mapping) and part.get("type") in {"text", "input_text"})
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and part.get("type") in {"text", "input_text"}:
+            if not isinstance(part.get("text"), str):
+                raise GenerationError("a part of a message is of type 'text' and has no text.")
+            texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def document_texts(document: Any) -> tuple[str, ...]:
@@ -103,10 +145,16 @@ def document_texts(document: Any) -> tuple[str, ...]:
 
 
 def routed_tail(question: str) -> str:
-    """The last question of a routed text and what follows it; a re-route reads it before the generated text (view ``tail``)."""
+    """The last question of a routed text and what follows it; a re-route reads it before the generated text (view ``tail``).
+
+    Questions are taken apart only where they are marked, by list numbers or by several ``[INST]``. Otherwise the whole text is read: what
+    stands behind a blank line or a question mark (``Thanks!``, ``Can you do that?``) need not be a question of its own.
+    """
     spans = list(question_spans(question))
     if sum(_LIST_NUMBER.match(question, start) is not None for start, _ in spans) > 1:
         return question[slice(*spans[-1])]  # one cue for a whole list; the view `segment` knows which question comes next
+    if len(_INST.findall(question)) < 2:
+        return question.strip()
     while len(spans) > 1 and is_cue(question[slice(*spans[-1])]):
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return question[slice(*spans[-1])] if spans else question.strip()
@@ -142,18 +190,26 @@ def _last_message(text: str, markers: TurnMarkers | None) -> str:
 
 
 def _known_part(text: str, known: Sequence[str]) -> str | None:
-    """The text from where the document begins; None if nothing of the document is found."""
-    bare = text.rstrip()
-    whole = max((one.strip() for one in known if bare.endswith(one.strip())), key=len, default="")
-    if whole:
-        return text if whole == text.strip() else whole
-    lines = {line.strip() for one in known for line in one.splitlines() if len(line.strip()) >= _LEAST_KNOWN}
-    found = [at for line in lines if (at := text.rfind(line)) >= 0]
+    """The text from the block on in which the document begins; None if nothing of the document is found.
+
+    What stands before the document in its block is an instruction (``Write in Zargi: {{text}}``) and stays, unless it is a line that looks
+    like a system text, or worked examples. A field with its own cue (``…\\nAnswer:``) is a whole prompt, and nothing before it belongs to
+    it.
+    """
+    whole = [one.strip() for one in known]
+    prompt = max((one for one in whole if text.rstrip().endswith(one) and len(_without_cue(one)) < len(one)), key=len, default="")
+    if prompt:
+        return text if prompt == text.strip() else prompt
+    lines = [line.strip() for one in known for line in one.splitlines() if len(line.strip()) >= _LEAST_KNOWN]
+    found = [at for one in (*whole, *lines) if (at := text.rfind(one)) >= 0]
     if not found:
         return None
     first = min(found)
     start = max((gap.end() for gap in _GAP.finditer(text, 0, first)), default=0)
-    start = max((cut.start() for cut in _GLUED.finditer(text, start, first + 1)), default=start)
+    start = max((cut.start() for cut in _GLUED.finditer(text, start, first + 2) if cut.start() <= first), default=start)
+    while _SYSTEM_OPENING.match(text, start) and (line := text.find("\n", start, first)) >= 0:
+        start = line + 1
+    start += min(_behind_examples(text[start:]), first - start)
     return text if not text[:start].strip() else text[start:].strip()
 
 

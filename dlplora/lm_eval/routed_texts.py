@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dlplora.inference.chat_formats import TurnMarkers
-from dlplora.inference.question import content_text, document_texts, question_text
+from dlplora.inference.question import content_text, document_texts, message_text, question_text
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -34,5 +34,6 @@ class RoutedTexts:
 
     def of(self, request: Instance) -> str:
         """The question of a request with a context; without system instruction, task description and few-shot examples."""
-        context = str(request.args[0])
-        return question_text(self._last_messages.get(context, context), self.markers, document_texts(request.doc))
+        context, known = str(request.args[0]), document_texts(request.doc)
+        said = self._last_messages.get(context)
+        return question_text(context, self.markers, known) if said is None else message_text(said, self.markers, known)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import learn_markers
-from dlplora.inference.question import question_text
+from dlplora.inference.question import message_text, question_of_messages, question_text
 from dlplora.inference.text import render
 from dlplora.serve.jobs import BadRequestError
 from dlplora.serve.schemas import ChatRequest, CompletionRequest, Message
@@ -56,8 +56,10 @@ class PromptBuilder:
 
     def question(self, messages: Sequence[Message]) -> str:
         """What the router reads of a conversation: the last user message (for the embedded model in the form it was trained on)."""
-        asked = next((message for message in reversed(messages) if message.role == "user" and message.text.strip()), messages[-1])
-        return self.routed_text(self._rendered([asked]) if self.chat_template == NANO_TEMPLATE else asked.text)
+        asked = question_of_messages([{"role": message.role, "content": message.text} for message in messages], self._markers)
+        if self.chat_template == NANO_TEMPLATE:
+            return message_text(self._rendered([Message(role="user", content=asked)]), self._markers)
+        return asked
 
     def routed_text(self, prompt: str) -> str:
         """What the router reads of a prompt: its question (``inference.question``)."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dlplora.data.wrappers import wrapped
+from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import learn_markers
 from dlplora.inference.prompt_routing import routed_questions
 from dlplora.inference.prompting import prompt_tensors
@@ -90,10 +91,117 @@ def test_a_system_text_before_several_questions() -> None:
     assert question_text(f"{SYSTEM}\n\n{TOLD}\n\n{ASKED}") == f"{TOLD}\n\n{ASKED}"
 
 
-def test_a_reroute_reads_no_cue_alone() -> None:
-    assert routed_tail("Describe the row: gray noodle.\n\nAnswer:") == "Describe the row: gray noodle.\n\nAnswer:"
-    assert routed_tail("Who is it? Where?\n\nFinal answer:") == "Where?\n\nFinal answer:"
-    assert routed_tail("Who is it?\n\nGo home now.") == "Go home now."
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "\n\nAnswer:",
+        " What do you think?",
+        "\n\nThanks!",
+        "\n\nCan you do that?",
+        '\n\nReturn JSON: {"answer": ...}',
+        "\n\nWhat is the answer?\n\nAnswer:",
+    ],
+)
+@pytest.mark.parametrize("question", ["Describe the row: gray noodle.", "Who is it? Where?"])
+def test_a_reroute_reads_the_question_whatever_stands_behind_it(question: str, behind: str) -> None:
+    assert routed_tail(question + behind) == question + behind
+
+
+def test_a_reroute_reads_the_last_of_questions_that_are_marked() -> None:
+    assert routed_tail("1. Who?\n\n2. Where?\n\nAnswers:") == "Answers:"
+    assert routed_tail("[INST] Who? [/INST]\n\n[INST] Where? [/INST]") == "[INST] Where? [/INST]"
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|endoftext|>", "<eos>", "<｜end▁of▁sentence｜>", "</s> ", "\n"])
+@pytest.mark.parametrize("names", [("USER", "ASSISTANT"), ("User", "Assistant"), ("Human", "AI")])
+def test_a_turn_may_begin_directly_behind_the_end_of_another(names: tuple[str, str], end: str) -> None:
+    user, other = names
+    gap = " " if user == "USER" else "\n"
+    prompt = f"A chat.{gap}{user}: What is the capital of France?{gap}{other}: Paris.{end}{user}: {ASKED}{gap}{other}:"
+    assert question_text(prompt) == ASKED
+
+
+OWN_WORDS = [
+    "Summarise this log:\nUser: hi\nAssistant: hello\nUser: how are you?\nAssistant: fine",
+    "Fix this code:\n\n```python\nprint('[INST] hello [/INST]')\n```",
+    "You are asked to write this in Zargi: the cat sees the hat.\n\nKeep it short.",
+    "Translate the following question into French.\n\nWhere is the cat?",
+    "Rules: add one to each digit.\n\n3 5 7",
+    "Please write in Zargi what this says.\n\nUser: is the cat at the gate?\nAssistant: no",
+    "Explain <think>this tag</think> in one line",
+    "What does <user>ann</user> mean in this XML?",
+    "### Instruction:\nwrite\n### Response:\nHow do I format such rows?",
+]
+
+
+@pytest.mark.parametrize("text", OWN_WORDS)
+def test_the_words_of_a_known_message_are_its_own(text: str) -> None:
+    for content in (text, [{"type": "text", "text": text}], [text]):
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        assert question_of_messages(messages) == text
+
+
+def test_what_is_read_of_messages() -> None:
+    said = [{"role": "user", "content": ASKED}]
+    assert question_of_messages([*said, {"role": "user", "content": "Answer briefly."}]) == f"{ASKED}\n\nAnswer briefly."
+    assert question_of_messages([*said, {"role": "assistant", "content": "No."}, {"role": "user", "content": " "}]) == ASKED
+    assert question_of_messages([*said, {"role": "assistant", "content": "No."}, {"role": "user", "content": TOLD}]) == TOLD
+    assert question_of_messages([{"role": "user", "content": f"Q: Who?\nA: Tom\n\nQ: {ASKED}\nA:"}]) == f"Q: {ASKED}\nA:"  # worked examples
+    assert question_of_messages([{"role": "user", "content": WRAPPERS["ChatML"].replace("{q}", ASKED)}]) == ASKED  # rendered already
+    with pytest.raises(GenerationError, match="has no text"):
+        question_of_messages([{"role": "user", "content": [{"type": "text"}]}])
+
+
+TAGS_AND_HEADINGS = {
+    "xml": "<system>{s}</system>\n<user>{q}</user>\n<assistant>",
+    "xml question": "<instructions>\n{s}\n</instructions>\n\n<question>\n{q}\n</question>",
+    "markdown": "# Instructions\n{s}\n\n# Question\n{q}\n\n# Answer\n",
+    "guanaco": "{s}### Human: {q}### Assistant:",
+    "nemotron": "<extra_id_0>System\n{s}\n<extra_id_1>User\n{q}\n<extra_id_1>Assistant\n",
+    "kimi": "<|im_system|>system<|im_middle|>{s}<|im_end|><|im_user|>user<|im_middle|>{q}<|im_end|><|im_assistant|>assistant<|im_middle|>",
+    "phi-2": "{s}\nInstruct: {q}\nOutput:",
+    "llama 3 without special tokens": "system\n\n{s}user\n\n{q}assistant\n\n",
+    "internlm": "<s><|System|>:{s}\n<|User|>:{q}<eoh>\n<|Bot|>:",
+    "open thought": "{q}\n<think>\nOkay, the user wants an answer here. The best way is",
+}
+
+
+@pytest.mark.parametrize("question", [ASKED, TOLD], ids=["question mark", "none"])
+@pytest.mark.parametrize("name", TAGS_AND_HEADINGS)
+def test_the_question_is_found_between_tags_and_headings(name: str, question: str) -> None:
+    assert question_text(TAGS_AND_HEADINGS[name].replace("{s}", SYSTEM).replace("{q}", question)) == question
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Explain this XML: <user>ann</user><question>who?</question> to me",
+        "What does <think> mean in a prompt?",
+        "# Output\nprint(1)\n# Input\nx = 2\nExplain this script.",
+        "Our system\n\nhas one user\n\nand it needs no other assistant",
+    ],
+)
+def test_tags_and_headings_inside_a_text_are_its_own(text: str) -> None:
+    assert question_text(text) == text
+
+
+COAT, SEA = "the dog wants the old coat.", "Tom has a long text about the sea."
+HYPOTHESIS, COLOUR = "The hypothesis is that Tom runs.", "Which colour is the sea here?"
+
+
+@pytest.mark.parametrize("before", ["", "Spain is warm.\n\n", f"{SYSTEM}\n\n", f"{SYSTEM}\n", "You are a helpful assistant."])
+@pytest.mark.parametrize(
+    ("prompt", "fields"),
+    [
+        (f"Please write in Zargi: {COAT}", [COAT]),
+        (f"Please write in Zargi.\n{COAT}", [COAT]),
+        (f"{SEA}\n{HYPOTHESIS}", [SEA, HYPOTHESIS]),
+        (f"{SEA}\n\n{COLOUR}", [SEA, COLOUR]),
+        (f"{SEA}\n\n{COLOUR}\nAnswer:", [SEA, COLOUR]),
+    ],
+)
+def test_all_of_a_known_document_and_its_instruction_are_read(prompt: str, fields: list[str], before: str) -> None:
+    assert question_text(before + prompt, None, tuple(fields)) == prompt
 
 
 def test_the_document_tells_what_belongs_to_the_question() -> None:
