@@ -23,10 +23,11 @@ little about the method. These two choices were made after the test scores were 
 first adapter of its menu for nine prompts in ten. Compare gates with their [ceilings](real26_ceilings.md). For tasks whose adapter is
 missing, see [unseen tasks](../../docs/unseen_task.md).""",
     "skills_confusable": """\
-**Where the router is in doubt, fusing two adapters is worse than taking the likelier one.** Four pairs of tasks whose prompts are
-drawn from the same texts: `dlp` keeps two adapters for a fifth of the prompts, all of one pair, and answers fewer of them right than
-`dlp_top1`, which takes the best one alone. The tasks of a pair contradict each other by design; nothing here says what fusion does for
-adapters that complement each other. More: [docs/real26_suite.md](../../docs/real26_suite.md#tasks-that-a-router-confuses).""",
+**Where the router is in doubt, fusing two adapters is worse than taking the likelier one**, with each of three seeds. Four pairs of tasks
+whose prompts are drawn from the same texts: `dlp` keeps two adapters for a fifth of the prompts, all of one pair, and answers fewer of
+them right than `dlp_top1`, which takes the best one alone. The tasks of a pair contradict each other by design; nothing here says what
+fusion does for adapters that complement each other. More:
+[docs/real26_suite.md](../../docs/real26_suite.md#tasks-that-a-router-confuses).""",
     "paper_local": """\
 **These are not the paper's numbers, and they are not comparable with any others.** They show that the pipeline of
 `dlplora reproduce paper` runs on real rows: the tasks whose rows were available locally, a Llama of about two million parameters
