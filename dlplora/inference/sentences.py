@@ -300,9 +300,3 @@ def questions(prompt: str) -> list[str]:
     What follows the last question mark (``Answer:``) belongs to the last question.
     """
     return [prompt[start:end] for start, end in question_spans(prompt)]
-
-
-def last_question(prompt: str) -> str:
-    """The last question of a prompt and what follows it; the whole prompt if it has no parts."""
-    found = questions(prompt)
-    return found[-1] if found else prompt.strip()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.inference.sentences import last_question, sentence_end_positions
+from dlplora.inference.sentences import sentence_end_positions
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.methods.references import Oracle
 from dlplora.modules.lora_bank import AdapterBank
@@ -117,7 +117,7 @@ def naive(fused: FusedCausalLM, text: str, steps: int) -> tuple[list[int], list[
         ends = len(sentence_end_positions(said, final=False))
         if ends > ended:
             ended = ends
-            weights.append(fused.method.route(batch(tokenizer, (last_question(text) + said,))))
+            weights.append(fused.method.route(batch(tokenizer, (text.strip() + said,))))
         with fused.routing(weights[-1]):
             out = fused(input_ids=torch.tensor([new[-1:]]), past_key_values=out.past_key_values, use_cache=True)
     return new, [row[0].tolist() for row in weights]

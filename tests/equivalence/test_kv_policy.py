@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.inference.sentences import last_question, sentence_end_positions
+from dlplora.inference.sentences import sentence_end_positions
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 from tests.equivalence.by_length import ByLength, by_length
@@ -73,7 +73,7 @@ def slow(model: Any, pool: Path, tokenizer: Any, text: str, policy: str) -> tupl
         ends = len(sentence_end_positions(said, final=False))
         if ends > ended:
             ended, turns = ends, turns + 1
-            plain = merged(model, pool, route(PromptBatch.from_texts((last_question(text) + said,), tokenizer))[0])
+            plain = merged(model, pool, route(PromptBatch.from_texts((text.strip() + said,), tokenizer))[0])
             if policy == "prompt_frozen":
                 past = keys_and_values(plain, new[:-1], frozen)[0] if new[:-1] else frozen
         if policy == "recompute":

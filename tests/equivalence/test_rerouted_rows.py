@@ -15,7 +15,7 @@ from transformers import StoppingCriteriaList
 
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.generation import RoutedCriterion
-from dlplora.inference.sentences import last_question, sentence_end_positions
+from dlplora.inference.sentences import sentence_end_positions
 from dlplora.kernels.folded import fold
 from dlplora.methods.base import MethodContext
 from dlplora.methods.dlp import DLP
@@ -75,7 +75,7 @@ def alone(fused: FusedCausalLM, prompt: str, tokens: list[int]) -> list[Tensor]:
         ends = len(sentence_end_positions(said, final=False))
         if ends > ended:
             ended = ends
-            weights = fused.method.route(PromptBatch.from_texts([last_question(prompt) + said], tokenizer))[0]
+            weights = fused.method.route(PromptBatch.from_texts([prompt.strip() + said], tokenizer))[0]
     return found
 
 

@@ -24,7 +24,6 @@ from dlplora.cli.main import build_parser, main
 from dlplora.errors import ConfigError
 from dlplora.inference.backbones import NANO_ASSETS
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.inference.sentences import last_question
 from dlplora.kernels.backends import BACKENDS
 from dlplora.methods.registry import available_presets, build_method
 from dlplora.reporting.latency.records import LatencyRecord, read_latency, reroutes_in
@@ -148,7 +147,7 @@ def test_forced_reroutes_happen_where_the_arithmetic_expects_them(setup: BenchSe
         original(self, generated)
         widths.append(generated.shape[1])
         texts = [str(setup.tokenizer.decode(row % 3072, skip_special_tokens=True)) for row in generated]
-        views = [last_question(prompt) + text for prompt, text in zip(workload.prompts.texts, texts, strict=True)]
+        views = [prompt.strip() + text for prompt, text in zip(workload.prompts.texts, texts, strict=True)]
         expected = self.model.method.route(PromptBatch.from_texts(views, setup.tokenizer))
         assert self.state is not None
         assert torch.equal(self.state.weights, expected)

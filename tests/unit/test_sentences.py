@@ -9,7 +9,7 @@ import torch
 
 from dlplora.errors import GenerationError
 from dlplora.inference.generation import SentenceRerouter, VocabularyTable, view_text
-from dlplora.inference.sentences import last_question, questions, sentence_end_positions, split_sentences
+from dlplora.inference.sentences import questions, sentence_end_positions, split_sentences
 from dlplora.modules.routing_state import RoutingState
 
 TEXTS = {
@@ -77,9 +77,6 @@ def test_a_stop_at_the_end_is_open_while_more_may_follow() -> None:
 def test_questions_of_a_prompt() -> None:
     assert questions("Who? Where?\nAnswer:") == ["Who?", "Where?\nAnswer:"]
     assert questions("First one.\n\nSecond one. Answer:") == ["First one.", "Second one. Answer:"]
-    assert last_question("Mia has a plum. Who has it? Answer:") == "Mia has a plum. Who has it? Answer:"
-    assert last_question("A? B? C: ") == "B? C:"
-    assert last_question("just text ") == "just text"
 
 
 @pytest.mark.parametrize("text", ["yes.\neast", "no. \n\neast", "one?!\r\ntwo", "好。。。是", "42.\nx", "U.S.\nx"])
@@ -89,7 +86,8 @@ def test_one_end_is_counted_once(text: str) -> None:
 
 def test_views(tiny_tokenizer: Any) -> None:
     prompt, text = "Who? Where?", " Mia. There"
-    assert view_text("tail", prompt, text, 1, tiny_tokenizer) == "Where? Mia. There"
+    assert view_text("tail", prompt, text, 1, tiny_tokenizer) == "Who? Where? Mia. There"
+    assert view_text("tail", "1. Who?\n\n2. Where?", text, 1, tiny_tokenizer) == "2. Where? Mia. There"
     assert view_text("whole", prompt, text, 1, tiny_tokenizer) == "Who? Where? Mia. There"
     assert view_text("segment", prompt, text, 0, tiny_tokenizer) == "Who?"
     assert view_text("segment", prompt, text, 5, tiny_tokenizer) == "Where?"
