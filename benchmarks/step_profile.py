@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlplora.bench.hardware import ContentionMonitor
 from dlplora.bench.model_shapes import load_shape
-from dlplora.bench.session import BenchConfig, Group, build_setup, make_workload
+from dlplora.bench.session import BenchConfig, Group, build_setup
 from dlplora.bench.setup import BenchSystem, Entry
-from dlplora.bench.systems import build_system
+from dlplora.bench.systems import build_system, make_workload
 from dlplora.cli.terminal import quiet_loading, split_names
 from dlplora.errors import DLPLoRAError
 from dlplora.provenance import provenance

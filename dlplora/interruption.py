@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+DISK_FAILED = 74
+"""Exit code of a training that another command started, if a file could not be read or written (``EX_IOERR``)."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it: 130."""
 TERMINATED = 128 + signal.SIGTERM

@@ -10,7 +10,7 @@ import datetime
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from dlplora.bench.systems import (
     check_system,
     facts,
     known_systems,
+    make_workload,
 )
 from dlplora.config import build, find_config, load_yaml
-from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.errors import ConfigError, DLPLoRAError, one_line
 from dlplora.inference.devices import choose_device
 from dlplora.inference.loading import method_asset, resolve_dtype
 from dlplora.inference.shapes import find_shape
@@ -41,14 +42,14 @@ from dlplora.methods.registry import load_method_spec
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.provenance import provenance
 from dlplora.reporting.latency.records import LatencyRecord, Measurement, summarize
-from dlplora.tasks.nano import nano_suite
-from dlplora.types import PromptBatch
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 POOL_TEXT = f"rank {LORA.rank}, alpha {LORA.lora_alpha}, {' and '.join(LORA.target_modules)}"
 
 
+EXPERTS = (26,)
+"""Pool size unless another one is named, or ``runs`` has a pool."""
 MAX_NUMBER = 1_000_000
 """Limit of experts, rows, tokens and rounds; larger numbers would not finish or fit into memory."""
 
@@ -60,7 +61,7 @@ class Group:
     systems: tuple[str, ...] = ("base", "peft_single", "dlp")
     """Names; ``NAME@E`` has a pool of its own size, ``NAME:BACKEND`` a kernel backend (``ties:merged`` times a static merge folded into the
     weights); ``all`` means all of them."""
-    experts: tuple[int, ...] = (26,)
+    experts: tuple[int, ...] = EXPERTS
     """Pool sizes; systems without a pool are built once."""
     kept: tuple[int, ...] = ()
     """Top-k experts forced per sequence, for systems that support it; none leaves it to each method."""
@@ -222,6 +223,7 @@ def run_bench(
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.
     """
     device = config.torch_device
+    config = _with_pool_of_runs(config)
     entries = {name: group.entries() for name, group in config.groups.items()}
     _check_memory(config, max(entry.experts for listed in entries.values() for entry in listed), device)
     if any(entry.compiled for listed in entries.values() for entry in listed):
@@ -260,6 +262,23 @@ def run_bench(
     return record
 
 
+def _with_pool_of_runs(config: BenchConfig) -> BenchConfig:
+    """The configuration for the pool of ``runs``: groups that leave the number of experts open have its size.
+
+    Raises:
+        ConfigError: If a group wants another size, for which there are no trained adapters.
+    """
+    if config.runs is None:
+        return config
+    number = len(load_pool(method_asset("pool", "", runs=Path(config.runs))).names)
+    groups = {name: replace(group, experts=(number,)) if group.experts == EXPERTS else group for name, group in config.groups.items()}
+    for name, group in groups.items():
+        sizes = {entry.experts for entry in group.entries() if entry.system not in POOL_FREE}
+        if sizes and max(sizes) != number:
+            raise ConfigError(f"group '{name}': the pool of {config.runs} has {number} adapters, --experts asks for {max(sizes)}.")
+    return replace(config, groups=groups)
+
+
 def _check_memory(config: BenchConfig, experts: int, device: torch.device) -> None:
     backbone, pool = needed_bytes(config.shape, resolve_dtype(config.dtype, device), experts)
     advice = "Use a smaller shape, fewer experts (--experts), or --dtype bfloat16."
@@ -291,22 +310,6 @@ def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, f
     return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder, asset=asset)
 
 
-def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:
-    """Rows of questions from the embedded suite, different in every row, all cut to one length."""
-    tasks = nano_suite().tasks
-    rows: list[list[int]] = []
-    for row in range(batch_size):
-        task = tasks[row % len(tasks)]
-        ids: list[int] = []
-        number = 8
-        while len(ids) < prompt_tokens:
-            number *= 2
-            text = " ".join(f"{item.prompt} {item.answer}." for item in task.items("test", number, seed=row)[row % 4 :])
-            ids = list(tokenizer(text)["input_ids"])
-        rows.append(ids[:prompt_tokens])
-    return Workload(prompts=PromptBatch.from_ids(rows, tokenizer, device=device), new_tokens=new_tokens)
-
-
 @dataclass
 class _Session:
     """The measurement of one group."""
@@ -326,11 +329,12 @@ class _Session:
             self.progress(f"{self.name}: building {entry.label}")
             try:
                 system = build_system(self.setup, entry)
-            except DLPLoRAError as error:
-                self.skipped[f"{self.name}: {entry.label}"] = " ".join(str(error).split())
+            except Exception as error:  # noqa: BLE001  # one system that fails must not lose what the others measured
+                self.skipped[f"{self.name}: {entry.label}"] = _reason(error)
                 continue
             if entry.compiled and not system.compilable:
-                continue  # not asked for by name: the other systems of the group are compiled
+                self.skipped[f"{self.name}: {entry.label}"] = "not compiled: its gates keep Python state in the forward pass"
+                continue
             systems.append(system)
         measured = []
         for batch_size in self.group.batch:
@@ -374,9 +378,14 @@ class _Session:
                     time_once(one, workload)
                 transient.append(transient_bytes(lambda one=one: time_once(one, workload), device))  # type: ignore[misc]
                 able.append(one)
-            except DLPLoRAError as error:
-                self.skipped[f"{self.name}: {one.entry.label}, batch {rows}, prompt {width}"] = " ".join(str(error).split())
-            except torch.OutOfMemoryError as error:
-                advice = "lower --batch, --prompt or --experts"
-                self.skipped[f"{self.name}: {one.entry.label}, batch {rows}, prompt {width}"] = f"{str(error).splitlines()[0]} ({advice})"
+            except Exception as error:  # noqa: BLE001  # compilers and kernels raise errors of every kind
+                self.skipped[f"{self.name}: {one.entry.label}, batch {rows}, prompt {width}"] = _reason(error)
         return able, transient
+
+
+def _reason(error: Exception) -> str:
+    """Why a system was not measured, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{str(error).splitlines()[0]} (lower --batch, --prompt or --experts)"
+    text = one_line(error)
+    return text if isinstance(error, DLPLoRAError) else f"{type(error).__name__}: {text[:300]}"

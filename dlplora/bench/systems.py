@@ -26,6 +26,7 @@ from dlplora.inference.generation import RoutedCriterion, view_text
 from dlplora.inference.question import routed_tail
 from dlplora.methods.registry import MethodSpec, build_method, load_method_spec, method_class
 from dlplora.reporting.latency.records import BASE, SINGLE
+from dlplora.tasks.nano import nano_suite
 from dlplora.types import PromptBatch
 
 MAX_PEFT_EXPERTS = 128
@@ -263,3 +264,19 @@ def facts(system: BenchSystem, workload: Workload) -> Mapping[str, Any]:
         "backend_asked": "" if entry.system in BUILTIN else entry.backend, "experts_kept": kept,
         "sentence_reroutes": None if system.count_reroutes is None else system.count_reroutes(workload),
     }  # fmt: skip
+
+
+def make_workload(tokenizer: Any, device: torch.device, batch_size: int, prompt_tokens: int, new_tokens: int) -> Workload:
+    """Rows of questions from the embedded suite, different in every row, all cut to one length."""
+    tasks = nano_suite().tasks
+    rows: list[list[int]] = []
+    for row in range(batch_size):
+        task = tasks[row % len(tasks)]
+        ids: list[int] = []
+        number = 8
+        while len(ids) < prompt_tokens:
+            number *= 2
+            text = " ".join(f"{item.prompt} {item.answer}." for item in task.items("test", number, seed=row)[row % 4 :])
+            ids = list(tokenizer(text)["input_ids"])
+        rows.append(ids[:prompt_tokens])
+    return Workload(prompts=PromptBatch.from_ids(rows, tokenizer, device=device), new_tokens=new_tokens)

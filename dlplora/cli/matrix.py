@@ -81,7 +81,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from dlplora.cli.evaluate import chosen_methods
     from dlplora.cli.reproduce import chosen_seeds
     from dlplora.config import require_writable
-    from dlplora.matrix.plan import Request, make_header, write_plan
+    from dlplora.matrix.plan import Request, below, make_header, write_plan
     from dlplora.matrix.profiles import cells_of, subjects_of
     from dlplora.progress import duration
 
@@ -97,7 +97,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         data_root=None if arguments.data_root is None else str(Path(arguments.data_root).resolve()),
         limit=arguments.limit,
         experts_per_cell=arguments.experts_per_cell,
-        results=None if arguments.results is None else str(Path(arguments.results).resolve()),
+        results=None if arguments.results is None else below(path.parent, Path(arguments.results)),
         lease_s=arguments.lease,
         max_deaths=arguments.max_deaths,
     )

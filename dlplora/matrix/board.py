@@ -100,7 +100,7 @@ class Board:
     def __init__(self, folder: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self.lease_s, self.clock = folder, lease_s, clock
         self._seen: dict[tuple[str, int], tuple[bytes, float]] = {}
-        # Files of these folders never vanish, so only new names are looked at.
+        # Claims and ends never vanish, so only new names are looked at; a finished cell may be reopened.
         self._names: dict[str, set[str]] = {CLAIMS: set(), ENDED: set(), DONE: set()}
         self._claimed: dict[str, int] = {}
         self._ends: dict[str, set[int]] = {}
@@ -118,7 +118,7 @@ class Board:
             self._ends.setdefault(cell, set()).add(attempt)
         for cell, attempt in self._new(CLAIMS):
             self._claimed[cell] = max(attempt, self._claimed.get(cell, -1))
-        self._names[DONE].update(os.listdir(self.folder / DONE))
+        self._names[DONE] = set(os.listdir(self.folder / DONE))
         return {cell: self._state(cell, look_for_dead) for cell in cells}
 
     def _new(self, kind: str) -> Iterator[tuple[str, int]]:
@@ -157,8 +157,10 @@ class Board:
             return b""
 
     def num_deaths(self, cell: str) -> int:
-        """Attempts before the last one that ended without a word, as far as ``states`` has seen."""
-        return self._claimed.get(cell, 0) - len(self._ends.get(cell, set()) - {self._claimed.get(cell, 0)})
+        """Attempts before the last one that ended without a word, as far as ``states`` has seen; those before a failure no longer count."""
+        last, ended = self._claimed.get(cell, 0), self._ends.get(cell, set())
+        failed = max((one for one in ended if one < last and self.end_of(cell, one).get("kind") == "failed"), default=-1)
+        return sum(one not in ended for one in range(failed + 1, last))
 
     def claim(self, cell: str, attempt: int, worker: str) -> Lease | None:
         """Claim an attempt; None if another worker claimed it first or the cell is done."""
@@ -168,8 +170,18 @@ class Board:
         if self.is_done(cell):  # it was finished between our look and our claim
             lease.release()
             return None
-        lease.beat()
+        try:
+            lease.beat()
+        except LostError:  # this process stood still between claim and first beat for longer than a lease
+            return None
         return lease
+
+    def reopen(self, cell: str) -> None:
+        """Make a finished cell free again; its last attempt counts as given back."""
+        attempts = [int(path.suffix[1:]) for path in (self.folder / CLAIMS).glob(f"{cell}.*")]
+        if attempts:
+            publish_once(self.folder / ENDED / f"{cell}.{max(attempts)}", {"kind": "released", "reason": "what it had made is gone"})
+        (self.folder / DONE / cell).unlink(missing_ok=True)
 
     def is_done(self, cell: str) -> bool:
         """Whether the cell is finished."""

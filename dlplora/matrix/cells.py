@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora.errors import ConfigError
 from dlplora.evaluation.runner import Artifacts, execute, finished, prepare
-from dlplora.matrix.plan import Cell, Plan
+from dlplora.matrix.plan import Cell, Plan, below
 from dlplora.matrix.profiles import Subject
 from dlplora.matrix.staging import Moves
 from dlplora.progress import Progress
@@ -88,12 +88,17 @@ class CellRunner:
         )  # fmt: skip
         known = finished(run, self.plan.results)
         if known is not None:
-            return Outcome(facts={"record": str(known), "reused": True})
+            return Outcome(facts={"record": self._place(known), "reused": True})
         with Progress(cell.label, unit="request", brief=True) as progress:
             path, record = execute(run, folder, self._cache(cell.profile), progress)
-        inside, target = path.relative_to(folder), self.plan.results.resolve() / path.relative_to(folder)
-        moves = [(str(samples_path(inside)), str(samples_path(target)))] if read_record(path).samples_sha256 is not None else []
-        return Outcome([*moves, (str(inside), str(target))], {"record": str(target), "aggregates": record.aggregates})
+        inside, target = path.relative_to(folder), self.plan.results / path.relative_to(folder)
+        moves = [(str(samples_path(inside)), self._place(samples_path(target)))] if read_record(path).samples_sha256 is not None else []
+        return Outcome([*moves, (str(inside), self._place(target))], {"record": self._place(target), "aggregates": record.aggregates})
+
+    def _place(self, target: Path) -> str:
+        """Where a file of a cell goes, as the board notes it: relative to the board's folder wherever the plan's folder holds both."""
+        inside = below(self.plan.path.parent, target)
+        return inside if Path(inside).is_absolute() else str(Path("..") / inside)
 
     def _cache(self, profile: str) -> EvalCache:
         from dlplora.evaluation.cache import eval_cache
@@ -108,7 +113,7 @@ class CellRunner:
     def _train(self, cell: Cell, subject: Subject, folder: Path) -> Outcome:
         if cell.kind == "backbone":
             train("backbone", folder, setting=subject.setting)
-            return Outcome([("backbone", str((subject.runs / "backbone").resolve()))])
+            return Outcome([("backbone", self._place(subject.runs / "backbone"))])
         setting = subject.over_backbone()[1]
         if cell.kind == "experts":
             train_experts(cell.name.split(","), folder / "part", folder / "resume", seed=cell.seed, setting=setting)
@@ -123,7 +128,7 @@ class CellRunner:
         else:
             pool = artifacts.locate("pool", subject.runs, fresh=False, seed=cell.seed, setting=setting)
             train(cell.name, folder, seed=cell.seed, pool=pool.folder, setting=setting)
-        return Outcome([(str(inside.relative_to(folder)), str(artifact.folder.resolve()))])
+        return Outcome([(str(inside.relative_to(folder)), self._place(artifact.folder))])
 
     def _assemble(self, cell: Cell, names: tuple[str, ...], inside: Path) -> None:
         parts = {}

@@ -110,6 +110,12 @@ class Plan:
         return self.folder / "results" if given is None else (self.path.parent / given)
 
 
+def below(folder: Path, place: Path) -> str:
+    """A path for others to use: relative to a folder that it lies in, since machines mount a shared folder in different places."""
+    place, folder = place.resolve(), folder.resolve()
+    return str(place.relative_to(folder)) if place.is_relative_to(folder) else str(place)
+
+
 def make_header(request: Request, hashes: Mapping[str, str], cells: Sequence[Cell]) -> Header:
     """The header for some cells, with the versions of this process."""
     return Header(

@@ -23,6 +23,8 @@ from dlplora.matrix.plan import read_plan
 from dlplora.matrix.worker import Limits, work
 
 SIGNAL = "USR1"
+ENDLESS = 1_000_000
+"""How often submitit may queue a job again after a time limit."""
 WARNING_S = 120
 """How long before the end of a job the signal comes; a training has a minute to stop."""
 
@@ -113,6 +115,7 @@ def _parameters(resources: Resources) -> dict[str, Any]:
         given |= {
             "slurm_partition": resources.partition,
             "slurm_signal_delay_s": WARNING_S,
+            "slurm_max_num_timeout": ENDLESS,  # submitit gives up after three; a long plan has as many time limits as it needs
             "slurm_additional_parameters": {"requeue": True},
             "slurm_setup": [f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", *resources.setup],
         }

@@ -19,6 +19,7 @@ from dlplora.atomic import write_json
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError
 from dlplora.matrix.board import Board, Lease, LostError
+from dlplora.reproduce.artifacts import RECIPE
 
 STAGE, READY = "stage", "ready"
 Moves = Sequence[tuple[str, str]]
@@ -74,6 +75,16 @@ class Staging:
         lease.finish(result)
         self.publish(lease.cell)
 
+    def is_there(self, cell: str) -> bool:
+        """Whether everything that a finished cell has made is in its place; so is what a cell has found finished."""
+        result = self.board.result(cell)
+        places = [place for _, place in result.get("moves", ())]
+        places += [str(result["record"])] if result.get("record") else []
+        return all(self._place(place).exists() for place in places)
+
+    def _place(self, place: str) -> Path:
+        return Path(place) if Path(place).is_absolute() else self.folder / place
+
     def publish(self, cell: str) -> None:
         """Move the files of a finished cell to their places; any worker may do it, several at once and again.
 
@@ -83,8 +94,12 @@ class Staging:
         result = self.board.result(cell)
         ready = self.folder / READY / f"{cell}.{result['attempt']}"
         for inside, place in result["moves"]:
-            source, target = ready / inside, Path(place)
-            target = target if target.is_absolute() else self.folder / target
+            source, target = ready / inside, self._place(place)
+            if _of_another_recipe(source, target):
+                old = target.parent / f".{target.name}.{os.getpid()}.old"
+                with contextlib.suppress(OSError):  # another worker may replace it at the same time
+                    os.rename(target, old)
+                shutil.rmtree(old, ignore_errors=True)
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(OSError):
@@ -103,6 +118,14 @@ class Staging:
     def discard(self, lease: Lease) -> None:
         """Remove the files of a failed attempt."""
         shutil.rmtree(self.folder / STAGE / lease.name, ignore_errors=True)
+
+
+def _of_another_recipe(source: Path, target: Path) -> bool:
+    """Whether a new artifact takes the place of one that was trained by another recipe."""
+    try:
+        return bool(read_json(source / RECIPE)["recipe_hash"] != read_json(target / RECIPE)["recipe_hash"])
+    except (ConfigError, OSError, KeyError):
+        return False
 
 
 def _copy_without_links(source: Path, target: Path) -> None:

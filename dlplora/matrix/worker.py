@@ -31,6 +31,8 @@ POLL_S = 1.0
 """First pause of an idle worker; the following ones are longer."""
 FOLDER_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 """Errors that say something about the shared folder and nothing about the cell."""
+GIVEN_UP = "UncompletedJobError"
+"""Submitit's error for a job that it does not queue again; it says nothing against the cell."""
 TAKEN = signal.SIGALRM
 """Raised by the heartbeat thread in the main thread, never sent by another process. SIGINT is ignored in a shell background job."""
 
@@ -103,9 +105,21 @@ class _Worker:
         self.order = by_rank(plan.cells)
         self.last: Cell | None = None
         self.retried = self._failed() if limits.retry_failed else set()
+        self._reopen()
 
     def _failed(self) -> set[str]:
         return {cell for cell, state in self.board.states(self.cells).items() if state.kind == "failed"}
+
+    def _reopen(self) -> None:
+        """Free the finished cells whose files were removed, or belong to another recipe, if something still needs them."""
+        done = {cell for cell, state in self.board.states(self.cells).items() if state.kind == "done"}
+        self.staging.publish_all(done)
+        for cell in reversed(self.plan.cells):  # what needs a cell stands behind it
+            needed = [one.id not in done for one in self.plan.cells if cell.id in one.after]
+            if cell.id in done and any(needed) and not self.staging.is_there(cell.id):
+                self.say(f"{cell.label}: what it had made is gone; it is done again")
+                self.board.reopen(cell.id)
+                done.remove(cell.id)
 
     def run(self) -> Tally:
         num_here, wait = 0, POLL_S / 2
@@ -170,6 +184,9 @@ class _Worker:
         except (DLPLoRAError, MemoryError, RuntimeError, OSError) as error:  # torch raises RuntimeErrors, also for memory
             if isinstance(error, OSError) and error.errno in FOLDER_FAILED:
                 self._last_words(lease, error)
+                raise
+            if type(error).__name__ == GIVEN_UP:  # raised in submitit's handler of the signal before the end of a job
+                lease.release()
                 raise
             self.runner.close()
             lease.fail(str(error) if isinstance(error, DLPLoRAError) else f"{type(error).__name__}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from dlplora.adapters.pool import MANIFEST_NAME, write_manifest
 from dlplora.atomic import write_atomically
 from dlplora.documents import read_json
 from dlplora.errors import ConfigError
-from dlplora.interruption import INTERRUPTED, TERMINATED, Terminated
+from dlplora.interruption import DISK_FAILED, INTERRUPTED, TERMINATED, Terminated
 from dlplora.reproduce.artifacts import artifact_dir, config_path, write_recipe
 from dlplora.reproduce.recipe import NANO, TRAINED, Setting
 
@@ -55,6 +56,7 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
     Raises:
         KeyboardInterrupt: If a process was interrupted or terminated.
+        OSError: If one could not read or write a file.
         ConfigError: If one ended with another exit code than 0.
     """
     try:
@@ -71,6 +73,8 @@ def _wait(role: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         raise Terminated
     if bad in {INTERRUPTED, -signal.SIGINT}:
         raise KeyboardInterrupt
+    if bad == DISK_FAILED:  # says nothing against the training: whoever started it may try again elsewhere
+        raise OSError(errno.EIO, f"training of {role} could not read or write a file; its message is above")
     if bad:
         raise ConfigError(f"training of {role} ended with exit code {bad}; its message is above. Run the command again to resume.")
 

@@ -7,8 +7,7 @@ conformance.check(MyMethod)
 ```
 ``check`` makes a tiny random model with adapters; ``run_all`` takes a ``Case`` with your own model. A check that fails raises
 ``ConformanceError`` with its number. The references share no code with this library: the unpatched transformers model, or PEFT with one
-adapter. A method that violates a check by definition declares it (``Metadata.exempt``, or ``combine="factor"`` for T12); the check must
-then fail.
+adapter. A method that violates a check by definition declares it (``Metadata.exempt``, or ``combine="factor"`` for T12); it must then fail.
 
 Run it in float32 on a tiny random model with non-trivial adapters (B not zero). Shapes: B rows, T tokens, E experts, V vocabulary.
 """
@@ -189,7 +188,7 @@ def check_t8_weights(case: Case) -> None:
             again, confidence = fused.request_router.route_with_confidence(case.prompts())
             if again is None:
                 fail("T8: route_with_confidence: no weights, route has some")
-            if again.dtype != torch.float32:  # the engine converts; whoever calls ``route`` directly gets what the method returns
+            if again.dtype != torch.float32:  # the engine converts, another caller of ``route`` does not
                 fail(f"T8: route: weights are {again.dtype}, expected torch.float32")
             require_close(fused.request_router.per_expert(again), weights, "T8: route_with_confidence against route")
             sure = [1.0] * len(weights) if confidence is None else confidence.tolist()

@@ -9,11 +9,12 @@ from dlplora.errors import DLPLoRAError, one_line
 from dlplora.interruption import TERMINATED, exit_code, raising_on_sigterm
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, disk_failed: int = 2) -> int:
     """Run ``fit``, ``validate`` or ``test``.
 
     Args:
         arguments: The command and its options.
+        disk_failed: Exit code if a file cannot be read or written, a full disk above all.
 
     Returns:
         Exit code: 0 done, 2 bad configuration, 130 after Ctrl-C, 143 after SIGTERM.
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         except OSError as error:  # a full disk, above all; what TensorBoard raises names no file
             where = error.filename2 or error.filename or "a file of the run, under trainer.default_root_dir"
             _say(f"error: {one_line(f'{error.strerror or error}: {where}')}")
-            return 2
+            return disk_failed
         except KeyboardInterrupt as error:
             return _interrupted(exit_code(error))
 

@@ -63,7 +63,7 @@ def test_a_duplicate_with_other_content_names_both_files(results: Path, capsys: 
     assert f"{copy}: the same cell" in said
     assert str(path) in said
     assert "field 'tasks' differs" in said
-    assert "| `base` | labels | **55.0** ± 2.4 | **70.0**" in (results / "tables" / "toy.md").read_text()  # the first file counts
+    assert "| `base` | inputs | **55.0** ± 2.4 | **70.0**" in (results / "tables" / "toy.md").read_text()  # the first file counts
 
 
 @pytest.mark.parametrize("damage", ["missing", "other"])
@@ -90,7 +90,7 @@ def test_two_backbones_are_never_averaged(tmp_path: Path, capsys: pytest.Capture
     assert main(["report", "all", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     page = (tmp_path / "tables" / "toy.md").read_text()
-    assert page.count("| `dlp` | labels | **55.0** ± 2.4 | **70.0**") == 2
+    assert page.count("| `dlp` | inputs | **55.0** ± 2.4 | **70.0**") == 2
     assert "## Protocol `toy`, base model `large`" in page
     assert {path.name for path in (tmp_path / "figures").glob("*radar.svg")} == {"toy_toy_large_radar.svg", "toy_toy_small_radar.svg"}
     rows = (tmp_path / "tables" / "toy.csv").read_text().splitlines()

@@ -16,9 +16,9 @@ from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
 from dlplora.bench.released_loop import KeptExperts, LoopedLoRALinear
 from dlplora.bench.rounds import round_orders
-from dlplora.bench.session import BenchConfig, Group, load_bench_config, make_workload, run_bench
+from dlplora.bench.session import BenchConfig, Group, load_bench_config, run_bench
 from dlplora.bench.setup import BenchSetup, Entry
-from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems
+from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems, make_workload
 from dlplora.cli.bench import config_of
 from dlplora.cli.main import build_parser, main
 from dlplora.errors import ConfigError
@@ -217,7 +217,34 @@ def test_a_folder_of_trained_artifacts_is_used_where_it_fits(tmp_path: Path) -> 
     assert [one.contender for one in record.measurements] == ["base", "peft_single", "dlp", "mole"]
     assert record.skipped == {}
     config = BenchConfig(runs=str(runs), groups={"a": Group(systems=("base", "dlp"), experts=(3,), **SMALL)})
-    assert run_bench(config).adapters["a"].startswith("random")
+    with pytest.raises(ConfigError, match="has 26 adapters, --experts asks for 3"):
+        run_bench(config)
+
+
+def test_a_pool_of_another_size_is_timed_and_not_replaced(tmp_path: Path) -> None:
+    names = sorted(path.name for path in (NANO_ASSETS / "pool").iterdir() if path.is_dir())[:2]
+    for name in names:
+        shutil.copytree(NANO_ASSETS / "pool" / name, tmp_path / "pool" / name)
+    open_size = {key: value for key, value in SMALL.items() if key != "experts"}
+    record = run_bench(BenchConfig(runs=str(tmp_path), groups={"a": Group(systems=("base", "avg_delta"), **open_size)}))
+    assert record.adapters["a"].startswith("trained, rank ")
+    assert [one.experts for one in record.measurements if one.contender == "avg_delta"] == [2]
+
+
+def test_one_system_that_fails_loses_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = session.time_once
+
+    def faulty(system: Any, workload: Any) -> Any:
+        if system.entry.system == "avg_delta":
+            raise RuntimeError("a compiler\nhas failed")
+        return timed(system, workload)
+
+    monkeypatch.setattr(session, "time_once", faulty)
+    record = run_bench(BenchConfig(groups={"a": Group(systems=("base", "avg_delta", "dlp"), **SMALL)}))
+    assert [one.contender for one in record.measurements] == ["base", "dlp"]
+    ((what, why),) = record.skipped.items()
+    assert what.startswith("a: avg_delta")
+    assert why == "RuntimeError: a compiler has failed"
 
 
 def timed_in_order(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[list[str], LatencyRecord]:

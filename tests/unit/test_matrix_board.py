@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Callable
@@ -198,6 +199,36 @@ def test_files_go_to_their_places_once(staging: Staging, board: Board) -> None:
     assert not list((staging.folder / "ready").iterdir())
     staging.publish_all({"a"})
     assert published(staging) == ["first", "first"]
+
+
+def test_an_artifact_of_another_recipe_is_replaced(staging: Staging, board: Board) -> None:
+    def artifact(attempt: int, recipe: str, text: str) -> None:
+        lease = taken(board, attempt=attempt)
+        folder = filled(staging, lease, text)
+        (folder / "weights" / "recipe.json").write_text(json.dumps({"recipe_hash": recipe}))
+        staging.finish(lease, moves(staging)[:1], {"seconds": 1.0})
+
+    place = staging.folder / "places/weights"
+    artifact(0, "old", "first")
+    board.reopen("a")
+    artifact(1, "old", "second")
+    assert (place / "w").read_text() == "first"  # of the same recipe: what others may be reading stays
+    board.reopen("a")
+    artifact(2, "new", "third")
+    assert (place / "w").read_text() == "third"
+    assert [path.name for path in place.parent.iterdir()] == ["weights"]
+
+
+def test_a_process_that_stood_still_after_its_claim_has_no_cell(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat = Lease.beat
+
+    def overtaken(lease: Lease) -> None:
+        if lease.worker == "one":
+            assert board.claim("a", 1, "two") is not None
+        beat(lease)
+
+    monkeypatch.setattr(Lease, "beat", overtaken)
+    assert board.claim("a", 0, "one") is None
 
 
 @pytest.mark.parametrize("when", ["before the note", "after the note"])

@@ -129,6 +129,51 @@ def test_a_stopped_worker_gives_its_cell_back(tmp_path: Path, doing: Any, fault:
     assert seen == ["half"]
 
 
+def test_a_job_that_is_not_queued_again_gives_its_cell_back(tmp_path: Path, doing: Any) -> None:
+    """Submitit raises this in its signal handler; the cell is as good as before."""
+
+    class UncompletedJobError(RuntimeError):
+        pass
+
+    def stopped(one: Cell, folder: Path) -> Outcome:
+        raise UncompletedJobError("timed-out too many times")
+
+    plan = made(tmp_path, cell("a"))
+    doing(stopped)
+    with pytest.raises(UncompletedJobError):
+        work(plan, quiet)
+    assert Board(plan.folder, 1).end_of("a", 0)["kind"] == "released"
+    doing(write)
+    assert work(plan, quiet).num_done == 1
+    assert slurm._parameters(slurm.Resources(cluster="slurm"))["slurm_max_num_timeout"] > 1000
+
+
+def test_files_that_were_removed_are_made_again_if_something_needs_them(tmp_path: Path, doing: Any) -> None:
+    plan, told = made(tmp_path, cell("a"), cell("b", "a"), cell("c", "b"), cell("d")), list[str]()
+    doing(write)
+    assert work(plan, quiet, Limits(max_cells=3)).num_done_here == 3
+    (last,) = (one for one in "abcd" if not (plan.folder / "places" / one).exists())
+    assert last in {"c", "d"}
+    for one in "abd":
+        (plan.folder / "places" / one).unlink(missing_ok=True)
+    begun = doing(write)
+    tally = work(plan, told.append)
+    assert (tally.num_done, tally.num_failed) == (4, 0)
+    assert sorted(begun) == (["a", "b", "c"] if last == "c" else ["d"])  # nothing needs `d`, or all that needs `a` is done
+    assert any("is done again" in line for line in told) is (last == "c")
+
+
+def test_a_plan_works_where_its_folder_was_moved_to(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    options = ["--methods", "base", "--tasks", "pick_food", "--limit", "2"]
+    command = ["matrix", "plan", "nano", *options, "--out", str(tmp_path / "old/it.jsonl"), "--results", str(tmp_path / "old/res")]
+    assert main(command) == 0
+    os.rename(tmp_path / "old", tmp_path / "new")
+    assert main(["matrix", "work", str(tmp_path / "new/it.jsonl"), "--device", "cpu"]) == 0
+    assert len(load_all(tmp_path / "new/res", "nano", "scratch")[0]) == 1
+    assert not (tmp_path / "old").exists()
+
+
 def test_a_fault_of_the_program_is_noted_and_shown(tmp_path: Path, doing: Any) -> None:
     plan = made(tmp_path, cell("a"))
 
@@ -183,6 +228,7 @@ def test_a_cell_that_kills_its_workers_fails(tmp_path: Path, doing: Any) -> None
         tally = work(plan, quiet)
     assert (tally.num_failed, begun) == (1, [])
     assert "2 workers died during it" in Board(plan.folder, 1).end_of("a", 2)["reason"]
+    assert work(plan, quiet, Limits(retry_failed=True)).num_done == 1  # the deaths before the failure do not count again
 
 
 def planned(folder: Path, *options: str) -> list[Cell]:
@@ -347,15 +393,14 @@ def test_a_training_does_not_die_of_the_schedulers_signal() -> None:
 
 def test_submitit_starts_workers_here(tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason="the extra 'slurm' is not installed")
-    plan = made(tmp_path)
-    job = slurm.WorkerJob(str(plan.path), Limits())
+    cells = planned(tmp_path, "--methods", "base,avg_delta", "--tasks", "pick_food", "--limit", "2")
+    plan = tmp_path / "it.jsonl"
+    job = slurm.WorkerJob(str(plan), Limits())
     again = job.checkpoint()
     assert dataclasses.asdict(again.function) == dataclasses.asdict(job)
-    plan = Plan(plan.path, dataclasses.replace(plan.header, request=Request(profiles=["nano"], methods=["base"])), [])
-    hashes = {one.name: one.hash() for one in worker.subjects_of(plan.header.request, plan.folder)}
-    write_plan(plan.path, make_header(plan.header.request, hashes, []), [])
-    (job_here,) = slurm.submit(plan.path, slurm.Resources(cluster="local", minutes=5))
-    assert job_here.result() == {"done_here": 0, "done": 0, "failed": 0, "left": 0}
+    (job_here,) = slurm.submit(plan, slurm.Resources(cluster="local", minutes=5), Limits(device="cpu"))
+    assert job_here.result() == {"done_here": len(cells), "done": len(cells), "failed": 0, "left": 0}
+    assert len(load_all(tmp_path / "it.work" / "results", "nano", "scratch")[0]) == len(cells)
 
 
 def test_without_submitit_the_command_says_what_to_install(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
