@@ -62,6 +62,13 @@ while read -r one; do
   $PIP download -q --no-deps --only-binary=:all: --python-version "${FOR:-3.12}" --implementation cp "${platforms[@]/#/--platform=}" -d "$FOLDER" "$one" ||
     $PIP wheel -q --no-deps -w "$FOLDER" "$one" || failed="$failed $one" # pure Python without a wheel
 done <"$FOLDER/wanted.txt"
+tag="cp$(echo "${FOR:-3.12}" | tr -d .)"
+for wheel in "$FOLDER"/*.whl; do # a source distribution is built for the Python that runs this
+  case "$(basename "$wheel")" in
+  *-none-any.whl | *-"$tag"-* | *-abi3-*) ;;
+  *) failed="$failed $(basename "$wheel") (not for $tag)" ;;
+  esac
+done
 kb=$(du -ck "$FOLDER"/*.whl | tail -1 | cut -f1)
 echo "$(ls "$FOLDER"/*.whl | wc -l) wheels, $((kb / 1024)) MB in $FOLDER${failed:+; not found:$failed}" >&2
 [ -z "$failed" ] && [ "$kb" -le $((${MAX_MB:-40} * 1024)) ]

@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="make the result the cost model of the device")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the cost model here instead of into the package")
     arguments = parser.parse_args()
     dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
@@ -153,7 +155,8 @@ def main() -> None:
     constants = fit(samples, dtype.itemsize)
     found = quality(samples, constants, dtype.itemsize)
     print(json.dumps({"constants": constants, "fit": found}, indent=1))
-    if not arguments.write:
+    target = arguments.out or (cost_model.CONSTANTS if arguments.write else None)
+    if target is None:
         return
     known = json.loads(cost_model.CONSTANTS.read_text(encoding="utf-8"))
     facts = provenance()
@@ -166,8 +169,8 @@ def main() -> None:
     }  # fmt: skip
     text = json.dumps(known, indent=1)
     text = text.replace("[\n     ", "[").replace("\n    ]", "]").replace(",\n     ", ", ")  # a sample a line
-    write_atomically(cost_model.CONSTANTS, text + "\n")
-    print(f"wrote {cost_model.CONSTANTS}")
+    write_atomically(target, text + "\n")
+    print(f"wrote {target}")
 
 
 if __name__ == "__main__":

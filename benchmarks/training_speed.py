@@ -29,6 +29,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from dlplora.bench.hardware import ContentionMonitor
 from dlplora.bench.timing import synchronize
@@ -55,7 +56,13 @@ class Watch(L.Callback):
     """Wall time of all training steps, and how many of the tokens were padding."""
 
     def __init__(self) -> None:
-        self.seconds, self.computed, self.real, self._start = 0.0, 0, 0, 0.0
+        self.seconds, self.computed, self._start = 0.0, 0, 0.0
+        self._real: Tensor | int = 0
+
+    @property
+    def real(self) -> int:
+        """Tokens that are no padding."""
+        return int(self._real)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start when everything is loaded."""
@@ -69,7 +76,7 @@ class Watch(L.Callback):
     def count(self, batch: Any) -> None:
         """Add one batch; its size is known, and its real tokens are supervised or not, but never padding."""
         self.computed += batch["input_ids"].numel()
-        self.real += int(batch["attention_mask"].sum())
+        self._real = self._real + batch["attention_mask"].sum()  # stays on its device: to read it would wait for the step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop after the last step."""

@@ -333,7 +333,7 @@ class _Session:
                 self.skipped[f"{self.name}: {entry.label}"] = _reason(error)
                 continue
             if entry.compiled and not system.compilable:
-                self.skipped[f"{self.name}: {entry.label}"] = "not compiled: its gates keep Python state in the forward pass"
+                self.skipped[f"{self.name}: {entry.label}"] = "its decoding step is not compiled"
                 continue
             systems.append(system)
         measured = []

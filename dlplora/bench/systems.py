@@ -206,7 +206,7 @@ def build_method_system(setup: BenchSetup, entry: Entry) -> BenchSystem:
 
     return BenchSystem(
         entry=entry, modules=(model.model, method), generate=generate, granularity=method.granularity, route=None if gated else route,
-        count_reroutes=count if sentence else None, compilable=not gated, backend=backend,
+        count_reroutes=count if sentence else None, compilable=True, backend=backend,
     )  # fmt: skip
 
 

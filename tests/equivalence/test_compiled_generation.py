@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.generate_options import GenerateOptions
 from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.routed_generation import RoutedGeneration
-from dlplora.methods.base import FusionMethod, Metadata
+from dlplora.methods.base import FusionMethod, Metadata, MethodContext
+from dlplora.methods.registry import build_stand_in
 from dlplora.modules.lora_bank import AdapterBank
 from dlplora.types import PromptBatch
 
@@ -82,6 +84,24 @@ def test_one_graph_serves_all_sentences_and_requests(
     # Another number of rows is another shape.
     fused.generate(TEXTS[0], **OPTIONS)
     assert len(given) == 2
+
+
+@pytest.mark.parametrize("name", ["meteora_gate", "mole", "lora_flow", "phatgoose", "adafuse", "arrow_out"])
+def test_gates_compile_too(
+    name: str, talkative: Any, tiny_tokenizer: Any, tiny_pool: Path, graphs: tuple[Any, list[Any]], tmp_path: Path
+) -> None:
+    compiler, given = graphs
+    tokens = []
+    for compiled in (False, True):
+        model, bank, method = copy.deepcopy(talkative), AdapterBank.from_pool(tiny_pool), build_stand_in(name)
+        context = MethodContext(tokenizer=tiny_tokenizer, embedding=model.get_input_embeddings())
+        context = dataclasses.replace(context, artifacts=type(method).example_artifacts(tmp_path / str(compiled), bank, context))
+        fused = FusedCausalLM(model, tiny_tokenizer, bank, method, context=context)
+        if compiled:
+            fused.compile(backend=compiler, fullgraph=True)
+        tokens.append([fused.generate(list(texts), **OPTIONS) for texts in (TEXTS, MORE)])
+    assert len(given) == 1
+    assert all(torch.equal(one, other) for one, other in zip(*tokens, strict=True))
 
 
 def addresses_of_free_buffers(fused: FusedCausalLM) -> tuple[int, ...]:

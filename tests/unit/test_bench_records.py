@@ -41,6 +41,7 @@ def recorded(*measurements: Measurement, **changes: Any) -> LatencyRecord:
         "shape": "nano", "parameters": 1_197_184, "weights": "shipped", "adapters": {"main": "shipped, rank 8", "sweep": "random, rank 8"},
         "dtype": "float32", "device": "cpu", "bandwidth_bytes_per_s": 1e10, "measurements": list(measurements), "skipped": {},
         "warnings": [], "provenance": {"git": {"commit": "abcdef123", "dirty": False}}, "created": "2026-01-01T00:00:00+00:00",
+        "seed": 0,
     }  # fmt: skip
     return LatencyRecord(**{**settings, **changes})
 
@@ -172,6 +173,20 @@ def test_damaged_records_are_refused(change: dict[str, Any], part: str, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(RecordError, match=part):
         read_latency(path)
+
+
+def test_prefill_of_a_fixed_order_is_left_out(tmp_path: Path) -> None:
+    """Records without a seed: whoever came after the garbage collection had the worse first token."""
+    rows = [measured("peft_single", [1.0]), measured("dlp", [2.0])]
+    for seed, prefill in ((None, None), (0, 2.0)):
+        record = recorded(*rows, seed=seed)
+        save_bench(record, tmp_path / str(seed) / "latency-a.json")
+        joined = latency_columns(tmp_path / str(seed), "nano")
+        assert joined is not None
+        assert joined.ratios["dlp"] == (prefill, 2.0)
+        (cells,) = (line.split("|") for line in markdown(record).splitlines() if line.startswith("| `dlp`"))
+        assert cells[6].strip() == ("" if prefill is None else "2.00")
+        assert ("fixed order" in joined.source, "fixed order" in markdown(record)) == (seed is None, seed is None)
 
 
 @pytest.mark.parametrize("times", [[0.0], [-1.0], [], [1.0, 2.0]])

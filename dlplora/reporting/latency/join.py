@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlplora.reporting.latency.records import SINGLE, latency_records, newest, ratio_to
+from dlplora.reporting.latency.records import FIXED_ORDER, SINGLE, latency_records, newest, ratio_to
 from dlplora.reporting.methods import MERGE, method_facts
 
 SHAPES = {"nano": "nano", "real26": "smollm2-135m"}
@@ -21,9 +21,9 @@ TRAINED = ("shipped", "trained")
 class LatencyColumns:
     """Ratios for a table, and what its caption says about them."""
 
-    ratios: Mapping[str, tuple[float, float]]
+    ratios: Mapping[str, tuple[float | None, float]]
     """Preset -> time to the first token and time of a later token, each divided by that of PEFT with one unmerged adapter. A method that
-    the bench record lacks has an empty cell: a column never mixes two clocks."""
+    the bench record lacks has an empty cell: a column never mixes two clocks. The first is None throughout for a record without a seed."""
     source: str
     """Where the numbers are from, in words."""
 
@@ -46,7 +46,7 @@ def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
     record = None if shape is None else newest(trained, shape)
     if record is None:
         return None
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, tuple[float | None, float]] = {}
     first = None
     static = {name for group in method_facts().groups if group.key == MERGE for name in group.classes}
     merged = static & {one.contender for one in record.measurements if one.backend_asked == MERGED}
@@ -57,16 +57,17 @@ def latency_columns(bench: Path, suite: str) -> LatencyColumns | None:
             continue
         prefill, decode = ratio_to(record, one, SINGLE, "ttft_s"), ratio_to(record, one, SINGLE, "tpot_s")
         if prefill is not None and decode is not None:
-            found[one.contender] = (prefill.median, decode.median)
+            found[one.contender] = (None if record.seed is None else prefill.median, decode.median)
             first = first or one
     if first is None:
         return None
+    order = "" if record.seed is not None else f" Prefill is left out: {FIXED_ORDER}."
     folded = " Static merges are folded into the base model's weights." if merged & set(found) else ""
     commit = (record.provenance.get("git", {}).get("commit") or "unknown")[:7]
     source = (
         f"Prefill and decode: time divided by that of PEFT with one unmerged adapter; batch 1, {first.prompt_tokens} prompt tokens, "
         f"{first.new_tokens} new tokens, {record.dtype}, methods interleaved in one process, median of {len(first.tpot_s)} paired "
-        f"ratios.{folded} They are joined by method name from the newest record of shape `{record.shape}` in `results/bench` "
+        f"ratios.{folded}{order} They are joined by method name from the newest record of shape `{record.shape}` in `results/bench` "
         f"(code {commit})."
     )
     return LatencyColumns(ratios=found, source=source)

@@ -29,6 +29,10 @@ SINGLE, BASE = "peft_single", "base"
 Quantity = Literal["ttft_s", "tpot_s", "router_s"]
 
 
+FIXED_ORDER = "the systems took turns in a fixed order, which distorts ratios of the time to the first token"
+"""Of records without a seed, which the order is drawn from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One system under one workload."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from dlplora.reporting.latency import training as training_bench
 from dlplora.reporting.latency.records import (
     BASE,
+    FIXED_ORDER,
     SINGLE,
     LatencyRecord,
     Measurement,
@@ -62,7 +63,7 @@ def _row(record: LatencyRecord, one: Measurement) -> list[str]:
         _kept(one),
         _milliseconds(one.ttft_s),
         _milliseconds(one.tpot_s),
-        _ratio(ratio_to(record, one, SINGLE, "ttft_s")),
+        "" if record.seed is None else _ratio(ratio_to(record, one, SINGLE, "ttft_s")),
         _ratio(ratio_to(record, one, SINGLE, "tpot_s"), interval=True),
         _ratio(ratio_to(record, one, BASE, "tpot_s")),
         f"{1e3 * statistics.median(one.router_s):.2f}" if one.router_s else "",
@@ -80,6 +81,8 @@ def markdown(record: LatencyRecord) -> str:
         f"copy bandwidth {record.bandwidth_bytes_per_s / 1e9:.1f} GB/s."
     )
     parts = [first, *(f"Warning: {warning}." for warning in record.warnings)]
+    if record.seed is None:
+        parts.append(f"Warning: {FIXED_ORDER}, so they are left out.")
     workloads = dict.fromkeys((one.group, one.batch_size, one.prompt_tokens) for one in record.measurements)
     for group, batch_size, prompt_tokens in workloads:
         rows = [one for one in record.measurements if (one.group, one.batch_size, one.prompt_tokens) == (group, batch_size, prompt_tokens)]
