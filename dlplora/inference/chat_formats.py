@@ -18,7 +18,7 @@ from dlplora.errors import one_line
 USER, INPUT, OTHER = "user", "input", "other"
 """Roles: the user, whose words are routed; input that belongs to them (Alpaca's ``### Input:``); all others."""
 
-_USER_NAMES = frozenset("user human instruction instruct question query prompt prompter inst user_token".split())
+_USER_NAMES = frozenset("user human instruction instruct question query prompt prompter inst user_token 102 106".split())
 _INPUT_NAMES = frozenset("input context".split())
 _ROLE = r"(?P<role>system|developer|user|human|assistant|model|bot|gpt|tool|ipython|observation|function|environment)"
 
@@ -38,18 +38,19 @@ _MARKED = tuple(
         r"<\|(?P<role>prompter|prompt|assistant|answer|system)\|>",  # OpenAssistant, H2O
         rf"\[\|{_ROLE}\|\]",  # EXAONE
         r"<(?P<role>human|bot)>:",  # RedPajama
+        r"<reserved_(?P<role>10[2367])>",  # Baichuan
         r"GPT4 Correct (?P<role>User|Assistant):",  # OpenChat
         r"<\|START_OF_TURN_TOKEN\|><\|(?P<role>SYSTEM|USER|CHATBOT)_TOKEN\|>",  # Cohere
         r"\[(?P<role>/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS))\]",  # Llama 2, Mistral
     )
 )
+_HEADINGS = "instructions?|input|context|question|prompt|response|answer|output|system|user|human|assistant|gpt"
 _AFTER_TURN = r"(?<=(?:</s>|<eos>|<\|\w+\|>|<｜[^｜\n]*｜>) ?)"
 """Behind a token that ends a turn; Vicuna writes no space between the two."""
 _PLAIN = tuple(
     regex.compile(pattern)
     for pattern in (
-        r"(?mi)^#{1,3} ?(?P<role>instructions?|input|context|question|prompt|response|answer|output|system|user|human|assistant|gpt)s?"
-        r"(?: prompt| message)?(?::|[ \t]*$)",  # Alpaca, Markdown headings
+        rf"(?mi)(?:^|{_AFTER_TURN})#{{2,3}} ?(?P<role>{_HEADINGS})s?(?: prompt| message)?(?::|[ \t]*$)",  # Alpaca, Markdown headings
         r"### (?P<role>System|Human|User|Assistant):",  # Guanaco writes them on one line
         rf"(?:^|(?<=\s)|{_AFTER_TURN})(?P<role>USER|ASSISTANT|SYSTEM):(?=\s|$)",  # Vicuna
         rf"(?m)(?:^|{_AFTER_TURN})(?P<role>System|User|Human|Assistant|AI|Bot|Falcon):(?=\s|$)",
@@ -57,6 +58,9 @@ _PLAIN = tuple(
         r"(?m)^(?P<role>system|user|assistant|model)[ \t]*$",  # ChatML and Gemma without their special tokens
     )
 )
+_TOP_HEADINGS = regex.compile(rf"(?mi)^# ?(?P<role>{_HEADINGS})s?(?::|[ \t]*$)")
+_TOP_HEADINGS_WHOLE = regex.compile(rf"(?i)\A\s*# ?(?:{_HEADINGS})s?[: \t]*\n(?s:.*)\n# ?(?:answer|response|output)s?[: \t]*\s*\Z")
+"""A single ``#`` is a comment in code and a title in a text: it counts if the prompt begins with one and ends with an empty one."""
 _BARE = regex.compile(r"(?:\A|(?<=\S))(?P<role>system|user|assistant)\n\n")
 """Llama 3 without its special tokens, which leaves the next role glued to the last word of a message."""
 _BARE_WHOLE = regex.compile(r"\A(?:system|user)\n\n.*\Sassistant\s*\Z", regex.DOTALL)
@@ -218,7 +222,8 @@ def all_turns(prompt: str, markers: TurnMarkers | None) -> Iterator[list[Turn]]:
             yield turns
     if _TAGGED_WHOLE.match(prompt):
         yield _with_one_question(_tagged_turns(prompt), prompt)
-    for pattern in (*_PLAIN, *([_BARE] if _BARE_WHOLE.match(prompt) else [])):
+    whole = ((_BARE, _BARE_WHOLE), (_TOP_HEADINGS, _TOP_HEADINGS_WHOLE))
+    for pattern in (*_PLAIN, *(one for one, shape in whole if shape.match(prompt))):
         names = [match["role"].lower() for match in pattern.finditer(prompt)]
         if len(names) > 1 and names[-1] in _ANSWERERS:
             turns = _with_one_question(_turns(prompt, pattern), prompt)

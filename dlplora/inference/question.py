@@ -28,7 +28,9 @@ from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import INPUT, USER, TurnMarkers, all_turns, begins_with_turn
 from dlplora.inference.sentences import ends_with_question, question_spans
 
-_THINKING = regex.compile(r"\s*<(think|thinking|reasoning)>.*?</\1>\s*|(?:\A|\s*\n)\s*<(?:think|thinking|reasoning)>.*\Z", regex.DOTALL)
+_THINKING = regex.compile(
+    r"(?:\A|\s*\n)\s*<(think|thinking|reasoning)>.*?</\1>\s*|(?:\A|\s*\n)\s*<(?:think|thinking|reasoning)>(?:(?!```).)*\Z", regex.DOTALL
+)
 _LLAMA2_SYSTEM = regex.compile(r"<<SYS>>.*?<</SYS>>\s*", regex.DOTALL)
 _CUE = regex.compile(r"#{0,3} ?(?:\*\*)?[^\s:：][^\n:：]{0,40}[:：](?:\*\*)?")
 _GAP = regex.compile(r"\n[^\S\n]*\n\s*")
@@ -113,7 +115,12 @@ def message_text(text: str, markers: TurnMarkers | None = None, known: Sequence[
     own = _known_part(text, known) if known else None
     if own is not None:
         return own
-    return text[_behind_examples(text) :].strip() or text
+    thought = _THINKING.match(text)
+    if thought is not None and thought.end() < len(text):  # of an answer that was pasted; elsewhere the tag is the user's own word
+        text = text[thought.end() :]
+    if _begins_with_example(text):  # before a later one there may be an instruction
+        return text[_behind_examples(text) :].strip()
+    return text
 
 
 def content_text(content: Any) -> str:
@@ -153,11 +160,8 @@ def routed_tail(question: str) -> str:
     spans = list(question_spans(question))
     if sum(_LIST_NUMBER.match(question, start) is not None for start, _ in spans) > 1:
         return question[slice(*spans[-1])]  # one cue for a whole list; the view `segment` knows which question comes next
-    if len(_INST.findall(question)) < 2:
-        return question.strip()
-    while len(spans) > 1 and is_cue(question[slice(*spans[-1])]):
-        spans[-2:] = [(spans[-2][0], spans[-1][1])]
-    return question[slice(*spans[-1])] if spans else question.strip()
+    marked = [match.start() for match in _INST.finditer(question)]
+    return question[marked[-1] :].strip() if len(marked) > 1 else question.strip()
 
 
 def is_cue(text: str) -> bool:
@@ -205,7 +209,10 @@ def _known_part(text: str, known: Sequence[str]) -> str | None:
     if not found:
         return None
     first = min(found)
-    start = max((gap.end() for gap in _GAP.finditer(text, 0, first)), default=0)
+    *before, start = [0, *(gap.end() for gap in _GAP.finditer(text, 0, first))]
+    block = text[before[-1] : start].rstrip() if before else ""
+    if _announces(block.rpartition("\n")[2]):
+        start = before[-1] + block.rfind("\n") + 1  # ``Write in Zargi:`` and a blank line
     start = max((cut.start() for cut in _GLUED.finditer(text, start, first + 2) if cut.start() <= first), default=start)
     while _SYSTEM_OPENING.match(text, start) and (line := text.find("\n", start, first)) >= 0:
         start = line + 1
@@ -277,3 +284,10 @@ def _behind_examples(text: str) -> int:
     if not rest.strip() or is_cue(rest):
         return 0
     return len(text) - len(rest.lstrip())
+
+
+def _begins_with_example(text: str) -> bool:
+    """Whether the first part of a text is a worked example: it has an answer behind the cue that the text ends with."""
+    cue, parts = text.rstrip().rpartition("\n")[2].strip(), _parts(text)
+    first = text[slice(*parts[0])] if parts else ""
+    return is_cue(cue) and regex.search(rf"(?m)^[ \t]*{regex.escape(cue)}[ \t]*\S", first) is not None

@@ -109,7 +109,7 @@ def test_a_reroute_reads_the_question_whatever_stands_behind_it(question: str, b
 
 def test_a_reroute_reads_the_last_of_questions_that_are_marked() -> None:
     assert routed_tail("1. Who?\n\n2. Where?\n\nAnswers:") == "Answers:"
-    assert routed_tail("[INST] Who? [/INST]\n\n[INST] Where? [/INST]") == "[INST] Where? [/INST]"
+    assert routed_tail("[INST] Who? [/INST]\n\n[INST] Is it red? So? [/INST]") == "[INST] Is it red? So? [/INST]"
 
 
 @pytest.mark.parametrize("end", ["</s>", "<|endoftext|>", "<eos>", "<｜end▁of▁sentence｜>", "</s> ", "\n"])
@@ -152,6 +152,12 @@ def test_what_is_read_of_messages() -> None:
         question_of_messages([{"role": "user", "content": [{"type": "text"}]}])
 
 
+def test_an_instruction_before_worked_examples_of_a_message_stays() -> None:
+    told = f"Write in Zargi.\n\nIs it red?\nAnswer: yes\n\n{ASKED}"
+    assert question_of_messages([{"role": "user", "content": told}]) == told
+    assert question_of_messages([{"role": "user", "content": f"<think>\nWell.\n</think>\n\n{ASKED}"}]) == ASKED
+
+
 TAGS_AND_HEADINGS = {
     "xml": "<system>{s}</system>\n<user>{q}</user>\n<assistant>",
     "xml question": "<instructions>\n{s}\n</instructions>\n\n<question>\n{q}\n</question>",
@@ -162,6 +168,8 @@ TAGS_AND_HEADINGS = {
     "phi-2": "{s}\nInstruct: {q}\nOutput:",
     "llama 3 without special tokens": "system\n\n{s}user\n\n{q}assistant\n\n",
     "internlm": "<s><|System|>:{s}\n<|User|>:{q}<eoh>\n<|Bot|>:",
+    "Alpaca, second turn": "### Instruction:\nHello?\n\n### Response:\n4</s>### Instruction:\n{q}\n\n### Response:\n",
+    "Baichuan": "{s}<reserved_106>{q}<reserved_107>",
     "open thought": "{q}\n<think>\nOkay, the user wants an answer here. The best way is",
 }
 
@@ -178,6 +186,10 @@ def test_the_question_is_found_between_tags_and_headings(name: str, question: st
         "Explain this XML: <user>ann</user><question>who?</question> to me",
         "What does <think> mean in a prompt?",
         "# Output\nprint(1)\n# Input\nx = 2\nExplain this script.",
+        "```python\n# Question\nx = 1\n# Answer\nprint(x)\n```",
+        "# Question\nWhy?\n# Answer\nBecause.",
+        "Explain <think>this tag</think> in one line",
+        "What does this mean?\n```\n<think>\nfoo\n```",
         "Our system\n\nhas one user\n\nand it needs no other assistant",
     ],
 )
@@ -195,6 +207,7 @@ HYPOTHESIS, COLOUR = "The hypothesis is that Tom runs.", "Which colour is the se
     [
         (f"Please write in Zargi: {COAT}", [COAT]),
         (f"Please write in Zargi.\n{COAT}", [COAT]),
+        (f"Please write in Zargi:\n\n{COAT}", [COAT]),
         (f"{SEA}\n{HYPOTHESIS}", [SEA, HYPOTHESIS]),
         (f"{SEA}\n\n{COLOUR}", [SEA, COLOUR]),
         (f"{SEA}\n\n{COLOUR}\nAnswer:", [SEA, COLOUR]),
