@@ -36,7 +36,7 @@ def main(arguments: Sequence[str], *, disk_failed: int = 2) -> int:
                 return _interrupted(exit_code(error.__context__))
         except DLPLoRAError as error:
             _say(f"error: {one_line(error)}")
-            return 2
+            return disk_failed if isinstance(error.__cause__, OSError) else 2
         except OSError as error:  # a full disk, above all; what TensorBoard raises names no file
             where = error.filename2 or error.filename or "a file of the run, under trainer.default_root_dir"
             _say(f"error: {one_line(f'{error.strerror or error}: {where}')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import torch
 from dlplora.adapters.add import convert_pickle
 from dlplora.atomic import save_tokenizer
 from dlplora.cli.main import main
+from dlplora.errors import ConfigError
+from dlplora.interruption import DISK_FAILED
+from dlplora.reproduce import training
 from dlplora.training.checkpoints import AtomicCheckpointIO
+from dlplora.training.command import main as train_command
 from tests.unit.test_broken_numbers import files_of_at_most
 
 CHECKPOINT = {"state_dict": {f"layer.{i}": torch.ones(40_000) for i in range(4)}, "optimizer": {"exp_avg": torch.ones(9)}, "global_step": 3}
@@ -52,6 +57,18 @@ def test_a_router_that_does_not_fit(num_kilobytes: int, tmp_path: Path, capfd: A
     assert errors.splitlines()[-1].startswith("error: File too large: ")
     assert ".ckpt" in errors.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_who_starts_a_training_is_told_that_the_disk_failed(tmp_path: Path) -> None:
+    """A worker of a matrix gives the cell back then, instead of marking it as failed."""
+    command = ["fit", "--config", "configs/train/router.yaml", "--data.init_args.num_train", "4", "--data.init_args.num_validation", "2"]
+    command += ["--model.init_args.export_folder", str(tmp_path / "out"), "--trainer.default_root_dir", str(tmp_path / "logs")]
+    with files_of_at_most(40 * 1024):
+        assert train_command([*command, "--trainer.logger", "false"], disk_failed=DISK_FAILED) == DISK_FAILED
+    for code, error in ((DISK_FAILED, OSError), (2, ConfigError)):
+        process = training._start([sys.executable, "-c", f"raise SystemExit({code})"])
+        with pytest.raises(error, match="its message is above"):
+            training._wait("router", [process])
 
 
 @pytest.mark.parametrize("num_bytes", [100, 1_000, 5_000])
