@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG})
+"""Errors that say something about a folder and nothing about what is written there."""
 DISK_FAILED = 74
-"""Exit code of a training that another command started, if a file could not be read or written (``EX_IOERR``)."""
+"""Exit code of a training that another command started, if it ended with one of them (``EX_IOERR``)."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it: 130."""
 TERMINATED = 128 + signal.SIGTERM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import errno
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from types import FrameType
 
 from dlplora.config import require_writable
 from dlplora.errors import DLPLoRAError
+from dlplora.interruption import DISK_ERRORS
 from dlplora.matrix.board import Board, Lease, LostError, State
 from dlplora.matrix.cells import CellRunner
 from dlplora.matrix.plan import Cell, Plan, require_same_code, require_same_profiles
@@ -29,8 +29,6 @@ AMONG = 4
 """A worker draws from the first quarter of the available cells, so that few workers claim the same one."""
 POLL_S = 1.0
 """First pause of an idle worker; the following ones are longer."""
-FOLDER_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-"""Errors that say something about the shared folder and nothing about the cell."""
 GIVEN_UP = "UncompletedJobError"
 """Submitit's error for a job that it does not queue again; it says nothing against the cell."""
 TAKEN = signal.SIGALRM
@@ -182,7 +180,7 @@ class _Worker:
         except (LostError, TakenOver) as error:
             return self._given_up(cell, lease.lost or str(error))
         except (DLPLoRAError, MemoryError, RuntimeError, OSError) as error:  # torch raises RuntimeErrors, also for memory
-            if isinstance(error, OSError) and error.errno in FOLDER_FAILED:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 self._last_words(lease, error)
                 raise
             if type(error).__name__ == GIVEN_UP:  # raised in submitit's handler of the signal before the end of a job

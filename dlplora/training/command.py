@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dlplora.errors import DLPLoRAError, one_line
-from dlplora.interruption import TERMINATED, exit_code, raising_on_sigterm
+from dlplora.interruption import DISK_ERRORS, TERMINATED, exit_code, raising_on_sigterm
 
 
 def main(arguments: Sequence[str], *, disk_failed: int = 2) -> int:
@@ -36,13 +36,17 @@ def main(arguments: Sequence[str], *, disk_failed: int = 2) -> int:
                 return _interrupted(exit_code(error.__context__))
         except DLPLoRAError as error:
             _say(f"error: {one_line(error)}")
-            return disk_failed if isinstance(error.__cause__, OSError) else 2
+            return disk_failed if _of_the_disk(error.__cause__) else 2
         except OSError as error:  # a full disk, above all; what TensorBoard raises names no file
             where = error.filename2 or error.filename or "a file of the run, under trainer.default_root_dir"
             _say(f"error: {one_line(f'{error.strerror or error}: {where}')}")
-            return disk_failed
+            return disk_failed if _of_the_disk(error) else 2
         except KeyboardInterrupt as error:
             return _interrupted(exit_code(error))
+
+
+def _of_the_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 def _interrupted(code: int) -> int:
