@@ -28,8 +28,8 @@ from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import INPUT, USER, TurnMarkers, all_turns, begins_with_turn
 from dlplora.inference.sentences import ends_with_question, question_spans
 
-_THINKING = regex.compile(
-    r"(?:\A|\s*\n)\s*<(think|thinking|reasoning)>.*?</\1>\s*|(?:\A|\s*\n)\s*<(?:think|thinking|reasoning)>(?:(?!```).)*\Z", regex.DOTALL
+_THINKING = regex.compile(  # no white space in front of the line break: runs of them would be searched in cubic time
+    r"(?:\A\s*|\n[^\S\n]*)(?:<(think|thinking|reasoning)>.*?</\1>\s*|<(?:think|thinking|reasoning)>(?:(?!```).)*\Z)", regex.DOTALL
 )
 _LLAMA2_SYSTEM = regex.compile(r"<<SYS>>.*?<</SYS>>\s*", regex.DOTALL)
 _CUE = regex.compile(r"#{0,3} ?(?:\*\*)?[^\s:：][^\n:：]{0,40}[:：](?:\*\*)?")
