@@ -24,7 +24,7 @@ from dlplora.matrix.worker import Limits, work
 
 SIGNAL = "USR1"
 ENDLESS = 1_000_000
-"""How often submitit may queue a job again after a time limit."""
+"""How often submitit may queue a job again after a time limit. Its default is three; a long plan has as many time limits as it needs."""
 WARNING_S = 120
 """How long before the end of a job the signal comes; a training has a minute to stop."""
 
@@ -85,15 +85,18 @@ def submit(plan: Path, resources: Resources, limits: Limits | None = None) -> li
     Raises:
         ConfigError: If submitit is absent, or the scheduler refuses.
     """
-    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", SIGNAL)  # read when submitit is imported
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # for jobs on this machine
     try:
         import submitit
+        from submitit.core.job_environment import JobEnvironment
     except ModuleNotFoundError as error:
         raise ConfigError("`dlplora matrix submit` needs submitit: pip install 'dlplora[slurm]'. `matrix work` needs nothing.") from error
     if resources.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {resources.workers}.")
+    JobEnvironment.USR_SIG = SIGNAL  # submitit may have been imported with another one
     try:
-        executor = submitit.AutoExecutor(folder=plan.with_suffix(".work") / "jobs" / "%j", cluster=resources.cluster)
+        folder = plan.with_suffix(".work") / "jobs" / "%j"
+        executor = submitit.AutoExecutor(folder, resources.cluster, slurm_max_num_timeout=ENDLESS, local_max_num_timeout=ENDLESS)
         executor.update_parameters(**_parameters(resources))
         with executor.batch():
             return [executor.submit(WorkerJob(str(plan.resolve()), limits or Limits())) for _ in range(resources.workers)]
@@ -115,7 +118,6 @@ def _parameters(resources: Resources) -> dict[str, Any]:
         given |= {
             "slurm_partition": resources.partition,
             "slurm_signal_delay_s": WARNING_S,
-            "slurm_max_num_timeout": ENDLESS,  # submitit gives up after three; a long plan has as many time limits as it needs
             "slurm_additional_parameters": {"requeue": True},
             "slurm_setup": [f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", *resources.setup],
         }

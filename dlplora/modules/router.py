@@ -338,10 +338,7 @@ class MiniMLPRouter(nn.Module):
         content = read_json(path, error=MethodError)
         if content.get("format") != FILE_FORMAT:
             raise MethodError(f"{path} has format {short(content.get('format'))}, expected {FILE_FORMAT}. Train the router again.")
-        try:
-            description = build(_Description, content, str(path), error=MethodError)
-        except ConfigError as problem:  # a number out of its range
-            raise MethodError(f"{path}: {problem}") from problem
+        description = build(_Description, content, str(path), error=MethodError)
         router = cls(description.names, description.config, embedding=embedding)
         shape = description.embedding_shape
         if shape is not None and shape != router.embedding_shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -19,9 +18,9 @@ import yaml
 
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError
-from dlplora.matrix import slurm, worker
+from dlplora.matrix import worker
 from dlplora.matrix.board import Board
-from dlplora.matrix.cells import CellRunner, Outcome, _one_node
+from dlplora.matrix.cells import CellRunner, Outcome
 from dlplora.matrix.plan import Cell, Plan, Request, make_header, read_plan, write_plan
 from dlplora.matrix.worker import Limits, by_rank, work
 from dlplora.reporting.store import load_all
@@ -145,7 +144,6 @@ def test_a_job_that_is_not_queued_again_gives_its_cell_back(tmp_path: Path, doin
     assert Board(plan.folder, 1).end_of("a", 0)["kind"] == "released"
     doing(write)
     assert work(plan, quiet).num_done == 1
-    assert slurm._parameters(slurm.Resources(cluster="slurm"))["slurm_max_num_timeout"] > 1000
 
 
 def test_files_that_were_removed_are_made_again_if_something_needs_them(tmp_path: Path, doing: Any) -> None:
@@ -355,55 +353,8 @@ def test_a_worker_gives_the_numbers_of_the_command(tmp_path: Path) -> None:
     assert len(here) == len(cells) == 2
 
 
-def test_slurms_array_is_not_taken_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.fabric.plugins.environments import SLURMEnvironment
-
-    for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dlplora"}.items():
-        monkeypatch.setenv(name, value)
-    assert SLURMEnvironment.detect()
-    with _one_node():
-        assert not SLURMEnvironment.detect()
-    assert SLURMEnvironment.detect()
-
-
-def test_a_preempted_job_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[Any] = []
-    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **options: called.append(command))
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    before = signal.getsignal(signal.SIGUSR1)
-
-    def announced() -> None:
-        with slurm.requeued_when_preempted():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(5)
-
-    with pytest.raises(slurm.Preempted):
-        announced()
-    assert called == [["scontrol", "requeue", "77_3"]]
-    assert signal.getsignal(signal.SIGUSR1) == before
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="a training is tied to its parent on Linux only")
 def test_a_training_does_not_die_of_the_schedulers_signal() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
     process = training._start([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.communicate()[0] == b"alive\n"
-
-
-def test_submitit_starts_workers_here(tmp_path: Path) -> None:
-    pytest.importorskip("submitit", reason="the extra 'slurm' is not installed")
-    cells = planned(tmp_path, "--methods", "base,avg_delta", "--tasks", "pick_food", "--limit", "2")
-    plan = tmp_path / "it.jsonl"
-    job = slurm.WorkerJob(str(plan), Limits())
-    again = job.checkpoint()
-    assert dataclasses.asdict(again.function) == dataclasses.asdict(job)
-    (job_here,) = slurm.submit(plan, slurm.Resources(cluster="local", minutes=5), Limits(device="cpu"))
-    assert job_here.result() == {"done_here": len(cells), "done": len(cells), "failed": 0, "left": 0}
-    assert len(load_all(tmp_path / "it.work" / "results", "nano", "scratch")[0]) == len(cells)
-
-
-def test_without_submitit_the_command_says_what_to_install(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    plan = made(tmp_path)
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    assert "pip install 'dlplora[slurm]'" in refused(capsys, "submit", str(plan.path))
