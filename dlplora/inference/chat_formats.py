@@ -15,8 +15,9 @@ import regex
 
 from dlplora.errors import one_line
 
-USER, INPUT, OTHER = "user", "input", "other"
-"""Roles: the user, whose words are routed; input that belongs to them (Alpaca's ``### Input:``); all others."""
+USER, INPUT, INSTRUCTIONS, OTHER = "user", "input", "instructions", "other"
+"""Roles: the user, whose words are routed; input that belongs to them (Alpaca's ``### Input:``); a heading ``Instructions``, under which
+either the user's words stand or a system text; all others."""
 
 _USER_NAMES = frozenset("user human instruction instruct question query prompt prompter inst user_token 102 106".split())
 _INPUT_NAMES = frozenset("input context".split())
@@ -31,7 +32,7 @@ _MARKED = tuple(
         rf"<start_of_turn>{_ROLE}\b",  # Gemma
         rf"<\|turn>{_ROLE}\b",
         rf"<\|start_of_role\|>{_ROLE}[^<\n]*<\|end_of_role\|>",  # Granite
-        rf"<\|start\|>{_ROLE}[^<\n]*(?:<\|channel\|>\w+)?[^<\n]*<\|message\|>",  # gpt-oss
+        rf"<\|start\|>{_ROLE}[^<\n]*+(?:<\|channel\|>\w+)?[^<\n]*+<\|message\|>",  # gpt-oss
         rf"<[|｜]{_ROLE}[|｜]>:?",  # Phi-3, Zephyr, GLM, DeepSeek, InternLM
         rf"<\|im_\w+\|>{_ROLE}<\|im_middle\|>",  # Kimi
         rf"<extra_id_[01]>{_ROLE}\b",  # Nemotron
@@ -59,14 +60,17 @@ _PLAIN = tuple(
     )
 )
 _TOP_HEADINGS = regex.compile(rf"(?mi)^# ?(?P<role>{_HEADINGS})s?(?::|[ \t]*$)")
-_TOP_HEADINGS_WHOLE = regex.compile(rf"(?i)\A\s*# ?(?:{_HEADINGS})s?[: \t]*\n(?s:.*)\n# ?(?:answer|response|output)s?[: \t]*\s*\Z")
+_TOP_HEADINGS_WHOLE = regex.compile(rf"(?i)\A\s*# ?(?:{_HEADINGS})s?[: \t]*\n(?s:.*)\n# ?(?:answer|response|output)s?[:\s]*\Z")
 """A single ``#`` is a comment in code and a title in a text: it counts if the prompt begins with one and ends with an empty one."""
 _BARE = regex.compile(r"(?:\A|(?<=\S))(?P<role>system|user|assistant)\n\n")
 """Llama 3 without its special tokens, which leaves the next role glued to the last word of a message."""
 _BARE_WHOLE = regex.compile(r"\A(?:system|user)\n\n.*\Sassistant\s*\Z", regex.DOTALL)
 _TAG = "system|instructions?|context|user|human|question|query|prompt|assistant|answer|response"
-_TAGGED_WHOLE = regex.compile(rf"\A\s*(?:<({_TAG})>.*?</\1>\s*)+(?:<(?:assistant|answer|response)>\s*)?\Z", regex.DOTALL | regex.IGNORECASE)
-"""A prompt in XML-like tags from end to end; tags within a text are its own words."""
+_TAGGED_WHOLE = regex.compile(
+    rf"\A\s*(?:(?><({_TAG})>.*?</\1>\s*))++(?:<(?:assistant|answer|response)>\s*)?\Z", regex.DOTALL | regex.IGNORECASE
+)
+"""A prompt in XML-like tags from end to end; tags within a text are its own words. A tag ends at its first end: without the atomic group,
+the ways to pair tags would be tried one by one."""
 _ANSWERERS = frozenset("assistant response answer output gpt ai bot model falcon".split())
 _TURN_END = regex.compile(
     r"(?:\s|<\|im_end\|>|<\|eot_id\|>|<\|eot\|>|<end_of_turn>|<turn\|>|<\|end\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|end_of_turn\|>"
@@ -162,7 +166,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat_templat
 
 def _role(name: str) -> str:
     name = name.lower()
-    return USER if name in _USER_NAMES else INPUT if name in _INPUT_NAMES else OTHER
+    return USER if name in _USER_NAMES else INPUT if name in _INPUT_NAMES else INSTRUCTIONS if name == "instructions" else OTHER
 
 
 def _turns(prompt: str, pattern: regex.Pattern[str]) -> list[Turn]:
@@ -186,12 +190,10 @@ def _tagged_turns(prompt: str) -> list[Turn]:
     return [Turn(_role(one["role"]), one.start("words"), one.end("words"), one.start()) for one in found]
 
 
-def _with_one_question(turns: list[Turn], prompt: str) -> list[Turn]:
+def _with_one_question(turns: list[Turn]) -> list[Turn]:
     """Under a heading ``Instructions`` stand the words of the user, unless there is a question beside them."""
-    names = [regex.match(r"\W*(\w+)", prompt[turn.opened :]) for turn in turns]
-    plural = [name is not None and name[1].lower() == "instructions" for name in names]
-    asked = any(turn.role == USER for turn in turns)
-    return [replace(turn, role=OTHER if asked else USER) if many else turn for turn, many in zip(turns, plural, strict=True)]
+    role = OTHER if any(turn.role == USER for turn in turns) else USER
+    return [replace(turn, role=role) if turn.role == INSTRUCTIONS else turn for turn in turns]
 
 
 def _learned_turns(prompt: str, markers: TurnMarkers) -> list[Turn]:
@@ -221,12 +223,12 @@ def all_turns(prompt: str, markers: TurnMarkers | None) -> Iterator[list[Turn]]:
         if any(turn.role == USER for turn in turns):
             yield turns
     if _TAGGED_WHOLE.match(prompt):
-        yield _with_one_question(_tagged_turns(prompt), prompt)
+        yield _with_one_question(_tagged_turns(prompt))
     whole = ((_BARE, _BARE_WHOLE), (_TOP_HEADINGS, _TOP_HEADINGS_WHOLE))
     for pattern in (*_PLAIN, *(one for one, shape in whole if shape.match(prompt))):
         names = [match["role"].lower() for match in pattern.finditer(prompt)]
         if len(names) > 1 and names[-1] in _ANSWERERS:
-            turns = _with_one_question(_turns(prompt, pattern), prompt)
+            turns = _with_one_question(_turns(prompt, pattern))
             if any(turn.role == USER for turn in turns):
                 yield turns
 

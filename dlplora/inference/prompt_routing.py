@@ -35,7 +35,7 @@ from dlplora.types import PromptBatch
 PROMPT_ROUTINGS = ("whole", "question", "sentence")
 
 _INSTRUCTION = re.compile(r"\[INST\](.*?)\[/INST\]", re.DOTALL)
-_NUMBER = re.compile(r"(\d+)\.\s+")
+_NUMBER = re.compile(r"(\d{1,9})\.\s+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ def asked_questions(prompt: str) -> ParsedQuestions:
     >>> asked_questions("1. Who?\\n\\n2. Where?\\n\\nAnswers:").texts("1. Who?\\n\\n2. Where?\\n\\nAnswers:")
     ['Who?', 'Where?']
     """
-    marked = list(_INSTRUCTION.finditer(prompt))
+    marked = list(
+        _INSTRUCTION.finditer(prompt, 0, prompt.rfind("[/INST]") + 7)
+    )  # behind the last end, each opening would be searched in vain
     if marked:
         first = max((i for i in range(1, len(marked)) if prompt[marked[i - 1].end() : marked[i].start()].strip()), default=0)
         return ParsedQuestions(tuple(_trimmed(prompt, *match.span(1)) for match in marked[first:]), "numbered")

@@ -18,7 +18,7 @@ unchanged. The rule is idempotent.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,16 +28,15 @@ from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import INPUT, USER, TurnMarkers, all_turns, begins_with_turn
 from dlplora.inference.sentences import ends_with_question, question_spans
 
-_THINKING = regex.compile(  # no white space in front of the line break: runs of them would be searched in cubic time
-    r"(?:\A\s*|\n[^\S\n]*)(?:<(think|thinking|reasoning)>.*?</\1>\s*|<(?:think|thinking|reasoning)>(?:(?!```).)*\Z)", regex.DOTALL
-)
+_THOUGHT = regex.compile(r"(?:\A\s*|\n[^\S\n]*)(?P<tag><(?P<name>think|thinking|reasoning)>)")
 _LLAMA2_SYSTEM = regex.compile(r"<<SYS>>.*?<</SYS>>\s*", regex.DOTALL)
+_SPACE = regex.compile(r"\s*")
 _CUE = regex.compile(r"#{0,3} ?(?:\*\*)?[^\s:：][^\n:：]{0,40}[:：](?:\*\*)?")
 _GAP = regex.compile(r"\n[^\S\n]*\n\s*")
 _INST = regex.compile(r"\[INST\]")
 _LIST_NUMBER = regex.compile(r"\d+\.\s")
 _NUMBERED = regex.compile(r"(?m)^1\.\s")
-_GLUED = regex.compile(r"(?<=\p{Ll}[.!?][\"'”’)]*)(?=\p{Lu}\p{Ll})|(?<=[。！？])(?=\S)")
+_GLUED = regex.compile(r"(?=\p{Lu}\p{Ll})(?<=\p{Ll}[.!?][\"'”’)]*)|(?<=[。！？])(?=\S)")
 _SYSTEM_OPENING = regex.compile(
     r"(?:system|instructions?|rules?|context)\s*:"
     r"|(?:you are|you're|you will|your (?:task|role|job) is|act as|as an ai|always |never |answer the user)"
@@ -48,6 +47,8 @@ _SYSTEM_OPENING = regex.compile(
 _MOST_CUE_WORDS, _MOST_ANNOUNCING_WORDS = 5, 25
 _LEAST_KNOWN = 20
 """Characters that a line of a document must have to be recognised; shorter ones (``yes``) occur anywhere."""
+_MOST_CACHED = 8192
+"""Characters of a prompt; longer ones are taken apart again rather than kept."""
 
 
 def question_text(prompt: str, markers: TurnMarkers | None = None, known: Sequence[str] = ()) -> str:
@@ -61,16 +62,15 @@ def question_text(prompt: str, markers: TurnMarkers | None = None, known: Sequen
     >>> question_text("You are a helpful assistant.\\n\\nWho came?\\nAnswer:")
     'Who came?\\nAnswer:'
     """
-    return _question_text(prompt, markers, tuple(known))
+    find = _question_text if len(prompt) <= _MOST_CACHED else _question_text.__wrapped__
+    return find(prompt, markers, tuple(known))
 
 
 @functools.lru_cache(maxsize=4096)
 def _question_text(prompt: str, markers: TurnMarkers | None, known: tuple[str, ...]) -> str:
     text = prompt
     while True:  # wrappers may be nested; every step that changes the text makes it shorter
-        inner = _last_message(text, markers)
-        if _THINKING.search(inner) or _LLAMA2_SYSTEM.search(inner):
-            inner = _LLAMA2_SYSTEM.sub("", _THINKING.sub(_thought, inner)).strip()
+        inner = _spoken(_last_message(text, markers))
         own = _known_part(inner, known) if known else None
         inner = _asking_part(inner) if own is None else own
         if inner == text or not inner.strip():
@@ -115,9 +115,9 @@ def message_text(text: str, markers: TurnMarkers | None = None, known: Sequence[
     own = _known_part(text, known) if known else None
     if own is not None:
         return own
-    thought = _THINKING.match(text)
-    if thought is not None and thought.end() < len(text):  # of an answer that was pasted; elsewhere the tag is the user's own word
-        text = text[thought.end() :]
+    start, end = next(_thoughts(text), (0, 0))
+    if start == 0 and end < len(text):  # of an answer that was pasted; elsewhere the tag is the user's own word
+        text = text[end:]
     if _begins_with_example(text):  # before a later one there may be an instruction
         return text[_behind_examples(text) :].strip()
     return text
@@ -170,8 +170,37 @@ def is_cue(text: str) -> bool:
     return _CUE.fullmatch(text) is not None and len(text.split()) <= _MOST_CUE_WORDS
 
 
-def _thought(match: regex.Match[str]) -> str:
-    return "\n" if match.start() else ""
+def _thoughts(text: str) -> Iterator[tuple[int, int]]:
+    """Blocks of thoughts that begin a line, (start, end); one without an end reaches to the end of the text if it holds no code."""
+    code, unclosed, at = text.rfind("```"), set[str](), 0
+    for opened in _THOUGHT.finditer(text):
+        name, start = opened["name"], opened.end()
+        if opened.start("tag") < at:
+            continue
+        end = -1 if name in unclosed else text.find(f"</{name}>", start)
+        if end >= 0:
+            end = _SPACE.match(text, end + len(name) + 3).end()
+        elif code < start:
+            end = len(text)
+        else:
+            unclosed.add(name)  # nor is any later one of its name; a search for each would take quadratic time
+            continue
+        yield max(opened.start(), at), end
+        at = end
+
+
+def _spoken(text: str) -> str:
+    """A message without thoughts and Llama 2's system text; the text itself if it has neither."""
+    thoughts = list(_thoughts(text))
+    if thoughts:
+        kept = zip([0, *(end for _, end in thoughts)], [*(start for start, _ in thoughts), len(text)], strict=True)
+        text = "\n".join(text[start:end] for start, end in kept).strip()
+    last = text.rfind("<</SYS>>")  # behind it, every opening would be searched in vain
+    if last < 0:
+        return text
+    end = _SPACE.match(text, last + 8).end()
+    rest = _LLAMA2_SYSTEM.sub("", text[:end])
+    return (rest + text[end:]).strip() if len(rest) < end else text
 
 
 def _last_message(text: str, markers: TurnMarkers | None) -> str:

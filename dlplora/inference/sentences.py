@@ -21,6 +21,7 @@ while a text is generated, and an end that was found stays an end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import regex
@@ -38,7 +39,8 @@ _OPENING = "([{\"'“‘„«»*_`"
 _WORD = regex.compile(r"[\p{L}\p{M}]+")
 _NUMBER = regex.compile(r"\d{1,4}")
 _ACRONYM = regex.compile(r"(?:\p{L}\p{Ll}?\.)+\p{L}\p{Ll}?")
-_LIST_MARK = regex.compile(r"[ \t>*\-(]*")
+_LIST_MARK = regex.compile(r"(?r)[ \t>*\-(]*")
+_LIST_ITEM = regex.compile(r"(?m)^[ \t>*\-(]*(\w+)[.)]\s")
 _EMOJI = regex.compile(r"\p{Emoji_Presentation}")
 _CONTINUES = frozenset(",;:،؛、，：；")
 _QUOTES = frozenset("\"'“”‘’»›«」』")
@@ -107,7 +109,26 @@ def _is_list_mark(text: str, line: int, word: str) -> bool:
         before = chr(ord(word) - 1)
     else:
         return False
-    return regex.search(rf"(?m)^[ \t>*\-(]*{regex.escape(before)}[.)]\s", text[:line]) is not None
+    return _list_items(text).get(before, line + 1) <= line
+
+
+@lru_cache(maxsize=8)
+def _list_items(text: str) -> dict[str, int]:
+    """Where the first list item with each number or letter has its text."""
+    items: dict[str, int] = {}
+    for item in _LIST_ITEM.finditer(text):
+        items.setdefault(item[1], item.end())
+    return items
+
+
+def _lead(text: str, stop: int) -> str:
+    """The last word before ``stop`` on the same line."""
+    while stop and text[stop - 1].isspace() and text[stop - 1] not in _LINE_BREAKS:
+        stop -= 1
+    start = stop
+    while start and not text[start - 1].isspace():
+        start -= 1
+    return text[start:stop]
 
 
 def _number_ends(lead: str, following: _Next) -> bool | None:
@@ -171,16 +192,15 @@ def _full_stop_ends(text: str, dot: int, after: int, final: bool) -> bool | None
     known = name in words.BEFORE_NAMES or name in words.BEFORE_NUMBERS or name in words.NEVER_LAST or name in words.OFTEN_LAST
     if not (number or letter or known or name in words.MONTHS_SHORT or _ACRONYM.fullmatch(word)):
         return True
-    line = max(text.rfind(char, 0, dot) for char in _LINE_BREAKS) + 1
-    before = text[line:start].split()
-    lead = before[-1].strip(_OPENING + ",").lower() if before else ""
+    lead = _lead(text, start).strip(_OPENING + ",").lower()
     lead = "is" if lead.endswith((":", "=")) else lead
     if number and lead in words.ANSWER_LEADS:
         return True
     following = _next_word(text, after, final)
     if following is None:
         return True if final else None
-    at_line_start = _LIST_MARK.fullmatch(text, line, start) is not None
+    line = _LIST_MARK.match(text, 0, start).start()
+    at_line_start = line == 0 or text[line - 1] in _LINE_BREAKS
     if at_line_start and (number or (letter and not following.stopped)) and _is_list_mark(text, line, word):
         return False if number or not following.text[:1].isupper() else following.starts_sentence()
     pair = lead.removesuffix(".") + name
@@ -244,16 +264,22 @@ def _scan(text: str, final: bool, begin: int = 0) -> tuple[list[int], bool]:
     if not final:
         text = text.rstrip("\ufffd")  # a character of which not all bytes are there
     ends: list[int] = []
+    blank = empty = begin  # up to where there is no character, and nothing but stops
     for match in _END.finditer(text, begin):
         if match["line"]:
-            if text[begin : match.start()].strip():
+            if text[max(begin, blank) : match.start()].strip():
                 ends.append(begin := match.end())
+            else:
+                blank = match.end()
             continue
         verdict = _run_ends(text, match.start(), match.end(), final)
         if verdict is None:
             return ends, True
-        if verdict and _CONTENT.search(text, begin, match.start()):
-            ends.append(begin := match.end())
+        if verdict:
+            if _CONTENT.search(text, max(begin, empty), match.start()):
+                ends.append(begin := match.end())
+            else:
+                empty = match.end()
     return ends, False
 
 
@@ -280,7 +306,7 @@ def question_spans(prompt: str) -> list[tuple[int, int]]:
     for gap in [*regex.finditer(r"\n\s*\n", prompt), None]:
         stop = len(prompt) if gap is None else gap.start()
         block = prompt[begin:stop]
-        ends = [end for end in sentence_end_positions(block) if ends_with_question(block[:end])]
+        ends = [end for start, end in pairwise([0, *sentence_end_positions(block)]) if ends_with_question(block[start:end])]
         cuts = [0, *ends[:-1], len(block)]
         found += [(begin + start, begin + end) for start, end in pairwise(cuts)]
         begin = stop if gap is None else gap.end()

@@ -168,10 +168,7 @@ def read_scope(folder: str | os.PathLike[str]) -> ScopeThreshold | None:
     if not path.is_file():
         return None
     content = read_json(path, error=MethodError)
-    try:
-        description = build(_Description, content, str(path), error=MethodError)
-    except ConfigError as problem:  # a number out of its range
-        raise MethodError(f"{path}: {problem} Run `dlplora scope` again, or delete it.") from problem
+    description = build(_Description, content, str(path), error=MethodError)
     if description.format != FILE_FORMAT:
         raise MethodError(f"{path} has format {description.format}, expected {FILE_FORMAT}. Run `dlplora scope` again.")
     if description.router_sha256 != file_sha256(Path(folder) / "router.safetensors"):
