@@ -48,7 +48,7 @@ Progress = Callable[[str], None]
 POOL_TEXT = f"rank {LORA.rank}, alpha {LORA.lora_alpha}, {' and '.join(LORA.target_modules)}"
 
 
-EXPERTS = (26,)
+EXPERTS = 26
 """Pool size unless another one is named, or ``runs`` has a pool."""
 MAX_NUMBER = 1_000_000
 """Limit of experts, rows, tokens and rounds; larger numbers would not finish or fit into memory."""
@@ -61,8 +61,8 @@ class Group:
     systems: tuple[str, ...] = ("base", "peft_single", "dlp")
     """Names; ``NAME@E`` has a pool of its own size, ``NAME:BACKEND`` a kernel backend (``ties:merged`` times a static merge folded into the
     weights); ``all`` means all of them."""
-    experts: tuple[int, ...] = EXPERTS
-    """Pool sizes; systems without a pool are built once."""
+    experts: tuple[int, ...] | None = None
+    """Pool sizes; None is the size of the pool of ``runs``, or 26. Systems without a pool are built once."""
     kept: tuple[int, ...] = ()
     """Top-k experts forced per sequence, for systems that support it; none leaves it to each method."""
     backends: tuple[str, ...] = ("auto",)
@@ -84,16 +84,16 @@ class Group:
 
     def __post_init__(self) -> None:
         for name in ("systems", "experts", "backends", "compile", "batch", "prompt"):
-            if not getattr(self, name):
+            if getattr(self, name) == ():
                 raise ConfigError(f"'{name}' is empty; name at least one.")
         for name, least in (("experts", 1), ("kept", 1), ("reroute_every", 2), ("batch", 1), ("prompt", 1)):
-            small = [value for value in getattr(self, name) if value < least]
+            small = [value for value in getattr(self, name) or () if value < least]
             if small:
                 raise ConfigError(f"'{name}' must be at least {least}, got {small[0]}.")
-        numbers = [*self.experts, *self.kept, *self.reroute_every, *self.batch, *self.prompt, self.new_tokens, self.repeats, self.warmup]
+        numbers = [*self.sizes, *self.kept, *self.reroute_every, *self.batch, *self.prompt, self.new_tokens, self.repeats, self.warmup]
         if max(numbers) > MAX_NUMBER:
             raise ConfigError(f"numbers of a benchmark must be at most {MAX_NUMBER:,}, got {max(numbers)}.")
-        if max(self.kept, default=0) > min(self.experts):
+        if self.experts is not None and max(self.kept, default=0) > min(self.experts):
             raise ConfigError(
                 f"'kept' asks for {max(self.kept)} experts of a pool of {min(self.experts)}; name larger pools or keep fewer."
             )
@@ -112,6 +112,11 @@ class Group:
                 if backend is not None and stem in BUILTIN:
                     raise ConfigError(f"system '{name}': '{stem}' has no kernel backend; only methods of this suite have one.")
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pool sizes."""
+        return (EXPERTS,) if self.experts is None else self.experts
+
     def entries(self) -> list[Entry]:
         """Every system with every setting that applies to it, in the order given."""
         names = [known for name in self.systems for known in (known_systems() if name == "all" else [name])]
@@ -122,7 +127,7 @@ class Group:
         return list(found)
 
     def _entries_of(self, name: str, own_size: int | None, own_backend: str | None, compiled: bool) -> list[Entry]:
-        sizes = (POOL_FREE[name],) if name in POOL_FREE else self.experts if own_size is None else (own_size,)
+        sizes = (POOL_FREE[name],) if name in POOL_FREE else self.sizes if own_size is None else (own_size,)
         if name in BUILTIN:
             return [Entry(system=name, experts=size, compiled=compiled) for size in sizes]
         spec = load_method_spec(name)
@@ -223,7 +228,7 @@ def run_bench(
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.
     """
     device = config.torch_device
-    config = _with_pool_of_runs(config)
+    config = _with_pool_sizes(config)
     entries = {name: group.entries() for name, group in config.groups.items()}
     _check_memory(config, max(entry.experts for listed in entries.values() for entry in listed), device)
     if any(entry.compiled for listed in entries.values() for entry in listed):
@@ -262,20 +267,18 @@ def run_bench(
     return record
 
 
-def _with_pool_of_runs(config: BenchConfig) -> BenchConfig:
-    """The configuration for the pool of ``runs``: groups that leave the number of experts open have its size.
+def _with_pool_sizes(config: BenchConfig) -> BenchConfig:
+    """The configuration with a pool size in every group that leaves it open.
 
     Raises:
-        ConfigError: If a group wants another size, for which there are no trained adapters.
+        ConfigError: If a group wants another size than ``runs`` has adapters for.
     """
-    if config.runs is None:
-        return config
-    number = len(load_pool(method_asset("pool", "", runs=Path(config.runs))).names)
-    groups = {name: replace(group, experts=(number,)) if group.experts == EXPERTS else group for name, group in config.groups.items()}
-    for name, group in groups.items():
-        sizes = {entry.experts for entry in group.entries() if entry.system not in POOL_FREE}
-        if sizes and max(sizes) != number:
-            raise ConfigError(f"group '{name}': the pool of {config.runs} has {number} adapters, --experts asks for {max(sizes)}.")
+    number = EXPERTS if config.runs is None else len(load_pool(method_asset("pool", "", runs=Path(config.runs))).names)
+    groups = {name: group if group.experts else replace(group, experts=(number,)) for name, group in config.groups.items()}
+    for name, group in groups.items() if config.runs is not None else ():
+        others = {entry.experts for entry in group.entries() if entry.system not in POOL_FREE} - {number}
+        if others:
+            raise ConfigError(f"group '{name}': the pool of {config.runs} has {number} adapters, --experts asks for {min(others)}.")
     return replace(config, groups=groups)
 
 
@@ -299,11 +302,11 @@ def _weights(shape: str) -> str:
 
 
 def build_setup(config: BenchConfig, model: Any, tokenizer: Any, experts: int, folder: Path) -> BenchSetup:
-    """The trained pool where it has the size asked for: that of ``runs``, or the embedded one on nano; otherwise a random one."""
+    """The pool of ``runs``; without one the embedded pool on nano where it has the size asked for, otherwise a random one."""
     experts = max(1, experts)
     runs = None if config.runs is None else Path(config.runs)
     asset = None if runs is None and find_shape(config.shape) is not None else partial(method_asset, runs=runs)
-    if asset is None or experts != len(load_pool(asset("pool", "")).names):
+    if asset is None or (runs is None and experts != len(load_pool(asset("pool", "")).names)):
         bank = random_bank(model, [f"expert_{index:04d}" for index in range(experts)], config.seed)
         return BenchSetup(model=model, tokenizer=tokenizer, bank=bank, folder=folder)
     bank = AdapterBank.from_pool(asset("pool", ""), dtype=model.dtype, device=model.device)

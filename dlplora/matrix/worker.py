@@ -112,12 +112,14 @@ class _Worker:
         """Free the finished cells whose files were removed, or belong to another recipe, if something still needs them."""
         done = {cell for cell, state in self.board.states(self.cells).items() if state.kind == "done"}
         self.staging.publish_all(done)
+        needed: set[str] = set()
         for cell in reversed(self.plan.cells):  # what needs a cell stands behind it
-            needed = [one.id not in done for one in self.plan.cells if cell.id in one.after]
-            if cell.id in done and any(needed) and not self.staging.is_there(cell.id):
+            if cell.id in done and cell.id in needed and not self.staging.is_there(cell.id):
                 self.say(f"{cell.label}: what it had made is gone; it is done again")
                 self.board.reopen(cell.id)
                 done.remove(cell.id)
+            if cell.id not in done:
+                needed.update(cell.after)
 
     def run(self) -> Tally:
         num_here, wait = 0, POLL_S / 2

@@ -93,6 +93,7 @@ class PaperJob:
     def setting(self) -> Setting:
         """Tasks and options, without a base model yet."""
         configs = {**CONFIGS, **self.profile.configs}
+        multitask = self._multitask()
         return Setting(
             suite=self.protocol.suite,
             data_root=None if self.protocol.data_root is None else str(Path(self.protocol.data_root).resolve()),
@@ -100,8 +101,8 @@ class PaperJob:
             configs={**configs, **dict.fromkeys(RANKS, configs["multitask"])},
             options={
                 **self.profile.fit_options,
-                "multitask": self._multitask(),
-                **{role: self._ranked(role) for role in RANKS},
+                "multitask": multitask,
+                **{role: [*multitask, *_ranked(role, rank)] for role, rank in RANKS.items()},
                 "router_paper5m": self._with_table(),
             },
             processes=self.profile.processes,
@@ -115,10 +116,6 @@ class PaperJob:
             return given
         recipe = load_yaml(configs_root() / "train" / f"{self.profile.configs.get('multitask', CONFIGS['multitask'])}.yaml")
         return [*given, f"{STEPS}{round(recipe['data']['init_args']['num_steps'] * count / RECIPE_TASKS)}"]
-
-    def _ranked(self, role: str) -> list[str]:
-        settings = {"lora.rank": RANKS[role], "lora.lora_alpha": 2 * RANKS[role], "adapter_name": role}
-        return [*self._multitask(), *(f"--model.init_args.{key}={value}" for key, value in settings.items())]
 
     def _with_table(self) -> list[str]:
         """The router's options, and an embedding table of its own."""
@@ -140,6 +137,12 @@ class PaperJob:
         return dataclasses.replace(self.protocol, backbone=backbone, revision=commit), dataclasses.replace(
             self.setting, backbone=folder, base_model_name=base
         )
+
+
+def _ranked(name: str, rank: int) -> list[str]:
+    """Options of an adapter of another rank."""
+    settings = {"lora.rank": rank, "lora.lora_alpha": 2 * rank, "adapter_name": name}
+    return [f"--model.init_args.{key}={value}" for key, value in settings.items()]
 
 
 def resolve(

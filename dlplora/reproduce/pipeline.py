@@ -141,6 +141,8 @@ def runs_of(
             own = {role.partition("/")[0]: folders[seed, role] for role in artifacts.roles_of(spec)}
             given = Artifacts(pool=own.pop("pool"), others=own)
             runs.append(prepare(protocol, name, spec, seed, artifacts=given, limit=limit))
+            if not trials:
+                continue  # the name of the base model is a hash of its weights
             settings = validated_settings(trials, spec.name, protocol.suite, name, runs[-1].backbone_name, runs[-1].task_names)
             if settings:
                 tuned = replace(load_method_spec(str(spec.path or spec.name), settings), name=tuned_name(spec.name))

@@ -9,7 +9,7 @@ from dlplora.config import config_hash, configs_root, find_config, list_configs,
 from dlplora.documents import parse_yaml
 from dlplora.errors import ConfigError
 from dlplora.evaluation.runner import Artifacts, Run, prepare
-from dlplora.methods.registry import MethodSpec, method_class
+from dlplora.methods.registry import MethodSpec, hashed_params, method_class
 from dlplora.reporting.tuning import protocol_folder, spelled
 from dlplora.reproduce.paper import CONFIGS
 from dlplora.reproduce.profile import profile_of_protocol
@@ -137,7 +137,8 @@ def trial_jobs(
         jobs.append(TrialJob(choice=choice, run=run, trains=trains, budget=budget))
     seen: dict[str, Choice] = {}
     for one in jobs:
-        same = seen.setdefault(one.cell(), one.choice)
+        varied = [hashed_params(one.run.spec), dict(one.choice.training) if one.trains else {}]  # all else in the cells is equal
+        same = seen.setdefault(config_hash(varied), one.choice)
         if same is not one.choice:
             raise ConfigError(
                 f"'{spec.name}' reads no difference between {spelled(same.settings)} and {spelled(one.choice.settings)}: "

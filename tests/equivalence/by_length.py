@@ -30,8 +30,8 @@ class ByLength(FusionMethod):
         return self.pieces
 
 
-def by_length(policy: str = "stale", pieces: str = "whole") -> ByLength:
-    """``ByLength`` with a ``kv_policy`` and a ``prompt_routing``."""
-    method = ByLength()
+def by_length(policy: str = "stale", pieces: str = "whole", kind: type[ByLength] = ByLength) -> ByLength:
+    """``ByLength``, or a subclass, with a ``kv_policy`` and a ``prompt_routing``."""
+    method = kind()
     method.policy, method.pieces = policy, pieces
     return method

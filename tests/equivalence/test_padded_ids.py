@@ -17,7 +17,7 @@ from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods.base import FusionMethod, Metadata
 from dlplora.modules.lora_bank import AdapterBank
-from tests.equivalence.by_length import by_length
+from tests.equivalence.by_length import ByLength, by_length
 from tests.equivalence.test_generate_options import Second
 
 TEXTS = ("the cat sees", "Mia likes the plum. Who likes it? Answer:")
@@ -25,29 +25,18 @@ WIDTH = 40
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-class Fixed(FusionMethod):
+class Fixed(ByLength):
     """The second adapter alone, asked for again at every sentence end."""
 
     name = "fixed"
     metadata = Metadata(title="Fixed", granularity="sentence")
-    policy, pieces = "stale", "whole"
 
     def route(self, prompts: Any) -> Tensor:
         return torch.tensor([[0.0, 1.0, 0.0]]).expand(len(prompts), 3)
 
-    @property
-    def kv_policy(self) -> str:
-        return self.policy
 
-    @property
-    def prompt_routing(self) -> str:
-        return self.pieces
-
-
-def fixed(policy: str, pieces: str) -> Fixed:
-    method = Fixed()
-    method.policy, method.pieces = policy, pieces
-    return method
+def fixed(policy: str, pieces: str) -> ByLength:
+    return by_length(policy, pieces, Fixed)
 
 
 METHODS: dict[str, Callable[[], FusionMethod]] = {

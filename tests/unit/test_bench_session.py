@@ -216,19 +216,22 @@ def test_a_folder_of_trained_artifacts_is_used_where_it_fits(tmp_path: Path) -> 
     assert record.adapters["a"].startswith("trained, rank ")
     assert [one.contender for one in record.measurements] == ["base", "peft_single", "dlp", "mole"]
     assert record.skipped == {}
-    config = BenchConfig(runs=str(runs), groups={"a": Group(systems=("base", "dlp"), experts=(3,), **SMALL)})
-    with pytest.raises(ConfigError, match="has 26 adapters, --experts asks for 3"):
-        run_bench(config)
+    for experts in ((3,), (3, 26)):
+        config = BenchConfig(runs=str(runs), groups={"a": Group(systems=("base", "dlp"), experts=experts, **SMALL)})
+        with pytest.raises(ConfigError, match="has 26 adapters, --experts asks for 3"):
+            run_bench(config)
 
 
 def test_a_pool_of_another_size_is_timed_and_not_replaced(tmp_path: Path) -> None:
     names = sorted(path.name for path in (NANO_ASSETS / "pool").iterdir() if path.is_dir())[:2]
     for name in names:
         shutil.copytree(NANO_ASSETS / "pool" / name, tmp_path / "pool" / name)
-    open_size = {key: value for key, value in SMALL.items() if key != "experts"}
-    record = run_bench(BenchConfig(runs=str(tmp_path), groups={"a": Group(systems=("base", "avg_delta"), **open_size)}))
-    assert record.adapters["a"].startswith("trained, rank ")
-    assert [one.experts for one in record.measurements if one.contender == "avg_delta"] == [2]
+    for systems, sizes in ((("base", "avg_delta"), [0, 2]), (("base", "peft_single"), [0, 1])):
+        record = run_bench(BenchConfig(runs=str(tmp_path), groups={"a": Group(systems=systems, **SMALL)}))
+        assert record.adapters["a"].startswith("trained, rank ")
+        assert [one.experts for one in record.measurements] == sizes
+    with pytest.raises(ConfigError, match="has 2 adapters, --experts asks for 26"):
+        run_bench(BenchConfig(runs=str(tmp_path), groups={"a": Group(systems=("base", "avg_delta"), experts=(26,), **SMALL)}))
 
 
 def test_one_system_that_fails_loses_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
