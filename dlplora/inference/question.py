@@ -137,7 +137,7 @@ def content_text(content: Any) -> str:
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type") in {"text", "input_text"}:
+        elif isinstance(part, Mapping) and part.get("type", "text" if "text" in part else None) in {"text", "input_text"}:
             if not isinstance(part.get("text"), str):
                 raise GenerationError("a part of a message is of type 'text' and has no text.")
             texts.append(part["text"])
@@ -155,13 +155,20 @@ def routed_tail(question: str) -> str:
     """The last question of a routed text and what follows it; a re-route reads it before the generated text (view ``tail``).
 
     Questions are taken apart only where they are marked, by list numbers or by several ``[INST]``. Otherwise the whole text is read: what
-    stands behind a blank line or a question mark (``Thanks!``, ``Can you do that?``) need not be a question of its own.
+    stands behind a blank line or a question mark (``Thanks!``, ``Can you do that?``) need not be a question of its own, and a list under a
+    question holds the options.
     """
     spans = list(question_spans(question))
-    if sum(_LIST_NUMBER.match(question, start) is not None for start, _ in spans) > 1:
+    numbered = [i for i, (start, _) in enumerate(spans) if _LIST_NUMBER.match(question, start)]
+    if len(numbered) > 1 and not _are_options([question[slice(*span)] for span in spans], numbered):
         return question[slice(*spans[-1])]  # one cue for a whole list; the view `segment` knows which question comes next
     marked = [match.start() for match in _INST.finditer(question)]
     return question[marked[-1] :].strip() if len(marked) > 1 else question.strip()
+
+
+def _are_options(parts: Sequence[str], numbered: Sequence[int]) -> bool:
+    asked = [ends_with_question(_without_cue(parts[i])) for i in numbered]
+    return numbered[0] > 0 and ends_with_question(parts[numbered[0] - 1]) and not any(asked)
 
 
 def is_cue(text: str) -> bool:

@@ -109,6 +109,8 @@ def test_a_reroute_reads_the_question_whatever_stands_behind_it(question: str, b
 
 def test_a_reroute_reads_the_last_of_questions_that_are_marked() -> None:
     assert routed_tail("1. Who?\n\n2. Where?\n\nAnswers:") == "Answers:"
+    options = "Which one is a fruit?\n\n1. a car\n\n2. a plum\n\nAnswer:"
+    assert routed_tail(options) == options
     assert routed_tail("[INST] Who? [/INST]\n\n[INST] Is it red? So? [/INST]") == "[INST] Is it red? So? [/INST]"
 
 
@@ -136,7 +138,7 @@ OWN_WORDS = [
 
 @pytest.mark.parametrize("text", OWN_WORDS)
 def test_the_words_of_a_known_message_are_its_own(text: str) -> None:
-    for content in (text, [{"type": "text", "text": text}], [text]):
+    for content in (text, [{"type": "text", "text": text}], [{"text": text}], [text]):
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         assert question_of_messages(messages) == text
 
