@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dlplora.bench.session import load_bench_config, run_bench
+from dlplora.bench.session import run_bench
+from dlplora.bench.settings import load_bench_config
 from dlplora.cli.bench import target_path
 from dlplora.cli.terminal import quiet_loading
 from dlplora.errors import DLPLoRAError

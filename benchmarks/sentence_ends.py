@@ -25,7 +25,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dlplora.bench.model_shapes import load_shape
 from dlplora.bench.rounds import round_orders, take_turns
-from dlplora.bench.session import BenchConfig, Group, build_setup
+from dlplora.bench.session import build_setup
+from dlplora.bench.settings import BenchConfig, Group
 from dlplora.bench.setup import BenchSystem, Entry, Workload
 from dlplora.bench.systems import build_system, make_workload
 from dlplora.cli.terminal import quiet_loading

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlplora.bench.hardware import ContentionMonitor
 from dlplora.bench.model_shapes import load_shape
-from dlplora.bench.session import BenchConfig, Group, build_setup
+from dlplora.bench.session import build_setup
+from dlplora.bench.settings import BenchConfig, Group
 from dlplora.bench.setup import BenchSystem, Entry
 from dlplora.bench.systems import build_system, make_workload
 from dlplora.cli.terminal import quiet_loading, split_names

@@ -31,6 +31,14 @@ class Samples:
     positions: list[int] = field(default_factory=list)
     """The system's place in the order of each round, from 0."""
 
+    def add(self, position: int, times: tuple[float, float], router_s: float | None) -> None:
+        """One round: place in the order, (TTFT, TPOT), and routing, s."""
+        self.positions.append(position)
+        self.ttft_s.append(times[0])
+        self.tpot_s.append(times[1])
+        if router_s is not None:
+            self.router_s.append(router_s)
+
 
 def round_orders(num_systems: int, num_rounds: int, seed: int | str) -> list[list[int]]:
     """The systems' indices in timing order, one list per round; every second round is the reverse of the one before.
@@ -57,6 +65,7 @@ def take_turns(
     device: torch.device,
     before_round: Callable[[int], object],
     once: Callable[[BenchSystem, Workload], tuple[float, float]] | None = None,
+    dropped: Callable[[int, Exception], object] | None = None,
 ) -> list[Samples]:
     """Time every system once per round, in the order of that round.
 
@@ -67,23 +76,33 @@ def take_turns(
         device: Where they run.
         before_round: Told the number of the round that begins, from 0.
         once: One generation -> (TTFT, TPOT), s; None is ``time_once``.
+        dropped: Told the index of a system that failed, and its error; the others go on without it. None raises the error.
     """
     timed = once or time_once
     samples = [Samples() for _ in systems]
+    failed: set[int] = set()
     for number, order in enumerate(orders):
         before_round(number)
         gc.collect()
-        if order:
-            timed(systems[order[-1]], workload)  # not recorded; the last one, so that the first follows another system like the rest
-        for position, index in enumerate(order):
-            first, rest = timed(systems[index], workload)
-            samples[index].ttft_s.append(first)
-            samples[index].tpot_s.append(rest)
-            samples[index].positions.append(position)
-            route = systems[index].route
-            if route is not None:
-                samples[index].router_s.append(time_call(lambda route=route: route(workload), device))  # type: ignore[misc]
+        able = [index for index in order if index not in failed]
+        for place, index in enumerate([*able[-1:], *able]):  # first the last one, off the record, so that every other one follows another
+            if index in failed:
+                continue
+            try:
+                times = timed(systems[index], workload)
+                if place:
+                    samples[index].add(place - 1, times, _router_s(systems[index], workload, device))
+            except Exception as error:  # a compiler, or the memory
+                if dropped is None:
+                    raise
+                failed.add(index)
+                dropped(index, error)
     return samples
+
+
+def _router_s(system: BenchSystem, workload: Workload, device: torch.device) -> float | None:
+    route = system.route
+    return None if route is None else time_call(lambda: route(workload), device)
 
 
 def time_once(system: BenchSystem, workload: Workload) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.cli.terminal import split_names
+from dlplora.config import require_writable
 from dlplora.errors import ConfigError
 
 LISTS = ("experts", "kept", "batch", "prompt", "reroute_every")
@@ -56,7 +57,7 @@ def config_of(arguments: argparse.Namespace) -> Any:
     Raises:
         ConfigError: For a bad value, or options of a group beside ``--config``.
     """
-    from dlplora.bench.session import BenchConfig, Group, load_bench_config
+    from dlplora.bench.settings import BenchConfig, Group, load_bench_config
 
     given = {name: getattr(arguments, name) for name in GROUP_OPTIONS if getattr(arguments, name) is not None}
     whole = {name: getattr(arguments, name) for name in ("shape", "dtype", "device", "runs") if getattr(arguments, name) is not None}
@@ -104,6 +105,8 @@ def run_latency(arguments: argparse.Namespace) -> int:
 
     quiet_loading(None)
     config = config_of(arguments)
+    if arguments.out is not None:
+        require_writable(Path(arguments.out).parent if arguments.out.endswith(".json") else arguments.out, "--out")
     record = run_bench(config, _tell, after_group=lambda record: save_bench(record, target_path(arguments.out, record)))
     for warning in record.warnings:
         print(f"dlplora: warning: {warning}; the times are not those of a quiet machine.", file=sys.stderr)

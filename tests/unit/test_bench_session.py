@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import statistics
@@ -16,7 +17,8 @@ from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
 from dlplora.bench.released_loop import KeptExperts, LoopedLoRALinear
 from dlplora.bench.rounds import round_orders
-from dlplora.bench.session import BenchConfig, Group, load_bench_config, run_bench
+from dlplora.bench.session import run_bench
+from dlplora.bench.settings import BenchConfig, Group, load_bench_config
 from dlplora.bench.setup import BenchSetup, Entry
 from dlplora.bench.systems import BUILTIN, ForcedRerouter, build_system, known_systems, make_workload
 from dlplora.cli.bench import config_of
@@ -234,17 +236,29 @@ def test_a_pool_of_another_size_is_timed_and_not_replaced(tmp_path: Path) -> Non
         run_bench(BenchConfig(runs=str(tmp_path), groups={"a": Group(systems=("base", "avg_delta"), experts=(26,), **SMALL)}))
 
 
-def test_one_system_that_fails_loses_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = session.time_once
+def test_a_place_that_takes_no_record_is_refused_before_anything_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "run_bench", lambda *given, **options: pytest.fail("timed"))
+    (tmp_path / "file").touch()
+    for out in ("file/record.json", "file"):
+        assert main(["bench", "latency", "--config", "smoke", "--out", str(tmp_path / out)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "--out: cannot write in" in line
+
+
+@pytest.mark.parametrize("works", [0, 1, 2])  # warm-up is off: a turn for the memory, then two rounds
+def test_one_system_that_fails_loses_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch, works: int) -> None:
+    timed, turns = session.time_once, itertools.count()
 
     def faulty(system: Any, workload: Any) -> Any:
-        if system.entry.system == "avg_delta":
+        if system.entry.system == "avg_delta" and next(turns) >= works:
             raise RuntimeError("a compiler\nhas failed")
         return timed(system, workload)
 
     monkeypatch.setattr(session, "time_once", faulty)
     record = run_bench(BenchConfig(groups={"a": Group(systems=("base", "avg_delta", "dlp"), **SMALL)}))
-    assert [one.contender for one in record.measurements] == ["base", "dlp"]
+    assert [(one.contender, len(one.ttft_s)) for one in record.measurements] == [("base", 2), ("dlp", 2)]
     ((what, why),) = record.skipped.items()
     assert what.startswith("a: avg_delta")
     assert why == "RuntimeError: a compiler has failed"
