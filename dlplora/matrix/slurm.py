@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from dlplora.errors import ConfigError
-from dlplora.interruption import Terminated
+from dlplora.interruption import Terminated, raising_on_sigterm
 from dlplora.matrix.plan import read_plan
 from dlplora.matrix.worker import Limits, work
 
@@ -59,7 +59,8 @@ class WorkerJob:
 
     def __call__(self) -> dict[str, int]:
         """Work on the plan; returns its status at the end."""
-        tally = work(read_plan(Path(self.plan)), _tell, self.limits)
+        with raising_on_sigterm():  # submitit ignores it, and the cell of a cancelled job would wait for the end of its lease
+            tally = work(read_plan(Path(self.plan)), _tell, self.limits)
         return {"done_here": tally.num_done_here, "done": tally.num_done, "failed": tally.num_failed, "left": tally.num_left}
 
     def checkpoint(self) -> Any:

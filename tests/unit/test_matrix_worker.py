@@ -18,7 +18,8 @@ import yaml
 
 from dlplora.cli.main import main
 from dlplora.errors import ConfigError
-from dlplora.matrix import worker
+from dlplora.interruption import Terminated
+from dlplora.matrix import slurm, worker
 from dlplora.matrix.board import Board
 from dlplora.matrix.cells import CellRunner, Outcome
 from dlplora.matrix.plan import Cell, Plan, Request, make_header, read_plan, write_plan
@@ -144,6 +145,24 @@ def test_a_job_that_is_not_queued_again_gives_its_cell_back(tmp_path: Path, doin
     assert Board(plan.folder, 1).end_of("a", 0)["kind"] == "released"
     doing(write)
     assert work(plan, quiet).num_done == 1
+
+
+def test_a_cancelled_job_gives_its_cell_back(tmp_path: Path, doing: Any) -> None:
+    def cancelled(one: Cell, folder: Path) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return write(one, folder)
+
+    plan = made(tmp_path, cell("a"))
+    doing(cancelled)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # submitit prints that it is bypassed
+    try:
+        with pytest.raises(Terminated):
+            slurm.WorkerJob(str(plan.path), Limits())()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Board(plan.folder, 1).end_of("a", 0)["kind"] == "released"
 
 
 def test_files_that_were_removed_are_made_again_if_something_needs_them(tmp_path: Path, doing: Any) -> None:
