@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,40 @@ RESULT_PATHS = ("dlplora", "baselines", "configs")
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=PACKAGE_ROOT.parent, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *arguments], cwd=PACKAGE_ROOT.parent, capture_output=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return os.fsdecode(done.stdout).strip()
+
+
+def changed_files() -> list[Path] | None:
+    """Files that can change a result and differ from the commit, or are in none; None outside a git clone of this project."""
+    if not (PACKAGE_ROOT.parent / ".git").exists():
+        return None
+    # without a commit every file is a new one
+    base = ("diff", "--name-only", "--no-renames", "-z", "HEAD") if _git("rev-parse", "HEAD") else ("ls-files", "-z", "--cached")
+    listed = [_git(*base, "--", *RESULT_PATHS), _git("ls-files", "-z", "--others", "--exclude-standard", "--", *RESULT_PATHS)]
+    if None in listed:
+        return None
+    names = {name for part in listed for name in str(part).split("\0") if name}
+    return [PACKAGE_ROOT.parent.resolve() / name for name in sorted(names)]
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether files that can change a result differ from it; both None outside a git clone of this project."""
-    if not (PACKAGE_ROOT.parent / ".git").exists():
+    """Commit, whether files that can change a result differ from it (None outside a git clone of this project), and a hash of these."""
+    changed = changed_files()
+    if changed is None:
         return {"commit": None, "dirty": None}
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--", *RESULT_PATHS)
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    state = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    return {**state, "changes": _content_hash(changed)} if changed else state
+
+
+def _content_hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes() if path.is_file() else b"gone"
+        digest.update(os.fsencode(path.relative_to(PACKAGE_ROOT.parent.resolve())) + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()[:12]
 
 
 def versions() -> dict[str, str | None]:

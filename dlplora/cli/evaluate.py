@@ -123,16 +123,19 @@ def _released(run: Run, root: Path, arguments: argparse.Namespace) -> dict[str, 
 
 def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, cache: EvalCache) -> dict[str, Any]:
     """One method through lm-eval, or its record if there is one."""
-    from dlplora.evaluation.runner import execute, finished, power_note
+    from dlplora.evaluation.reuse import Known
+    from dlplora.evaluation.runner import execute, known_record, power_note
     from dlplora.progress import Progress
     from dlplora.reporting.schema import read_record
 
-    path = None if arguments.force else finished(run, root)
-    if path is None:
+    known = Known() if arguments.force else known_record(run, root)
+    if known.path is not None:
+        say(f"reusing {known.path} (--force evaluates again)" + (f"; {known.note}" if known.note else ""))
+        path, record = known.path, read_record(known.path)
+    else:
+        if known.note:
+            say(f"not reused: {known.note}")
         say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}: {power_note(run)} …")
         with Progress(run.spec.name, unit="request", brief=True) as progress:
             path, record = execute(run, root, cache, progress)
-    else:
-        say(f"reusing {path} (--force evaluates again)")
-        record = read_record(path)
     return {"record": str(path), "aggregates": record.aggregates, "routing": record.routing}

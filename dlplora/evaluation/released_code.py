@@ -29,8 +29,9 @@ from torch import Tensor
 from dlplora.atomic import write_atomically
 from dlplora.config import config_hash
 from dlplora.data.encoding import encode_pairs
+from dlplora.evaluation.reuse import known_cell
 from dlplora.evaluation.runner import Run, blank_record, open_model
-from dlplora.reporting.protocols import record_path
+from dlplora.reporting.protocols import ROOM, record_path
 from dlplora.reporting.schema import Record, TaskResult, read_record, to_json
 from dlplora.reporting.statistics import mean_stderr
 from dlplora.reporting.store import RESULTS
@@ -200,8 +201,9 @@ def execute_released(run: Run, root: Path = RESULTS, *, force: bool = False) -> 
     started = time.perf_counter()
     blank = dataclasses.replace(blank_record(run), protocol_name="released_code", cell=released_cell(run))
     path = record_path(blank, root)
-    if path.is_file() and not force:
-        return path, read_record(path)
+    known = known_cell(blank.cell, run.seed, run.suite.name, run.spec.name, type(run.method), root, (ROOM, f"scratch/{ROOM}")).path
+    if known is not None and not force:
+        return known, read_record(known)
     with open_model(run) as lm:
         results, num_cut = evaluate_released(run, lm.fused)
         record = dataclasses.replace(

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from dlplora.adapters.hub import find_pool
 from dlplora.adapters.pool import load_pool
 from dlplora.config import config_hash
-from dlplora.documents import read_json
 from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.identity import backbone_identity, chosen_dtype, folder_hash, run_device
+from dlplora.evaluation.method_code import method_code
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_split, require_task_facts
 from dlplora.evaluation.protocol import Protocol
+from dlplora.evaluation.reuse import Known, known_cell
+from dlplora.evaluation.trained_parts import training_tokens
 from dlplora.inference.backbones import nano_asset
 from dlplora.inference.loading import method_asset
 from dlplora.inference.saving import read as saved_model
@@ -30,7 +32,7 @@ from dlplora.provenance import provenance
 from dlplora.reporting.samples import Outcome
 from dlplora.reporting.schema import SCHEMA_VERSION, Record, TaskResult, aggregate, read_record
 from dlplora.reporting.statistics import detectable_difference
-from dlplora.reporting.store import RESULTS, find_cell, save
+from dlplora.reporting.store import RESULTS, save
 from dlplora.tasks.export import rows_sha256
 from dlplora.tasks.registry import get_suite
 from dlplora.tasks.types import Suite, Task
@@ -200,9 +202,14 @@ def power_note(run: Run) -> str:
     return f"{what} are told apart if they differ by {100 * smallest:.1f} points (power 80 %, 5 %)"
 
 
+def known_record(run: Run, root: Path = RESULTS) -> Known:
+    """The record of an equal run that already finished under the present code, and what is to be said of it."""
+    return known_cell(run.cell(), run.seed, run.suite.name, run.spec.name, type(run.method), root)
+
+
 def finished(run: Run, root: Path = RESULTS) -> Path | None:
-    """The record of an equal run that already finished, if there is one."""
-    return find_cell(run.cell(), run.seed, run.suite.name, run.spec.name, root, scratch=True)
+    """The record of an equal run that already finished under the present code, if there is one."""
+    return known_record(run, root).path
 
 
 def execute(run: Run, root: Path = RESULTS, cache: EvalCache | None = None, progress: Progress | None = None) -> tuple[Path, Record]:
@@ -326,34 +333,11 @@ def blank_record(run: Run) -> Record:
         latency=None,
         backend="",
         timings_s={},
-        provenance={**provenance(), **({"data": facts} if facts else {})},
+        provenance={**provenance(), "method_code": method_code(type(run.method)), **({"data": facts} if facts else {})},
         limit=run.limit,
         cell=run.cell(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-
-
-def training_tokens(folders: Mapping[str, Path], roles: Sequence[str]) -> int | None:
-    """Tokens that the training of the named artifacts saw, 0 for none; None if one of them does not say.
-
-    Args:
-        folders: Folder by role.
-        roles: Those that count.
-    """
-    total = 0
-    for role in roles:
-        known = [_noted_tokens(folders[role] / name) for name in ("training.json", "router.json") if role in folders]
-        if not any(known):
-            return None
-        total += next(tokens for tokens in known if tokens)
-    return total
-
-
-def _noted_tokens(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    notes = read_json(path)
-    return notes.get("training_tokens") or notes.get("metrics", {}).get("training_tokens")  # type: ignore[no-any-return]
 
 
 def make_record(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dlplora.atomic import replacing, write_atomically
 from dlplora.errors import RecordError
+from dlplora.provenance import git_state
 from dlplora.reporting.samples import Outcome, TaskOutcomes, read_samples, write_samples
 from dlplora.reporting.schema import Record, read_record, to_json
 
@@ -104,14 +106,37 @@ class OutcomeReader:
         return load_samples(record_path(record, self.root), record, texts=False)
 
 
-def find_cell(cell: str, seed: int, suite: str, method_name: str, root: Path = RESULTS, *, scratch: bool = False) -> Path | None:
-    """The finished record of a cell, if there is one."""
-    rooms = ("runs", "scratch") if scratch else ("runs",)
+def finished_records(
+    cell: str, seed: int, suite: str, method_name: str, root: Path = RESULTS, rooms: Sequence[str] = ("runs",)
+) -> Iterator[tuple[Path, Record]]:
+    """The finished records of a cell, in the order of the rooms."""
     for room in rooms:
         path = root / room / suite / f"{method_name}-{cell}-s{seed}.json"
-        if path.is_file() and read_record(path).status == "ok":
-            return path
+        if path.is_file() and (record := read_record(path)).status == "ok":
+            yield path, record
+
+
+def outdated(provenance: Mapping[str, Any], code: str | None = None) -> str | None:
+    """Why a finished record does not show what the present code gives; None if nothing speaks against it.
+
+    Args:
+        provenance: Of the record.
+        code: Hash of the method's source now; None if unknown.
+    """
+    known = provenance.get("method_code")
+    if None not in (known, code) and known != code:
+        return "was made by other code of the method"
+    git = provenance.get("git", {})
+    if git.get("dirty") is True and (not git.get("changes") or git != git_state()):
+        return "was made by uncommitted code that is not the present code"
     return None
+
+
+def find_cell(cell: str, seed: int, suite: str, method_name: str, root: Path = RESULTS, *, scratch: bool = False) -> Path | None:
+    """The finished record of a cell that is not outdated, if there is one."""
+    rooms = ("runs", "scratch") if scratch else ("runs",)
+    found = finished_records(cell, seed, suite, method_name, root, rooms)
+    return next((path for path, record in found if outdated(record.provenance) is None), None)
 
 
 def iterate(root: Path = RESULTS, suite: str | None = None, room: str = "runs") -> Iterator[Path]:

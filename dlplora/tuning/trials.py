@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from dlplora.adapters.pool import load_pool
 from dlplora.errors import AdapterError, DLPLoRAError, NotFiniteError, PoolError
-from dlplora.evaluation.runner import measure, training_tokens
+from dlplora.evaluation.method_code import method_code
+from dlplora.evaluation.runner import measure
+from dlplora.evaluation.trained_parts import training_tokens
 from dlplora.progress import Progress
 from dlplora.provenance import provenance
 from dlplora.reporting.comparison import MAIN_METRIC
 from dlplora.reporting.schema import Record
+from dlplora.reporting.store import outdated
 from dlplora.reporting.tuning import Trial, read_trial, trial_path, write_trial
 from dlplora.tuning.trial_jobs import TrialJob, folder_of
 
@@ -47,9 +50,12 @@ def run_trials(
         blank = _blank(one)
         path = trial_path(folder_of(one.run), blank, root)
         if path.is_file() and not force and (known := read_trial(path)).status != "failed":
-            say(f"{label}: reused {path}")
-            found.append(known)
-            continue
+            reason = outdated(known.provenance, method_code(type(one.run.method)))
+            if reason is None:
+                say(f"{label}: reused {path}")
+                found.append(known)
+                continue
+            say(f"{label}: not reused: {path} {reason}")
         say(f"{label} …")
         trial = _run(one, blank, runs, label, cache)
         write_trial(path, trial)
@@ -106,7 +112,8 @@ def _run(one: TrialJob, blank: Trial, runs: Path, label: str, cache: EvalCache |
         outcome = {"status": "diverged", "reason": _line(error)}
     except (DLPLoRAError, RuntimeError, ArithmeticError) as error:  # torch and numpy raise the latter for numbers out of range
         outcome = {"status": "failed", "reason": _line(error)}
-    return replace(blank, **outcome, seconds=round(time.perf_counter() - started, 1), provenance=provenance())
+    made_by = {**provenance(), "method_code": method_code(type(one.run.method))}
+    return replace(blank, **outcome, seconds=round(time.perf_counter() - started, 1), provenance=made_by)
 
 
 def _line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dlplora.data.datamodule import ExpertDataModule, ExpertPoolDataModule, FusionDataModule, RouterDataModule
-from dlplora.evaluation.runner import training_tokens
+from dlplora.evaluation.trained_parts import training_tokens
 from dlplora.inference.loading import nano_asset
 from dlplora.methods.registry import available_presets, build_method
 from dlplora.reproduce import artifacts
