@@ -1,13 +1,17 @@
 """Tasks read from local JSONL files, one folder per task: ``ROOT/TASK/train.jsonl`` and ``ROOT/TASK/test.jsonl``.
 
-One object per line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``; generation:
-``{"question", "answer"}``. The root is given, or taken from ``DLPLORA_DATA``.
+One object per line, UTF-8. Multiple choice: ``{"question", "choices": [...], "answer": index}``, where ``choices`` may be called
+``options`` and the answer may be an option's text or letter; generation: ``{"question", "answer"}``. The root is given, or
+taken from ``DLPLORA_DATA``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,21 @@ from dlplora.documents import parse_json, require_mapping
 from dlplora.errors import TaskError, nearest
 from dlplora.tasks.types import Item, Suite, Task
 
+log = logging.getLogger(__name__)
+
 ENV_ROOT = "DLPLORA_DATA"
 VALIDATION_SHARE = 0.1
 MAX_DIGITS = 4000
 """Most digits of a number in a row; answers may be long numbers."""
 MAX_LINE = 1 << 24
 """Most bytes of a row; longer rows are a sign of a damaged file."""
+OPTIONS = ("choices", "options")
+"""Names of the column of options."""
+LIKE_OPTIONS = re.compile(
+    r"(mc_?)?(choices?|options?|candidates|endings|alternatives|distractors|(?-i:[A-E])|(choice|option)_?[a-e0-9])", re.IGNORECASE
+)
+"""Columns that look like options: a row with one of them and without ``choices`` would become generation without a word."""
+EXPECTED = "A row needs question and answer and, for multiple choice, choices: a list of options"
 
 
 def data_root(given: str | None) -> Path:
@@ -51,7 +64,7 @@ def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
     """One JSON row of the local schema to an item.
 
     Args:
-        row: ``{"question", "choices": [...], "answer": index}`` or ``{"question", "answer": text}``.
+        row: ``{"question", "choices": [...], "answer": index, letter or text}`` or ``{"question", "answer": text}``.
         task: Task name.
         where: File and line, for errors.
 
@@ -60,22 +73,47 @@ def parse_row(row: Mapping[str, Any], task: str, where: str) -> Item:
     """
     for key in ("question", "answer"):
         if key not in row:
-            raise TaskError(f"{where}: field '{key}' is missing; a row needs question, answer and, for multiple choice, choices.")
+            raise TaskError(f"{where}: field '{key}' is missing. {EXPECTED}.")
     question = str(_plain(row["question"], "question", where)).rstrip()
     if not question:
         raise TaskError(f"{where}: 'question' is empty.")
-    choices = row.get("choices")
-    if choices is None:
+    given = [key for key in OPTIONS if row.get(key) is not None]
+    if not given:
+        unread = next((key for key in row if LIKE_OPTIONS.fullmatch(key) and row[key] is not None), None)
+        if unread is not None:
+            raise TaskError(f"{where}: column '{unread}' is not read. {EXPECTED}.")
         return Item(task, question, str(_plain(row["answer"], "answer", where)).strip())
-    gold = row["answer"]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise TaskError(f"{where}: 'choices' must be a list of at least two options.")
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-        raise TaskError(f"{where}: 'answer' must be an index from 0 to {len(choices) - 1}, got {json.dumps(gold)[:60]}.")
-    options = tuple(str(_plain(choice, f"choices[{number}]", where)).strip() for number, choice in enumerate(choices))
+    if len(given) > 1:
+        raise TaskError(f"{where}: 'choices' and 'options' are the same column; give one of them.")
+    (column,) = given
+    if not isinstance(row[column], list) or len(row[column]) < 2:
+        raise TaskError(f"{where}: '{column}' must be a list of at least two options.")
+    options = tuple(str(_plain(choice, f"{column}[{number}]", where)).strip() for number, choice in enumerate(row[column]))
     if not all(options):
-        raise TaskError(f"{where}: option {options.index('')} of 'choices' is empty; nothing can be scored for it.")
+        raise TaskError(f"{where}: option {options.index('')} of '{column}' is empty; nothing can be scored for it.")
+    gold = _gold(row["answer"], options)
+    if gold is None:
+        raise TaskError(
+            f"{where}: 'answer' must be an index from 0 to {len(options) - 1}, a letter from A to {chr(64 + min(len(options), 26))} or the "
+            f"text of one option, got {json.dumps(row['answer'], ensure_ascii=False)[:60]}."
+        )
     return Item(task, question, options[gold], options, gold)
+
+
+def _gold(answer: Any, options: Sequence[str]) -> int | None:
+    """Index of the right option; the text of an option counts before a letter. None if the answer is neither, or names two options."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return answer if 0 <= answer < len(options) else None
+    if not isinstance(answer, str):
+        return None
+    text = answer.strip()
+    for same in (str, str.casefold):
+        named = [number for number, option in enumerate(options) if same(option) == same(text)]
+        if named:
+            return named[0] if len(named) == 1 else None
+    letter = re.fullmatch(r"\(?([A-Za-z])[).:]?", text)
+    place = ord(letter[1].upper()) - ord("A") if letter else len(options)
+    return place if place < len(options) else None
 
 
 def _plain(value: Any, name: str, where: str) -> str | int | float:
@@ -134,7 +172,7 @@ def _local_task(root: Path, name: str) -> Task:
         raise TaskError(f"{folder} has neither train.jsonl nor test.jsonl.")
     kinds = {item.choices is None for split in rows.values() for item in split}
     if len(kinds) > 1:
-        raise TaskError(f"{folder}: some rows have 'choices' and some do not; a task must be one or the other.")
+        raise TaskError(f"{folder}: some rows have options ('choices') and some do not; a task must be one or the other.")
     train = rows.get("train", ())
     cut = len(train) - max(1, round(len(train) * VALIDATION_SHARE)) if len(train) > 1 else len(train)
     # The end of the training file is the validation split; both readers of the file cut it at the same place.
@@ -161,7 +199,7 @@ def _in_our_schema(path: Path) -> bool:
         row = parse_json(first, str(path), error=TaskError, max_digits=MAX_DIGITS)
     except TaskError:
         return True
-    return not isinstance(row, dict) or bool({"question", "answer", "choices"} & row.keys())
+    return not isinstance(row, dict) or bool({"question", "answer", *OPTIONS} & row.keys())
 
 
 def local_suite(names: Sequence[str], root: str | None) -> Suite:
@@ -179,4 +217,17 @@ def local_suite(names: Sequence[str], root: str | None) -> Suite:
         wanted = [path.parent.name for path in sorted(folder.glob("*/test.jsonl")) if _in_our_schema(path)]
     if len(set(wanted)) != len(wanted):
         raise TaskError(f"duplicate task names: {', '.join(wanted)}.")
-    return Suite("local", tuple(_local_task(folder, name) for name in wanted))
+    tasks = tuple(_local_task(folder, name) for name in wanted)
+    for task in tasks:
+        trained = {(row.prompt, row.choices, row.answer) for split in ("train", "validation") for row in task.rows.get(split, ())}
+        asked = task.rows.get("test", ())
+        both = sum((row.prompt, row.choices, row.answer) in trained for row in asked)
+        if both:
+            _warn_once(f"{folder / task.name}: {both} of {len(asked)} rows of test.jsonl are also in train.jsonl; scores are too high.")
+    return Suite("local", tasks)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A suite is read several times in one process."""
+    log.warning(text)

@@ -34,6 +34,43 @@ def test_rows_become_items_and_splits_do_not_overlap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "answer", "gold"),
+    [
+        (["yes", "no"], 1, 1),
+        (["yes", "no"], " no ", 1),
+        (["Yes", "No"], "no", 1),
+        (["p", "P"], "P", 1),
+        (["red", "blue"], "B", 1),
+        (["red", "blue"], "(a)", 0),
+        (["red", "blue"], "b.", 1),
+        (["B", "A"], "A", 1),  # a text before a letter
+        ([10, 1], "1", 1),
+        ([10, 1], 1, 1),
+    ],
+)
+def test_options_and_answers_as_users_write_them(tmp_path: Path, options: list[object], answer: object, gold: int) -> None:
+    for column in ("choices", "options"):
+        write(tmp_path, column, "test", [{"question": "q", column: options, "answer": answer, "id": 7}])
+        task = get_suite(f"local:{column}", str(tmp_path)).task(column)
+        assert task.kind == "mcq"
+        (item,) = task.items("test", 1)
+        assert (item.gold, item.answer, item.choices) == (gold, str(options[gold]), tuple(map(str, options)))
+
+
+def test_rows_in_train_and_test_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"question": f"q{i}", "options": ["a", "b"], "answer": i % 2} for i in range(20)]
+    write(tmp_path, "leaky", "train", rows)  # the last two are the validation split
+    write(tmp_path, "leaky", "test", [*rows[15:], {"question": "q0", "options": ["a", "b"], "answer": "B"}, {**rows[1], "answer": "B"}])
+    write(tmp_path, "sound", "train", rows)
+    write(tmp_path, "sound", "test", [{"question": "new", "options": ["a", "b"], "answer": 0}])
+    for name in ("local:all", "local:leaky", "local:sound"):
+        get_suite(name, str(tmp_path))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'leaky'}: 6 of 7 rows of test.jsonl are also in train.jsonl; scores are too high."
+    ]
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ("{", "not JSON"),
@@ -41,8 +78,19 @@ def test_rows_become_items_and_splits_do_not_overlap(tmp_path: Path) -> None:
         ({"answer": "x"}, "'question' is missing"),
         ({"question": "x"}, "'answer' is missing"),
         ({"question": " ", "answer": "x"}, "'question' is empty"),
-        ({"question": "x", "choices": ["a", "b"], "answer": 2}, "index from 0 to 1, got 2"),
-        ({"question": "x", "choices": ["a", "b"], "answer": "a"}, "index from 0 to 1"),
+        ({"question": "x", "choices": ["a", "b"], "answer": 2}, "index from 0 to 1, a letter from A to B or the text of one option, got 2"),
+        ({"question": "x", "choices": ["a", "b"], "answer": "c"}, 'text of one option, got "c"'),
+        ({"question": "x", "choices": ["p", "q"], "answer": "1"}, 'text of one option, got "1"'),  # the first or the second?
+        ({"question": "x", "choices": ["pQ", "Pq"], "answer": "PQ"}, "text of one option"),
+        ({"question": "x", "choices": ["p", "p"], "answer": "p"}, "text of one option"),
+        ({"question": "x", "choices": ["p", "q"], "answer": True}, "text of one option, got true"),
+        ({"question": "x", "options": ["a"], "answer": 0}, "'options' must be a list of at least two options"),
+        ({"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": "A"}, "'choices' must be a list"),
+        ({"question": "x", "choices": ["a", "b"], "options": ["a", "b"], "answer": 0}, "are the same column"),
+        *(
+            ({"question": "x", column: ["a", "b"], "answer": 0}, f"column '{column}' is not read. A row needs question and answer and, for")
+            for column in ("Choices", "option", "candidates", "endings", "A", "option_a", "mc_options")
+        ),
         ({"question": "x", "choices": ["a"], "answer": 0}, "at least two"),
         ({"question": "x", "answer": {"no": 1}}, "'answer' must be text"),
         ({"question": "x", "answer": float("nan")}, "field 'answer' is nan"),

@@ -157,7 +157,7 @@ def test_local_rows_become_the_suite_and_lm_eval_sees_the_same(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("winowhy", {"question": "x", "choices": ["a", "b"], "answer": 2}, "index from 0 to 1, got 2"),
+        ("winowhy", {"question": "x", "choices": ["a", "b"], "answer": 2}, "index from 0 to 1, a letter from A to B"),
         ("winowhy", {"choices": ["a", "b"], "answer": 0}, "'question' is missing"),
         ("winowhy", "{", "not JSON"),
         ("winowhy", {"question": "x", "answer": "correct"}, "needs 'choices'"),
