@@ -15,9 +15,12 @@ from dlplora.atomic import write_atomically
 from dlplora.documents import read_text
 from dlplora.errors import DLPLoRAError, RecordError, one_line
 from dlplora.reporting import store, tables
-from dlplora.reporting.groups import Group, different_pools, group, latest
+from dlplora.reporting.groups import Group, different_pools, group, latest, left_out
 from dlplora.reporting.schema import Record, json_schema
 from dlplora.reporting.sweeps import SweepFile, load_sweeps
+
+MOST_SAID = 10
+"""Most records of which it is said why they are left out."""
 
 
 def _require_results(root: Path, suite: str | None = None) -> None:
@@ -55,6 +58,9 @@ def _settled() -> Iterator[None]:
 def _groups(records: Sequence[Record], reader: store.OutcomeReader, problems: list[str]) -> list[Group]:
     """Records in groups; one whose outcomes are damaged is named and left out."""
     sound = []
+    said = left_out(records)
+    for sentence in [*said[:MOST_SAID], *([f"{len(said) - MOST_SAID} more records are left out."] if len(said) > MOST_SAID else [])]:
+        print(f"dlplora: warning: {one_line(sentence)}", file=sys.stderr)
     for record in latest(records):
         try:
             store.check_samples(store.record_path(record, reader.root), record)

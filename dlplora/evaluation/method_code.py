@@ -1,4 +1,4 @@
-"""Hash of the source of a method, so that a record shows which code of it made the numbers."""
+"""What a record says of its method: settings, and a hash of the source that made the numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dlplora.config import config_hash
 from dlplora.methods.base import FusionMethod
+from dlplora.methods.registry import MethodSpec, load_method_spec, resolved_params
 
 _CODES: dict[type[FusionMethod], str | None] = {}
 
@@ -90,3 +92,12 @@ def _code(path: Path) -> str:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [one for one in node.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
     return ast.unparse(tree)
+
+
+def described_method(spec: MethodSpec) -> dict[str, Any]:
+    """Class and parameters, and under ``changed`` those that are not the preset's; a row with a name of its own has none of these."""
+    params, own = resolved_params(spec), None
+    if spec.name == (spec.path.stem if spec.path else spec.method):
+        own = resolved_params(load_method_spec(str(spec.path or spec.name)))
+    changed = {key: value for key, value in params.items() if own is not None and own.get(key) != value}
+    return {"method": spec.method, "params": params, **({"changed": changed} if changed else {})}

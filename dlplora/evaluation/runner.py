@@ -16,7 +16,7 @@ from dlplora.adapters.pool import load_pool
 from dlplora.config import config_hash
 from dlplora.errors import DLPLoRAError, TaskError
 from dlplora.evaluation.identity import backbone_identity, chosen_dtype, folder_hash, run_device
-from dlplora.evaluation.method_code import method_code
+from dlplora.evaluation.method_code import described_method, method_code
 from dlplora.evaluation.outcomes import outcomes_of, standard_errors
 from dlplora.evaluation.preconditions import require_artifacts, require_limit, require_seed, require_split, require_task_facts
 from dlplora.evaluation.protocol import Protocol
@@ -26,7 +26,7 @@ from dlplora.inference.backbones import nano_asset
 from dlplora.inference.loading import method_asset
 from dlplora.inference.saving import read as saved_model
 from dlplora.methods.base import FusionMethod
-from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec, resolved_params
+from dlplora.methods.registry import MethodSpec, build_method, hashed_params, load_method_spec
 from dlplora.progress import Progress
 from dlplora.provenance import provenance
 from dlplora.reporting.samples import Outcome
@@ -314,14 +314,16 @@ def evaluate_run(run: Run, lm: DLPLoRALM, cache: EvalCache | None = None, progre
 
 def blank_record(run: Run) -> Record:
     """A record with everything known before the run."""
-    facts = {name: dict(run.suite.task(name).facts) for name in run.task_names if run.suite.task(name).facts}
+    tasks = [run.suite.task(name) for name in run.task_names]
+    facts = {task.name: dict(task.facts) for task in tasks if task.facts}
+    rows = {task.name: version for task in tasks if not task.facts and isinstance(version := run.task_version(task), str)}
     return Record(
         suite=run.suite.name,
         protocol_name=run.protocol_name,
         protocol={**run.protocol.resolved(), "data_root": None},  # rows are named by their checksums, not by a folder of this machine
         protocol_hash=run.protocol.hash(),
         method_name=run.spec.name,
-        method={"method": run.spec.method, "params": resolved_params(run.spec)},
+        method=described_method(run.spec),
         method_hash=config_hash([run.spec.method, hashed_params(run.spec)]),
         seed=run.seed,
         backbone=backbone_identity(run.protocol.backbone, run.protocol.revision),
@@ -333,7 +335,12 @@ def blank_record(run: Run) -> Record:
         latency=None,
         backend="",
         timings_s={},
-        provenance={**provenance(), "method_code": method_code(type(run.method)), **({"data": facts} if facts else {})},
+        provenance={
+            **provenance(),
+            "method_code": method_code(type(run.method)),
+            **({"data": facts} if facts else {}),
+            **({"rows": rows} if rows else {}),
+        },
         limit=run.limit,
         cell=run.cell(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -84,6 +84,7 @@ def joined(runs: Sequence[Run], records: Sequence[Record], pool_hash: str) -> Re
         first,
         suite=unseen_name(suite.name),
         protocol={**first.protocol, "tasks": None},
+        method={key: value for key, value in first.method.items() if key != "changed"},  # ``leave_one_out`` belongs to the track
         protocol_hash=config_hash([TRACK, [record.protocol_hash for record in records]]),
         pool_hash=pool_hash,
         artifact_hashes={role: config_hash([one[role] for one in hashes]) for role in roles},

@@ -125,7 +125,7 @@ def collect(records: Sequence[Record], load: Loader) -> Scores:
             out[:, method, seed] = part
         return out
 
-    tasks = records[0].suite_tasks
+    tasks = [task for task in records[0].suite_tasks if task in template]
     values = {
         task: {metric: stacked({cell: run[task].metrics[metric] for cell, run in cells.items()}) for metric in template[task].metrics}
         for task in tasks
@@ -136,7 +136,7 @@ def collect(records: Sequence[Record], load: Loader) -> Scores:
 
 
 def _same_questions(run: Mapping[str, TaskOutcomes], template: Mapping[str, TaskOutcomes]) -> bool:
-    return all(
+    return set(run) == set(template) and all(
         np.array_equal(run[task].questions, theirs.questions) and set(run[task].metrics) == set(theirs.metrics)
         for task, theirs in template.items()
     )

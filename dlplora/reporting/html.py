@@ -148,7 +148,7 @@ def _group(one: Group, load: Loader, sweeps: Sequence[SweepFile]) -> dict[str, A
     close_figures()
     return {
         "suite": one.suite,
-        "protocol": one.protocol,
+        "protocol": one.setting,
         "backbone": one.backbone,
         "caption": caption(records, one.latency, one.scores).replace("`", ""),
         "tasks": list(records[0].suite_tasks),

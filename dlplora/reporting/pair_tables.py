@@ -93,5 +93,5 @@ def pairs_csv(groups: Sequence[Group], reference: str = REFERENCE_METHOD) -> str
         for (task, metric), verdicts in by_task(one.scores, reference).items():
             for name, verdict in verdicts.items():
                 numbers = (verdict.difference, verdict.low, verdict.high, verdict.p, verdict.p_holm)
-                writer.writerow([one.protocol, one.backbone, task, metric, name, reference, *(f"{number:.4g}" for number in numbers)])
+                writer.writerow([one.setting, one.backbone, task, metric, name, reference, *(f"{number:.4g}" for number in numbers)])
     return buffer.getvalue()

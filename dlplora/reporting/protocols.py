@@ -101,7 +101,7 @@ def suite_table(standard: Sequence[Record], released: Sequence[Record]) -> str:
 def _same_models(standard: Sequence[Record], released: Sequence[Record]) -> list[tuple[Record, Record]]:
     def identity(record: Record) -> tuple[object, ...]:
         artifacts = tuple(sorted(record.artifact_hashes.items()))
-        return record.seed, record.method_hash, record.pool_hash, artifacts, record.backbone.get("sha256")
+        return record.seed, record.method_hash, record.pool_hash, artifacts, record.backbone.get("sha256"), frozenset(record.tasks)
 
     known = {identity(record): record for record in standard}
     return [(known[identity(record)], record) for record in released if identity(record) in known]

@@ -28,7 +28,8 @@ def is_publishable(record: Record) -> bool:
 def record_path(record: Record, root: Path = RESULTS) -> Path:
     """``runs/<suite>/`` for publishable records, ``scratch/<suite>/`` for limited, failed and dirty ones."""
     room = "runs" if is_publishable(record) else "scratch"
-    return root / room / record.suite / f"{record.method_name}-{record.cell}-s{record.seed}.json"
+    name = record.method.get("preset", record.method_name)  # a table may name its row otherwise
+    return root / room / record.suite / f"{name}-{record.cell}-s{record.seed}.json"
 
 
 def save(record: Record, root: Path = RESULTS, outcomes: Sequence[Outcome] | None = None) -> Path:

@@ -106,7 +106,7 @@ def csv_table(groups: Sequence[Group]) -> str:
         data = {record.method_name: data_seen(record) for record in one.records}
         for name, summary in rows_of(one.records, None, one.latency, one.trials).summaries.items():
             values = [value for column in COLUMNS for value in summary[column.key]]
-            writer.writerow([one.protocol, one.backbone, name, data[name], *("" if value is None else repr(value) for value in values)])
+            writer.writerow([one.setting, one.backbone, name, data[name], *("" if value is None else repr(value) for value in values)])
     return buffer.getvalue()
 
 
