@@ -127,6 +127,7 @@ def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, cache: EvalC
     from dlplora.evaluation.runner import execute, known_record, power_note
     from dlplora.progress import Progress
     from dlplora.reporting.schema import read_record
+    from dlplora.reporting.store import held_back
 
     known = Known() if arguments.force else known_record(run, root)
     if known.path is not None:
@@ -138,4 +139,6 @@ def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, cache: EvalC
         say(f"evaluating {run.spec.name} on {len(run.task_names)} task(s) of {run.suite.name}: {power_note(run)} …")
         with Progress(run.spec.name, unit="request", brief=True) as progress:
             path, record = execute(run, root, cache, progress)
+    if reason := held_back(record):
+        say(f"{path} is {reason}, so no table shows it; `dlplora report list --scratch` does")
     return {"record": str(path), "aggregates": record.aggregates, "routing": record.routing}

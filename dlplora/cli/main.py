@@ -124,6 +124,10 @@ def _reports(commands: Any) -> None:
         parser = inner.add_parser(name, help=text)
         parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
         parser.add_argument("--suite", default="nano", help="suite of the records (default: nano)")
+        if name == "list":
+            parser.add_argument(
+                "--scratch", action="store_true", help="list limited runs and runs of uncommitted code, which no table shows"
+            )
         if name == "build":
             parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
             parser.add_argument("--readme", metavar="FILE", help=README_HELP)

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dlplora.reporting.groups import Group, different_pools, group, latest, left
 from dlplora.reporting.schema import Record, json_schema
 from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
+ADVICE = "Tables show whole runs of committed code: commit, and evaluate again without --limit. `dlplora report list --scratch` lists them."
 MOST_SAID = 10
 """Most records of which it is said why they are left out."""
 
@@ -27,8 +29,29 @@ def _require_results(root: Path, suite: str | None = None) -> None:
     if suite is not None:
         _require_suite_name(suite, root)
     folder = root / "runs" / suite if suite else root / "runs"
+    wanted = f" of suite {suite!r}" if suite else ""
+    if next(store.iterate(root, suite), None) is not None:
+        return
+    if waiting := _waiting(root, suite):
+        raise RecordError(f"{root} holds no results{wanted} for tables, only {waiting}. {ADVICE}")
     if not folder.is_dir():
-        raise RecordError(f"{root} holds no results{f' of suite {suite!r}' if suite else ''}: folder {folder} not found.")
+        found = sorted({path.parent.name for path in store.iterate(root)}) if suite else []
+        others = f" It has results of {', '.join(found)} (--suite)." if found else ""
+        raise RecordError(f"{root} holds no results{wanted}: folder {folder} not found.{others}")
+
+
+def _waiting(root: Path, suite: str | None, shown: Sequence[Record] = ()) -> str:
+    """Records in ``scratch`` of methods without a row, counted by the reason why they are in no table; empty if there are none."""
+    rows = {(record.suite, record.method_name) for record in shown}
+    records = [one for one in store.load_all(root, suite, "scratch")[0] if one.status == "ok" and (one.suite, one.method_name) not in rows]
+    counts = Counter(store.held_back(record) or "of committed code" for record in records)
+    kinds = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"{len(records)} record{'s' if len(records) > 1 else ''} in {root / 'scratch'} ({kinds})" if records else ""
+
+
+def _tell_waiting(root: Path, suite: str | None, shown: Sequence[Record]) -> None:
+    if waiting := _waiting(root, suite, shown):
+        print(f"dlplora: note: no table shows {waiting}. {ADVICE}", file=sys.stderr)
 
 
 def _require_suite_name(suite: str, root: Path) -> None:
@@ -37,9 +60,9 @@ def _require_suite_name(suite: str, root: Path) -> None:
         raise RecordError(f"'{suite}' is not the name of a suite; the records of a suite are a folder in {root / 'runs'}.")
 
 
-def _load(arguments: argparse.Namespace) -> tuple[list[Record], list[str]]:
+def _load(arguments: argparse.Namespace, room: str = "runs") -> tuple[list[Record], list[str]]:
     _require_suite_name(arguments.suite, Path(arguments.out))
-    records, problems = store.load_all(Path(arguments.out), arguments.suite)
+    records, problems = store.load_all(Path(arguments.out), arguments.suite, room)
     for problem in problems:
         print(f"dlplora: error: {one_line(problem)}", file=sys.stderr)
     return records, problems
@@ -89,6 +112,7 @@ def run_build(arguments: argparse.Namespace) -> int:
     root = Path(arguments.out)
     _require_results(root, arguments.suite)
     records, problems = _load(arguments)
+    _tell_waiting(root, arguments.suite, records)
     groups = _groups(records, store.OutcomeReader(root), problems)
     with _settled():
         stale = _build(arguments, arguments.suite, groups, arguments.check)
@@ -106,6 +130,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     _require_results(root)
     reader = store.OutcomeReader(root)
     records, problems = _all_records(root)
+    _tell_waiting(root, None, records)
     groups = _groups(records, reader, problems)
     with _settled():
         for suite in dict.fromkeys(one.suite for one in groups):
@@ -119,12 +144,17 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    """One line per record."""
-    records, problems = _load(arguments)
+    """One line per record; with ``--scratch`` those that are in no table, with the reason."""
+    if not arguments.scratch:
+        _require_results(Path(arguments.out), arguments.suite)
+    records, problems = _load(arguments, "scratch" if arguments.scratch else "runs")
     for record in records:
         values = {key: value for key, value in record.aggregates.items() if value is not None and not key.endswith("_stderr")}
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in values.items())
-        print(f"{record.method_name}  seed {record.seed}  {record.created}  {record.status}  {numbers}")
+        reason = f"  {store.held_back(record)}" if arguments.scratch else ""
+        print(f"{record.method_name}  seed {record.seed}  {record.created}  {record.status}{reason}  {numbers}")
+    if not records:
+        print(f"no records of suite '{arguments.suite}' in {Path(arguments.out) / 'scratch'}", file=sys.stderr)
     return 1 if problems else 0
 
 

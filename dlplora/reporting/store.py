@@ -19,10 +19,20 @@ RESULT_FIELDS = ("tasks", "status", "routing", "protocol", "method", "backbone",
 """Fields in which two records of one cell may contradict each other, the weightiest first."""
 
 
+def held_back(record: Record) -> str | None:
+    """Why a record appears in no table; None if it may: finished, of the test split, not limited, of committed code (or outside git)."""
+    if record.status != "ok":
+        return "failed or interrupted"
+    if record.limit is not None:
+        return "limited to some questions (--limit)"
+    if record.protocol.get("split", "test") != "test":
+        return "of the validation split"
+    return "of uncommitted code" if record.provenance.get("git", {}).get("dirty") is True else None
+
+
 def is_publishable(record: Record) -> bool:
-    """Whether a record may appear in a table: finished, of the test split, not limited, and made by committed code (or outside git)."""
-    whole = record.limit is None and record.protocol.get("split", "test") == "test"
-    return record.status == "ok" and whole and record.provenance.get("git", {}).get("dirty") is not True
+    """Whether a record may appear in a table."""
+    return held_back(record) is None
 
 
 def record_path(record: Record, root: Path = RESULTS) -> Path:

@@ -97,6 +97,7 @@ def test_a_method_that_changed_is_evaluated_again(
 
     said, first = evaluate(METHOD, 0)
     assert "evaluating numbered" in said
+    assert f"{first['cell']}-s0.json is limited to some questions (--limit), so no table shows it" in said
     said, again = evaluate(METHOD + "# a comment\n", 0)
     assert "reusing " in said
     assert again == first

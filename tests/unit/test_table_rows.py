@@ -104,3 +104,25 @@ def test_eval_names_the_changed_parameters(tmp_path: Path) -> None:
     assert other["changed"] == {"top_p": 0.123}
     (tmp_path / "mine.yaml").write_text(json.dumps({"method": "dlp", "params": {"top_p": 0.123}}))
     assert "changed" not in blank_record(prepare(protocol, "nano", str(tmp_path / "mine.yaml"), 0)).method
+
+
+def test_report_says_what_is_only_in_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dirty = {"git": {"commit": "abc1234", "dirty": True}}
+    saved(tmp_path, method_name="mine", cell="m", provenance=dirty)
+    saved(tmp_path, method_name="base", cell="b", limit=2)
+    saved(tmp_path, method_name="oracle", cell="o", status="failed")
+    waiting = f"2 records in {tmp_path / 'scratch'} (1 limited to some questions (--limit), 1 of uncommitted code)"
+    for command in (["build", "--suite", "toy"], ["all"], ["list", "--suite", "toy"], ["html"], ["figures", "--suite", "toy"]):
+        assert main(["report", *command, "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert f"for tables, only {waiting}. Tables show whole runs of committed code: commit" in said
+        assert said.count("\n") == 1
+    assert main(["report", "list", "--scratch", "--suite", "toy", "--out", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "mine  seed 0  2026-01-01T00:00:00+00:00  ok  of uncommitted code  mcq_acc 0.700" in listed
+    assert "oracle  seed 0  2026-01-01T00:00:00+00:00  failed  failed or interrupted" in listed
+    saved(tmp_path, method_name="base", cell="c")  # the same method without --limit
+    told = built(tmp_path, capsys)[1]
+    assert told.startswith(f"dlplora: note: no table shows 1 record in {tmp_path / 'scratch'} (1 of uncommitted code). Tables show")
+    assert main(["report", "build", "--suite", "nano", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("not found. It has results of toy (--suite).\n")
