@@ -51,7 +51,7 @@ def chosen_methods(text: str) -> list[str]:
 
 def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
     """The protocol of ``dlplora eval`` or ``tune`` with what the command line changes."""
-    from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
+    from dlplora.evaluation.protocol import fitted_to_suite, load_protocol, require_rows_read
 
     overrides: dict[str, Any] = {key: getattr(arguments, key) for key in ("suite", "data_root", "dtype") if getattr(arguments, key)}
     if arguments.tasks:
@@ -59,6 +59,7 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
     if arguments.pretrained:
         overrides["backbone"] = arguments.pretrained
     protocol = load_protocol(arguments.protocol, overrides)
+    require_rows_read(protocol.suite, arguments.data_root)
     if arguments.suite and not arguments.tasks:  # the protocol's list of tasks was written for its own suite
         protocol, left_out = fitted_to_suite(protocol)
         if left_out:
@@ -141,4 +142,7 @@ def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, cache: EvalC
             path, record = execute(run, root, cache, progress)
     if reason := held_back(record):
         say(f"{path} is {reason}, so no table shows it; `dlplora report list --scratch` does")
-    return {"record": str(path), "aggregates": record.aggregates, "routing": record.routing}
+    means = {key: value for key, value in record.aggregates.items() if value is not None}
+    # means are over the whole suite, so a part of it has its tasks' own numbers
+    parts = {} if set(record.tasks) == set(record.suite_tasks) else {"tasks": {name: task.metrics for name, task in record.tasks.items()}}
+    return {"record": str(path), "aggregates": means, **parts, "routing": record.routing}

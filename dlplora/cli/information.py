@@ -45,10 +45,12 @@ def run_methods(arguments: argparse.Namespace) -> int:
 
 def run_tasks(arguments: argparse.Namespace) -> int:
     """Tasks of a suite."""
+    from dlplora.evaluation.protocol import require_rows_read
     from dlplora.tasks.registry import get_suite
 
     if arguments.export:
         return _export(arguments.suite, arguments.data_root, arguments.export)
+    require_rows_read(arguments.suite, arguments.data_root)
     rows = []
     for task in get_suite(arguments.suite, arguments.data_root).tasks:
         item = task.items("test" if not task.rows or "test" in task.rows else "train", 1)[0]

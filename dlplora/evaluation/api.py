@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlplora.config import config_label
-from dlplora.evaluation.protocol import fitted_to_suite, load_protocol
+from dlplora.evaluation.protocol import fitted_to_suite, load_protocol, require_rows_read
 from dlplora.evaluation.runner import Artifacts, execute, prepare
 from dlplora.reporting.schema import Record
 
@@ -61,6 +61,7 @@ def evaluate(
     if tasks is not None:
         overrides["tasks"] = list(tasks)
     settings = load_protocol(protocol, overrides)
+    require_rows_read(settings.suite, overrides.get("data_root"))
     if suite is not None and tasks is None:  # the protocol's list of tasks was written for its own suite
         settings, _ = fitted_to_suite(settings)
     folders = Artifacts(

@@ -29,14 +29,18 @@ def require_seed(seed: int) -> None:
         raise ConfigError(f"seed must be from 0 to {MAX_SEEDS - 1}, got {seed}.")
 
 
-def require_split(suite: Suite, split: str) -> None:
-    """Refuse questions of the validation split where a suite has none.
+def require_split(suite: Suite, names: Sequence[str], split: str) -> None:
+    """Refuse tasks that have no questions of the split.
 
     Raises:
-        TaskError: If the suite's prompts are composites, which are drawn from test questions.
+        TaskError: If a task has no rows of it, or the suite's prompts are composites, which are drawn from test questions.
     """
     if split != "test" and suite.source is not None:
         raise TaskError(f"suite '{suite.name}' has composites of test questions only, no {split} split; choose settings on its source.")
+    lacking = [task.name for task in map(suite.task, names) if task.rows and not task.rows.get(split)]
+    if lacking:
+        wanted = "test.jsonl" if split == "test" else "train.jsonl, whose end is the validation split, with two rows or more"
+        raise TaskError(f"no {split} questions of {', '.join(map(repr, lacking))}: add {wanted}, or leave the task out.")
 
 
 def require_artifacts(method: FusionMethod, preset: str, roles: Collection[str]) -> None:

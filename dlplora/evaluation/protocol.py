@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dlplora.config import OMIT_DEFAULT_FROM_HASH, build, config_hash, find_config, load_yaml
 from dlplora.errors import ConfigError, TaskError
 from dlplora.tasks.composite import not_drawable
-from dlplora.tasks.registry import get_suite
+from dlplora.tasks.registry import GENERATED, get_suite
 
 RETIRED: Mapping[str, int] = {"latency_prompt_tokens": 32, "latency_new_tokens": 24, "latency_repeats": 9}
 """Settings of a latency measurement that an evaluation no longer makes (``dlplora bench latency`` does), with their defaults. They have no
@@ -116,6 +116,18 @@ def _with_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise ConfigError(f"{where}: '{key}' must be int, got {value!r}. It has no effect any more; leave it out.")
     return {**kept, "retired": {**RETIRED, **old}}
+
+
+def require_rows_read(suite: str, data_root: str | None) -> None:
+    """Refuse a folder of rows for a suite that is generated: its questions would be asked instead of the user's.
+
+    Raises:
+        ConfigError: Naming the suites that read the folder.
+    """
+    if data_root is not None and suite in GENERATED:
+        raise ConfigError(
+            f"the data root {data_root} is not read: suite '{suite}' is generated. Name the suite: local:all or local:TASK,TASK."
+        )
 
 
 def fitted_to_suite(protocol: Protocol) -> tuple[Protocol, list[str]]:

@@ -163,9 +163,7 @@ def prepare(
     built = build_method(spec)
     built.require_packages()
     suite = get_suite(protocol.suite, protocol.data_root)
-    for name in protocol.tasks or ():
-        suite.task(name)
-    require_split(suite, protocol.split)
+    require_split(suite, protocol.tasks or suite.names, protocol.split)
     require_limit(limit)
     require_seed(seed)
     folders = (artifacts or Artifacts()).resolved(protocol.backbone is None, built.artifact_roles, spec.name)

@@ -44,6 +44,15 @@ def test_several_methods_give_the_records_of_each_alone(quick: list[str], tmp_pa
     assert capsys.readouterr().err.count("reusing") == 3
 
 
+def test_standard_output_has_what_there_is(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means are over the whole suite; a part of it has the numbers of its tasks."""
+    assert main([*quick, "--method", "base", "--out", str(tmp_path / "results")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["tasks"]) == {"shelf_sorting", "object_counting"}
+    assert told["tasks"] == {name: row["metrics"] for name, row in json.loads(Path(told["record"]).read_text())["tasks"].items()}
+    assert told["aggregates"] == {}
+
+
 def lacks_a_package(preset: str) -> bool:
     try:
         build_method(preset).require_packages()
@@ -71,6 +80,11 @@ def test_all_presets_are_checked_without_being_trained_here(quick: list[str], ca
         (["--method", "base,dlp", "--method-param", "p=0.5"], "--method-param belongs to one method, but --method names 2"),
         (["--method", "base,mole", "--trained", "x"], "--trained belongs to one method"),
         (["--method", ","], "the value of 'method' is empty"),
+        (
+            ["--data-root", "rows"],
+            "the data root rows is not read: suite 'nano' is generated. Name the suite: local:all or local:TASK,TASK.",
+        ),
+        (["--tasks", "shelf_sortin"], "suite 'nano' has no task 'shelf_sortin'. Did you mean 'shelf_sorting'"),
         (["--protocol", "nano_composite", "--tasks", "concat_3", "--method", "base,oracle"], "'concat_3' asks questions of several tasks"),
         (["--protocol", "nano_composite", "--tasks", "serial_3", "--method", "lorahub_in_pool"], "'serial_3' asks questions of several"),
     ],
@@ -91,6 +105,7 @@ def test_bad_input_stops_all_of_them(
         ("base,mole", "", "method 'mole' has to be trained first"),
         ("base,dlp", "", "method 'dlp' needs a router; none was given"),
         ("base,lorahub_in_pool", "train.jsonl", "method 'lorahub' needs training examples of every task; 'pets' has no train.jsonl"),
+        ("base", "test.jsonl", "no test questions of 'pets': add test.jsonl, or leave the task out."),
         ("base,oracle", "adapter", "method 'oracle': no adapter for task 'pets'. The pool has: colors, echo."),
     ],
 )
@@ -105,7 +120,7 @@ def test_what_a_method_lacks_is_said_before_the_first_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = write_tasks(tmp_path / "rows")
-    if missing == "train.jsonl":
+    if missing.endswith(".jsonl"):
         (rows / "pets" / missing).unlink()
     for seed, name in enumerate(NAMES):
         if (missing, name) != ("adapter", "pets"):
