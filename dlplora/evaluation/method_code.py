@@ -12,7 +12,7 @@ from typing import Any
 
 from dlplora.config import config_hash
 from dlplora.methods.base import FusionMethod
-from dlplora.methods.registry import MethodSpec, load_method_spec, resolved_params
+from dlplora.methods.registry import MethodSpec, load_method_spec, method_class, resolved_params
 
 _CODES: dict[type[FusionMethod], str | None] = {}
 
@@ -95,9 +95,10 @@ def _code(path: Path) -> str:
 
 
 def described_method(spec: MethodSpec) -> dict[str, Any]:
-    """Class and parameters, and under ``changed`` those that are not the preset's; a row with a name of its own has none of these."""
+    """Class, what it needs, and parameters; under ``changed`` those that are not the preset's (none in a row with its own name)."""
     params, own = resolved_params(spec), None
     if spec.name == (spec.path.stem if spec.path else spec.method):
         own = resolved_params(load_method_spec(str(spec.path or spec.name)))
     changed = {key: value for key, value in params.items() if own is not None and own.get(key) != value}
-    return {"method": spec.method, "params": params, **({"changed": changed} if changed else {})}
+    needs = list(method_class(spec.method).metadata.needs)
+    return {"method": spec.method, "params": params, "needs": needs, **({"changed": changed} if changed else {})}

@@ -14,6 +14,9 @@ from dlplora.reporting.tuning import tuned_name
 
 MERGE = "merge"
 """Key of the group of methods that merge the whole pool once."""
+DATA_OF_NEED = {"inputs": "inputs", "labels": "inputs", "few_shot": "labels", "all_tasks_adapter": "labels", "trained": "labels"}
+"""What a class needs (``Metadata.needs``) -> what it sees: its ``labels`` are the tasks of prompts, not answers."""
+NOT_STATED = "not stated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,19 @@ def group_of(record: Record) -> MethodGroup:
 
 
 def data_seen(record: Record) -> str:
-    """What a record's method saw of the tasks beyond the experts: none, inputs, labels, task name; empty if unknown."""
-    return method_facts().data.get(str(record.method.get("method")), group_of(record).data)
+    """What a record's method saw of the tasks beyond the experts: none, inputs, labels, task name.
+
+    A method that ``methods.yaml`` does not have is judged by what its class says it needs; records made before this was kept do not tell.
+    """
+    name, needs = str(record.method.get("method")), record.method.get("needs")
+    group = group_of(record)
+    if group is not OTHER or name in method_facts().data:
+        return method_facts().data.get(name, group.data)
+    if not isinstance(needs, list):
+        return NOT_STATED
+    seen = {DATA_OF_NEED[need] for need in needs if need in DATA_OF_NEED}
+    parts = ["labels"] if "labels" in seen else sorted(seen)
+    return ", ".join([*parts, *(["task name"] if "task_id" in needs else [])]) or "none"
 
 
 def without_clones(methods: Iterable[str]) -> list[str]:
