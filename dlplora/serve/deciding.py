@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, GenerationError
+from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, NotFiniteError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.modules.routing_state import NOT_FINITE
+from dlplora.serve.failures import FAILURES, shown
 from dlplora.serve.jobs import Decision, Target
 from dlplora.types import PromptBatch
+
+log = logging.getLogger(__name__)
 
 
 def require_servable(fused: FusedCausalLM) -> None:
@@ -89,6 +94,23 @@ class Decider:
             for kind, values, confidence, target in zip(kinds, weights.tolist(), confidences, targets, strict=True)
         ]
         return decisions, weights
+
+    def decide_each(
+        self, targets: Sequence[Target], texts: Sequence[str], *, prompts: bool = True
+    ) -> list[tuple[Decision, Tensor] | DLPLoRAError]:
+        """As ``decide``, but an error or weights that are not finite belong to one request: a batch that fails is decided one by one."""
+        try:
+            decisions, weights = self.decide(targets, texts, prompts=prompts)
+        except FAILURES as error:
+            if len(targets) > 1:
+                return [self.decide_each([one], [text], prompts=prompts)[0] for one, text in zip(targets, texts, strict=True)]
+            if not isinstance(error, DLPLoRAError):
+                log.exception("a prompt or sentence could not be routed; its request is reported as failed")
+            return [shown(error)]
+        finite = weights.isfinite().all(dim=-1).tolist()
+        return [
+            (decision, own) if fine else NotFiniteError(NOT_FINITE) for decision, own, fine in zip(decisions, weights, finite, strict=True)
+        ]
 
     def _route(self, texts: Sequence[str], prompts: bool) -> tuple[Tensor, list[float] | None, list[bool]]:
         """Weights (B, E), confidences, and which texts are out of scope."""

@@ -16,53 +16,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, RoutingError
+from dlplora.errors import DLPLoRAError, GenerationError
 from dlplora.inference.finite import NOT_FINITE as NOT_FINITE_LOGITS
 from dlplora.inference.finite import is_finite
 from dlplora.inference.fused_model import FusedCausalLM
-from dlplora.modules.routing_state import NOT_FINITE
 from dlplora.serve.batch import Batch
 from dlplora.serve.deciding import Decider, require_servable
 from dlplora.serve.failures import FAILURES, settle, shown
 from dlplora.serve.jobs import Failed, Finished, Job, QueueFullError, Sentence, Started
+from dlplora.serve.options import EngineOptions
 from dlplora.serve.rows import Row
 from dlplora.serve.sampling import Chosen
 from dlplora.serve.slots import SlotCache, causal_mask, check_slots
 
 log = logging.getLogger(__name__)
-MAX_ROWS = 1 << 16
-"""Largest batch or queue; the cache of a batch is made when the engine starts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineOptions:
-    """Bounds of the engine."""
-
-    max_batch: int = 16
-    """Requests that run at once."""
-    max_queue: int = 64
-    """Requests that may wait; one more is refused."""
-    max_model_len: int | None = None
-    """Tokens of one request, prompt included; None takes the context of the base model, at most 4096."""
-    prefill_chunk: int = 256
-    """Prompt tokens, of one or several prompts and padding included, processed between two decode steps."""
-    min_confidence: float | None = None
-    """See ``Decider``."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "prefill_chunk"):
-            if not 1 <= getattr(self, name) <= MAX_ROWS:
-                raise ConfigError(f"'{name}' must be from 1 to {MAX_ROWS}, got {getattr(self, name)}.")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError(f"'max_model_len' must be at least 2, a token of the prompt and one of the answer, got {self.max_model_len}.")
-        if self.min_confidence is not None and not 0.0 <= self.min_confidence <= 1.0:
-            raise ConfigError(f"'min_confidence' must be between 0 and 1, got {self.min_confidence}.")
+__all__ = ["Engine", "EngineOptions"]
 
 
 class Engine:
@@ -234,7 +207,7 @@ class Engine:
         if chosen:
             try:
                 self._process_chunk(self._batch.arrange(chosen))
-            except DLPLoRAError as error:  # other requests go on
+            except FAILURES as error:  # the requests that decode go on
                 for row, _ in chosen:
                     self._fail(row, error)
         if self._batch.rows:
@@ -247,31 +220,26 @@ class Engine:
             jobs = [self._waiting.popleft() for _ in range(free)]
         if not jobs:
             return
-        try:
-            self._begin(jobs)
-        except DLPLoRAError:  # one of them cannot be decided; the others can
-            for job in jobs:
-                try:
-                    self._begin([job])
-                except DLPLoRAError as error:
-                    job.report(Failed(error))
-
-    def _begin(self, jobs: Sequence[Job]) -> None:
-        decisions, weights = self.decider.decide([job.target for job in jobs], [job.routed_text for job in jobs])
-        for job, decision, own in zip(jobs, decisions, weights, strict=True):
+        found = self.decider.decide_each([job.target for job in jobs], [job.routed_text for job in jobs])
+        for job, one in zip(jobs, found, strict=True):
+            if isinstance(one, DLPLoRAError):
+                job.report(Failed(one))
+                continue
+            decision, own = one
             row = Row(job, self.fused.tokenizer, self.fused.vocabulary, self.fused.device, weights=own, routing_s=decision.seconds)
             row.out_of_scope = decision.out_of_scope
             job.report(Started(decision))
-            if bool(own.isfinite().all()):
-                self._batch.join(row)
-            else:
-                job.report(Failed(RoutingError(NOT_FINITE)))
+            self._batch.join(row)
 
-    def _fail(self, row: Row, error: DLPLoRAError) -> None:
-        """End one request with an error and clear its slot."""
+    def _fail(self, row: Row, error: Exception) -> None:
+        """End one request with an error and clear its slot, unless it has left already."""
+        if row not in self._batch.everyone:
+            return
+        if not isinstance(error, DLPLoRAError):
+            log.error("request %d is reported as failed", row.job.number, exc_info=error)
         self._cache.erase(self._batch.everyone.index(row))
         self._leave(row)
-        row.job.report(Failed(error))
+        row.job.report(Failed(shown(error)))
 
     def _leave(self, row: Row) -> None:
         if row in self._batch.rows:
@@ -358,8 +326,12 @@ class Engine:
         greedy = logits.argmax(dim=-1).tolist()
         going: list[Row] = []
         for row, place in taken:
-            chosen = Chosen(greedy[place]) if row.sampler.is_plain_greedy else row.sampler.choose(logits[place])
-            reason = row.take(chosen, self._eos)
+            try:
+                chosen = Chosen(greedy[place]) if row.sampler.is_plain_greedy else row.sampler.choose(logits[place])
+                reason = row.take(chosen, self._eos)
+            except FAILURES as error:  # of this request's sampling or text; the others go on
+                self._fail(row, error)
+                continue
             if reason is None and row.cached + 1 > self.max_model_len:
                 reason = "length"
             if reason is None:
@@ -375,13 +347,29 @@ class Engine:
 
     def _reroute(self, rows: list[Row]) -> None:
         """Route the rows with a sentence end at the newest token, in one batch."""
-        views = [(row, view) for row in rows if self._may_change(row) and (view := row.ended_sentence(self.fused.method.view)) is not None]
-        if not views:
+        ended: list[Row] = []
+        views: list[str] = []
+        for row in filter(self._may_change, rows):
+            try:
+                view = row.ended_sentence(self.fused.method.view)
+            except FAILURES as error:
+                self._fail(row, error)
+                continue
+            if view is not None:
+                ended.append(row)
+                views.append(view)
+        if not ended:
             return
-        decisions, weights = self.decider.decide([row.job.target for row, _ in views], [view for _, view in views], prompts=False)
-        for (row, _), decision in zip(views, decisions, strict=True):
-            row.job.report(Sentence(len(row.detokenizer.text), decision))
-        self._switch([row for row, _ in views], weights)
+        found = self.decider.decide_each([row.job.target for row in ended], views, prompts=False)
+        decided: list[tuple[Row, Tensor]] = []
+        for row, one in zip(ended, found, strict=True):
+            if isinstance(one, DLPLoRAError):
+                self._fail(row, one)
+            else:
+                row.job.report(Sentence(len(row.detokenizer.text), one[0]))
+                decided.append((row, one[1]))
+        if decided:
+            self._switch([row for row, _ in decided], torch.stack([own for _, own in decided]))
 
     def _switch(self, rows: Sequence[Row], weights: Tensor) -> None:
         """Give rows new weights (N, E), and the running state those of all of them at once."""

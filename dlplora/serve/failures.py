@@ -8,8 +8,11 @@ from typing import Any
 
 from dlplora.errors import DLPLoRAError, GenerationError, one_line
 
-FAILURES = (DLPLoRAError, RuntimeError, OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""Errors of a step or a call."""
+FAILURES = (
+    DLPLoRAError, RuntimeError, OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+    ImportError,
+)  # fmt: skip
+"""Errors of a step, a request or a call."""
 _SHOWN = 200
 
 

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy decoding, as in vLLM: logits divided by less may exceed float32."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
     """How a request samples; the names are those of the OpenAI API."""
 
     temperature: float = 1.0
-    """0 is greedy decoding."""
+    """0, or anything below ``GREEDY_BELOW``, is greedy decoding."""
     top_p: float = 1.0
     """Probability mass kept."""
     seed: int | None = None
@@ -25,6 +28,11 @@ class SamplingOptions:
     """Subtracted once per earlier occurrence in the generated text."""
     presence_penalty: float = 0.0
     """Subtracted once if the token occurred in the generated text."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +60,13 @@ class Sampler:
     def is_plain_greedy(self) -> bool:
         """Whether the token is the argmax of the logits and nothing else is requested."""
         options = self.options
-        return options.temperature == 0 and options.top_logprobs is None and not (options.frequency_penalty or options.presence_penalty)
+        return options.is_greedy and options.top_logprobs is None and not (options.frequency_penalty or options.presence_penalty)
 
     def choose(self, logits: Tensor) -> Chosen:
         """The next token from logits (V,)."""
         options = self.options
         logits = self._penalised(logits.float())
-        if options.temperature == 0:
+        if options.is_greedy:
             token = int(logits.argmax())
         else:
             scores = logits[None]

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def test_a_chat_answer_is_that_of_generate(client: TestClient, alone: dict[str, 
     assert float(response.headers["x-dlplora-confidence"]) > 0.9
     (trace,) = body["dlplora"]["choices"]
     assert [(one["text"], one["weights"]) for one in trace] == [(alone[text], {wanted: 1.0})]
+
+
+def test_a_temperature_near_zero_is_greedy_beside_another_request(client: TestClient, alone: dict[str, str]) -> None:
+    bodies = [chat(ZARGI, temperature=1e-38, n=2), chat(GATE)]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda body: client.post("/v1/chat/completions", json=body).json(), bodies))
+    assert [choice["message"]["content"] for body in found for choice in body["choices"]] == [alone[ZARGI], alone[ZARGI], alone[GATE]]
 
 
 def test_a_stream_adds_up_to_the_answer(client: TestClient, alone: dict[str, str]) -> None:

@@ -16,9 +16,11 @@ from peft import PeftModel
 from dlplora.errors import ConfigError, GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.serve.deciding import Decider
 from dlplora.serve.engine import Engine, EngineOptions
 from dlplora.serve.jobs import Failed, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
-from dlplora.serve.sampling import SamplingOptions
+from dlplora.serve.rows import Row
+from dlplora.serve.sampling import Sampler, SamplingOptions
 from tests.equivalence.test_kv_policy import STEPS, TEXTS, ByLength, fused_with, slow
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -244,6 +246,55 @@ def test_a_failing_step_fails_its_requests_only(double: Any, tiny_tokenizer: Any
     client.wait(1)
     assert len(client.tokens("next")) == STEPS
     engine.close()
+
+
+UNLUCKY = SamplingOptions(temperature=0.0, seed=13, top_logprobs=0)
+PLACES = [
+    (Sampler, "choose", lambda sampler, *_: sampler.options is UNLUCKY),
+    (Row, "ended_sentence", lambda row, *_: row.job.sampling is UNLUCKY),
+    (Engine, "_process_chunk", lambda _, chunk: any(row.job.sampling is UNLUCKY for row, _ in chunk)),
+    (Decider, "decide", lambda _, targets, texts, **given: any(text.startswith(TEXTS[1]) for text in texts)),
+    (Decider, "decide", lambda _, targets, texts, prompts=True: not prompts and any(text.startswith(TEXTS[1]) for text in texts)),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "hits"), PLACES, ids=["sampling", "text", "prefill", "routing", "sentence"])
+def test_an_error_of_one_request_is_its_own(
+    owner: Any, name: str, hits: Any, truths: Any, double: Any, tiny_tokenizer: Any, tiny_pool: Path, monkeypatch: Any
+) -> None:
+    """A request that decodes and one that is admitted together with the unlucky one get what they would get alone."""
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=4, prefill_chunk=40))
+    client, decodes, real = Client(engine), threading.Event(), getattr(owner, name)
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if hits(*given, **named):
+            raise KeyError("of one request")
+        return real(*given, **named)
+
+    monkeypatch.setattr(owner, name, failing)
+    first = client.job("decodes", TEXTS[0])
+    report = first.report
+    first.report = lambda event: (report(event), decodes.set() if isinstance(event, Piece) else None)  # type: ignore[func-returns-value]
+    engine.submit(first)
+    assert decodes.wait(60)
+    beside = {} if name == "_process_chunk" else {"beside": TEXTS[2]}
+    engine.submit(client.job("unlucky", TEXTS[1], sampling=UNLUCKY), *(client.job(key, text) for key, text in beside.items()))
+    client.wait(2 + len(beside))
+    engine.submit(client.job("later", TEXTS[3]))
+    client.wait(1)
+    engine.close()
+    assert isinstance(client.events["unlucky"][-1], Failed)
+    for key, text in {"decodes": TEXTS[0], "later": TEXTS[3], **beside}.items():
+        assert client.tokens(key) == truths["auto"][text]
+
+
+def test_temperatures_near_zero_are_greedy() -> None:
+    logits = torch.tensor([1.0, 30.0, 29.9])
+    for temperature in (0.0, 5e-324, 1e-38, 9e-6):
+        assert Sampler(SamplingOptions(temperature=temperature), torch.device("cpu")).is_plain_greedy
+    for temperature in (1e-38, 1e-5, 1e-3):
+        options = SamplingOptions(temperature=temperature, top_logprobs=1, frequency_penalty=-2.0)
+        assert Sampler(options, torch.device("cpu")).choose(logits).token == 1
 
 
 def test_another_model_is_adopted_between_requests(double: Any, tiny_tokenizer: Any, tiny_pool: Path, make_adapter: Any) -> None:
