@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.serve.batch import Batch
 from dlplora.serve.deciding import Decider, require_servable
 from dlplora.serve.failures import FAILURES, settle, shown
-from dlplora.serve.jobs import Failed, Finished, Job, QueueFullError, Sentence, Started
+from dlplora.serve.intake import Intake
+from dlplora.serve.jobs import Decision, Failed, Job, Sentence, Started
 from dlplora.serve.options import EngineOptions
 from dlplora.serve.rows import Row
 from dlplora.serve.sampling import Chosen
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Engine", "EngineOptions"]
 
 
-class Engine:
+class Engine(Intake):
     """Runs jobs on a fused model until it is closed.
 
     Args:
@@ -52,12 +52,10 @@ class Engine:
     def __init__(self, fused: FusedCausalLM, options: EngineOptions | None = None) -> None:
         self.options = options or EngineOptions()
         self.max_model_len = min(self.options.max_model_len or 4096, fused.max_length)
-        self._ready = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        super().__init__(self.options.max_queue)
+        self._admitted: deque[Job] = deque()
+        """Taken from those that wait, but in no slot yet."""
         self._state: Any = None
-        self._closed = False
         self.adopt(fused)
         check_slots(fused, self._cache)
         self._thread = threading.Thread(target=self._run, name="dlplora-engine", daemon=True)
@@ -78,11 +76,6 @@ class Engine:
     # ------------------------------------------------------------------ called from other threads
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that have no slot yet."""
-        return len(self._waiting)
-
-    @property
     def num_running(self) -> int:
         """Requests in a slot."""
         return len(self._batch)
@@ -96,31 +89,6 @@ class Engine:
         """Bytes of keys and values held now."""
         return self._cache.num_bytes()
 
-    def submit(self, *jobs: Job) -> None:
-        """Queue jobs, all or none.
-
-        Raises:
-            QueueFullError: If that many cannot wait.
-            GenerationError: If the engine is closed.
-        """
-        with self._ready:
-            if self._closed:
-                raise GenerationError("the engine is closed.")
-            if len(self._waiting) + len(jobs) > self.options.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting, {self.options.max_queue} may; try again later.")
-            self._waiting.extend(jobs)
-            self._ready.notify()
-
-    def cancel(self, *jobs: Job) -> None:
-        """Stop working on jobs; their slots are free before the next step."""
-        with self._ready:
-            for job in jobs:
-                job.cancelled = True
-                if job in self._waiting:
-                    self._waiting.remove(job)
-                    job.report(Finished("cancelled", len(job.prompt_ids), 0, time.monotonic() - job.submitted, None))
-            self._ready.notify()
-
     def run_idle(self, task: Callable[[], FusedCausalLM | None]) -> FusedCausalLM | None:
         """Run a task in the engine's thread when no request is in a slot; waiting requests stay in the queue.
 
@@ -129,8 +97,8 @@ class Engine:
 
         Raises:
             DLPLoRAError: What the task raised; the engine keeps the model it had.
+            GenerationError: If the engine is closed.
         """
-        future: Future[FusedCausalLM | None] = Future()
 
         def adopt() -> FusedCausalLM | None:
             found = task()
@@ -138,22 +106,8 @@ class Engine:
                 self.adopt(found)
             return found
 
-        with self._ready:
-            self._tasks.append((adopt, future))
-            self._ready.notify()
-        return future.result()
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        """Run a short function in the engine's thread, between two steps, and return its value.
-
-        Raises:
-            DLPLoRAError: What it raised.
-        """
-        future: Future[Any] = Future()
-        with self._ready:
-            self._calls.append((function, future))
-            self._ready.notify()
-        return future.result()
+        found: FusedCausalLM | None = self._result(self._tasks, adopt)
+        return found
 
     def close(self) -> None:
         """End the thread; unfinished jobs are reported as failed."""
@@ -165,31 +119,22 @@ class Engine:
     # ------------------------------------------------------------------ the loop
 
     def _run(self) -> None:
-        while True:
-            with self._ready:
-                while not (self._closed or self._waiting or self._tasks or self._calls or self.num_running):
-                    self._ready.wait()
-                if self._closed:
-                    break
-            try:
-                self._advance()
-            except FAILURES as error:  # the model's own errors: out of memory, a shape that does not fit
-                log.exception("a step failed; its requests are reported as failed")
-                self._fail_all(error)
-        self._fail_all(GenerationError("the server is shutting down."))
+        try:
+            while self._wait(lambda: self.num_running > 0):
+                try:
+                    self._advance()
+                except FAILURES as error:  # the model's own errors: out of memory, a shape that does not fit
+                    log.exception("a step failed; its requests are reported as failed")
+                    self._fail_all(error)
+        finally:  # any other error ends the thread, and nobody may wait for it
+            self._fail_all(GenerationError("the server is shutting down."), self._end())
 
-    def _fail_all(self, error: Exception) -> None:
-        failure = shown(error)
-        jobs = [row.job for row in self._batch.clear()]
+    def _fail_all(self, error: Exception, waiting: Sequence[Job] = ()) -> None:
+        jobs = dict.fromkeys([*(row.job for row in self._batch.clear()), *self._admitted, *waiting])
+        self._admitted.clear()
         self._state = None
-        if self._closed:
-            with self._ready:
-                jobs += self._waiting
-                self._waiting.clear()
-                for _, future in (*self._calls, *self._tasks):
-                    future.set_exception(failure)
         for job in jobs:
-            job.report(Failed(failure))
+            job.report(Failed(shown(error)))
 
     def _advance(self) -> None:
         for row in [row for row in self._batch.everyone if row.job.cancelled]:
@@ -217,19 +162,28 @@ class Engine:
         """Give the free slots to the requests that have waited longest; their prompts are routed in one batch."""
         with self._ready:
             free = min(len(self._waiting), self.options.max_batch - len(self._batch))
-            jobs = [self._waiting.popleft() for _ in range(free)]
-        if not jobs:
+            self._admitted.extend(self._waiting.popleft() for _ in range(free))
+        if not self._admitted:
             return
-        found = self.decider.decide_each([job.target for job in jobs], [job.routed_text for job in jobs])
-        for job, one in zip(jobs, found, strict=True):
+        found = self.decider.decide_each([job.target for job in self._admitted], [job.routed_text for job in self._admitted])
+        for one in found:
+            job = self._admitted[0]
             if isinstance(one, DLPLoRAError):
                 job.report(Failed(one))
-                continue
-            decision, own = one
-            row = Row(job, self.fused.tokenizer, self.fused.vocabulary, self.fused.device, weights=own, routing_s=decision.seconds)
-            row.out_of_scope = decision.out_of_scope
-            job.report(Started(decision))
-            self._batch.join(row)
+            else:
+                self._begin(job, *one)
+            self._admitted.popleft()
+
+    def _begin(self, job: Job, decision: Decision, weights: Tensor) -> None:
+        try:
+            row = Row(job, self.fused.tokenizer, self.fused.vocabulary, self.fused.device, weights=weights, routing_s=decision.seconds)
+        except FAILURES as error:
+            log.exception("request %d is reported as failed", job.number)
+            job.report(Failed(shown(error)))
+            return
+        row.out_of_scope = decision.out_of_scope
+        job.report(Started(decision))
+        self._batch.join(row)
 
     def _fail(self, row: Row, error: Exception) -> None:
         """End one request with an error and clear its slot, unless it has left already."""

@@ -30,3 +30,6 @@ def settle(function: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(function())
     except FAILURES as error:  # its caller's; other requests go on
         future.set_exception(error)
+    finally:  # another error ends the thread; the caller must not wait for ever
+        if not future.done():
+            future.set_exception(GenerationError("the server failed."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,8 @@ class Server:
                 self.metrics.observe(event)
                 held.append(event)
                 if request.stream or isinstance(event, (Finished, Failed)):
-                    loop.call_soon_threadsafe(queue.put_nowait, (index, held.copy()))
+                    with suppress(RuntimeError):  # the loop is closed: the server has stopped, and nobody waits
+                        loop.call_soon_threadsafe(queue.put_nowait, (index, held.copy()))
                     held.clear()
 
             job = Job(

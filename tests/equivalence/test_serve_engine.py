@@ -6,6 +6,7 @@ import copy
 import queue
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,49 @@ def test_an_error_of_one_request_is_its_own(
     assert isinstance(client.events["unlucky"][-1], Failed)
     for key, text in {"decodes": TEXTS[0], "later": TEXTS[3], **beside}.items():
         assert client.tokens(key) == truths["auto"][text]
+
+
+class Unexpected(Exception):
+    """Not among the errors that the engine survives."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("place", ["routing", "call"])
+def test_nobody_waits_for_an_engine_that_has_ended(place: str, double: Any, tiny_tokenizer: Any, tiny_pool: Path, monkeypatch: Any) -> None:
+    """A request in a slot, those taken from the queue, one that still waits, and calls of other threads."""
+    engine = Engine(fused_with(copy.deepcopy(double), tiny_tokenizer, tiny_pool, "stale"), EngineOptions(max_batch=2))
+    client, blocker = Client(engine), threading.Event()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise Unexpected
+
+    with ThreadPoolExecutor(3) as threads:
+        held = threads.submit(engine.call, lambda: blocker.wait(60))
+        engine.submit(*(client.job(number, TEXTS[number]) for number in range(3)))
+        if place == "routing":
+            monkeypatch.setattr(engine.decider, "decide", broken)
+            waits = threads.submit(engine.run_idle, lambda: None)
+        else:
+            waits = threads.submit(engine.call, broken)
+        while not (engine._tasks or engine._calls):
+            pass
+        blocker.set()
+        client.wait(3)
+        assert held.result(60) is True
+        if place == "call":
+            with pytest.raises(GenerationError):
+                waits.result(60)
+        engine._thread.join(60)
+    assert all(isinstance(client.events[number][-1], Failed) for number in range(3))
+    assert not engine.is_alive
+    for late in (
+        lambda: engine.submit(client.job("late", TEXTS[0])),
+        lambda: engine.call(lambda: 1),
+        lambda: engine.run_idle(lambda: None),
+    ):
+        with pytest.raises(GenerationError, match="closed"):
+            late()
+    engine.close()
 
 
 def test_temperatures_near_zero_are_greedy() -> None:
