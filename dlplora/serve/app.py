@@ -58,21 +58,18 @@ def _add_completions(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/chat/completions", dependencies=protected, responses=COMPLETIONS)
     async def chat(http: Request, request: ChatRequest) -> Response:
-        return await server.complete(http, request, [server.prompts.chat(request)], True)
+        return await server.complete(http, request, [await asyncio.to_thread(server.prompts.chat, request)], True)
 
     @app.post("/v1/completions", dependencies=protected, responses=COMPLETIONS)
     async def completions(http: Request, request: CompletionRequest) -> Response:
-        prompts = server.prompts.completion(request)
+        prompts = await asyncio.to_thread(server.prompts.completion, request)
         if len(prompts) * request.n > server.engine.options.max_queue:
             raise BadRequestError(f"{len(prompts)} prompts times n = {request.n} are more than this server queues.", "prompt")
         return await server.complete(http, request, prompts, False)
 
     @app.post("/v1/route", dependencies=protected, responses=ROUTES)
     async def route(request: RouteRequest) -> dict[str, Any]:
-        prompts = server.prompts
-        text = prompts.question(request.messages) if request.messages else prompts.routed_text(request.prompt or "")
-        if not text:
-            raise BadRequestError("there is nothing to route.", "prompt")
+        text = await asyncio.to_thread(server.prompts.to_route, request.prompt, request.messages)
         decisions, _ = await asyncio.to_thread(server.engine.call, lambda: server.engine.decider.decide([Target()], [text]))
         return {"object": "route", "read": text, **described(decisions[0])}
 
@@ -134,7 +131,7 @@ def add_error_handlers(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"] if part != "body"]
         if first["type"] == "json_invalid":
             return JSONResponse(error_of("the body is not valid JSON.", "invalid_request_error", None, None), 400)
-        name = ".".join(place) or None
+        name = ".".join(place) or (first.get("ctx") or {}).get("param")
         message = str(first["msg"]).removeprefix("Value error, ")
         return JSONResponse(error_of(f"{name}: {message}" if name else message, "invalid_request_error", name, None), 400)
 

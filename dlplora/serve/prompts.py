@@ -30,7 +30,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Makes prompts for one tokenizer.
+    """Makes prompts for one tokenizer. Long texts take a while, so an event loop must call its methods in a thread.
 
     Args:
         tokenizer: Of the base model.
@@ -64,6 +64,19 @@ class PromptBuilder:
     def routed_text(self, prompt: str) -> str:
         """What the router reads of a prompt: its question (``inference.question``)."""
         return question_text(prompt, self._markers)
+
+    def to_route(self, prompt: str | None, messages: Sequence[Message] | None) -> str:
+        """What the router reads of a prompt or a conversation that is routed without an answer.
+
+        Raises:
+            BadRequestError: If it is longer than the context, or holds nothing to route.
+        """
+        param = "messages" if messages else "prompt"
+        text = "\n\n".join(message.text for message in messages) if messages else prompt or ""
+        self._require_room(len(self.tokenizer(text)["input_ids"]), param)
+        if not text.strip():
+            raise BadRequestError("there is nothing to route.", param)
+        return self.question(messages) if messages else self.routed_text(text)
 
     def _rendered(self, messages: Sequence[Message]) -> str:
         if self.chat_template is None:
@@ -101,15 +114,18 @@ class PromptBuilder:
     def _checked(self, ids: Sequence[int], text: str, question: Callable[[], str], param: str) -> Prompt:
         if not ids:
             raise BadRequestError(f"'{param}' is empty.", param)
-        if len(ids) >= self.limit:
-            raise BadRequestError(
-                f"this prompt has {len(ids)} tokens, which leaves no room for an answer: the context is {self.limit} tokens.",
-                param,
-                "context_length_exceeded",
-            )
+        self._require_room(len(ids), param)
         started = time.perf_counter()
         routed = question()
         return Prompt(tuple(ids), text, routed, time.perf_counter() - started)
+
+    def _require_room(self, num: int, param: str) -> None:
+        if num >= self.limit:
+            raise BadRequestError(
+                f"this prompt has {num} tokens, which leaves no room for an answer: the context is {self.limit} tokens.",
+                param,
+                "context_length_exceeded",
+            )
 
     def room(self, prompt: Prompt, wanted: int | None, default: int) -> int:
         """Tokens that may be generated.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -27,6 +28,11 @@ UNSUPPORTED = (
 )
 """Fields that would change the answer and are not implemented: refused unless they are empty."""
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"}, ["text"])
+
+
+def _wrong(param: str, message: str) -> PydanticCustomError:
+    """An error of a whole body that names the field."""
+    return PydanticCustomError("wrong_field", "{message}", {"message": message, "param": param})
 
 
 class Body(BaseModel):
@@ -112,7 +118,7 @@ class GenerationRequest(Body):
     def _refuse_unsupported(self) -> GenerationRequest:
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED and value not in _NOTHING and not (name == "best_of" and value == self.n):
-                raise ValueError(f"'{name}' is not supported by this server.")
+                raise _wrong(name, f"'{name}' is not supported by this server.")
         return self
 
     @property
@@ -173,7 +179,7 @@ class RouteRequest(Body):
     @model_validator(mode="after")
     def _one_of_both(self) -> RouteRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either 'prompt' or 'messages'.")
+            raise _wrong("prompt", "give either 'prompt' or 'messages'.")
         return self
 
 

@@ -91,9 +91,9 @@ class AutoModel:
         """The decision for a body, the name of the model for vLLM, and what the router read.
 
         Raises:
-            BadRequestError: If there is no text to route.
+            BadRequestError: If there is no text to route, or more than the context holds.
         """
-        text = self._read(body)
+        text = await asyncio.to_thread(self._read, body)
         if not text:
             raise BadRequestError(
                 "there is no text to route; name a model instead of 'auto'.", "messages" if "messages" in body else "prompt"
@@ -110,10 +110,10 @@ class AutoModel:
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1:
             (prompt,) = prompt
-        if isinstance(prompt, str):
-            return self._prompts.routed_text(prompt)
+        if isinstance(prompt, str) and prompt:
+            return self._prompts.to_route(prompt, None)
         messages = [found for one in body.get("messages") or () if (found := _text_message(one)) is not None]
-        return self._prompts.question(messages) if messages else ""
+        return self._prompts.to_route(None, messages) if messages else ""
 
 
 def _text_message(message: Any) -> Message | None:
@@ -147,7 +147,7 @@ class RouteAuto:
             return
         raw = await _body(receive)
         if raw is None:
-            await JSONResponse(error_body(BadRequestError("the body is too large.", status=413))[1], 413)(scope, receive, send)
+            await JSONResponse(*_too_large())(scope, receive, send)
             return
         body = _parsed(raw)
         headers: list[tuple[bytes, bytes]] = []
@@ -164,6 +164,10 @@ class RouteAuto:
             kept = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
             scope = {**scope, "headers": [*kept, (b"content-length", length)]}
         await self.app(scope, _replay(raw, receive), _adding(headers, send))
+
+
+def _too_large() -> tuple[dict[str, Any], int]:
+    return error_body(BadRequestError("the body is too large.", status=413))[1], 413
 
 
 async def _body(receive: Receive) -> bytes | None:
@@ -223,8 +227,11 @@ class EndpointPlugin:
             auto: AutoModel | None = getattr(app.state, "dlplora", None)
             if auto is None:
                 return JSONResponse(error_body(BadRequestError("the server is starting.", status=503))[1], 503)
+            raw = await _body(http.receive)
+            if raw is None:
+                return JSONResponse(*_too_large())
             try:
-                decision, name, text = await auto.decide(_parsed(await http.body()) or {})
+                decision, name, text = await auto.decide(_parsed(raw) or {})
             except DLPLoRAError as error:
                 status, answer = error_body(error)
                 return JSONResponse(answer, status)

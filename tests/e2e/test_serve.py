@@ -31,7 +31,7 @@ from dlplora.inference.loading import nano_asset
 from dlplora.serve.app import build_app
 from dlplora.serve.engine import Engine, EngineOptions
 from dlplora.serve.jobs import Target
-from dlplora.serve.prompts import NANO_TEMPLATE
+from dlplora.serve.prompts import NANO_TEMPLATE, PromptBuilder
 from dlplora.serve.server import ServerOptions
 
 ZARGI = "Please write in Zargi: the cat sees the hat."
@@ -147,6 +147,44 @@ def test_a_route_without_an_answer(client: TestClient) -> None:
     ).json()
     assert body["adapter"] == "gate_colors"
     assert body["read"] == f"{GATE}\nAnswer:"
+
+
+@pytest.mark.parametrize(("path", "param"), [("/v1/route", "prompt"), ("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")])
+def test_reading_a_prompt_does_not_hold_up_other_requests(
+    path: str, param: str, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow(self: PromptBuilder, *_: Any) -> str:
+        begun.set()
+        assert ended.wait(20), "the event loop was held up"
+        return GATE
+
+    body = chat(GATE, max_tokens=2) if param == "messages" else {"prompt": GATE}
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as threads:
+        patch.setattr(PromptBuilder, "question", slow)
+        patch.setattr(PromptBuilder, "routed_text", slow)
+        answer = threads.submit(client.post, path, json=body)
+        assert begun.wait(20)
+        assert client.get("/health").text == "ok"
+        ended.set()
+        assert answer.result().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"prompt": "the cat " * 600}, "prompt", "the context is"),
+        ({"messages": [{"role": "system", "content": "the cat " * 600}, {"role": "user", "content": "x"}]}, "messages", "the context is"),
+        ({"prompt": ""}, "prompt", "nothing to route"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages", "nothing to route"),
+        ({}, "prompt", "either"),
+    ],
+)
+def test_what_is_not_routed(body: dict[str, Any], param: str, message: str, client: TestClient) -> None:
+    response = client.post("/v1/route", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert message in response.json()["error"]["message"]
 
 
 def test_a_decision_reads_the_router_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,8 @@ def test_a_route_without_an_answer(served: Any) -> None:
         refused = client.post(path, json=body)
         assert refused.status_code == 400
         assert "no text to route" in refused.json()["error"]["message"]
+    refused = client.post("/v1/route", json={"prompt": "the cat " * 3000})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_a_pool_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from prometheus_client import generate_latest
 
 from dlplora import __version__
 from dlplora.serve.app import add_error_handlers, key_check
-from dlplora.serve.jobs import BadRequestError, Target
+from dlplora.serve.jobs import Target
 from dlplora.serve.middleware import BodyLimit, CountResponses
 from dlplora.serve.schemas import ChatRequest, CompletionRequest, RouteRequest
 from dlplora.serve.upstream.proxy import UpstreamProxy
@@ -44,17 +45,15 @@ def _add_completions(app: FastAPI, proxy: UpstreamProxy) -> None:
 
     @app.post("/v1/chat/completions", dependencies=protected)
     async def chat(http: Request, request: ChatRequest) -> Response:
-        return await proxy.complete(http, request, [proxy.chat_prompt(request)], True)
+        return await proxy.complete(http, request, [await asyncio.to_thread(proxy.chat_prompt, request)], True)
 
     @app.post("/v1/completions", dependencies=protected)
     async def completions(http: Request, request: CompletionRequest) -> Response:
-        return await proxy.complete(http, request, proxy.prompts.completion(request), False)
+        return await proxy.complete(http, request, await asyncio.to_thread(proxy.prompts.completion, request), False)
 
     @app.post("/v1/route", dependencies=protected)
     async def route(request: RouteRequest) -> dict[str, Any]:
-        text = proxy.prompts.question(request.messages) if request.messages else proxy.prompts.routed_text(request.prompt or "")
-        if not text:
-            raise BadRequestError("there is nothing to route.", "prompt")
+        text = await asyncio.to_thread(proxy.prompts.to_route, request.prompt, request.messages)
         (decided,) = await proxy.decide(Target(), [text])
         return {"object": "route", "read": text, **decided.described()}
 

@@ -95,7 +95,7 @@ class UpstreamProxy:
     def chat_prompt(self, request: ChatRequest) -> Prompt:
         """What is routed of a conversation; the upstream server applies its own chat template, so ours is needed for LoRAX only."""
         if self.prompts.chat_template is None and self.upstream.kind != "lorax":
-            text = self.prompts.question(request.messages)
+            text = self.prompts.to_route(None, request.messages)
             return Prompt((), text, text)
         return self.prompts.chat(request)
 
