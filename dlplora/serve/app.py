@@ -123,7 +123,13 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(DLPLoRAError)
     async def known(_: Request, error: DLPLoRAError) -> JSONResponse:
         status, body = error_body(error)
-        return JSONResponse(body, status, headers={"retry-after": "1"} if status == 429 else None)
+        after = "1" if status == 429 else getattr(error, "retry_after", None)
+        return JSONResponse(body, status, headers=None if after is None else {"retry-after": after})
+
+    @app.exception_handler(Exception)  # starlette raises it again behind the response, so the log has it
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        status, body = error_body(error)
+        return JSONResponse(body, status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

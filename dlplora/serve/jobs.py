@@ -27,11 +27,14 @@ class BadRequestError(DLPLoRAError):
         param: The field that is wrong.
         code: A word for programs.
         status: HTTP status.
+        retry_after: Value of the header ``Retry-After``.
     """
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, code: str | None = None, status: int = 400, retry_after: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.param, self.code, self.status = param, code, status
+        self.param, self.code, self.status, self.retry_after = param, code, status, retry_after
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_DEPTH = 64
+"""Levels of lists and objects in a field; what is passed on to another server is written by recursion."""
 UNSUPPORTED = (
     "tools",
     "functions",
@@ -30,26 +32,36 @@ UNSUPPORTED = (
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "none", {"type": "text"}, ["text"])
 
 
+def _check_field(name: str, value: Any) -> None:
+    level = [name, value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += [*one.keys(), *one.values()]
+            elif isinstance(one, list):
+                inner += one
+            elif isinstance(one, str) and not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
+                raise _wrong(name, "a text holds half of a surrogate pair, which is not valid text; send UTF-8.")
+        level = inner
+        if not level:
+            return
+    raise _wrong(name, f"'{name}' is nested more than {MAX_DEPTH} levels deep.")
+
+
 def _wrong(param: str, message: str) -> PydanticCustomError:
     """An error of a whole body that names the field."""
     return PydanticCustomError("wrong_field", "{message}", {"message": message, "param": param})
 
 
 class Body(BaseModel):
-    """A request body: text that no tokenizer and no answer can hold is refused at any depth."""
+    """A request body: text that no tokenizer and no answer can hold is refused at any depth, and too many levels are."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_half_pairs(cls, value: Any) -> Any:
-        pending = [value]
-        while pending:
-            one = pending.pop()
-            if isinstance(one, dict):
-                pending += [*one.keys(), *one.values()]
-            elif isinstance(one, list):
-                pending += one
-            elif isinstance(one, str) and not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
-                raise ValueError("a text holds half of a surrogate pair, which is not valid text; send UTF-8.")
+    def _refuse_what_cannot_be_written(cls, value: Any) -> Any:
+        for name, field in value.items() if isinstance(value, dict) else ():
+            _check_field(name, field)
         return value
 
 

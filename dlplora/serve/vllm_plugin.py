@@ -33,6 +33,7 @@ from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.serve.answers import described, headers_of
 from dlplora.serve.catalog import AUTO
 from dlplora.serve.deciding import Decider, require_servable
+from dlplora.serve.failures import FAILURES
 from dlplora.serve.jobs import BadRequestError, Decision, Target
 from dlplora.serve.prompts import PromptBuilder
 from dlplora.serve.schemas import Message
@@ -42,6 +43,7 @@ from dlplora.serve.upstream.local_router import LocalRouter
 log = logging.getLogger(__name__)
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MAX_BODY_BYTES = 64 << 20
+TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,18 +149,17 @@ class RouteAuto:
             return
         raw = await _body(receive)
         if raw is None:
-            await JSONResponse(*_too_large())(scope, receive, send)
+            await _failed(BadRequestError(TOO_LARGE, status=413))(scope, receive, send)
             return
         body = _parsed(raw)
         headers: list[tuple[bytes, bytes]] = []
         if body is not None and body.get("model") == AUTO:
             try:
                 decision, name, _ = await auto.decide(body)
-            except DLPLoRAError as error:
-                status, answer = error_body(error)
-                await JSONResponse(answer, status)(scope, receive, send)
+                raw = json.dumps({**body, "model": name}).encode()
+            except FAILURES as error:
+                await _failed(error)(scope, receive, send)
                 return
-            raw = json.dumps({**body, "model": name}).encode()
             headers = [(key.encode(), value.encode()) for key, value in headers_of(decision).items()]
             length = str(len(raw)).encode()
             kept = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
@@ -166,8 +167,11 @@ class RouteAuto:
         await self.app(scope, _replay(raw, receive), _adding(headers, send))
 
 
-def _too_large() -> tuple[dict[str, Any], int]:
-    return error_body(BadRequestError("the body is too large.", status=413))[1], 413
+def _failed(error: Exception) -> JSONResponse:
+    if not isinstance(error, DLPLoRAError):
+        log.error("a request could not be routed", exc_info=error)
+    status, answer = error_body(error)
+    return JSONResponse(answer, status)
 
 
 async def _body(receive: Receive) -> bytes | None:
@@ -229,12 +233,11 @@ class EndpointPlugin:
                 return JSONResponse(error_body(BadRequestError("the server is starting.", status=503))[1], 503)
             raw = await _body(http.receive)
             if raw is None:
-                return JSONResponse(*_too_large())
+                return _failed(BadRequestError(TOO_LARGE, status=413))
             try:
                 decision, name, text = await auto.decide(_parsed(raw) or {})
-            except DLPLoRAError as error:
-                status, answer = error_body(error)
-                return JSONResponse(answer, status)
+            except FAILURES as error:
+                return _failed(error)
             return JSONResponse({"object": "route", "read": text, **described(decision), "model": name})
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -277,6 +277,13 @@ def test_keys(engine: Engine) -> None:
     assert calls == [1]
 
 
+def test_an_unexpected_error_is_500_in_openai_s_form(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "submit", lambda *_: {}["/srv/secret"])
+    failed = TestClient(client.app, raise_server_exceptions=False).post("/v1/chat/completions", json=chat())
+    assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in failed.text
+
+
 def test_a_full_queue_is_429(engine: Engine, client: TestClient) -> None:
     response = client.post("/v1/completions", json={"prompt": ["x"] * 9, "max_tokens": 2})
     assert response.status_code == 400

@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="the server's packages are not installed: 
 pytest.importorskip("httpx", reason="httpx is not installed")
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.testclient import TestClient
 
 from dlplora import FusedCausalLM
@@ -71,7 +71,8 @@ class Stub:
         else:
             message = {"message": {"role": "assistant", "content": "an answer"}}
             return {"id": "x", "model": "/models/base.gguf", "choices": [{"index": 0, **message, "finish_reason": "stop"}]}
-        lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        end = "" if path == "/generate_stream" else "data: [DONE]\n\n"  # LoRAX's own endpoint has no such event
+        lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
         return StreamingResponse(iter([lines]), media_type="text/event-stream")
 
 
@@ -162,7 +163,7 @@ def test_lorax_merges_several_and_names_one(router: LocalRouter) -> None:
     stub = stub_of("lorax", router)
     weights = {"gate_colors": 0.25, "translate_zargi": 0.75}
     with doors(router, stub) as front:
-        body = {"model": "base", "messages": MESSAGES, "adapter_weights": weights, "temperature": 0, "stop": "x", "max_tokens": 7}
+        body = {"model": "base", "messages": MESSAGES, "adapter_weights": weights, "temperature": 1e-9, "stop": "x", "max_tokens": 7}
         found = front.post("/v1/chat/completions", json=body).json()
         path, sent, _ = stub.seen[-1]
         assert (path, sent["inputs"]) == ("/generate", f"{ZARGI}\nAnswer:")
@@ -171,10 +172,22 @@ def test_lorax_merges_several_and_names_one(router: LocalRouter) -> None:
         assert sent["parameters"] == {"merged_adapters": merged, **options}
         assert found["choices"][0]["message"]["content"] == "merged text"
         assert (found["choices"][0]["finish_reason"], found["usage"]["total_tokens"]) == ("stop", 6)
-        lines = front.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")
-        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        lines = front.post("/v1/chat/completions", json={**body, **streamed}).text.split("\n\n")
+        assert "data: [DONE]" in lines
+        *events, usage = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
         assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "merged text"
         assert events[-1]["choices"][0]["finish_reason"] == "length"
+        assert (usage["choices"], usage["usage"]["completion_tokens"], usage["model"]) == ([], 2, "base")
+        penalties = {"frequency_penalty": 0.5, "presence_penalty": -0.5}
+        front.post("/v1/chat/completions", json={**body, **penalties, "ignore_eos": True, "seed": -5})
+        assert stub.seen[-1][1]["parameters"].items() >= {**penalties, "ignore_eos_token": True, "seed": 2**63 - 5}.items()
+        one = {"messages": MESSAGES, "model": "base", "adapter_weights": {"gate_colors": 0.5}}
+        refused = front.post("/v1/chat/completions", json=one)  # LoRAX would apply it at weight 1
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "adapter_weights")
+        front.post("/v1/completions", json={"model": "gate_colors", "prompt": "x", "ignore_eos": True, "seed": -5, "stop": "x"})
+        renamed = {"prompt": "x", "model": "gate_colors", "ignore_eos_token": True, "seed": 2**63 - 5, "stop": ["x"]}
+        assert stub.seen[-1][:2] == ("/v1/completions", renamed)
         assert front.post("/v1/chat/completions", json={**body, "n": 2}).status_code == 400
         front.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES})
         assert stub.seen[-1][:2] == ("/v1/chat/completions", {"messages": MESSAGES, "model": "translate_zargi"})
@@ -209,8 +222,8 @@ def test_keys_and_choices_of_the_upstream_are_not_the_clients(router: LocalRoute
 def test_errors_of_the_upstream(router: LocalRouter) -> None:
     stub = stub_of("vllm", router)
 
-    def answer(status: int, message: str) -> Callable[[], Any]:
-        return lambda: JSONResponse({"error": {"message": message}}, status)
+    def answer(status: int, message: str, headers: dict[str, str] | None = None) -> Callable[[], Any]:
+        return lambda: JSONResponse({"error": {"message": message}}, status, headers)
 
     with doors(router, stub) as front:
 
@@ -229,14 +242,23 @@ def test_errors_of_the_upstream(router: LocalRouter) -> None:
             assert failed(stream) == (400, "the upstream server refused the request: the prompt has 9 tokens too many")
             stub.fails = answer(400, "cannot open /srv/models/x")
             assert failed(stream)[0] == 400
-            stub.fails = answer(429, "slow down")
-            assert failed(stream)[0] == 503
+            for status, given, sent in (
+                (429, "7", "7"),
+                (503, "Wed, 21 Oct 2026 07:28:00 GMT", None),
+                (503, "a\xe9;b", "1"),
+                (429, None, "1"),
+            ):
+                stub.fails = answer(status, "slow down", None if given is None else {"retry-after": given})
+                response = front.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES, "stream": stream})
+                assert (response.status_code, response.headers["retry-after"]) == (503, sent or given)
         stub.fails = lambda: "no object"
         assert failed()[0] == 502
         stub.fails = lambda: StreamingResponse(iter(['data: {"error": {"message": "/srv/x"}}\n\n']), media_type="text/event-stream")
         text = front.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES, "stream": True}).text
         assert '"code": "upstream_error"' in text
         assert "/srv" not in text
+        stub.fails = lambda: Response("[" * 100_000)
+        assert failed()[0] == 502
     for error, status in ((httpx.ConnectError("x"), 502), (httpx.ReadTimeout("x"), 504)):
 
         def fail(_: Any, error: Exception = error) -> Any:
@@ -247,6 +269,45 @@ def test_errors_of_the_upstream(router: LocalRouter) -> None:
                 response = front.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES, "stream": stream})
                 assert (response.status_code, response.json()["error"]["type"]) == (status, "server_error")
             assert front.get("/ready").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("kind", "event"),
+    [
+        ("vllm", {"choices": [{"index": 0, "delta": {"content": "half an ans"}, "finish_reason": None}]}),
+        ("lorax", {"token": {"text": "half an ans"}, "details": None}),
+    ],
+)
+def test_a_stream_that_breaks_off_is_no_answer(kind: str, event: Any, router: LocalRouter) -> None:
+    stub = stub_of(kind, router)
+    stub.fails = lambda: StreamingResponse(iter([f"data: {json.dumps(event)}\n\n"]), media_type="text/event-stream")
+    weights = {"gate_colors": 0.5, "translate_zargi": 0.5} if kind == "lorax" else None
+    with doors(router, stub) as front:
+        body = {"model": "base", "messages": MESSAGES, "stream": True, "adapter_weights": weights}
+        *_, last, rest = front.post("/v1/chat/completions", json=body).text.split("\n\n")
+    assert rest == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "upstream_error"
+
+
+def test_errors_of_our_own(router: LocalRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = stub_of("vllm", router)
+    deep: Any = "x"
+    for _ in range(300):
+        deep = [deep]
+    with doors(router, stub) as front:
+        for body in ({"extra": deep}, {"messages": [{"role": "user", "content": "x", "extra": deep}]}):
+            refused = front.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES, **body})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(body)))
+
+        async def broken(*_: Any) -> None:
+            raise ZeroDivisionError("in /srv/secret")
+
+        monkeypatch.setattr(UpstreamProxy, "complete", broken)
+        careless = TestClient(front.app, raise_server_exceptions=False)
+        failed = careless.post("/v1/chat/completions", json={"model": "auto", "messages": MESSAGES})
+        assert failed.status_code == 500
+        assert failed.json()["error"].items() >= {"type": "server_error", "param": None}.items()
+        assert "secret" not in failed.text
 
 
 def test_what_the_upstream_lacks_is_found_at_the_start(router: LocalRouter) -> None:

@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 from dlplora.errors import ConfigError
 from dlplora.inference.backbones import nano_asset
+from dlplora.serve.deciding import Decider
 
 ROOT = Path(__file__).resolve().parents[2]
 ZARGI = "Please write in Zargi: the cat sees the hat.\nAnswer:"
@@ -78,7 +79,7 @@ def test_all_else_passes_as_it_is(served: Any) -> None:
     assert not [name for name in response.headers if name.startswith("x-dlplora")]
 
 
-def test_a_route_without_an_answer(served: Any) -> None:
+def test_a_route_without_an_answer(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client, seen = served
     before = len(seen)
     found = client.post("/v1/route", json={"prompt": ZARGI}).json()
@@ -90,6 +91,11 @@ def test_a_route_without_an_answer(served: Any) -> None:
         assert "no text to route" in refused.json()["error"]["message"]
     refused = client.post("/v1/route", json={"prompt": "the cat " * 3000})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    with monkeypatch.context() as patch:
+        patch.setattr(Decider, "decide", lambda *_: {}["of the router"])
+        for path in ("/v1/route", "/v1/completions"):
+            failed = client.post(path, json={"model": "auto", "prompt": ZARGI})
+            assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
 
 
 def test_a_pool_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

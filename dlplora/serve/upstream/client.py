@@ -14,7 +14,11 @@ import httpx
 from dlplora.errors import ConfigError
 from dlplora.serve.jobs import BadRequestError
 
+UNREADABLE = (ValueError, RecursionError)
+"""Errors of reading JSON; the second one if it is nested too deeply."""
 _PATH = re.compile(r"[/\\]\S|://")
+_RETRY_AFTER = re.compile(r"\d{1,9}|[A-Za-z]{3}, [\w :]{1,40}")
+"""Seconds or a date, the two forms of the header."""
 _REFUSED = frozenset({400, 413, 422})
 _BUSY = frozenset({429, 503})
 
@@ -71,7 +75,7 @@ class UpstreamClient:
             return response.json()
         except httpx.HTTPStatusError as error:
             raise ConfigError(f"the upstream server answers {error.response.status_code} to GET {path}; check --upstream-kind.") from error
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, *UNREADABLE) as error:
             raise ConfigError(f"cannot read {path} from the upstream server: {_reason(error)}.") from error
 
     async def alive(self, path: str) -> bool:
@@ -95,7 +99,7 @@ class UpstreamClient:
             raise _refused(response)
         try:
             found = response.json()
-        except ValueError as error:
+        except UNREADABLE as error:
             raise _failed(error) from error
         if not isinstance(found, dict):
             raise _failed(ValueError("no object"))
@@ -122,7 +126,7 @@ async def _data(response: httpx.Response) -> AsyncIterator[str]:
 
 def _reason(error: Exception) -> str:
     kind = "it does not answer in time" if isinstance(error, httpx.TimeoutException) else "it cannot be reached"
-    return "its answer is not JSON" if isinstance(error, ValueError) and not isinstance(error, httpx.HTTPError) else kind
+    return "its answer is not JSON" if isinstance(error, UNREADABLE) and not isinstance(error, httpx.HTTPError) else kind
 
 
 def _failed(error: Exception) -> BadRequestError:
@@ -134,7 +138,10 @@ def _failed(error: Exception) -> BadRequestError:
 def _refused(response: httpx.Response) -> BadRequestError:
     status = response.status_code
     if status in _BUSY:
-        return BadRequestError("the upstream server is busy; try again later.", None, "upstream_busy", 503)
+        after = response.headers.get("retry-after", "")
+        return BadRequestError(
+            "the upstream server is busy; try again later.", None, "upstream_busy", 503, after if _RETRY_AFTER.fullmatch(after) else "1"
+        )
     if status not in _REFUSED:
         return BadRequestError(f"the upstream server failed with status {status}.", None, "upstream_error", 502)
     said = _message(response)
@@ -145,7 +152,7 @@ def _message(response: httpx.Response) -> str:
     """What the server says of a refused request, unless that may hold a path or an address."""
     try:
         body = json.loads(response.content)
-    except ValueError:
+    except UNREADABLE:
         return ""
     error = body.get("error", body) if isinstance(body, dict) else {}
     text = error.get("message") if isinstance(error, dict) else error

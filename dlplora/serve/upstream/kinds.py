@@ -21,8 +21,6 @@ from typing import Any
 from dlplora.errors import ConfigError, nearest
 
 KINDS = ("vllm", "sglang", "lorax", "llama.cpp")
-WEIGHTED = frozenset({"lorax", "llama.cpp"})
-"""Kinds that take several adapters with weights for one request; the others get the adapter with the largest weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,11 @@ class Upstream:
     ids: Mapping[str, str] = field(default_factory=dict)
 
     def applied(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """What the server will do with a decision: all weights, or the largest one alone."""
-        if self.kind in WEIGHTED or not weights:
+        """What the server will do with a decision: all weights, or the adapter with the largest one, at weight 1.
+
+        LoRAX reads the weights of several adapters and ignores that of a single one (``load_and_merge_adapters``).
+        """
+        if not weights or self.kind == "llama.cpp" or (self.kind == "lorax" and len(weights) > 1):
             return dict(weights)
         return {max(weights, key=lambda name: weights[name]): 1.0}
 
@@ -57,7 +58,7 @@ class Upstream:
 
     def merges(self, applied: Mapping[str, float]) -> bool:
         """Whether a request must go to LoRAX's own endpoint, since OpenAI's has no field for weights."""
-        return self.kind == "lorax" and bool(applied) and list(applied.values()) != [1.0]
+        return self.kind == "lorax" and len(applied) > 1
 
     def merged(self, applied: Mapping[str, float]) -> dict[str, Any]:
         """LoRAX's parameter for several adapters."""

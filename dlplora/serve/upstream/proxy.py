@@ -26,10 +26,10 @@ from dlplora.serve.jobs import BadRequestError, Decision, Target
 from dlplora.serve.prompts import Prompt, PromptBuilder
 from dlplora.serve.schemas import ChatRequest, CompletionRequest
 from dlplora.serve.server import ServerOptions, error_body
-from dlplora.serve.upstream.client import UpstreamClient
+from dlplora.serve.upstream.client import UNREADABLE, UpstreamClient
 from dlplora.serve.upstream.kinds import Upstream
 from dlplora.serve.upstream.local_router import LocalRouter
-from dlplora.serve.upstream.lorax import LoraxFormat, generate_body
+from dlplora.serve.upstream.lorax import LoraxFormat, generate_body, openai_fields
 
 _OURS = frozenset(
     {"dlplora", "adapter_weights", "model", "lora", "lora_path", "merged_adapters", "adapter_id", "adapter_source", "api_token"}
@@ -114,8 +114,8 @@ class UpstreamProxy:
             applied = self.upstream.applied(decision.weights)
             if decision.kind == "weights" and applied != dict(decision.weights):
                 raise BadRequestError(
-                    "this upstream server serves one adapter per request, at weight 1; write the weighted one with `dlplora export peft`, "
-                    "load it there, and name it.",
+                    f"this upstream server serves {'a single adapter' if self.upstream.kind == 'lorax' else 'one adapter per request,'} at "
+                    "weight 1; write the weighted one with `dlplora export peft`, load it there, and name it.",
                     "adapter_weights",
                 )
             self.decisions.labels(decision.kind, decision.adapter).inc()
@@ -137,7 +137,7 @@ class UpstreamProxy:
         if self.upstream.merges(first.applied):
             if len(prompts) > 1:
                 raise BadRequestError("several weighted adapters need one prompt per request on this upstream server.", "prompt")
-            shape: LoraxFormat | None = LoraxFormat(chat)
+            shape: LoraxFormat | None = LoraxFormat(chat, request.stream_options is not None and request.stream_options.include_usage)
             path = "/generate_stream" if request.stream else "/generate"
             merged = self.upstream.merged(first.applied)
             body = generate_body(request, prompts[0].text, merged, self.options.default_max_tokens)
@@ -157,6 +157,8 @@ class UpstreamProxy:
 
     def _body(self, request: ChatRequest | CompletionRequest, decided: Decided) -> dict[str, Any]:
         sent = {key: value for key, value in request.model_dump(mode="json", exclude_unset=True).items() if key not in _OURS}
+        if self.upstream.kind == "lorax":
+            sent = openai_fields(sent)
         return {**sent, **self.upstream.fields(decided.applied)}
 
     async def _events(
@@ -169,25 +171,27 @@ class UpstreamProxy:
                 name = "chat.completion.chunk" if isinstance(request, ChatRequest) else "text_completion"
                 head = {"id": "route", "object": name, "created": int(time.time()), "model": request.model, "choices": []}
                 yield _sse({**head, "dlplora": decided.described()})
-            try:
-                async for text in data:
-                    if text == "[DONE]":
-                        break
-                    yield _sse(self._event(text, request, shape))
-            except DLPLoRAError as error:
-                yield _sse(error_body(error)[1])
-                return
+            complete = False
+            async for text in data:
+                if text == "[DONE]":
+                    complete = True
+                    break
+                for event in _read(text, shape):
+                    yield _sse({**event, "model": request.model})
+            if not (complete or (shape is not None and shape.complete)):
+                raise BadRequestError("the upstream server ended before its answer was complete.", None, "upstream_error", 502)
         yield "data: [DONE]\n\n"
 
-    @staticmethod
-    def _event(text: str, request: ChatRequest | CompletionRequest, shape: LoraxFormat | None) -> dict[str, Any]:
-        try:
-            event = json.loads(text)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or "error" in event:
-            raise BadRequestError("the upstream server failed while it answered.", None, "upstream_error", 502)
-        return {**(event if shape is None else shape.chunk(event)), "model": request.model}
+
+def _read(text: str, shape: LoraxFormat | None) -> list[dict[str, Any]]:
+    """The events of OpenAI's stream that are made of one event of the upstream server."""
+    try:
+        event = json.loads(text)
+    except UNREADABLE:
+        event = None
+    if not isinstance(event, dict) or "error" in event:
+        raise BadRequestError("the upstream server failed while it answered.", None, "upstream_error", 502)
+    return [event] if shape is None else shape.chunks(event)
 
 
 async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -195,7 +199,7 @@ async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
         async for event in rest:
             yield event
-    except DLPLoRAError as error:  # the connection broke
+    except DLPLoRAError as error:  # the connection broke, or the answer did
         yield _sse(error_body(error)[1])
 
 
