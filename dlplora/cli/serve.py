@@ -99,12 +99,14 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
     """A function that loads the model; called again for a reload."""
     from dlplora.cli.evaluate import parse_parameter
     from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.serve.catalog import check_names
+    from dlplora.serve.deciding import require_servable
 
     options: dict[str, Any] = {key: value for key, value in (("dtype", arguments.dtype), ("device", arguments.device)) if value is not None}
     artifacts = {} if arguments.trained is None else {"trained": arguments.trained}
 
     def load() -> FusedCausalLM:
-        return FusedCausalLM.from_pretrained(
+        fused = FusedCausalLM.from_pretrained(
             arguments.pretrained,
             pool=arguments.pool,
             method=arguments.method,
@@ -115,6 +117,13 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
             few_shot=_few_shot(arguments),
             **options,
         )
+        try:
+            check_names(fused.bank.names, arguments.pretrained or "nano")
+            require_servable(fused)
+        except DLPLoRAError:
+            fused.close()  # before a reload takes up the old pool again
+            raise
+        return fused
 
     return load
 
@@ -130,12 +139,13 @@ def reloader(engine: Engine, load: Callable[[], FusedCausalLM], context: context
 
     def swap() -> FusedCausalLM:
         from dlplora.inference.fused_model import FusedCausalLM
+        from dlplora.serve.failures import FAILURES
 
         old = engine.fused
         old.close()
         try:
             return context.copy().run(_in_its_own_thread, load)
-        except DLPLoRAError:
+        except FAILURES:
             engine.adopt(FusedCausalLM(old.model, old.tokenizer, old.pool, old.method, backend=old.backend, context=old.context))
             raise
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import string
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from dlplora.serve.jobs import Decision, Event, Failed, Finished, Piece, Sentence, Started
+from dlplora.serve.logprobs import TokenTexts
 from dlplora.serve.sampling import Chosen
+
+_HEADER_SAFE = string.punctuation.replace("%", "")
 
 
 def described(decision: Decision) -> dict[str, Any]:
@@ -25,9 +30,9 @@ def described(decision: Decision) -> dict[str, Any]:
 
 
 def headers_of(decision: Decision) -> dict[str, str]:
-    """Response headers that name what was decided for the prompt."""
+    """Response headers that name what was decided for the prompt; an adapter's name is percent-encoded where it is not plain ASCII."""
     kind = "base: out of scope" if decision.out_of_scope else decision.kind
-    found = {"x-dlplora-decision": kind, "x-dlplora-selected-adapter": decision.adapter.encode("ascii", "replace").decode()}
+    found = {"x-dlplora-decision": kind, "x-dlplora-selected-adapter": quote(decision.adapter, safe=_HEADER_SAFE, errors="replace")}
     if decision.confidence is not None:
         found["x-dlplora-confidence"] = f"{decision.confidence:.6f}"
     return found
@@ -77,7 +82,7 @@ class ResponseFormat:
     Attributes:
         chat: Whether it is a chat completion.
         model: What the request named.
-        tokenizer: Decodes single tokens for log-probabilities.
+        texts: Of single tokens, for log-probabilities.
         logprobs: Whether they are wanted.
         trace: Whether the routing of each sentence is wanted.
         n: Choices for each prompt.
@@ -85,7 +90,7 @@ class ResponseFormat:
 
     chat: bool
     model: str
-    tokenizer: Any
+    texts: TokenTexts
     logprobs: bool
     trace: bool
     n: int = 1
@@ -112,7 +117,9 @@ class ResponseFormat:
         return {**body, **self._traced(answers)}
 
     def _choice(self, index: int, content: dict[str, Any], tokens: Sequence[Chosen], reason: str | None) -> dict[str, Any]:
-        written = self._logprobs(tokens) if self.logprobs and tokens else None
+        written = None
+        if self.logprobs and tokens:
+            written = self.texts.of_chat(tokens) if self.chat else self.texts.of_completion(tokens)
         return {"index": index, **content, "logprobs": written, "finish_reason": reason}
 
     def _traced(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -150,27 +157,6 @@ class ResponseFormat:
         prompts = sum(end.prompt_tokens for end in ends[:: self.n])
         completions = sum(end.completion_tokens for end in ends)
         return {"prompt_tokens": prompts, "completion_tokens": completions, "total_tokens": prompts + completions}
-
-    def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
-        def text(token: int) -> str:
-            return str(self.tokenizer.decode([token]))
-
-        if not self.chat:
-            return {
-                "tokens": [text(one.token) for one in tokens],
-                "token_logprobs": [one.logprob for one in tokens],
-                "top_logprobs": [{text(token): value for token, value in one.alternatives} for one in tokens],
-            }
-
-        def entry(token: int, value: float | None) -> dict[str, Any]:
-            return {"token": text(token), "logprob": value, "bytes": list(text(token).encode())}
-
-        return {
-            "content": [
-                {**entry(one.token, one.logprob), "top_logprobs": [entry(token, value) for token, value in one.alternatives]}
-                for one in tokens
-            ]
-        }
 
 
 def _reason(answer: Answer) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import re
 import secrets
 from collections.abc import Callable
 from importlib import resources
@@ -28,12 +29,17 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src {script
 """The page loads nothing, runs its own script only, and talks to this server only."""
 
 
+_TYPE = re.compile(r"(?:str|int)$|list\[|constrained-")
+"""In the place of an error: a type of a union, which is no part of the request."""
+
+
 def key_check(expected: str | None) -> Callable[[Request], None]:
     """A dependency that refuses requests without the expected API key; None asks for none."""
 
     def check(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if expected is not None and not secrets.compare_digest(given.encode(), f"Bearer {expected}".encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = expected is None or secrets.compare_digest(given.strip().encode("latin-1"), expected.encode())
+        if not right or (expected is not None and scheme.lower() != "bearer"):
             raise BadRequestError("a valid API key is required: send the header 'Authorization: Bearer KEY'.", None, "invalid_api_key", 401)
 
     return check
@@ -63,8 +69,6 @@ def _add_completions(app: FastAPI, server: Server) -> None:
     @app.post("/v1/completions", dependencies=protected, responses=COMPLETIONS)
     async def completions(http: Request, request: CompletionRequest) -> Response:
         prompts = await asyncio.to_thread(server.prompts.completion, request)
-        if len(prompts) * request.n > server.engine.options.max_queue:
-            raise BadRequestError(f"{len(prompts)} prompts times n = {request.n} are more than this server queues.", "prompt")
         return await server.complete(http, request, prompts, False)
 
     @app.post("/v1/route", dependencies=protected, responses=ROUTES)
@@ -134,7 +138,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
+        place = [str(part) for part in first["loc"][1:] if not _TYPE.match(str(part))]
         if first["type"] == "json_invalid":
             return JSONResponse(error_of("the body is not valid JSON.", "invalid_request_error", None, None), 400)
         name = ".".join(place) or (first.get("ctx") or {}).get("param")

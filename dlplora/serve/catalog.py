@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from dlplora.errors import nearest
+from dlplora.errors import ConfigError, nearest
 from dlplora.serve.engine import Engine
 from dlplora.serve.jobs import BadRequestError, Target
 
 AUTO, BASE = "auto", "base"
+
+
+def check_names(names: Iterable[str], base_name: str) -> None:
+    """Refuse adapters that could not be requested by their name.
+
+    Raises:
+        ConfigError: If one is called ``auto``, ``base`` or as the base model, or begins like ``base:NAME``.
+    """
+    for name in names:
+        if name in {AUTO, BASE, base_name} or name.partition(":")[0] in {BASE, base_name}:
+            raise ConfigError(f"adapter '{name}' has a name that means something else to the server; rename its folder.")
 
 
 class Catalog:
@@ -18,9 +30,13 @@ class Catalog:
         engine: Its adapters may change by a reload.
         base_name: Name of the base model, accepted in addition to ``base``.
         created: Unix time of the start.
+
+    Raises:
+        ConfigError: See ``check_names``.
     """
 
     def __init__(self, engine: Engine, base_name: str, created: int) -> None:
+        check_names(engine.decider.names, base_name)
         self.engine, self.base_name, self.created = engine, base_name, created
 
     @property

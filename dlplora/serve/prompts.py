@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dlplora.errors import GenerationError
-from dlplora.inference.chat_formats import learn_markers
+from dlplora.inference.chat_formats import learn_markers, rendered
 from dlplora.inference.question import message_text, question_of_messages, question_text
-from dlplora.inference.text import render
 from dlplora.serve.jobs import BadRequestError
 from dlplora.serve.schemas import ChatRequest, CompletionRequest, Message
 
@@ -83,11 +81,10 @@ class PromptBuilder:
             raise BadRequestError(
                 "this base model has no chat template; use /v1/completions, or start the server with --chat-template FILE.", "messages"
             )
-        plain = [{"role": message.role, "content": message.text} for message in messages]
         try:
-            return render(plain, self.tokenizer, self.chat_template)
-        except GenerationError as error:
-            raise BadRequestError(str(error), "messages") from error
+            return rendered(self.tokenizer, [message.for_template() for message in messages], self.chat_template)
+        except ValueError as error:
+            raise BadRequestError(f"the chat template refuses this conversation: {error}", "messages") from error
 
     def completion(self, request: CompletionRequest) -> list[Prompt]:
         """One or several prompts.

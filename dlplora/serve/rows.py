@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class Row:
             self._show(self.stops.finish())
             return "stop"
         self.newest = chosen.token
-        self.shown.append(chosen)
+        self.shown.append(chosen if chosen.logprob is None else replace(chosen, offset=self.detokenizer.length))
         text, stopped = self.stops.push(self.detokenizer.push(chosen.token))
         if stopped:
             self._show(text)

@@ -19,7 +19,7 @@ class SamplingOptions:
     temperature: float = 1.0
     """0, or anything below ``GREEDY_BELOW``, is greedy decoding."""
     top_p: float = 1.0
-    """Probability mass kept."""
+    """Probability mass kept; 0 keeps the most likely token."""
     seed: int | None = None
     """Seed of the request; None draws one."""
     top_logprobs: int | None = None
@@ -32,16 +32,18 @@ class SamplingOptions:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken."""
-        return self.temperature < GREEDY_BELOW
+        return self.temperature < GREEDY_BELOW or self.top_p == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """One token with its log-probability, and the most likely alternatives, under the model's own distribution."""
+    """One token with its log-probability and the most likely alternatives, both before penalties, temperature and ``top_p``, as in vLLM."""
 
     token: int
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+    """Characters of the answer before the token; set if the log-probability is."""
 
 
 class Sampler:
@@ -65,11 +67,12 @@ class Sampler:
     def choose(self, logits: Tensor) -> Chosen:
         """The next token from logits (V,)."""
         options = self.options
-        logits = self._penalised(logits.float())
+        logits = logits.float()
+        penalised = self._penalised(logits)
         if options.is_greedy:
-            token = int(logits.argmax())
+            token = int(penalised.argmax())
         else:
-            scores = logits[None]
+            scores = penalised[None]
             if options.temperature != 1.0:
                 scores = TemperatureLogitsWarper(options.temperature)(None, scores)
             if options.top_p < 1.0:

@@ -5,6 +5,7 @@ Unknown fields are ignored, as OpenAI's server does, except those that would cha
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -54,7 +55,16 @@ def _wrong(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("wrong_field", "{message}", {"message": message, "param": param})
 
 
-class Body(BaseModel):
+class Defaulting(BaseModel):
+    """Fields that are null have their default, as in OpenAI's API."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
+
+
+class Body(Defaulting):
     """A request body: text that no tokenizer and no answer can hold is refused at any depth, and too many levels are."""
 
     @model_validator(mode="before")
@@ -65,21 +75,30 @@ class Body(BaseModel):
         return value
 
 
-class DlploraOptions(BaseModel):
+def _or_null(schema: dict[str, Any]) -> None:
+    """Say in the OpenAPI schema that a field may be null."""
+    kind = {key: schema.pop(key) for key in list(schema) if key not in {"default", "title", "description"}}
+    schema["anyOf"] = [kind, {"type": "null"}]
+
+
+Switch = Annotated[bool, Field(json_schema_extra=_or_null)]
+
+
+class DlploraOptions(Defaulting):
     """Options of this server, under the key ``dlplora``."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    trace: bool = False
+    trace: Switch = False
     """Return the routing weights of each sentence."""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Defaulting):
     """As in the OpenAI API."""
 
     model_config = ConfigDict(strict=True)
 
-    include_usage: bool = False
+    include_usage: Switch = False
 
 
 class TextPart(BaseModel):
@@ -90,18 +109,45 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation. What tools were asked and answered is for the chat template; tools themselves are not supported."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _require_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role '{self.role}' needs 'content'.")
+        return self
 
     @property
     def text(self) -> str:
         """The text of all parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+
+    def for_template(self) -> dict[str, Any]:
+        """What a chat template reads; the arguments of a call are objects there, and text in OpenAI's API."""
+        found: dict[str, Any] = {"role": self.role, "content": self.text}
+        found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
+        return found | ({"tool_calls": [_parsed_call(call) for call in self.tool_calls]} if self.tool_calls else {})
 
 
-Probability = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+    except (ValueError, RecursionError):
+        return call
+
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
@@ -112,17 +158,17 @@ class GenerationRequest(Body):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str = "auto"
-    stream: bool = False
+    model: Annotated[str, Field(json_schema_extra=_or_null)] = "auto"
+    stream: Switch = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES, json_schema_extra=_or_null)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] | None = None
     top_p: Probability | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    ignore_eos: bool = False
+    ignore_eos: Switch = False
     adapter_weights: dict[str, Weight] | None = None
     dlplora: DlploraOptions | None = None
 

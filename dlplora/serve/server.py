@@ -17,6 +17,7 @@ from dlplora.serve.answers import Answer, ResponseFormat, headers_of
 from dlplora.serve.catalog import Catalog
 from dlplora.serve.engine import Engine
 from dlplora.serve.jobs import BadRequestError, Event, Failed, Finished, Job, Piece, QueueFullError, Sentence, Started, Target
+from dlplora.serve.logprobs import TokenTexts
 from dlplora.serve.metrics import Metrics
 from dlplora.serve.prompts import Prompt, PromptBuilder
 from dlplora.serve.sampling import SamplingOptions
@@ -51,6 +52,7 @@ class Server:
         self.engine, self.options = engine, options
         self.catalog = Catalog(engine, options.base_name, options.created)
         self.metrics = Metrics(engine)
+        self.texts = TokenTexts(engine.fused.tokenizer)
         vocab_size = engine.fused.config.get_text_config().vocab_size
         self.prompts = PromptBuilder(engine.fused.tokenizer, vocab_size, engine.max_model_len, options.chat_template)
 
@@ -91,12 +93,18 @@ class Server:
     async def complete(self, http: Request, request: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], chat: bool) -> Response:
         """Run a request and answer it, whole or as a stream."""
         target = self.catalog.target(request.model, request.adapter_weights)
+        most = self.engine.options.max_queue
+        if len(prompts) * request.n > most:  # trying again later would not help
+            raise BadRequestError(
+                f"{len(prompts)} prompts times n = {request.n} are more answers than this server queues: --max-queue is {most}.",
+                "n" if request.n > most else "prompt",
+            )
         queue: Queue = asyncio.Queue()
         jobs = [job for place, prompt in enumerate(prompts) for job in self._jobs(request, prompt, target, place * request.n, queue)]
         shape = ResponseFormat(
             chat=chat,
             model=request.model,
-            tokenizer=self.engine.fused.tokenizer,
+            texts=self.texts,
             logprobs=request.num_logprobs is not None,
             trace=request.wants_trace,
             n=request.n,

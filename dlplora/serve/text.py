@@ -19,6 +19,8 @@ class Detokenizer:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.text = ""
+        self.length = 0
+        """Whole characters so far, with those that wait behind an incomplete one."""
         self._start = self._shown = 0
 
     def push(self, token: int) -> str:
@@ -27,10 +29,12 @@ class Detokenizer:
         shown = self._decode(self.tokens[self._start : self._shown])
         whole = self._decode(self.tokens[self._start :])
         if whole.endswith(REPLACEMENT) or len(whole) <= len(shown):
+            self.length = len(self.text) + max(0, len(whole.rstrip(REPLACEMENT)) - len(shown))
             return ""
         self._start, self._shown = self._shown, len(self.tokens)
         new = whole[len(shown) :]
         self.text += new
+        self.length = len(self.text)
         return new
 
     def finish(self) -> str:

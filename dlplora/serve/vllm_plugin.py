@@ -31,7 +31,7 @@ from starlette.types import Message as AsgiMessage
 
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.serve.answers import described, headers_of
-from dlplora.serve.catalog import AUTO
+from dlplora.serve.catalog import AUTO, check_names
 from dlplora.serve.deciding import Decider, require_servable
 from dlplora.serve.failures import FAILURES
 from dlplora.serve.jobs import BadRequestError, Decision, Target
@@ -85,6 +85,7 @@ class AutoModel:
         require_servable(fused)
         self.base = base
         self.names: tuple[str, ...] = tuple(router.bank.names)
+        check_names(self.names, base)
         self._decider, self._lock = Decider(fused), threading.Lock()
         vocab_size = router.config.get_text_config().vocab_size
         self._prompts = PromptBuilder(router.tokenizer, vocab_size, router.max_length)

@@ -28,10 +28,12 @@ from dlplora.cli.main import main
 from dlplora.errors import ConfigError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.inference.loading import nano_asset
+from dlplora.serve.answers import headers_of
 from dlplora.serve.app import build_app
 from dlplora.serve.engine import Engine, EngineOptions
-from dlplora.serve.jobs import Target
+from dlplora.serve.jobs import Decision, Target
 from dlplora.serve.prompts import NANO_TEMPLATE, PromptBuilder
+from dlplora.serve.schemas import ChatRequest
 from dlplora.serve.server import ServerOptions
 
 ZARGI = "Please write in Zargi: the cat sees the hat."
@@ -121,7 +123,9 @@ def test_completions_of_several_prompts_and_token_lists(client: TestClient, alon
         assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
     body = client.post("/v1/completions", json={"prompt": prompts[0], "temperature": 0, "stop": [" zaro"], "logprobs": 1}).json()
     assert body["choices"][0]["text"] == " ru zuza"
-    assert body["choices"][0]["logprobs"]["tokens"][:2] == [" ru", " zuza"]
+    found = body["choices"][0]["logprobs"]
+    assert (found["tokens"][:2], found["text_offset"][:2]) == ([" ru", " zuza"], [0, 3])
+    assert [list(one) for one in found["top_logprobs"][:2]] == [[" ru"], [" zuza"]]
 
 
 def test_models_pins_and_weights(client: TestClient) -> None:
@@ -208,11 +212,15 @@ BAD = [
     ({"temperature": False}, 400, "temperature", ""),
     ({"max_tokens": "5"}, 400, "max_tokens", ""),
     ({"temperature": float("nan")}, 400, "temperature", ""),
-    ({"top_p": 0}, 400, "top_p", ""),
+    ({"top_p": -0.1}, 400, "top_p", ""),
+    ({"n": 9}, 400, "n", "--max-queue is 8"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0", "needs 'content'"),
+    ({"messages": [{"role": "tool"}]}, 400, "messages.0", "needs 'content'"),
     ({"max_tokens": 0}, 400, "max_tokens", ""),
     ({"max_tokens": 5000}, 400, "max_tokens", "context"),
     ({"stop": ["x"] * 17}, 400, "stop", ""),
-    ({"tools": [{"type": "function"}]}, 400, None, "'tools' is not supported"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "'tools' is not supported"),
+    ({"user": "\ud800"}, 400, "user", "surrogate"),
     ({"adapter_weights": {"gate_colors": 1.0}}, 400, "adapter_weights", "needs model 'base'"),
     ({"model": "base", "adapter_weights": {"gate_color": 1.0}}, 400, "adapter_weights", "Did you mean 'gate_colors'?"),
     ({"model": "base", "adapter_weights": {"gate_colors": -1}}, 400, "adapter_weights", ""),
@@ -247,6 +255,56 @@ def test_unknown_fields_are_ignored_and_unsupported_ones_may_ask_for_nothing(cli
     assert response.status_code == 200
 
 
+NULLS = (
+    "n",
+    "stream",
+    "ignore_eos",
+    "stop",
+    "temperature",
+    "top_p",
+    "seed",
+    "logprobs",
+    "adapter_weights",
+    "dlplora",
+    "max_tokens",
+    "tools",
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict.fromkeys(NULLS) | {"temperature": 0},
+        {"temperature": None, "top_p": 0},
+        {"stream_options": {"include_usage": None}, "dlplora": {"trace": None}},
+    ],
+)
+def test_null_is_the_default(change: dict[str, Any], client: TestClient, alone: dict[str, str]) -> None:
+    for path, body in (("/v1/chat/completions", chat(GATE)), ("/v1/completions", {"prompt": f"{GATE}\nAnswer:", "temperature": 0})):
+        response = client.post(path, json={**body, **change, "model": None})
+        assert response.status_code == 200, response.text
+        (choice,) = response.json()["choices"]
+        assert choice.get("text", choice.get("message", {}).get("content")) == alone[GATE]
+
+
+def test_calls_of_tools_in_a_conversation(client: TestClient, engine: Engine, alone: dict[str, str]) -> None:
+    """The chat template gets them with their arguments as objects."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "gate"}'}}
+    said = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "brown"},
+        {"role": "user", "content": GATE},
+    ]
+    response = client.post("/v1/chat/completions", json=chat(messages=said, dlplora={"trace": True}))
+    assert response.status_code == 200, response.text
+    assert response.headers["x-dlplora-selected-adapter"] == "gate_colors"
+    place = "{% if one.tool_calls %}{{ one.tool_calls[0].function.arguments.at }}{% endif %}"
+    template = "{% for one in messages %}{{ one.role }} " + place + " {{ one.tool_call_id }};{% endfor %}"
+    request = ChatRequest.model_validate(chat(messages=said))
+    assert PromptBuilder(engine.fused.tokenizer, 999, 999, template).chat(request).text == "user  ;assistant gate ;tool  c1;user  ;"
+
+
 def test_health_metrics_and_the_page(client: TestClient) -> None:
     assert client.get("/health").text == "ok"
     assert client.get("/ready").json()["ready"] is True
@@ -270,7 +328,8 @@ def test_keys(engine: Engine) -> None:
             for path in ("/v1/models", "/metrics"):
                 assert client.get(path, headers=headers).status_code == 401
             assert client.post("/v1/chat/completions", json=chat(), headers=headers).json()["error"]["type"] == "authentication_error"
-        assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        for scheme, status in (("Bearer", 200), ("bearer", 200), ("BEARER ", 200), ("Basic", 401), ("", 401)):
+            assert client.get("/v1/models", headers={"authorization": f"{scheme} secret"}).status_code == status
         assert client.get("/health").status_code == 200
         assert client.post("/admin/reload", headers={"authorization": "Bearer secret"}).status_code == 401
         assert client.post("/admin/reload", headers={"authorization": "Bearer admin"}).json() == {"adapters": ["a"]}
@@ -405,6 +464,21 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, capsys: py
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dlplora: error:")
     assert message in error
+
+
+@pytest.mark.parametrize("name", ["auto", "base", "nano"])
+def test_names_that_mean_something_else_are_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(nano_asset("pool") / "gate_colors", tmp_path / name)
+    shutil.copytree(nano_asset("pool") / "pick_tool", tmp_path / "pick_tool")
+    assert main(["serve", "--port", "0", "--method", "base", "--pool", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"dlplora: error: adapter '{name}' has a name that means something else to the server; rename its folder."
+
+
+def test_a_header_holds_any_name() -> None:
+    headers = headers_of(Decision(kind="routed", weights={"größe 1%\n": 1.0}))
+    assert headers["x-dlplora-selected-adapter"] == "gr%C3%B6%C3%9Fe%201%25%0A"
+    assert headers_of(Decision(kind="routed", weights={"a-b_c.d": 1.0}))["x-dlplora-selected-adapter"] == "a-b_c.d"
 
 
 def test_loading_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
