@@ -99,7 +99,7 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
     """A function that loads the model; called again for a reload."""
     from dlplora.cli.evaluate import parse_parameter
     from dlplora.inference.fused_model import FusedCausalLM
-    from dlplora.serve.catalog import check_names
+    from dlplora.serve.catalog import check_names, public_name
     from dlplora.serve.deciding import require_servable
 
     options: dict[str, Any] = {key: value for key, value in (("dtype", arguments.dtype), ("device", arguments.device)) if value is not None}
@@ -118,7 +118,7 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
             **options,
         )
         try:
-            check_names(fused.bank.names, arguments.pretrained or "nano")
+            check_names(fused.bank.names, public_name(arguments.pretrained))
             require_servable(fused)
         except DLPLoRAError:
             fused.close()  # before a reload takes up the old pool again
@@ -126,6 +126,12 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
         return fused
 
     return load
+
+
+def _folders(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The folders of the command line, as given and as absolute paths."""
+    given = [arguments.pretrained, arguments.pool, arguments.router, arguments.multitask, arguments.trained, arguments.data_root]
+    return tuple({name for one in given if one is not None and Path(one).exists() for name in (one, str(Path(one).resolve()))})
 
 
 def reloader(engine: Engine, load: Callable[[], FusedCausalLM], context: contextvars.Context) -> Callable[[], Sequence[str]]:
@@ -183,6 +189,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigError(f"the server needs the package '{error.name}': pip install 'dlplora[serve]'.") from error
     from dlplora.inference.loading import backbones_kept
+    from dlplora.serve.catalog import public_name
     from dlplora.serve.engine import Engine, EngineOptions
     from dlplora.serve.server import ServerOptions
 
@@ -199,13 +206,14 @@ def run_serve(arguments: argparse.Namespace) -> int:
         engine = _in_its_own_thread(lambda: Engine(load(), options))
         reload = reloader(engine, load, contextvars.copy_context())
         server_options = ServerOptions(
-            base_name=arguments.pretrained or "nano",
+            base_name=public_name(arguments.pretrained),
             created=int(time.time()),
             api_key=api_key,
             admin_key=admin_key,
             default_max_tokens=arguments.default_max_tokens,
             chat_template=template,
             reload=reload,
+            folders=_folders(arguments),
         )
         server = uvicorn.Server(uvicorn.Config(build_app(engine, server_options), log_level="warning", timeout_keep_alive=30))
         _reload_on_signal(reload)
@@ -232,12 +240,13 @@ def _in_its_own_thread(work: Callable[[], Any]) -> Any:
 
 def _reload_on_signal(reload: Callable[[], Sequence[str]]) -> None:
     """Reload the pool on SIGHUP, in a thread of its own: the signal handler must return at once."""
+    from dlplora.serve.failures import FAILURES, refused_reload
 
     def work() -> None:
         try:
             print(f"dlplora: reloaded, {len(reload())} adapters", file=sys.stderr, flush=True)
-        except DLPLoRAError as error:
-            print(f"dlplora: the pool was not reloaded: {error}", file=sys.stderr, flush=True)
+        except FAILURES as error:
+            print(f"dlplora: {refused_reload(error)}", file=sys.stderr, flush=True)
 
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=work, daemon=True).start())

@@ -106,6 +106,7 @@ def run_upstream(
     except ImportError as error:
         raise ConfigError(f"the server needs the package '{error.name}': pip install 'dlplora[serve]'.") from error
     from dlplora.cli.evaluate import parse_parameter
+    from dlplora.serve.catalog import public_name
     from dlplora.serve.server import ServerOptions
     from dlplora.serve.upstream.client import UpstreamClient, checked_url
     from dlplora.serve.upstream.local_router import LocalRouter
@@ -132,7 +133,7 @@ def run_upstream(
 
     upstream = asyncio.run(look())
     options = ServerOptions(
-        base_name=arguments.pretrained or "nano",
+        base_name=public_name(arguments.pretrained),
         created=int(time.time()),
         api_key=api_key,
         default_max_tokens=arguments.default_max_tokens,

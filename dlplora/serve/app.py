@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import logging
 import re
 import secrets
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dlplora import __version__
 from dlplora.errors import DLPLoRAError
 from dlplora.serve.answers import described
 from dlplora.serve.engine import Engine
+from dlplora.serve.failures import FAILURES, refused_reload, without_paths
 from dlplora.serve.jobs import BadRequestError, Target
 from dlplora.serve.middleware import BodyLimit, CountResponses
 from dlplora.serve.schemas import COMPLETIONS, ERRORS, ROUTES, ChatRequest, CompletionRequest, RouteRequest
@@ -29,6 +31,7 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src {script
 """The page loads nothing, runs its own script only, and talks to this server only."""
 
 
+log = logging.getLogger(__name__)
 _TYPE = re.compile(r"(?:str|int)$|list\[|constrained-")
 """In the place of an error: a type of a union, which is no part of the request."""
 
@@ -117,8 +120,10 @@ def _add_information(app: FastAPI, server: Server) -> None:
         async def reload_pool() -> dict[str, Any]:
             try:
                 return {"adapters": list(await asyncio.to_thread(reload))}
-            except DLPLoRAError as error:
-                raise BadRequestError(f"the pool was not reloaded: {error}", status=409) from error
+            except FAILURES as error:
+                reason = refused_reload(error)
+                log.warning(reason)
+                raise BadRequestError(without_paths(reason, server.options.folders), status=409) from error
 
 
 def add_error_handlers(app: FastAPI) -> None:

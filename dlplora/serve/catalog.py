@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from dlplora.errors import ConfigError, nearest
@@ -10,6 +11,13 @@ from dlplora.serve.engine import Engine
 from dlplora.serve.jobs import BadRequestError, Target
 
 AUTO, BASE = "auto", "base"
+
+
+def public_name(pretrained: str | None) -> str:
+    """The name of the base model in requests: of a folder or file its last part only."""
+    if pretrained is None:
+        return "nano"
+    return Path(pretrained).resolve().name if Path(pretrained).exists() else pretrained
 
 
 def check_names(names: Iterable[str], base_name: str) -> None:

@@ -43,6 +43,8 @@ class ServerOptions:
     chat_template: str | None = None
     reload: Callable[[], Sequence[str]] | None = None
     """Loads the pool again and returns the names of its adapters; blocks."""
+    folders: tuple[str, ...] = ()
+    """Folders that were given at the start; no response names more than the last part of them."""
 
 
 class Server:
