@@ -220,6 +220,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"dlplora: serving {len(engine.decider.names)} adapters on http://{shown}:{port}", file=sys.stderr, flush=True)
+        print(f"dlplora: {engine.decider.describe_scope()}", file=sys.stderr, flush=True)
         try:
             server.run(sockets=[listener])
         finally:

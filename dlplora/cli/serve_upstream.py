@@ -146,5 +146,6 @@ def run_upstream(
     host, port = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"dlplora: routing to {len(router.bank.names)} adapters of {url} on {where}", file=sys.stderr, flush=True)
+    print(f"dlplora: {proxy.describe_scope()}", file=sys.stderr, flush=True)
     server.run(sockets=[listener])
     return 0

@@ -54,6 +54,18 @@ class Decider:
         self._zeros = torch.zeros(fused.bank.num_experts, device=fused.device)
         self._routes = fused.method.name != "base"
 
+    def describe_scope(self) -> str:
+        """One line: which prompts the base model answers."""
+        scope = self.fused.method.scope
+        if not self._routes or self.min_confidence == 0 or (self.min_confidence is None and scope is None):
+            return "every prompt is routed; no out-of-scope threshold is in use"
+        if self.min_confidence is not None or scope is None:
+            return f"the base model answers prompts whose largest probability is below {self.min_confidence:g} (--min-confidence)"
+        return (
+            f"the base model answers prompts whose {scope.score} is below {scope.threshold:.4g}, the router's out-of-scope threshold; "
+            "--min-confidence 0 routes every prompt, as `dlplora generate` does"
+        )
+
     @torch.no_grad()
     def decide(self, targets: Sequence[Target], texts: Sequence[str], *, prompts: bool = True) -> tuple[list[Decision], Tensor]:
         """Decisions and weights (B, E), float32; the router reads all texts in one batch.

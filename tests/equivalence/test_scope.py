@@ -125,5 +125,8 @@ def test_the_server_decides_by_the_routers_threshold(routed: Routed, score: str)
     assert not any(one.out_of_scope for one in Decider(fused, 0.0).decide(targets, TEXTS)[0])  # switched off
     assert all(one.out_of_scope for one in Decider(fused, 1.0).decide(targets, TEXTS)[0])  # overridden
     assert not any(one.out_of_scope for one in Decider(fused).decide(targets, TEXTS, prompts=False)[0])  # sentences of answers
+    assert f"whose {score} is below" in Decider(fused).describe_scope()
+    assert "every prompt is routed" in Decider(fused, 0.0).describe_scope()
+    assert "below 0.5 (--min-confidence)" in Decider(fused, 0.5).describe_scope()
     (asked,) = Decider(fused).decide([Target(kind="base")], [TEXTS[below.index(True)]])[0]
     assert (asked.kind, headers_of(asked)["x-dlplora-decision"]) == ("base", "base")

@@ -99,6 +99,10 @@ class UpstreamProxy:
             return Prompt((), text, text)
         return self.prompts.chat(request)
 
+    def describe_scope(self) -> str:
+        """See ``Decider``."""
+        return self._deciding.describe_scope()
+
     async def decide(self, target: Target, texts: Sequence[str]) -> list[Decided]:
         """Decisions for several prompts of one request.
 
