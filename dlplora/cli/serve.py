@@ -21,6 +21,7 @@ from dlplora.cli.pool import add_device_options
 from dlplora.cli.serve_upstream import add_upstream_options, check_upstream, run_upstream
 from dlplora.documents import read_text
 from dlplora.errors import ConfigError, DLPLoRAError
+from dlplora.interruption import exit_code
 
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM
@@ -176,6 +177,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Load, listen, and serve until interrupted."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as error:
+        print("dlplora: the server has stopped.", file=sys.stderr)
+        return exit_code(error)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     api_key = arguments.api_key or os.environ.get("DLPLORA_API_KEY") or None
     admin_key = arguments.admin_key or os.environ.get("DLPLORA_ADMIN_KEY") or None
     _check(arguments, api_key)
