@@ -177,6 +177,7 @@ def test_lorax_merges_several_and_names_one(router: LocalRouter) -> None:
         assert "data: [DONE]" in lines
         *events, usage = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
         assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "merged text"
+        assert [event["choices"][0]["delta"].get("role") for event in events] == ["assistant", None]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
         assert (usage["choices"], usage["usage"]["completion_tokens"], usage["model"]) == ([], 2, "base")
         penalties = {"frequency_penalty": 0.5, "presence_penalty": -0.5}

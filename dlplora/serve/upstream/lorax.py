@@ -67,6 +67,7 @@ class LoraxFormat:
     def __init__(self, chat: bool, usage: bool) -> None:
         self.chat, self.usage = chat, usage
         self.complete = False
+        self.first = {"role": "assistant"}
         name = "chat.completion" if chat else "text_completion"
         self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
         self.names = (name, f"{name}.chunk" if chat else name)
@@ -83,10 +84,11 @@ class LoraxFormat:
         token = event.get("token") or {}
         text = "" if token.get("special") else str(token.get("text", ""))
         details = event.get("details")
-        content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
+        first, self.first = self.first, {}
+        content: dict[str, Any] = {"delta": {**first, "content": text}} if self.chat else {"text": text}
         reason = _reason(details) if details else None
         head = {**self.head, "object": self.names[1]}
-        self.complete = bool(details)
+        self.complete = self.complete or bool(details)
         found = [{**head, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]}]
         return [*found, {**head, "choices": [], "usage": _usage(details)}] if details and self.usage else found
 
