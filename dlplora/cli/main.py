@@ -28,6 +28,9 @@ from dlplora.interruption import exit_code, raising_on_sigterm
 
 Command = Callable[[argparse.Namespace], int]
 
+RESUMABLE = frozenset({"eval", "tune", "reproduce", "matrix"})
+"""Commands that take up what an interrupted one has finished."""
+
 
 class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
     """Subcommands whose own help begins with the line that the list of commands has for them."""
@@ -266,9 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its escape
         sys.stdout.reconfigure(errors="backslashreplace")
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
         with raising_on_sigterm():
-            return _run(list(sys.argv[1:] if argv is None else argv))
+            return _run(given)
     except DLPLoRAError as error:
         print(f"dlplora: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -280,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dlplora: error: {one_line(text.rstrip(': '))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("dlplora: interrupted; the same command continues where this one stopped.", file=sys.stderr)
+        more = "; the same command continues where this one stopped" if given[:1] and given[0] in RESUMABLE else ""
+        print(f"dlplora: interrupted{more}.", file=sys.stderr)
         return exit_code(error)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlplora.errors import ConfigError, DLPLoRAError, GenerationError, NotFiniteError
 from dlplora.inference.fused_model import FusedCausalLM
+from dlplora.methods.base import FusionMethod
 from dlplora.modules.routing_state import NOT_FINITE
 from dlplora.serve.failures import FAILURES, shown
 from dlplora.serve.jobs import Decision, Target
@@ -46,9 +47,14 @@ class Decider:
         fused: The model.
         min_confidence: Below this probability a routed request is out of scope and gets the base model; 0 never does. None takes the
             threshold that was chosen for the router (`dlplora scope`), if there is one.
+
+    Raises:
+        ConfigError: If a bound is given and the method has no probabilities.
     """
 
     def __init__(self, fused: FusedCausalLM, min_confidence: float | None = None) -> None:
+        if min_confidence and type(fused.method).route_with_confidence is FusionMethod.route_with_confidence:
+            raise ConfigError(f"--min-confidence {min_confidence:g}: method '{fused.method.name}' has no probabilities; leave it out.")
         self.fused, self.min_confidence = fused, min_confidence
         self.names: tuple[str, ...] = tuple(fused.bank.names)
         self._zeros = torch.zeros(fused.bank.num_experts, device=fused.device)

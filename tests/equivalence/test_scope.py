@@ -128,5 +128,9 @@ def test_the_server_decides_by_the_routers_threshold(routed: Routed, score: str)
     assert f"whose {score} is below" in Decider(fused).describe_scope()
     assert "every prompt is routed" in Decider(fused, 0.0).describe_scope()
     assert "below 0.5 (--min-confidence)" in Decider(fused, 0.5).describe_scope()
-    (asked,) = Decider(fused).decide([Target(kind="base")], [TEXTS[below.index(True)]])[0]
+    fused.method = build_method("avg_delta")
+    assert "every prompt is routed" in Decider(fused).describe_scope()
+    with pytest.raises(ConfigError, match=r"--min-confidence 0\.5: method 'avg_delta' has no probabilities"):
+        Decider(fused, 0.5)
+    (asked,) = Decider(routed.fused()).decide([Target(kind="base")], [TEXTS[below.index(True)]])[0]
     assert (asked.kind, headers_of(asked)["x-dlplora-decision"]) == ("base", "base")

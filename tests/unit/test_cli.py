@@ -64,6 +64,18 @@ def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty" in fails(capsys, "generate", "", "--raw")
 
 
+@pytest.mark.parametrize(("command", "more"), [("tasks", ""), ("matrix status x", "; the same command continues where this one stopped")])
+def test_only_commands_that_can_go_on_say_so(
+    command: str, more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dlplora.cli.main._run", interrupted)
+    assert main(command.split()) == 130
+    assert capsys.readouterr().err == f"dlplora: interrupted{more}.\n"
+
+
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from dlplora.training import launch
 
