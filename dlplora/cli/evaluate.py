@@ -142,7 +142,7 @@ def _evaluated(run: Run, root: Path, arguments: argparse.Namespace, cache: EvalC
             path, record = execute(run, root, cache, progress)
     if reason := held_back(record):
         say(f"{path} is {reason}, so no table shows it; `dlplora report list --scratch` does")
-    means = {key: value for key, value in record.aggregates.items() if value is not None}
+    means, routing = ({key: value for key, value in part.items() if value is not None} for part in (record.aggregates, record.routing))
     # means are over the whole suite, so a part of it has its tasks' own numbers
     parts = {} if set(record.tasks) == set(record.suite_tasks) else {"tasks": {name: task.metrics for name, task in record.tasks.items()}}
-    return {"record": str(path), "aggregates": means, **parts, "routing": record.routing}
+    return {"record": str(path), "aggregates": means, **parts, "routing": routing}

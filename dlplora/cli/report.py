@@ -21,6 +21,7 @@ from dlplora.reporting.schema import Record, json_schema
 from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
 ADVICE = "Tables show whole runs of committed code: commit, and evaluate again without --limit. `dlplora report list --scratch` lists them."
+WRITTEN = " `dlplora eval` writes records; --out names the results folder of both."
 MOST_SAID = 10
 """Most records of which it is said why they are left out."""
 
@@ -37,7 +38,7 @@ def _require_results(root: Path, suite: str | None = None) -> None:
     if not folder.is_dir():
         found = sorted({path.parent.name for path in store.iterate(root)}) if suite else []
         others = f" It has results of {', '.join(found)} (--suite)." if found else ""
-        raise RecordError(f"{root} holds no results{wanted}: folder {folder} not found.{others}")
+        raise RecordError(f"{root} holds no results{wanted}: folder {folder} not found.{others or WRITTEN}")
 
 
 def _waiting(root: Path, suite: str | None, shown: Sequence[Record] = ()) -> str:
@@ -238,7 +239,10 @@ def run_compare_protocols(arguments: argparse.Namespace) -> int:
     """Write the table of both protocols; with ``--check`` exit 1 if it is stale."""
     from dlplora.reporting import protocols
 
-    stale = protocols.build(Path(arguments.out), check=arguments.check)
+    root = Path(arguments.out)
+    if not (root / protocols.ROOM).is_dir():
+        raise RecordError(f"{root} holds no records of the released code's evaluation; `dlplora eval --teacher-forced` writes them.")
+    stale = protocols.build(root, check=arguments.check)
     for path in stale:
         print(f"{'stale' if arguments.check else 'wrote'} {path}")
     return 1 if arguments.check and stale else 0

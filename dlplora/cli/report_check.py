@@ -30,7 +30,13 @@ def _observe(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Run the guarded methods again; exit 1 and say what moved if anything did."""
-    golden = goldens.read_golden(goldens.golden_path("nano", Path(arguments.out)))
+    path = goldens.golden_path("nano", Path(arguments.out))
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} not found. The check guards the repository's own methods: run it in a clone, or write the file: "
+            "`dlplora report accept --reason TEXT`."
+        )
+    golden = goldens.read_golden(path)
     observed = _observe(arguments)
     findings = goldens.compare(golden, observed)
     for finding in findings:

@@ -33,10 +33,13 @@ def require_split(suite: Suite, names: Sequence[str], split: str) -> None:
     """Refuse tasks that have no questions of the split.
 
     Raises:
-        TaskError: If a task has no rows of it, or the suite's prompts are composites, which are drawn from test questions.
+        TaskError: If a task is unknown, named twice or without rows of it, or a composite, which is drawn from test questions.
     """
     if split != "test" and suite.source is not None:
         raise TaskError(f"suite '{suite.name}' has composites of test questions only, no {split} split; choose settings on its source.")
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise TaskError(f"task '{twice}' is named twice.")
     lacking = [task.name for task in map(suite.task, names) if task.rows and not task.rows.get(split)]
     if lacking:
         wanted = "test.jsonl" if split == "test" else "train.jsonl, whose end is the validation split, with two rows or more"

@@ -161,7 +161,7 @@ def read_rows(path: Path, task: str) -> list[Item]:
 
 def _local_task(root: Path, name: str) -> Task:
     if "/" in name or name in {"", ".", ".."} or "\\" in name or any("\ud800" <= one <= "\udfff" for one in name):
-        raise TaskError(f"'{name}' is not a task name.")
+        raise TaskError(f"'{name}' is not a task name; write local:all, or names of folders of the data root: local:TASK,TASK.")
     folder = root / name
     if not folder.is_dir():
         known = sorted(path.parent.name for path in root.glob("*/test.jsonl"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
-from dlplora.errors import TaskError
+from dlplora.errors import TaskError, nearest
 from dlplora.tasks.composite import composite_suite
 from dlplora.tasks.local import local_suite, rows_state
 from dlplora.tasks.nano import nano_suite
@@ -55,7 +56,7 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
     if name == "skills_several":
         return several_suite()
     if name.startswith("local:"):
-        return local_suite(name.removeprefix("local:").split(","), data_root)
+        return local_suite([one.strip() for one in name.removeprefix("local:").split(",")], data_root)
     if name in SUITES:
         return paper_suite(name, data_root)
     if name in REAL_SUITES:
@@ -64,4 +65,7 @@ def _suite(name: str, data_root: str | None, state: tuple[object, ...]) -> Suite
         "nano, skills, skills_confusable, skills_several, local:TASK,TASK (rows under --data-root); with _composite, their composites; "
         "paper, paper26, paper_local; real26, real26_public, real26_skills"
     )
-    raise TaskError(f"unknown suite '{name}'. Known: {known}.")
+    hint = nearest(name, [*sorted(GENERATED), *SUITES, *REAL_SUITES, "local:all"])
+    if data_root is not None and (Path(data_root) / name).is_dir():
+        hint = f" Did you mean 'local:{name}'?"
+    raise TaskError(f"unknown suite '{name}'.{hint} Known: {known}.")

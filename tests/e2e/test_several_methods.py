@@ -51,6 +51,8 @@ def test_standard_output_has_what_there_is(quick: list[str], tmp_path: Path, cap
     assert set(told["tasks"]) == {"shelf_sorting", "object_counting"}
     assert told["tasks"] == {name: row["metrics"] for name, row in json.loads(Path(told["record"]).read_text())["tasks"].items()}
     assert told["aggregates"] == {}
+    assert "router_accuracy" not in told["routing"]
+    assert told["routing"]["num_plans"] == 4
 
 
 def lacks_a_package(preset: str) -> bool:
@@ -84,6 +86,7 @@ def test_all_presets_are_checked_without_being_trained_here(quick: list[str], ca
             ["--data-root", "rows"],
             "the data root rows is not read: suite 'nano' is generated. Name the suite: local:all or local:TASK,TASK.",
         ),
+        (["--tasks", "shelf_sorting,shelf_sorting"], "task 'shelf_sorting' is named twice"),
         (["--tasks", "shelf_sortin"], "suite 'nano' has no task 'shelf_sortin'. Did you mean 'shelf_sorting'"),
         (["--protocol", "nano_composite", "--tasks", "concat_3", "--method", "base,oracle"], "'concat_3' asks questions of several tasks"),
         (["--protocol", "nano_composite", "--tasks", "serial_3", "--method", "lorahub_in_pool"], "'serial_3' asks questions of several"),

@@ -159,6 +159,13 @@ def test_reports_need_results_and_damaged_records_exit_1(tmp_path: Path, capsys:
     for action in ("build", "validate", "figures"):
         assert main(["report", action, "--out", str(tmp_path)]) == 2
         assert "holds no results" in capsys.readouterr().err
+    for action, part in (
+        ("all", "`dlplora eval` writes records"),
+        ("compare-protocols", "holds no records of the released code's evaluation; `dlplora eval --teacher-forced` writes them"),
+        ("check", "nano.json not found. The check guards the repository's own methods: run it in a clone"),
+    ):
+        assert main(["report", action, "--out", str(tmp_path)]) == 2
+        assert part in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs" / "nano").mkdir(parents=True)
     assert main(["report", "build", "--out", str(tmp_path)]) == 0

@@ -125,8 +125,13 @@ def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write(tmp_path, "task_a", "test", [{"question": "q", "answer": "a"}])
     with pytest.raises(TaskError, match="Did you mean 'task_a'"):
         get_suite("local:task_b", str(tmp_path))
-    with pytest.raises(TaskError, match="not a task name"):
-        get_suite("local:../task_a", str(tmp_path))
+    for name in ("local:../task_a", "local:", "local:task_a,,b"):
+        with pytest.raises(TaskError, match="is not a task name; write local:all, or names of folders"):
+            get_suite(name, str(tmp_path))
+    assert get_suite("local: task_a ", str(tmp_path)).names == ("task_a",)
+    for name, hint in (("local", "local:all"), ("task_a", "local:task_a"), ("nanoo", "nano"), ("real_26", "real26")):
+        with pytest.raises(TaskError, match=f"unknown suite '{name}'. Did you mean '{hint}'"):
+            get_suite(name, str(tmp_path))
 
 
 def test_rows_that_changed_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
