@@ -138,8 +138,11 @@ def outdated(provenance: Mapping[str, Any], code: str | None = None) -> str | No
     if None not in (known, code) and known != code:
         return "was made by other code of the method"
     git = provenance.get("git", {})
-    if git.get("dirty") is True and (not git.get("changes") or git != git_state()):
-        return "was made by uncommitted code that is not the present code"
+    if git.get("dirty") is True:
+        now, part = git_state(), "all" if None in (known, code) else "library"
+        made, here = (state.get("changes", {}).get(part) for state in (git, now))
+        if made is None or (git.get("commit"), made) != (now["commit"], here):
+            return "was made by uncommitted code that is not the present code"
     return None
 
 

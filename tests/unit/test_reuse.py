@@ -108,7 +108,7 @@ def test_a_method_that_changed_is_evaluated_again(
     assert other["provenance"]["method_code"] != first["provenance"]["method_code"]
 
 
-NOW = {"commit": "abc1234", "dirty": True, "changes": "c1"}
+NOW = {"commit": "abc1234", "dirty": True, "changes": {"library": "l1", "all": "c1"}}
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,9 @@ NOW = {"commit": "abc1234", "dirty": True, "changes": "c1"}
         ({"git": {"commit": None, "dirty": None}, "method_code": "m"}, None),
         ({"git": {"commit": "older", "dirty": False}, "method_code": "n"}, "other code of the method"),
         ({"git": {"commit": "abc1234", "dirty": True}}, "uncommitted code"),
-        ({"git": {"commit": "abc1234", "dirty": True, "changes": "c0"}, "method_code": "m"}, "uncommitted code"),
-        ({"git": {"commit": "older", "dirty": True, "changes": "c1"}}, "uncommitted code"),
+        ({"git": {"commit": "abc1234", "dirty": True, "changes": {"library": "l0", "all": "c0"}}, "method_code": "m"}, "uncommitted code"),
+        ({"git": {**NOW, "commit": "older"}}, "uncommitted code"),
+        ({"git": {**NOW, "changes": {"library": "l1", "all": "c0"}}}, "uncommitted code"),
         ({"git": NOW, "method_code": "m"}, None),
     ],
 )
@@ -128,8 +129,15 @@ def test_what_speaks_against_a_record(made_by: dict[str, Any], reason: str | Non
     found = store.outdated(made_by, "m")
     assert found is None if reason is None else reason in str(found)
     path = store.save(make_record(provenance=made_by), tmp_path)
-    known = store.find_cell("c0ffee", 0, "toy", "dlp", tmp_path, scratch=True)
+    known = store.find_cell("c0ffee", 0, "toy", "dlp", tmp_path, scratch=True)  # which does not know the method's code
     assert known == (None if reason == "uncommitted code" else path)
+
+
+def test_a_record_does_not_depend_on_the_files_of_other_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "git_state", lambda: NOW)
+    made_by = {"git": {**NOW, "changes": {"library": "l1", "all": "c0"}}, "method_code": "m"}
+    assert store.outdated(made_by, "m") is None
+    assert "uncommitted code" in str(store.outdated(made_by))
 
 
 def test_what_a_reused_record_does_not_cover_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +184,13 @@ def test_a_change_of_uncommitted_code_has_another_hash(tmp_path: Path, monkeypat
     seen = []
     for path, text in ((code, "2"), (code, "3"), (new, "1"), (new, "2")):
         path.write_text(text)
-        seen.append(provenance.git_state()["changes"])
+        seen.append(provenance.git_state()["changes"]["all"])
     assert provenance.changed_files() == [code.resolve(), new.resolve()]
     new.unlink()
-    assert provenance.git_state()["changes"] == seen[1]
+    assert provenance.git_state()["changes"] == {"library": provenance._content_hash([]), "all": seen[1]}
     assert len(set(seen)) == 4
     code.unlink()
-    assert provenance.git_state()["changes"] not in seen
+    assert provenance.git_state()["changes"]["all"] not in seen
+    (tmp_path / "dlplora").mkdir()
+    (tmp_path / "dlplora" / "c.py").write_text("1")
+    assert provenance.git_state()["changes"]["library"] != provenance._content_hash([])
