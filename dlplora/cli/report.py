@@ -16,7 +16,7 @@ from dlplora.atomic import write_atomically
 from dlplora.documents import read_text
 from dlplora.errors import DLPLoRAError, RecordError, one_line
 from dlplora.reporting import store, tables
-from dlplora.reporting.groups import Group, different_pools, group, latest, left_out
+from dlplora.reporting.groups import Group, group, latest, left_out, mixed_in
 from dlplora.reporting.schema import Record, json_schema
 from dlplora.reporting.sweeps import SweepFile, load_sweeps
 
@@ -95,7 +95,7 @@ def _groups(records: Sequence[Record], reader: store.OutcomeReader, problems: li
             sound.append(record)
     groups = group(sound, reader)
     for one in groups:
-        if mixed := different_pools(one.records):
+        if mixed := mixed_in(one.records):
             print(f"dlplora: warning: {one.title}: {mixed}", file=sys.stderr)
     return groups
 

@@ -16,6 +16,8 @@ from dlplora.reporting.tuning import Trial, load_trials, of_table, spelled
 
 Setting = tuple[str, str, str, tuple[str, ...], int]
 """Suite, protocol, base model, tasks of a table, and how many the suite has."""
+NOT_COMPARED = frozenset({"seeds", "tasks", "data_root", "backbone", "suite"})
+"""Settings of a protocol that are told otherwise, or have no effect on one run."""
 MOST_NAMED = 6
 """Most tasks that a heading names one by one."""
 
@@ -141,9 +143,17 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     )
 
 
-def different_pools(records: Sequence[Record]) -> str:
-    """A sentence that names the methods of one seed with different adapters as experts; empty if all use the same."""
+def mixed_in(records: Sequence[Record]) -> str:
+    """What a table mixes: settings of the protocol, and, for one seed, different adapters as experts; empty if all records use the same."""
     sentences = []
+    for key in dict.fromkeys(key for record in records for key in record.protocol if key not in NOT_COMPARED):
+        values: dict[str, set[str]] = {}
+        for record in records:
+            if key in record.protocol:
+                values.setdefault(str(record.protocol[key]), set()).add(record.method_name)
+        if len(values) > 1:
+            named = "; ".join(f"{value}: {', '.join(sorted(values[value]))}" for value in sorted(values))
+            sentences.append(f"The table mixes values of {key}; compare methods of one value only ({named}).")
     for seed in sorted({record.seed for record in records}):
         pools: dict[str, set[str]] = {}
         for record in records:

@@ -31,7 +31,7 @@ from dlplora.reporting.columns import (
 )
 from dlplora.reporting.comparison import REFERENCE_METHOD, Scores, task_means
 from dlplora.reporting.doubt import doubt_table
-from dlplora.reporting.groups import Group, different_pools, group
+from dlplora.reporting.groups import Group, group, mixed_in
 from dlplora.reporting.latency.join import LatencyColumns
 from dlplora.reporting.latency.tables import speed_page
 from dlplora.reporting.markdown import code, plain, table
@@ -173,7 +173,7 @@ def _made(records: Sequence[Record]) -> list[str]:
     commits = sorted({(record.provenance.get("git", {}).get("commit") or "unknown")[:7] for record in records})
     hardware = [record.provenance.get("hardware", {}) for record in records]
     machines = sorted({str(one.get("gpu") or one.get("cpu")) for one in hardware})
-    mixed = different_pools(records)
+    mixed = mixed_in(records)
     return [
         *([f"**{mixed}**"] if mixed else []),
         f"Suite `{records[0].suite}`, protocol `{records[0].protocol_name}`: {len(records[0].suite_tasks)} tasks × "
@@ -234,7 +234,7 @@ def readme_block(one: Group | None) -> str:
     )
     if timed:
         text += "Decode: time per token divided by that of PEFT with one LoRA, methods interleaved in one process. "
-    mixed = different_pools(shown)
+    mixed = mixed_in(shown)
     text = f"**{mixed}** {text}" if mixed else text
     others = len(present - names)
     rest = f"Tests, all columns{f' and {others} more methods' if others else ''}"

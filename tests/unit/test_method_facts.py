@@ -100,3 +100,13 @@ def test_a_table_says_that_it_mixes_pools() -> None:
     assert "mixes pools" not in caption([one, make_record(method_name="ties", pool_hash="a" * 64)])
     assert "mixes pools" not in caption([one, make_record(seed=1, pool_hash="b" * 64)])  # every seed has experts of its own
     assert "mixes pools" not in caption([one, make_record(method_name="base", pool_hash="b" * 64)])
+
+
+def test_a_table_says_that_it_mixes_settings() -> None:
+    one, other = (
+        make_record(method_name=name, protocol={"suite": "toy", "dtype": dtype})
+        for name, dtype in (("dlp", "float32"), ("base", "float16"))
+    )
+    said = "The table mixes values of dtype; compare methods of one value only (float16: base; float32: dlp)."
+    assert said in caption([one, other])
+    assert "mixes" not in caption([one, make_record(method_name="base", protocol={"suite": "toy", "seeds": [1], "dtype": "float32"})])
