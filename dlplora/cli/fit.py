@@ -22,15 +22,18 @@ Exit codes: 0 done, 2 bad configuration, 130 interrupted, 143 terminated.
 
 
 def with_config_files(arguments: Sequence[str]) -> list[str]:
-    """The command line with every configuration's name replaced by its file; a first argument without dashes is a configuration.
+    """The command line with every configuration's name replaced by its file, and what another base model than nano needs.
+
+    A first argument without dashes is a configuration.
 
     Args:
         arguments: The command and its arguments.
 
     Raises:
-        ConfigError: If there is no such configuration.
+        ConfigError: If there is no such configuration or base model.
     """
     from dlplora.config import find_config
+    from dlplora.training.other_base import fitted_to_base
 
     found = list(arguments)
     if found[1:] and not found[1].startswith("-"):
@@ -43,7 +46,10 @@ def with_config_files(arguments: Sequence[str]) -> list[str]:
             found[place] = f"{flag}={find_config('train', value)}"
         elif place + 1 < len(found):
             found[place + 1] = str(find_config("train", found[place + 1]))
-    return found
+    fitted, note = fitted_to_base(found)
+    if note is not None:
+        print(f"{arguments[0]}: {note}", file=sys.stderr, flush=True)
+    return fitted
 
 
 def main(argv: Sequence[str] | None = None) -> int:

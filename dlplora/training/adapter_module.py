@@ -19,7 +19,7 @@ from dlplora.modules.precision import keeping_trained_precision
 from dlplora.training.adapter_export import EXPORT_DTYPES
 from dlplora.training.answer_loss import AnswerMetrics, weighted_loss
 from dlplora.training.checkpoints import ResumableModule
-from dlplora.training.frozen import DTYPES, load_tokenizer
+from dlplora.training.frozen import DTYPES, base_name_of, load_tokenizer
 from dlplora.training.recomputation import keep_recomputing
 from dlplora.training.settings import LoRASettings, OptimizerSettings, is_logged, step_rng
 
@@ -49,7 +49,7 @@ class AdapterModule(ResumableModule):
         self.seed = 0 if seed is None else seed
         self.export_folder = export_folder
         self.export_dtype = export_dtype
-        self.base_model_name = base_model_name
+        self.base_model_name = base_name_of(backbone, base_model_name)
         self.backbone_dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self._recomputed: list[Any] = []
@@ -153,7 +153,7 @@ class AdapterModule(ResumableModule):
         metrics = self.final_metrics()
         description = {
             "module": type(self).__name__,
-            "backbone": self.base_model_name or self.backbone,
+            "backbone": self.base_model_name,
             "lora": asdict(self.lora),
             "optimizer": asdict(self.optimizer_settings),
             "data": dict(self.datamodule.hparams),

@@ -30,7 +30,7 @@ class LitExpert(AdapterModule):
         adapter_name: Name of the adapter and of its seed. None: the task's name, or ``multitask`` for several tasks.
         export_folder: The adapter's PEFT folder, written when training ends; None writes nothing.
         export_dtype: Stored precision of the adapter.
-        base_model_name: What the exported adapter names as its base; None is ``backbone``.
+        base_model_name: What the exported adapter names as its base; None takes the name or path of ``backbone``.
         dtype: Precision of the frozen base model. The adapter itself always trains in float32.
         gradient_checkpointing: Recompute the decoder layers in the backward pass: less memory, more time, the same gradients.
     """
@@ -93,7 +93,7 @@ class LitExpert(AdapterModule):
         from peft import get_peft_model_state_dict
 
         assert self.export_folder is not None
-        config = self.lora.peft_config(self.base_model_name or self.backbone)
+        config = self.lora.peft_config(self.base_model_name)
         folder = save_adapter(self.export_folder, config, get_peft_model_state_dict(self.model), self.export_dtype)
         self.describe_run(folder)
         return [folder]

@@ -185,7 +185,7 @@ class LitExpertPool(AdapterModule):
         folders: list[Path] = []
         for index, group_names in enumerate(self.groups):
             for name in group_names:
-                config = self.lora.peft_config(self.base_model_name or self.backbone)
+                config = self.lora.peft_config(self.base_model_name)
                 folders.append(save_adapter(root / name, config, self.patch.peft_tensors(self._group(index), name), self.export_dtype))
         described = {task.name: task.description for task in self.datamodule.suite.tasks}
         write_manifest(root, names, self.fingerprint, descriptions=described)

@@ -9,9 +9,10 @@ import torch
 
 from dlplora.config import ASSETS_ROOT
 from dlplora.errors import ConfigError
-from dlplora.inference.backbones import resolve_backbone
+from dlplora.inference.backbones import NAMED, resolve_backbone
 from dlplora.inference.model_files import ReadingModel, check_sizes
 
+NANO_NAME = "dlplora/nano"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -31,6 +32,19 @@ def backbone_source(backbone: str | None) -> str:
     if backbone.startswith("runs/") and not Path(backbone).is_dir():  # one slash, as in a hub id
         raise ConfigError(f"base model folder not found: {backbone}. Set model.init_args.backbone to a folder or a hub id.")
     return resolve_backbone(backbone)
+
+
+def base_name_of(backbone: str | None, given: str | None = None) -> str:
+    """What an adapter names as its base model: the given name, else the hub id, or the absolute path of a local model.
+
+    The name of the embedded model is no name of another one.
+    """
+    if backbone is None or given not in (None, NANO_NAME):
+        return given or NANO_NAME
+    if backbone in NAMED and not Path(backbone).exists():
+        return NAMED[backbone].hub_id
+    local = Path(backbone).expanduser()
+    return str(local.absolute()) if local.exists() else backbone
 
 
 def load_tokenizer(backbone: str | None) -> Any:

@@ -15,11 +15,15 @@ import yaml
 from torch import Tensor, nn
 
 from dlplora.cli.fit import main as fit
+from dlplora.cli.fit import with_config_files
+from dlplora.config import configs_root
 from dlplora.errors import MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.methods import registry
 from dlplora.methods.base import FusionMethod, Metadata, MethodContext
 from dlplora.modules.lora_bank import AdapterBank
+from dlplora.training import other_base
+from dlplora.training.frozen import base_name_of
 from dlplora.types import PromptBatch
 from tests.toy_tasks import NAMES, write_tasks
 
@@ -40,6 +44,9 @@ def test_fit_then_validate_then_test(tiny_llama_folder: Path, rows: Path, tmp_pa
     assert fit(arguments("fit", "experts", tiny_llama_folder, rows, tmp_path, *small)) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (done["command"], done["steps"]) == ("fit", 18)
+    for name in NAMES:  # not the nano model, which the recipe is for
+        config = json.loads((tmp_path / "export" / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tiny_llama_folder)
     (log,) = (tmp_path / "logs").rglob("metrics.csv")
     with log.open() as handle:
         logged = list(csv.DictReader(handle))
@@ -63,6 +70,41 @@ def test_print_config_can_be_run_again(tiny_llama_folder: Path, rows: Path, tmp_
     assert config["trainer"]["max_epochs"] == 2
     assert config["data"]["init_args"]["data_root"] == str(rows)
     assert not (tmp_path / "export").exists()
+
+
+def test_what_depends_on_the_base_model(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe of nano gets a rate for the size of another base model; options, later files and recipes of one's own keep theirs."""
+    monkeypatch.setattr(other_base, "RATES", ((100, 1.0), (1e6, 2e-3), (1e12, 1e-9)))
+    other = ["--model.init_args.backbone", str(tiny_llama_folder)]
+    own, later = tmp_path / "own.yaml", tmp_path / "later.yaml"
+    own.write_text((configs_root() / "train" / "experts.yaml").read_text())
+    later.write_text("trainer: {accelerator: cpu}")
+    unnamed = "--model.init_args.base_model_name=null"
+    fitted = [unnamed, "--model.init_args.optimizer.lr=0.002", "--trainer.accelerator=auto", "--model.init_args.dtype=float32"]
+    rate = ["--model.init_args.optimizer.lr", "7"]
+    for config, options, added in (
+        ("experts", [], []),
+        ("experts", ["--model.init_args.backbone", "null"], []),
+        ("experts", other, fitted),
+        ("experts", [f"--model.backbone={tiny_llama_folder}", *rate], [one for one in fitted if "lr" not in one]),
+        ("multitask_r208", other, [unnamed, "--model.init_args.optimizer.lr=0.001", *fitted[2:]]),
+        ("router", other, fitted[2:]),
+        ("fusion", ["--model.init_args.pretrained", str(tiny_llama_folder)], fitted[2:]),
+        ("real_experts", other, fitted[:1]),
+        (str(own), other, fitted[:1]),
+    ):
+        found = with_config_files(["fit", config, *options, "--config", str(later)])
+        assert found[3:] == [*added, *options, "--config", str(later)], config
+        said = capsys.readouterr().err
+        assert ("lr 0.002, accelerator auto, dtype float32" in said) == (added == fitted)
+        assert with_config_files(found) == found  # processes that a launcher starts see what it added
+        assert capsys.readouterr().err == ""
+    named = [base_name_of(one) for one in (None, "smollm2-135m", "org/name", str(tiny_llama_folder))]
+    assert named == ["dlplora/nano", "HuggingFaceTB/SmolLM2-135M-Instruct", "org/name", str(tiny_llama_folder)]
+    assert base_name_of("org/name", "dlplora/nano") == "org/name"  # a copy of a recipe in which only the base model was changed
+    assert base_name_of("org/name", "org/other") == "org/other"
 
 
 @pytest.mark.parametrize(
