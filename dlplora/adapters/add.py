@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, load_config, read_config, same_base
+from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, load_config, other_bases, read_config, same_base
 from dlplora.adapters.files import file_sha256
 from dlplora.adapters.headers import AdapterHeader, read_header
 from dlplora.adapters.hub import AdapterSource, find_adapter, find_pool
@@ -334,7 +334,7 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
                     f"adapter '{name}' of pool {pool.path} (base {base_name(other.config) or 'not named'}) maps "
                     f"{theirs[0]} -> {theirs[1]}; they belong to different base models, use a pool for each."
                 )
-        if not same_base(mine, base_name(other.config)):
+        if not pool.rows.get(name, {}).get("other_base_allowed") and not same_base(mine, base_name(other.config)):
             differs = True
             if not allowed:
                 raise IncompatibleAdapterError(
@@ -343,6 +343,23 @@ def _check_base(header: AdapterHeader, pool: Pool | None, known: tuple[str, ...]
                     "Use a pool for each, or pass --allow-other-base if they are one base model under two names."
                 )
     return differs
+
+
+def check_one_base(pool: Pool) -> None:
+    """Refuse a pool with adapters that name different base models, except those added with ``--allow-other-base``.
+
+    Raises:
+        IncompatibleAdapterError: Naming the adapters and their base models.
+    """
+    bases = {name: base_name(load_config(pool.folders[name], name)) for name in pool.names}
+    common, others = other_bases({name: base for name, base in bases.items() if not pool.rows.get(name, {}).get("other_base_allowed")})
+    if others:
+        shown = ", ".join(f"'{name}' ({base})" for name, base in others.items())
+        advice = f"dlplora pool add {pool.path} {pool.folders[next(iter(others))]} --allow-other-base"
+        raise IncompatibleAdapterError(
+            f"pool {pool.path} has adapters of another base model than '{common}', which most of them name: {shown}. Move them to a pool "
+            f"of their own; or, if it is one base model under two names: {advice}."
+        )
 
 
 def adapters_for_other_bases(pool: Pool, backbone: str) -> dict[str, str]:

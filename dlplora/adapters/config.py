@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -214,10 +215,26 @@ def same_base(first: str | None, second: str | None) -> bool:
     ``org/Llama-3-8B`` are one.
     """
 
-    def bare(name: str) -> str:
-        return _STORAGE.sub("", name.rsplit("/", 1)[-1].lower())
+    one, other = _bare(first), _bare(second)
+    return one is None or other is None or one == other
 
-    def says_nothing(name: str | None) -> bool:
-        return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
-    return says_nothing(first) or says_nothing(second) or bare(str(first)) == bare(str(second))
+def other_bases(bases: Mapping[str, str | None]) -> tuple[str, dict[str, str]]:
+    """The base model that most adapters name, and the adapters (name -> base) that name another one.
+
+    Args:
+        bases: Adapter -> the base model that it names.
+    """
+    named = {name: str(base) for name, base in bases.items() if _bare(base) is not None}
+    if not named:
+        return "", {}
+    most = Counter(map(_bare, named.values())).most_common(1)[0][0]
+    common = next(base for base in named.values() if _bare(base) == most)
+    return common, {name: base for name, base in named.items() if _bare(base) != most}
+
+
+def _bare(name: str | None) -> str | None:
+    """What is compared of a base model's name; None of a missing one and of a path, which say nothing."""
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+        return None
+    return _STORAGE.sub("", name.rsplit("/", 1)[-1].lower())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, same_base
+from dlplora.adapters.config import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, base_name, other_bases
 from dlplora.adapters.headers import DTYPES, AdapterHeader, ModuleHeader, examine
 from dlplora.errors import PoolError
 
@@ -158,12 +158,9 @@ def _all_zero(header: AdapterHeader) -> bool:
 
 def _compare_bases(findings: Sequence[Finding]) -> None:
     """Leave out adapters that name another base model than most do."""
-    counts = Counter(finding.base for finding in findings if finding.base)
-    if not counts:
-        return
-    common = counts.most_common(1)[0][0]
+    common, others = other_bases({finding.name: finding.base for finding in findings})
     for finding in findings:
-        if not same_base(finding.base, common):
+        if finding.name in others:
             finding.usable = False
             finding.hints.append(f"trained on {finding.base}, most here on {common}: a pool has one base model")
 

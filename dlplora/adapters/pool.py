@@ -17,6 +17,7 @@ from typing import Any
 from dlplora.adapters.config import MAX_CONFIG_BYTES, load_config
 from dlplora.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, file_sha256, read_adapter
 from dlplora.adapters.hub import find_pool
+from dlplora.adapters.inspect import adapter_folders
 from dlplora.atomic import write_json
 from dlplora.config import build, short
 from dlplora.documents import is_unicode, read_json
@@ -150,6 +151,8 @@ def load_pool(folder: str | Path) -> Pool:
     names = sorted(path.name for path in root.iterdir() if (path / CONFIG_NAME).is_file() and not path.name.startswith("."))
     if not names:
         hint = " It looks like a single adapter; pass its parent folder." if (root / CONFIG_NAME).is_file() else ""
+        inner = sorted({str((root / name).parent) for name, folder in adapter_folders(root) if folder != root})
+        hint = hint or (f" There are some further down; pass one of these: {', '.join(inner[:5])}." if inner else "")
         raise PoolError(f"no PEFT LoRA folders (with {CONFIG_NAME}) in {root}.{hint}")
     for name in names:
         if not is_unicode(name):
@@ -229,7 +232,11 @@ def pool_hash(folder: str | Path) -> str:
 
 
 def unlisted(pool: Pool) -> list[str]:
-    """PEFT folders that are in the pool's folder but not in its manifest, sorted."""
+    """Adapters below the pool's folder that take no part, by their paths in it: not in its manifest, or in folders of folders.
+
+    Left out is what was copied into the pool from there, and what lies in the folder of an adapter: checkpoints, for instance.
+    """
     listed = {folder.resolve() for folder in pool.folders.values()}
-    found = (path for path in pool.path.iterdir() if (path / CONFIG_NAME).is_file() and path.resolve() not in listed)
-    return sorted(path.name for path in found if not path.name.startswith("."))
+    listed |= {Path(str(row["source"])) for row in pool.rows.values() if row.get("source")}
+    found = [(name, folder.resolve()) for name, folder in adapter_folders(pool.path) if (folder / CONFIG_NAME).is_file()]
+    return [name for name, folder in found if folder != pool.path.resolve() and not listed & {folder, *folder.parents}]

@@ -107,6 +107,7 @@ def known_pools() -> dict[str, int | None]:
 
 def run_pool_check(arguments: argparse.Namespace) -> int:
     """Read every adapter; exit 2 if one cannot be fused, after one line for each that cannot, and their number if there are several."""
+    from dlplora.adapters.add import check_one_base
     from dlplora.adapters.inspect import inspect_adapter
     from dlplora.adapters.pool import load_pool, unlisted
     from dlplora.errors import DLPLoRAError, one_line
@@ -114,7 +115,8 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
 
     pool = load_pool(arguments.folder)
     for name in unlisted(pool):
-        _note(f"note: {name} is not listed in pool.json and takes no part; `dlplora pool add` lists it")
+        why = "is not listed in pool.json" if pool.rows else "does not lie directly in the pool"
+        _note(f"note: {name} {why} and takes no part; add it with `dlplora pool add {arguments.folder} {pool.path / name}`")
     failed = 0
     for name in pool.names:
         try:
@@ -126,6 +128,7 @@ def run_pool_check(arguments: argparse.Namespace) -> int:
         _note(f"{failed} of {len(pool.names)} adapters cannot be fused")
     if failed:
         return 2
+    check_one_base(pool)
     for name in pool.names:
         for hint in inspect_adapter(name, pool.folders[name]).hints:
             _note(f"note: {name}: {hint}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,11 +178,34 @@ def test_reports_need_results_and_damaged_records_exit_1(tmp_path: Path, capsys:
     assert "x.json" in capsys.readouterr().err
 
 
-def test_pool_check_names_the_adapter_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], make_adapter: object) -> None:
-    make_adapter(tmp_path / "good", seed=1)  # type: ignore[operator]
-    make_adapter(tmp_path / "dora", seed=2, use_dora=True)  # type: ignore[operator]
+def test_pool_check_names_the_adapter_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], make_adapter: Any) -> None:
+    make_adapter(tmp_path / "good", seed=1)
+    make_adapter(tmp_path / "dora", seed=2, use_dora=True)
     assert main(["pool", "check", str(tmp_path)]) == 2
     assert "'dora'" in capsys.readouterr().err
+
+
+def test_pool_check_names_other_base_models_and_nested_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make_adapter: Any
+) -> None:
+    pool = tmp_path / "pool"
+    bases = {"one": "/a/folder", "two": "org/base-1b", "more": "org/other-2b", "three": "unsloth/Base-1b-bnb-4bit"}
+    for seed, (name, base) in enumerate({**bases, "group/inner": "org/base-1b", "one/checkpoint-5": "org/base-1b"}.items()):
+        config = make_adapter(pool / name, seed=seed) / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+    assert main(["pool", "check", str(pool)]) == 2
+    note, error = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: group/inner does not lie directly in the pool and takes no part")
+    assert "of another base model than 'unsloth/Base-1b-bnb-4bit', which most of them name: 'more' (org/other-2b)." in error
+    assert main(error.partition("two names: dlplora ")[2].rstrip(".").split()) == 0  # what it advises
+    assert main(note.partition("`dlplora ")[2].rstrip("`").split()) == 0
+    capsys.readouterr()
+    assert main(["pool", "check", str(pool)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("5 adapters fit together")
+    assert main(["pool", "check", str(tmp_path)]) == 2
+    assert f"There are some further down; pass one of these: {pool}, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

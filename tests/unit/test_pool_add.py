@@ -165,6 +165,8 @@ def test_another_name_of_one_backbone_is_let_in_on_demand(pool: Path, folder: Pa
     assert added.rows["gamma"]["other_base_allowed"] is True
     assert pool_add.adapters_for_other_bases(added, "org/base-1b") == {}
     assert pool_add.adapters_for_other_bases(added, "org/third") == {"alpha": "org/base-1b", "beta": "org/base-1b"}
+    edit(folder, base_model_name_or_path="org/base-1b")
+    assert "delta" in add_adapter(pool, folder, "delta").names  # compared with those of the pool's base model
 
 
 @pytest.mark.parametrize("step", ["copyfile", "save_rows", "replace"])
