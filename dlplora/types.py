@@ -97,7 +97,8 @@ class PromptBatch:
         task_names: Sequence[str | None] | None = None,
         questions: Sequence[str] | None = None,
     ) -> PromptBatch:
-        """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad."""
+        """Tokenise each text on its own (the tokenizer's default special tokens) and right-pad; a string is one text."""
+        texts = [texts] if isinstance(texts, str) else texts
         return cls.from_ids(
             encode_texts(tokenizer, texts), tokenizer, device=device, task_names=task_names, texts=texts, questions=questions
         )

@@ -46,8 +46,10 @@ def find_pool(name: str | Path) -> Path:
     """An existing folder wins; a bare name (no separator) that is not a folder here is a pool below ``pools_root``.
 
     Raises:
-        PoolError: If the name is empty.
+        PoolError: If the name is empty or no name.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise PoolError(f"a pool is given as a folder or by its name, got {type(name).__name__}.")
     text = str(name)
     if not text.strip() or "\0" in text:
         raise PoolError("the name of the pool is empty; pass a folder, or the name of a pool below DLPLORA_POOLS.")

@@ -131,14 +131,16 @@ def _check_file(manifest: Path, file: Path, name: str, expected: str | None) -> 
         )
 
 
-def load_pool(folder: str | Path) -> Pool:
-    """Open a pool: a folder, or the bare name of one below ``DLPLORA_POOLS``.
+def load_pool(folder: str | Path | Pool) -> Pool:
+    """Open a pool: a folder, or the bare name of one below ``DLPLORA_POOLS``; one that is open is returned as it is.
 
     Without a manifest the PEFT sub-folders are taken in sorted order.
 
     Raises:
         PoolError: If the folder is missing, empty or damaged, a path leaves it, or a file differs from the manifest.
     """
+    if isinstance(folder, Pool):
+        return folder
     root = find_pool(folder)
     if not root.is_dir():
         here = "" if root == Path(folder).expanduser() else f" (and no folder {folder} here)"
@@ -170,7 +172,7 @@ def read_pool(pool: Pool, names: Sequence[str] | None = None) -> dict[str, tuple
     Raises:
         PoolError: If a name is not in the pool.
     """
-    wanted = list(pool.names) if names is None else list(names)
+    wanted = list(pool.names) if names is None else [names] if isinstance(names, str) else list(names)
     for name in wanted:
         if name not in pool.folders:
             raise PoolError(f"pool {pool.path} has no adapter '{name}'.{nearest(name, pool.names)} Known: {', '.join(pool.names)}.")

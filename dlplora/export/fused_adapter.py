@@ -22,7 +22,6 @@ from dlplora.config import short
 from dlplora.errors import AdapterError, ConfigError, MethodError
 from dlplora.inference.fused_model import FusedCausalLM
 from dlplora.modules.lora_bank import AdapterBank, BankEntry
-from dlplora.types import PromptBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +125,11 @@ class FusedAdapter:
             ConfigError: If the prompt is empty, or no adapter is kept.
         """
         name = fused.method.name
+        if not isinstance(prompt, str):
+            raise ConfigError(f"the prompt must be one text, got {type(prompt).__name__}.")
         if not prompt.strip():
             raise ConfigError("the prompt is empty; there is nothing to route.")
-        state = fused.route(PromptBatch.from_texts([prompt], fused.tokenizer, device=fused.device))
+        state = fused.route(prompt)
         if state is None or state.weights.numel() != fused.bank.num_experts:
             raise MethodError(
                 f"method '{name}' has no routing weights for a prompt; it decides inside the layers. Give the weights instead."
@@ -154,6 +155,8 @@ def require_weights(weights: Mapping[str, float]) -> dict[str, float]:
     Raises:
         ConfigError: If one is not a finite number, or none is left.
     """
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"weights must map names of adapters to numbers, got {short(weights)}.")
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(f"the weight of adapter '{name}' must be a finite number, got {short(weight)}.")

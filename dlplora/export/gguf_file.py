@@ -27,7 +27,7 @@ from dlplora.adapters.fingerprint import check_base_names
 from dlplora.atomic import replacing
 from dlplora.errors import ConfigError, IncompatibleAdapterError
 from dlplora.export.fused_adapter import FusedAdapter
-from dlplora.export.target import describe, new_folder, require_free, stored
+from dlplora.export.target import describe, new_folder, require_adapter, require_free, stored
 from dlplora.inference.backbones import resolve_backbone
 from dlplora.inference.loading import empty_backbone
 
@@ -54,6 +54,7 @@ def export_gguf(
         ConfigError: If the file exists, the package ``gguf`` is missing, or the architecture or dtype is not supported.
         IncompatibleAdapterError: If the adapter was made for another base model, or adapts a tensor that GGUF files do not have.
     """
+    require_adapter(adapter)
     target = Path(file)
     if target.suffix.lower() != SUFFIX:
         raise ConfigError(f"{target}: the name of a GGUF file must end with {SUFFIX}.")

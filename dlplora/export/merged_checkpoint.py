@@ -12,7 +12,7 @@ from dlplora.adapters.fingerprint import check_backbone
 from dlplora.atomic import save_tokenizer, tensors_written_to
 from dlplora.errors import IncompatibleAdapterError, nearest
 from dlplora.export.fused_adapter import FusedAdapter
-from dlplora.export.target import describe, new_folder, require_dtype, require_free, stored
+from dlplora.export.target import describe, new_folder, require_adapter, require_dtype, require_free, stored
 from dlplora.inference.backbones import resolve_backbone
 from dlplora.inference.loading import read_backbone
 from dlplora.kernels.merged import unreadable
@@ -42,6 +42,7 @@ def export_merged(
         IncompatibleAdapterError: If the adapter was made for another base model, or a layer's weight cannot be read (4-bit, 8-bit).
         AdapterError: If the dtype cannot hold the values.
     """
+    require_adapter(adapter)
     target = Path(folder)
     require_free(target, force)
     saved_as = require_dtype(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dlplora.adapters.files import WEIGHTS_NAME, write_tensors
 from dlplora.export.fused_adapter import FusedAdapter
-from dlplora.export.target import describe, new_folder, require_dtype, stored
+from dlplora.export.target import describe, new_folder, require_adapter, require_dtype, stored
 
 
 def export_peft(
@@ -30,6 +30,7 @@ def export_peft(
         ConfigError: If the folder is taken.
         AdapterError: If the dtype cannot hold the values.
     """
+    require_adapter(adapter)
     require_dtype(dtype)
     with new_folder(Path(folder), force) as temporary:
         write_peft(temporary, adapter, base_model, dtype)

@@ -40,6 +40,16 @@ def require_free(target: Path, force: bool) -> None:
         raise ConfigError(f"{target} was not written by an export ({DESCRIPTION_NAME} is missing) and is not replaced; remove it yourself.")
 
 
+def require_adapter(adapter: object) -> None:
+    """Refuse what is no ``FusedAdapter``.
+
+    Raises:
+        ConfigError: Saying how to make one.
+    """
+    if not isinstance(adapter, FusedAdapter):
+        raise ConfigError(f"an export takes a FusedAdapter (FusedAdapter.from_pool or .from_prompt), got {type(adapter).__name__}.")
+
+
 @contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
     """A temporary folder to write in the block, which becomes ``target`` when the block ends; an error changes nothing.

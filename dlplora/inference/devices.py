@@ -43,7 +43,7 @@ def parse_device(name: str | torch.device) -> torch.device:
     """
     try:
         return torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"unknown device '{name}'. Use auto, cpu, cuda, cuda:N or mps.") from error
 
 

@@ -16,21 +16,30 @@ from torch import Tensor, nn
 
 from dlplora.adapters.fingerprint import base_fingerprint, check_backbone
 from dlplora.adapters.pool import load_pool
-from dlplora.errors import RoutingError
+from dlplora.errors import GenerationError, RoutingError
 from dlplora.inference import saving
+from dlplora.inference.arguments import (
+    chosen_method,
+    require_folders,
+    require_keywords,
+    require_mapping,
+    require_parts,
+    unknown_options_named,
+)
 from dlplora.inference.backbones import nano_asset, resolve_backbone
 from dlplora.inference.base_facts import BaseModelFacts
 from dlplora.inference.devices import choose_device
 from dlplora.inference.finite import with_finite_check
 from dlplora.inference.generate_options import GenerateOptions
-from dlplora.inference.loading import load_backbone
+from dlplora.inference.loading import load_backbone, read_backbone
 from dlplora.inference.patching import patch
 from dlplora.inference.prompt_routing import initial_router_input, routed_questions
 from dlplora.inference.prompting import fit_to_context, prompt_tensors
+from dlplora.inference.quantization import bitsandbytes_config
 from dlplora.inference.request import CompiledTurns, DecodeSetting, Request
 from dlplora.inference.request_router import RequestRouter
 from dlplora.inference.routed_generation import RoutedGeneration
-from dlplora.inference.text import TextGeneration
+from dlplora.inference.text import Conversation, TextGeneration
 from dlplora.methods.base import FusionMethod, MethodContext
 from dlplora.methods.registry import MethodSpec
 from dlplora.modules.lora_bank import AdapterBank
@@ -76,6 +85,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         context: MethodContext | None = None,
     ) -> None:
         super().__init__()
+        require_parts(bank, method)
         if context is None:
             context = MethodContext(tokenizer=tokenizer, embedding=model.get_input_embeddings(), device=model.device)
         self.pool = bank
@@ -106,7 +116,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         pretrained: str | Path | None = None,
         *,
         pool: str | Path | None = None,
-        method: str | MethodSpec | FusionMethod | None = None,
+        method: str | Path | MethodSpec | FusionMethod | type[FusionMethod] | None = None,
         router: str | Path | None = None,
         multitask: str | Path | None = None,
         method_params: Mapping[str, Any] | None = None,
@@ -127,8 +137,8 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
             pretrained: Model folder, GGUF file, short name (``smollm2-135m``), hub id, or a folder written by ``save_pretrained``; None is
                 the embedded nano model, and then ``pool``, ``router`` and ``multitask`` default to the embedded ones too.
             pool: Folder of PEFT LoRA folders; methods that use no adapter (``base``) need none.
-            method: Name of a method configuration, path of a method YAML, the result of ``load_method_spec``, or a method object
-                that no other model uses; None is the saved model's, else ``dlp``.
+            method: Name of a method configuration, path of a method YAML, the result of ``load_method_spec``, a class, or a method
+                object that no other model uses; None is the saved model's, else ``dlp``.
             router, multitask: Artifact folders.
             method_params: Overrides of the method's parameters.
             artifacts: Further artifacts by role; ``trained`` is the folder of a method trained by ``LitFusion``.
@@ -146,8 +156,13 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
 
         Raises:
             DLPLoRAError: Its subclasses; the message names the file, key or size that does not fit.
+            TypeError: For an unknown keyword.
         """
-        device = choose_device(device)
+        require_keywords(cls.from_pretrained, loading, read_backbone, bitsandbytes_config)
+        for name, mapping in (("method_params", method_params), ("artifacts", artifacts)):
+            require_mapping(name, mapping)
+        require_folders({"pretrained": pretrained, "router": router, "multitask": multitask, **(artifacts or {})})
+        method, device = chosen_method(method, method_params), choose_device(device)
         saved = saving.read(pretrained)
         roles: dict[str, str | Path | None] = {"router": router, "multitask": multitask, **(artifacts or {})}
         if saved is not None:
@@ -214,26 +229,36 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         """
         from transformers import CompileConfig
 
+        require_keywords(self.compile, options, CompileConfig)
         self._compile_config = CompileConfig(**options)
         self._compile_config._compile_all_devices = True  # type: ignore[assignment]
         self.request_router.fixed_width = True
 
     # ------------------------------------------------------------------ routing
 
-    def route(self, prompts: PromptBatch, *, new_tokens: int = 0, questions: PromptBatch | None = None) -> RoutingState | None:
+    def route(
+        self,
+        prompts: PromptBatch | Tensor | str | Conversation | Sequence[str] | Sequence[Conversation],
+        *,
+        new_tokens: int = 0,
+        questions: PromptBatch | None = None,
+    ) -> RoutingState | None:
         """Routing state for a batch of prompts (for the first sentence of the answer), or None if gates inside the layers decide.
 
         The question of each prompt is routed, without wrapper, system text and worked examples (``inference.question``).
 
         Args:
-            prompts: The protocol's task names reach only methods that declare ``needs = ("task_id", ...)``.
+            prompts: One prompt or several, as ``generate_text`` takes them, token ids (B, T), or a ``PromptBatch``, whose task names
+                reach only methods that declare ``needs = ("task_id", ...)``.
             new_tokens: Tokens to be generated under it; 0 if the prompts are only read. A sentence-level method's state then
                 has room for re-routing.
             questions: ``routed_questions`` of the prompts, if the caller has them.
 
         Raises:
             RoutingError: If the method returns weights of another shape, or not finite.
+            GenerationError: If ``prompts`` is none of these, or one is empty.
         """
+        prompts = self.as_prompts(prompts)
         tokens = prompts.input_ids.shape[1]
         weights = prompts.weights
         if weights is None:
@@ -317,6 +342,8 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         Raises:
             GenerationError: For an empty prompt, no room for new tokens, an option that cannot be followed, or logits that are not finite.
         """
+        if trace is not None and not isinstance(trace, list):
+            raise GenerationError(f"trace must be a list, which receives one dict per routed sentence; got {type(trace).__name__}.")
         given = self.slot.state if routing is None else self.request_router.given(routing, self.device, for_call=True)
         options = GenerateOptions(self.model, kwargs, self.method if given is None else None)
         texts = kwargs.pop("inputs", None) if texts is None else texts
@@ -341,7 +368,8 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
                 request.use(given, ids.shape[0], options.copies(), owned=isinstance(routing, Tensor))
             else:
                 RoutedGeneration(self, request, prompts, ids, mask, options, trace).start(new_tokens)
-            return request.generate(self.model, input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
+            with unknown_options_named(kwargs):
+                return request.generate(self.model, input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------ files
 

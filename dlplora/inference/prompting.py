@@ -155,7 +155,7 @@ def _checked(ids: Any, mask: Any, device: torch.device, infer_mask: Callable[[Te
         what = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise GenerationError(f"token ids must be an integer tensor (B, T), got {what}.")
     if not ids.shape[0]:
-        raise GenerationError("generate() needs at least one prompt, got none.")
+        raise GenerationError("generate() and route() need at least one prompt, got none.")
     ids = ids.to(device, torch.long)
     if mask is None:
         return ids, infer_mask(ids)

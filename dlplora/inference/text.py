@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, overload
 
+import torch
+from torch import Tensor
+
 from dlplora.errors import GenerationError
 from dlplora.inference.chat_formats import learn_markers, rendered
-from dlplora.inference.prompting import require_text
+from dlplora.inference.prompting import prompt_tensors, require_text
 from dlplora.inference.question import question_of_messages, question_text
 from dlplora.inference.streaming import stream
 from dlplora.types import PromptBatch
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from dlplora.inference.request_router import RequestRouter
     from dlplora.modules.routing_slot import RoutingSlot
 
@@ -95,6 +95,8 @@ class TextGeneration:
         Raises:
             GenerationError: If prompts are neither text nor conversations, the tokenizer has no chat template, or ``generate`` refuses.
         """
+        if task_names is not None and not isinstance(task_names, (str, Sequence)):
+            raise GenerationError(f"task_names must be the name of a task, or one for each prompt, got {type(task_names).__name__}.")
         single = isinstance(prompts, str) or is_conversation(prompts)
         listed: list[Any] = [prompts] if single else _listed(prompts)
         if not listed:
@@ -112,6 +114,20 @@ class TextGeneration:
         width = min(batch.input_ids.shape[1], max(1, self.max_length - new_tokens))  # generate cuts longer prompts on the left
         added = [str(text) for text in self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)]
         return added[0] if single and len(added) == 1 else added
+
+    def as_prompts(self, prompts: PromptBatch | Tensor | str | Conversation | Sequence[str] | Sequence[Conversation]) -> PromptBatch:
+        """Prompts in any form that ``generate`` or ``generate_text`` takes, as a ``PromptBatch``.
+
+        Raises:
+            GenerationError: If they have none of these forms, or one is empty.
+        """
+        if isinstance(prompts, PromptBatch):
+            return prompts
+        if not isinstance(prompts, (Tensor, Mapping)) and not hasattr(prompts, "input_ids"):
+            listed = [prompts] if isinstance(prompts, str) or is_conversation(prompts) else _listed(prompts)
+            prompts = prompt_batch(listed, self.tokenizer, device=self.device)
+            return prompt_tensors(self.tokenizer, self.device, None, None, None, prompts)[2]
+        return prompt_tensors(self.tokenizer, self.device, prompts, None, None, None)[2]
 
     def stream_text(self, prompt: str | Conversation, *, max_new_tokens: int | None = None, **kwargs: Any) -> Iterator[str]:
         """The text that the model adds to one prompt, piece by piece, while another thread generates it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dlplora.adapters.files import AdapterSpec, LoraWeights, read_adapter
-from dlplora.adapters.pool import load_pool, read_pool
+from dlplora.adapters.pool import Pool, load_pool, read_pool
 from dlplora.errors import AdapterError, IncompatibleAdapterError, nearest
 from dlplora.kernels.allocation import is_stackable, zeros
 from dlplora.modules.precision import dtype_name
@@ -95,13 +95,15 @@ class AdapterBank:
 
     @classmethod
     def from_peft(
-        cls, folders: Mapping[str, str | Path], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls, folders: Mapping[str, str | Path], *, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
     ) -> AdapterBank:
         """Load PEFT folders under the names given, in that order.
 
         Raises:
             AdapterError: If none is given, or one cannot be read.
         """
+        if not isinstance(folders, Mapping):
+            raise AdapterError(f"from_peft takes a mapping of names to PEFT folders, got {type(folders).__name__}.")
         if not folders:
             raise AdapterError("a bank needs at least one adapter.")
         return cls._from_read({name: read_adapter(path, name) for name, path in folders.items()}, dtype, device)
@@ -109,10 +111,10 @@ class AdapterBank:
     @classmethod
     def from_pool(
         cls,
-        folder: str | Path,
+        folder: str | Path | Pool,
         names: Sequence[str] | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
     ) -> AdapterBank:
         """Load a pool folder; ``names`` selects and orders, None takes all in the pool's order."""
@@ -120,12 +122,15 @@ class AdapterBank:
 
     @classmethod
     def _from_read(
-        cls, read: Mapping[str, tuple[AdapterSpec, dict[str, LoraWeights]]], dtype: torch.dtype, device: torch.device | str
+        cls, read: Mapping[str, tuple[AdapterSpec, dict[str, LoraWeights]]], dtype: torch.dtype | str, device: torch.device | str
     ) -> AdapterBank:
+        found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype):
+            raise AdapterError(f"unknown dtype {dtype!r}; pass float32, float16 or bfloat16.")
         names = tuple(read)
         paths = sorted({module for _, weights in read.values() for module in weights})
         weights = {module: [read[name][1].get(module) for name in names] for module in paths}
-        return cls.from_tensors(names, weights, dtype=dtype, device=device, specs={name: read[name][0] for name in names})
+        return cls.from_tensors(names, weights, dtype=found, device=device, specs={name: read[name][0] for name in names})
 
     @classmethod
     def empty(cls) -> AdapterBank:

@@ -120,6 +120,10 @@ class MiniMLPRouter(nn.Module):
 
     def __init__(self, names: Sequence[str], config: RouterConfig | None = None, *, embedding: nn.Module | None = None) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, RouterConfig):
+            raise ConfigError(f"router: config must be a RouterConfig, got {type(config).__name__}.")
+        if isinstance(names, str):
+            raise ConfigError(f"router: class names must be a list, got the text '{names}'.")
         self.config = RouterConfig() if config is None else config
         self.names = tuple(names)
         if not self.names or len(set(self.names)) != len(self.names):

@@ -7,12 +7,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import dlplora
-from dlplora.config import ASSETS_ROOT
-from dlplora.errors import DLPLoRAError
+from dlplora import (
+    AdapterBank,
+    FusedAdapter,
+    FusedCausalLM,
+    FusionMethod,
+    PromptBatch,
+    Router,
+    export_gguf,
+    export_merged,
+    export_peft,
+    load_pool,
+)
+from dlplora.config import ASSETS_ROOT, configs_root
+from dlplora.errors import ConfigError, DLPLoRAError, MethodError, PoolError
+from dlplora.methods.base import Metadata
+from dlplora.methods.registry import method_class
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SNIPPET = """
@@ -43,6 +59,16 @@ class Mine(FusionMethod):
 
 version: str = dlplora.__version__
 """
+
+
+class Unregistered(FusionMethod):
+    """A method that no registry knows."""
+
+    name = "unregistered_for_test"
+    metadata = Metadata(title="Half of each", granularity="prompt", needs=("inputs",))
+
+    def route(self, prompts: PromptBatch) -> Any:
+        return torch.full((len(prompts), len(self.expert_names)), 0.5)
 
 
 def run(code: str) -> str:
@@ -102,6 +128,96 @@ def test_callers_type_check_strictly(tmp_path: Path) -> None:
     assert '"methd"' in second
     assert all(line.startswith("wrong.py:") for line in (first, second))
     assert summary[-1].startswith("Found 2 errors in 1 file"), done.stdout
+
+
+@pytest.fixture(scope="module")
+def average(tiny_llama_folder: Path, uniform_pool: Path) -> FusedCausalLM:
+    return FusedCausalLM.from_pretrained(tiny_llama_folder, pool=uniform_pool, method="avg_delta")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"metod": "dlp"}, TypeError, "FusedCausalLM.from_pretrained() got an unexpected keyword argument 'metod'. Did you mean 'method'?"),
+        (
+            {"torch_dtype": "float32"},
+            TypeError,
+            "unexpected keyword argument 'torch_dtype'. Did you mean 'dtype'?",
+        ),
+        ({"load_in_4bits": True}, TypeError, "Did you mean 'load_in_4bit'?"),
+        ({"method": 3}, MethodError, "method must be the name of a method, the path of its YAML file, or a FusionMethod; got int."),
+        ({"method": Unregistered, "method_params": {"a": 1}}, MethodError, "pass Unregistered(config) in place of method_params"),
+        ({"method_params": "top_p=1"}, ConfigError, "method_params must be a mapping, got str."),
+        ({"artifacts": "folder"}, ConfigError, "artifacts must be a mapping, got str."),
+        ({"router": 5}, ConfigError, "router must be the name or path of a folder, got int."),
+        ({"pretrained": 5}, ConfigError, "pretrained must be the name or path of a folder, got int. FusedCausalLM(model, "),
+        ({"pool": ["a"]}, PoolError, "a pool is given as a folder or by its name, got list."),
+        ({"device": 1.5}, ConfigError, "unknown device '1.5'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_loaded(given: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        FusedCausalLM.from_pretrained(**given)
+
+
+def test_what_from_pretrained_takes_besides_names(tiny_llama_folder: Path, uniform_pool: Path) -> None:
+    opened = load_pool(uniform_pool)
+    for method in (method_class("avg_delta"), configs_root() / "method" / "avg_delta.yaml", Unregistered):
+        fused = FusedCausalLM.from_pretrained(tiny_llama_folder, pool=opened, method=method, names="beta")
+        assert type(fused.method) is (Unregistered if method is Unregistered else method_class("avg_delta"))
+        assert fused.pool.names == ("beta",)
+        fused.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda fused: fused.compile(mod=1), "FusedCausalLM.compile() got an unexpected keyword argument 'mod'. Did you mean 'mode'?"),
+        (
+            lambda fused: fused.generate("the cat", max_new_token=1),
+            "the option max_new_token. Did you mean 'max_new_tokens'?",
+        ),
+        (
+            lambda fused: fused.generate_text("the cat", task_names=5),
+            "task_names must be the name of a task, or one for each",
+        ),
+        (lambda fused: fused.generate_text("the cat", trace=True), "trace must be a list"),
+        (lambda fused: fused.route(5), "prompts must be text, a conversation or a list of either, got int."),
+        (lambda fused: fused.route([]), "need at least one prompt"),
+        (lambda fused: fused.route({"input_ids": 1}), "dict is a mapping"),
+        (lambda fused: FusedCausalLM(fused.model, fused.tokenizer, fused.pool, "dlp"), "method must be FusionMethod, got str"),
+        (lambda fused: AdapterBank.from_peft("folder"), "a mapping of names to PEFT folders, got str"),
+        (lambda fused: AdapterBank.from_peft({"a": "folder"}), "folder not found"),
+        (lambda fused: AdapterBank.from_pool(next(iter(fused.pool.specs.values())).path.parent, dtype="floaty"), "unknown dtype 'floaty'"),
+        (lambda fused: Router("abc"), "class names must be a list, got the text 'abc'"),
+        (lambda fused: Router(["a"], {"variant": "table"}), "config must be a RouterConfig, got dict"),
+        (lambda fused: FusedAdapter.from_prompt(fused, ["the cat"]), "the prompt must be one text, got list"),
+        (lambda fused: FusedAdapter.from_bank(fused.pool, ["a"]), "weights must map names of adapters to numbers"),
+        (lambda fused: export_peft(fused, "out"), "an export takes a FusedAdapter"),
+        (lambda fused: export_merged(fused, "out"), "an export takes a FusedAdapter"),
+        (lambda fused: export_gguf(fused, "out.gguf"), "an export takes a FusedAdapter"),
+    ],
+)
+def test_other_misuse_is_one_line(average: FusedCausalLM, call: Any, text: str) -> None:
+    with pytest.raises((DLPLoRAError, TypeError), match=re.escape(text)) as caught:
+        call(average)
+    assert isinstance(caught.value, TypeError if "keyword" in text else DLPLoRAError)
+
+
+@pytest.mark.skipif(not (ASSETS_ROOT / "nano" / "pool").is_dir(), reason="the embedded nano experts are not there yet")
+def test_prompts_of_every_form_are_routed_alike() -> None:
+    fused = FusedCausalLM.from_pretrained(device="cpu")
+    text = "Please write in Zargi: the cat sees the hat.\nAnswer:"
+    ids = fused.tokenizer(text, return_tensors="pt")["input_ids"]
+    batch = PromptBatch.from_texts(text, fused.tokenizer)
+    assert batch.texts == (text,)
+    for given in (text, [text], ids, batch, [{"role": "user", "content": text}]):
+        state = fused.route(given)
+        assert state is not None
+        assert state.weights.tolist() == [[float(name == "translate_zargi") for name in fused.bank.names]]
+        state.release()
+    assert FusedAdapter.from_prompt(fused, text).weights == {"translate_zargi": 1.0}
+    fused.close()
 
 
 @pytest.mark.skipif(not (ASSETS_ROOT / "nano" / "pool").is_dir(), reason="the embedded nano experts are not there yet")
