@@ -134,7 +134,7 @@ class LearnsFromPrompts(FusionMethod):
         if getattr(self, self.learned[0]).numel() == 0:
             raise MethodError(
                 f"method '{self.name}' needs {self.config.num_samples} training prompts of every expert, and no suite was given. "
-                "Evaluate a suite with a train split, or load a saved model."
+                "Pass --suite or --data-root (few_shot in Python), or load a saved model."
             )
 
 

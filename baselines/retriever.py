@@ -106,8 +106,8 @@ class RetrieverMixture(UsesEncoder):
         """
         if self.index.shape[-1] == 0:
             raise MethodError(
-                f"method '{self.name}' needs {self.config.num_samples} training inputs of every expert, and no suite was given. Evaluate a "
-                "suite with a train split, or load a saved model."
+                f"method '{self.name}' needs {self.config.num_samples} training inputs of every expert, and no suite was given. Pass "
+                "--suite or --data-root (few_shot in Python), or load a saved model."
             )
         return self._encoder(prompts).to(self.index.device) @ self.index.mT
 

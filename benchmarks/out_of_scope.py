@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.docs_table import with_table
 from benchmarks.unseen_task import subject
 from dlplora.atomic import write_atomically
-from dlplora.cli.evaluate import parse_parameter
+from dlplora.cli.model_options import parse_parameter
 from dlplora.errors import ConfigError, DLPLoRAError
 from dlplora.evaluation.identity import folder_hash
 from dlplora.evaluation.protocol import Protocol, load_protocol

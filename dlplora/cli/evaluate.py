@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlplora.cli.model_options import other_artifacts, parse_parameter
 from dlplora.cli.terminal import split_names
-from dlplora.config import config_label, require_writable, short
-from dlplora.documents import parse_yaml, refuse_resolvers
+from dlplora.config import config_label, require_writable
 from dlplora.errors import ConfigError, UnavailableMethodError
 
 if TYPE_CHECKING:
@@ -22,23 +22,6 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """Progress, to standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-def parse_parameter(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` with the value read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--method-param must be KEY=VALUE, got '{text}'.")
-    refuse_resolvers(value, f"--method-param {key}")
-    return key, parse_yaml(value, f"--method-param {key}: {short(value)}")
-
-
-def _parse_folder(text: str) -> tuple[str, Path]:
-    """``ROLE=DIR`` of ``--artifact``."""
-    role, equals, folder = text.partition("=")
-    if not equals or not role or not folder:
-        raise ConfigError(f"--artifact must be ROLE=DIR, got '{text}'.")
-    return role, Path(folder)
 
 
 def chosen_methods(text: str) -> list[str]:
@@ -76,9 +59,8 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
         if value and len(methods) > 1:
             raise ConfigError(f"{option} belongs to one method, but --method names {len(methods)}; evaluate that one by itself.")
     folders: dict[str, Any] = {role: Path(value) for role in ("pool", "router", "multitask") if (value := getattr(arguments, role))}
-    others = dict(_parse_folder(text) for text in arguments.artifact)
-    folders["others"] = others | ({"trained": Path(arguments.trained)} if arguments.trained else {})
-    params = dict(parse_parameter(text) for text in arguments.method_param)
+    folders["others"] = other_artifacts(arguments)
+    params = dict(map(parse_parameter, arguments.method_param))
     protocol, artifacts = chosen_protocol(arguments), Artifacts(**folders)
     common: dict[str, Any] = {"method_params": params, "limit": arguments.limit, "device": arguments.device, "artifacts": artifacts}
     runs = []

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlplora.cli.model_options import FOR_EXAMPLES, add_method_options
 from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
     what.add_argument("--prompt", metavar="TEXT", help="the weights that --method decides for this prompt")
     what.add_argument("--each", action="store_true", help="export every adapter of the pool separately, as OUT/NAME (peft, gguf)")
     parser.add_argument("--method", default="dlp", help="method that routes --prompt (default: dlp)")
-    parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override a parameter of the method")
+    add_method_options(parser, FOR_EXAMPLES)
     parser.add_argument("--base-name", metavar="NAME", help="peft: the base model that adapter_config.json names (default: the adapters')")
     parser.add_argument("--save-dtype", default="float32", metavar="NAME", help="dtype of the written files (default: float32)")
     parser.add_argument("--force", action="store_true", help="replace an existing export")
@@ -68,23 +69,12 @@ def _pool(arguments: argparse.Namespace) -> Pool:
 
 
 def _routed(arguments: argparse.Namespace, pool: Pool) -> FusedAdapter:
-    from dlplora.cli.evaluate import parse_parameter
     from dlplora.cli.generate import prompt_text
+    from dlplora.cli.model_options import open_model
     from dlplora.export.fused_adapter import FusedAdapter
-    from dlplora.inference.fused_model import FusedCausalLM
 
     arguments.chat = arguments.raw = False
-    fused = FusedCausalLM.from_pretrained(
-        arguments.pretrained,
-        pool=pool.path,
-        method=arguments.method,
-        router=arguments.router,
-        multitask=arguments.multitask,
-        method_params=dict(map(parse_parameter, arguments.method_param)),
-        artifacts={"trained": arguments.trained} if arguments.trained else None,
-        device=arguments.device,
-        dtype=arguments.dtype or "auto",
-    )
+    fused = open_model(arguments)
     return FusedAdapter.from_prompt(fused, prompt_text(arguments), pool=pool)
 
 

@@ -25,21 +25,12 @@ def prompt_text(arguments: argparse.Namespace) -> str:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Generate greedily and print the text; with ``--trace`` also the routing weights of each routed sentence."""
+    from dlplora.cli.model_options import open_model
     from dlplora.cli.terminal import quiet_loading
-    from dlplora.inference.fused_model import FusedCausalLM
 
     text = prompt_text(arguments)
     quiet_loading(arguments.pretrained)
-    model = FusedCausalLM.from_pretrained(
-        arguments.pretrained,
-        pool=arguments.pool,
-        router=arguments.router,
-        multitask=arguments.multitask,
-        method=arguments.method,
-        artifacts={"trained": arguments.trained} if arguments.trained else None,
-        device=arguments.device,
-        dtype=arguments.dtype or "auto",
-    )
+    model = open_model(arguments)
     trace: list[dict[str, Any]] = []
     prompt = [{"role": "user", "content": text}] if arguments.chat else text
     added = model.generate_text(prompt, max_new_tokens=arguments.max_new_tokens, task_names=arguments.task, do_sample=False, trace=trace)

@@ -16,6 +16,7 @@ from typing import Any
 from dlplora import __version__
 from dlplora.cli.export import add_export
 from dlplora.cli.matrix import add_matrix
+from dlplora.cli.model_options import FOR_EXAMPLES, add_method_options, add_model_options
 from dlplora.cli.new_method import add_new_method
 from dlplora.cli.pool import add_device_options
 from dlplora.cli.pool import add_parser as pool_commands
@@ -69,25 +70,12 @@ def _lazy(module: str, function: str) -> Command:
     return run
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--pretrained", metavar="MODEL", help="base model: folder, FILE.gguf, smollm2-135m or hub id (default: the embedded nano model)"
-    )
-    parser.add_argument("--pool", metavar="DIR", help="folder of PEFT LoRA folders")
-    parser.add_argument("--router", metavar="DIR", help="folder of a trained router")
-    parser.add_argument("--multitask", metavar="DIR", help="folder of the adapter trained on all tasks")
-    parser.add_argument("--trained", metavar="DIR", help="folder of the method's own trained gates")
-
-
 def _evaluation(commands: Any) -> None:
     parser = commands.add_parser("eval", help="evaluate methods under a protocol and write one record per method")
     parser.add_argument("--protocol", default="nano", help="name in configs/protocol, or a YAML file (default: nano)")
     parser.add_argument("--method", default="dlp", help="names in configs/method or YAML files, comma-separated, or 'all' (default: dlp)")
-    parser.add_argument("--method-param", action="append", default=[], metavar="KEY=VALUE", help="override one parameter of the method")
-    parser.add_argument("--artifact", action="append", default=[], metavar="ROLE=DIR", help="folder of another trained part of the method")
+    add_method_options(parser, "nano, skills, real26, paper26, or local:TASK,TASK (default: the protocol's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
-    parser.add_argument("--suite", help="nano, skills, real26, paper26, or local:TASK,TASK (default: the protocol's)")
-    parser.add_argument("--data-root", metavar="DIR", help="rows of local tasks (or DLPLORA_DATA)")
     parser.add_argument("--tasks", help="only these tasks of the suite, comma-separated (default: all)")
     parser.add_argument("--limit", type=int, help="questions per task; such records go to results/scratch")
     parser.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
@@ -99,12 +87,12 @@ def _evaluation(commands: Any) -> None:
     )
     parser.add_argument("--released-code", dest="teacher_forced", action="store_true", help=argparse.SUPPRESS)  # the former name
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
-    _add_model_options(parser)
+    add_model_options(parser)
     add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
     parser.set_defaults(run=_lazy("evaluate", "run_eval"))
 
     parser = add_tune(commands)
-    _add_model_options(parser)
+    add_model_options(parser)
     add_device_options(parser, "cpu for the embedded model, else the best of this machine", "the protocol's")
     parser.set_defaults(run=_lazy("tune", "run_tune"))
 
@@ -215,15 +203,16 @@ def _generation(commands: Any) -> None:
         help="take the prompt exactly as typed; otherwise 'Answer:' is appended to prompts of the nano model",
     )
     parser.add_argument("--task", help="task name, for methods that need it (oracle)")
-    _add_model_options(parser)
+    add_method_options(parser, FOR_EXAMPLES)
+    add_model_options(parser)
     add_device_options(parser)
     parser.set_defaults(run=_lazy("generate", "run_generate"))
     parser = add_export(commands)
-    _add_model_options(parser)
+    add_model_options(parser)
     add_device_options(parser)
     parser.set_defaults(run=_lazy("export", "run_export"))
     parser = add_serve(commands)
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_lazy("serve", "run_serve"))
 
 

@@ -98,7 +98,7 @@ def _few_shot(arguments: argparse.Namespace) -> Callable[[str, int], Sequence[An
 
 def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:
     """A function that loads the model; called again for a reload."""
-    from dlplora.cli.evaluate import parse_parameter
+    from dlplora.cli.model_options import parse_parameter
     from dlplora.inference.fused_model import FusedCausalLM
     from dlplora.serve.catalog import check_names, public_name
     from dlplora.serve.deciding import require_servable

@@ -105,7 +105,7 @@ def run_upstream(
         from dlplora.serve.upstream.app import build_upstream_app
     except ImportError as error:
         raise ConfigError(f"the server needs the package '{error.name}': pip install 'dlplora[serve]'.") from error
-    from dlplora.cli.evaluate import parse_parameter
+    from dlplora.cli.model_options import parse_parameter
     from dlplora.serve.catalog import public_name
     from dlplora.serve.server import ServerOptions
     from dlplora.serve.upstream.client import UpstreamClient, checked_url

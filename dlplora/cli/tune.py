@@ -42,7 +42,7 @@ def add_tune(commands: Any) -> argparse.ArgumentParser:
 
 def parse_setting(text: str) -> tuple[str, list[Any]]:
     """``NAME=V,V`` with every value read as YAML."""
-    from dlplora.cli.evaluate import parse_parameter
+    from dlplora.cli.model_options import parse_parameter
 
     name, equals, values = text.partition("=")
     if not equals or not name or not values:

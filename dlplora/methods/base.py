@@ -90,8 +90,10 @@ class MethodContext:
         """
         items = () if self.few_shot is None else self.few_shot(task, num)
         if not items:
-            reason = "no suite was given" if self.few_shot is None else f"the suite has no training items for '{task}'"
-            raise MethodError(f"method '{method}' needs {num} training examples per task, but {reason}. Use a suite with a train split.")
+            reason = f"the suite has no training items for '{task}'. Use a suite with a train split."
+            if self.few_shot is None:
+                reason = "no suite was given. Pass --suite or --data-root (few_shot in Python)."
+            raise MethodError(f"method '{method}' needs {num} training examples per task, but {reason}")
         return items
 
     def artifact(self, role: str, method: str) -> Path:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from dlplora.cli.main import main
 from dlplora.errors import GenerationError
 from dlplora.inference.fused_model import FusedCausalLM
+from tests.toy_tasks import NAMES, write_tasks
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 PROMPTS = ["the cat sees", "Mia likes a plum . Tom"]
@@ -135,6 +136,31 @@ def test_transformers_pipeline(fused: Any, adapted: Any) -> None:
         found = ours(given, **GREEDY, **options)
         assert found == theirs(given, **GREEDY, **options)
     assert ours(PROMPTS[0], **GREEDY, return_full_text=False)[0]["generated_text"] == fused.generate_text(PROMPTS[0], **GREEDY)
+
+
+def test_a_method_that_reads_training_prompts_is_told_of_them(
+    tiny_llama_folder: Path, make_adapter: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = write_tasks(tmp_path / "rows")
+    for seed, name in enumerate(NAMES):
+        make_adapter(tmp_path / "pool" / name, seed=seed)
+    question = "Ann likes the box . who likes what in the tree and in the box ?\\nAnswer:"
+    model = ["--pretrained", str(tiny_llama_folder), "--pool", str(tmp_path / "pool"), "--method", "lorauter", "--device", "cpu"]
+    options = ["generate", question, *model, "--max-new-tokens", "2", "--trace"]
+    assert main(options) == 2
+    assert "and no suite was given. Pass --suite or --data-root" in capsys.readouterr().err
+    for given, kept in (([], 3), (["--suite", "local:all"], 3), (["--method-param", "top_k=1"], 1)):
+        assert main([*options, *given, "--data-root", str(rows)]) == 0
+        trace = capsys.readouterr().out.splitlines()[-1]
+        assert trace.partition("prompt: ")[2].startswith("echo ")
+        assert sum(f"{name} " in trace.partition("  (read")[0] for name in NAMES) == kept
+    told = ["--method-param", "top_k=1", "--data-root", str(rows)]
+    assert main(["export", "peft", str(tmp_path / "out"), "--prompt", question, *model, *told]) == 0
+    assert ": echo 1; rank" in capsys.readouterr().out
+    assert main([*options, "--suite", "local:petz", "--data-root", str(rows)]) == 2
+    assert "pets" in capsys.readouterr().err
+    assert main([*options, "--artifact", "router"]) == 2
+    assert "--artifact must be ROLE=DIR" in capsys.readouterr().err
 
 
 def test_the_base_model_alone_needs_no_pool(
