@@ -121,7 +121,9 @@ def test_an_evaluation_outside_a_repository_does_not_show_gits_complaint(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "fatal" not in done.stderr
     assert done.stderr.startswith("evaluating base on 1 task(s)")
-    assert len(done.stderr.strip().splitlines()) == 1
+    (where,) = done.stderr.strip().splitlines()[1:]
+    assert where.startswith("results/scratch/nano/base-")
+    assert "is limited to some questions (--limit), so no table shows it" in where
 
 
 @pytest.mark.parametrize(
