@@ -175,14 +175,16 @@ def _sweeps(suite: str, root: Path, problems: list[str]) -> list[SweepFile]:
 
 
 def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence[SweepFile]) -> list[Path]:
-    """Figures of one suite; where it has several base models, each has its own."""
+    """Figures of one suite, under its name; other base models and protocols have their own."""
     from dlplora.reporting.drawing import write_figures
     from dlplora.reporting.figures import figures
 
     written = []
     for number, one in enumerate(groups):
         drawn = figures(one.records, reader, () if number else sweeps, one.latency)
-        written += write_figures(drawn, reader.root / "figures", one.slug if len(groups) > 1 else one.suite)
+        written += write_figures(
+            drawn, reader.root / "figures", one.suite if len(groups) == 1 or (not number and one.protocol == one.suite) else one.slug
+        )
     return written
 
 

@@ -183,7 +183,7 @@ def group(records: Iterable[Record], reader: OutcomeReader) -> list[Group]:
             backbone=setting[2],
             records=tuple(rows),
             scores=scores[setting],
-            latency=latency[setting[0]],
+            latency=latency[setting[0]] if setting[1] == setting[0] else None,  # other protocols have other adapters or base models
             trials=of_table(trials, rows),
             tasks=tuple(rows[0].tasks) if choices[setting[:3]] > 1 else (),
             doubt=find_doubt(rows, scores[setting], reader, REFERENCE_METHOD),

@@ -49,6 +49,19 @@ def test_records_of_other_tasks_have_tables_of_their_own(tmp_path: Path, capsys:
     assert main(["report", "all", "--out", str(tmp_path)]) == 0
 
 
+def test_another_protocol_has_no_latency_columns_and_figures_of_its_own() -> None:
+    """``nano_linear`` is the suite nano with other adapters, which nobody has timed."""
+    root = Path(__file__).resolve().parents[2] / "results"
+    if not (root / "bench").is_dir():
+        pytest.skip("no committed records here")
+    own, linear = group(store.load_all(root, "nano")[0], store.OutcomeReader(root))
+    assert (own.protocol, linear.protocol) == ("nano", "nano_linear")
+    assert own.latency is not None
+    assert linear.latency is None
+    assert (root / "figures" / "nano_radar.svg").is_file()
+    assert (root / "figures" / f"{linear.slug}_radar.svg").is_file()
+
+
 def test_other_parameters_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, cell="own")
     for cell, changed in (("x", {"top_p": 0.5}), ("y", {"top_p": 0.7, "selector": "nucleus"})):
