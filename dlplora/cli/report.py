@@ -180,11 +180,10 @@ def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence
     from dlplora.reporting.figures import figures
 
     written = []
+    own = [one for one in groups if one.protocol == one.suite] if len(groups) > 1 else groups
     for number, one in enumerate(groups):
         drawn = figures(one.records, reader, () if number else sweeps, one.latency)
-        written += write_figures(
-            drawn, reader.root / "figures", one.suite if len(groups) == 1 or (not number and one.protocol == one.suite) else one.slug
-        )
+        written += write_figures(drawn, reader.root / "figures", one.suite if [one] == list(own) else one.slug)
     return written
 
 

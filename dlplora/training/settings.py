@@ -72,7 +72,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup_steps: int = 20
-    """Steps until the peak; 0 starts at it."""
+    """Steps until the peak; 0 starts at it. Short trainings reach it when the rate begins to fall, or after a quarter of their steps."""
     decay_fraction: float = 0.6
     """Share of all steps, at the end, over which the rate falls to zero; 0 keeps it constant."""
 
@@ -92,7 +92,8 @@ class OptimizerSettings:
             >>> [OptimizerSettings(warmup_steps=2, decay_fraction=0.5).rate_factor(s, 8) for s in range(8)]
             [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
         """
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        most = max(1, total_steps // 4, round((1.0 - self.decay_fraction) * total_steps))
+        warm = min(1.0, (step + 1) / min(self.warmup_steps, most)) if self.warmup_steps else 1.0
         fall = min(1.0, (total_steps - step) / (self.decay_fraction * total_steps)) if self.decay_fraction else 1.0
         return warm * max(0.0, fall)
 

@@ -179,7 +179,8 @@ def test_the_committed_difference_of_one_bad_seed_is_not_starred() -> None:
     root = Path(__file__).resolve().parents[2] / "results"
     reader = store.OutcomeReader(root)
     wanted = {"dlp", "multitask_r208", "base", "retriever_mixture"}
-    records = [record for record in latest(store.load_all(root, "nano")[0]) if record.method_name in wanted]
+    known = [record for record in store.load_all(root, "nano")[0] if record.protocol_name == "nano"]
+    records = [record for record in latest(known) if record.method_name in wanted]
     verdicts = comparison.against(comparison.collect(records, reader.numbers), "gen_exact_match", "dlp")
     assert verdicts["multitask_r208"].difference == pytest.approx(-0.2654, abs=1e-3)
     assert verdicts["multitask_r208"].p == pytest.approx(0.095, abs=0.005)

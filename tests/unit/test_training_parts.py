@@ -107,6 +107,9 @@ def test_schedule_by_hand() -> None:
     settings = OptimizerSettings(lr=2.0, warmup_steps=4, decay_fraction=0.5)
     factors = [settings.rate_factor(step, 10) for step in range(10)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    short = OptimizerSettings(warmup_steps=20, decay_fraction=0.6)  # a router on few rows never came near its rate
+    assert [round(short.rate_factor(step, 10), 3) for step in range(10)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.833, 0.667, 0.5, 0.333, 0.167]
+    assert max(OptimizerSettings(warmup_steps=20, decay_fraction=1.0).rate_factor(step, 8) for step in range(8)) == pytest.approx(7 / 8)
     assert [OptimizerSettings(warmup_steps=0, decay_fraction=0).rate_factor(step, 3) for step in range(3)] == [1.0, 1.0, 1.0]
     built = settings.build([torch.nn.Parameter(torch.ones(1))], 10, period=10)
     rates = []
