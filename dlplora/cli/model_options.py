@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from dlplora.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM
+    from dlplora.tasks.registry import TrainingItems
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained",
         metavar="MODEL",
-        help="base model: folder, FILE.gguf, smollm2-135m or hub id, or a folder of save_pretrained (default: the embedded nano model)",
+        help="base model: folder, FILE.gguf, smollm2-135m or hub id (default: the embedded nano model)",
     )
     parser.add_argument("--pool", metavar="DIR", help="folder of PEFT LoRA folders")
     parser.add_argument("--router", metavar="DIR", help="folder of a trained router")
@@ -65,23 +64,20 @@ def other_artifacts(arguments: argparse.Namespace) -> dict[str, Path]:
     return found | ({"trained": Path(arguments.trained)} if arguments.trained else {})
 
 
-def training_items(arguments: argparse.Namespace) -> Callable[[str, int], Sequence[Any]] | None:
+def chosen_training_items(arguments: argparse.Namespace) -> TrainingItems | None:
     """Training items of a task, for methods that need them: of ``--suite``, else of the local rows, else of nano for its own adapters.
 
     None where none of these is given. A suite's name and the folder of the rows are checked at once.
     """
-    from dlplora.tasks.local import ENV_ROOT
-    from dlplora.tasks.registry import get_suite
+    from dlplora.tasks.registry import get_suite, local_training_items, training_items
 
     root = arguments.data_root
     if arguments.suite is not None:
-        suite = get_suite(arguments.suite, root)
-        return lambda task, num: suite.task(task).items("train", num)
+        get_suite(arguments.suite, root)
+        return training_items(arguments.suite, root)
     if arguments.pretrained is None and arguments.pool is None and root is None:
-        return lambda task, num: get_suite("nano").task(task).items("train", num)
-    if root is not None or os.environ.get(ENV_ROOT):
-        return lambda task, num: get_suite(f"local:{task}", root).task(task).items("train", num)
-    return None
+        return training_items("nano")
+    return local_training_items(root)
 
 
 def open_model(arguments: argparse.Namespace) -> FusedCausalLM:
@@ -96,7 +92,7 @@ def open_model(arguments: argparse.Namespace) -> FusedCausalLM:
         method=arguments.method,
         method_params=dict(map(parse_parameter, arguments.method_param)),
         artifacts=other_artifacts(arguments),
-        few_shot=training_items(arguments),
+        few_shot=chosen_training_items(arguments),
         device=arguments.device,
         dtype=arguments.dtype or "auto",
     )

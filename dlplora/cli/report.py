@@ -181,9 +181,10 @@ def _draw(groups: Sequence[Group], reader: store.OutcomeReader, sweeps: Sequence
 
     written = []
     own = [one for one in groups if one.protocol == one.suite] if len(groups) > 1 else groups
+    main = own[0] if len(own) == 1 else None
     for number, one in enumerate(groups):
         drawn = figures(one.records, reader, () if number else sweeps, one.latency)
-        written += write_figures(drawn, reader.root / "figures", one.suite if [one] == list(own) else one.slug)
+        written += write_figures(drawn, reader.root / "figures", one.suite if one is main else one.slug)
     return written
 
 

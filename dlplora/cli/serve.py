@@ -26,6 +26,7 @@ from dlplora.interruption import exit_code
 if TYPE_CHECKING:
     from dlplora.inference.fused_model import FusedCausalLM
     from dlplora.serve.engine import Engine
+    from dlplora.tasks.registry import TrainingItems
 
 
 def add_serve(commands: Any) -> argparse.ArgumentParser:
@@ -86,14 +87,12 @@ def _template(arguments: argparse.Namespace) -> str | None:
     return read_text(path)
 
 
-def _few_shot(arguments: argparse.Namespace) -> Callable[[str, int], Sequence[Any]] | None:
+def _few_shot(arguments: argparse.Namespace) -> TrainingItems | None:
     """Training items of a task, for methods that need examples; None without a suite."""
-    from dlplora.tasks.registry import get_suite
+    from dlplora.tasks.registry import training_items
 
-    suite_name = arguments.suite or ("nano" if arguments.pretrained is None else None)
-    if suite_name is None:
-        return None
-    return lambda task, num: get_suite(suite_name, arguments.data_root).task(task).items("train", num)
+    suite = arguments.suite or ("nano" if arguments.pretrained is None else None)
+    return None if suite is None else training_items(suite, arguments.data_root)
 
 
 def _loader(arguments: argparse.Namespace) -> Callable[[], FusedCausalLM]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +18,7 @@ from dlplora.config import build, check_keys, short
 from dlplora.documents import parse_json
 from dlplora.errors import ConfigError
 from dlplora.lm_eval.harness_options import HARNESS_OPTIONS, parse_harness_options
-from dlplora.tasks.local import ENV_ROOT
-from dlplora.tasks.registry import get_suite
-from dlplora.tasks.types import Item
+from dlplora.tasks.registry import local_training_items, training_items
 
 if TYPE_CHECKING:
     import torch
@@ -248,14 +245,5 @@ def load_model(args: ModelArgs, device: torch.device) -> FusedCausalLM:
         **args.loading(),
         names=args.names,
         seed=args.seed,
-        few_shot=_training_items(args.pool),
+        few_shot=training_items("nano") if args.pool is None else local_training_items(),  # nano's rows belong to its own pool
     )
-
-
-def _training_items(pool: str | None) -> Callable[[str, int], Sequence[Item]] | None:
-    """Where methods that need examples of a task find them: the nano suite for its own pool, else the rows under ``DLPLORA_DATA``."""
-    if pool is None:
-        return lambda task, num: get_suite("nano").task(task).items("train", num)
-    if os.environ.get(ENV_ROOT):
-        return lambda task, num: get_suite(f"local:{task}").task(task).items("train", num)
-    return None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from dlplora.errors import TaskError, nearest
 from dlplora.tasks.composite import composite_suite
-from dlplora.tasks.local import local_suite, rows_state
+from dlplora.tasks.local import ENV_ROOT, local_suite, rows_state
 from dlplora.tasks.nano import nano_suite
 from dlplora.tasks.paper import SUITES, paper_names, paper_suite
 from dlplora.tasks.real import SUITES as REAL_SUITES
 from dlplora.tasks.real import real_names, real_suite
 from dlplora.tasks.several import several_suite
 from dlplora.tasks.skills import confusable_suite, skills_suite
-from dlplora.tasks.types import Suite
+from dlplora.tasks.types import Item, Suite
 
 GENERATED = frozenset({"nano", "nano_composite", "skills", "skills_confusable", "skills_several"})
 """Suites that read no rows."""
@@ -33,6 +35,22 @@ def get_suite(name: str, data_root: str | None = None) -> Suite:
         TaskError: If the suite is unknown, or local rows are missing or malformed.
     """
     return _suite(name, data_root, () if name in GENERATED else rows_state(data_root))
+
+
+TrainingItems = Callable[[str, int], Sequence[Item]]
+"""(Task, number) -> its first training items, for methods that need a few (``MethodContext.few_shot``)."""
+
+
+def training_items(suite: str, data_root: str | None = None) -> TrainingItems:
+    """Training items of a suite, which is made when the first are asked for; arguments as for ``get_suite``."""
+    return lambda task, num: get_suite(suite, data_root).task(task).items("train", num)
+
+
+def local_training_items(data_root: str | None = None) -> TrainingItems | None:
+    """Training items of local rows, where only the task that is asked for needs a folder; None without a data root."""
+    if data_root is None and not os.environ.get(ENV_ROOT):
+        return None
+    return lambda task, num: training_items(f"local:{task}", data_root)(task, num)
 
 
 def suite_names(name: str) -> tuple[str, ...]:
