@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from dlplora.inference.fused_model import FusedCausalLM
+from tests.e2e.asked import GATE, ZARGI
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -20,3 +23,15 @@ def browser() -> Iterator[Any]:
         running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, str]:
+    """What ``generate`` answers."""
+    model = FusedCausalLM.from_pretrained(method="dlp")
+    found = {}
+    for text in (ZARGI, GATE):
+        ids = model.tokenizer(f"{text}\nAnswer:", return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=30, do_sample=False)
+        found[text] = model.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found

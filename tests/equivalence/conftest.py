@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 from dlplora.inference.fused_model import FusedCausalLM
@@ -39,3 +40,25 @@ def fuse(talkative: Any, tiny_tokenizer: Any, tiny_pool: Path) -> Callable[..., 
         return FusedCausalLM(model, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), method, backend=backend, context=context)
 
     return make
+
+
+@pytest.fixture
+def double(talkative: Any) -> Any:
+    """``talkative`` in float64."""
+    return talkative.double()
+
+
+@pytest.fixture
+def truths(double: Any, tiny_tokenizer: Any, tiny_pool: Path) -> dict[str, dict[str, list[int]]]:
+    """What the unpatched model, PEFT with ``beta`` and the slow loop say to each text."""
+    from tests.equivalence.test_kv_policy import STEPS, TEXTS, slow
+
+    prompts = {text: tiny_tokenizer(text, return_tensors="pt") for text in TEXTS}
+    fixed = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    adapted = PeftModel.from_pretrained(copy.deepcopy(double), str(tiny_pool / "beta"), autocast_adapter_dtype=False).double()
+    found = {
+        name: {text: model.generate(**ids, **fixed)[0, ids["input_ids"].shape[1] :].tolist() for text, ids in prompts.items()}
+        for name, model in (("base", double), ("beta", adapted))
+    }
+    assert found["base"] != found["beta"]
+    return {**found, "auto": {text: slow(double, tiny_pool, tiny_tokenizer, text, "stale")[0] for text in TEXTS}}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dlplora.bench import session
-from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes
+from dlplora.bench.hardware import require_memory, resident_bytes, step_bytes
 from dlplora.bench.model_shapes import first_experts, load_shape, meta_model, needed_bytes, random_bank, share_weights
 from dlplora.bench.released_loop import KeptExperts, LoopedLoRALinear
 from dlplora.bench.rounds import round_orders
@@ -375,29 +375,3 @@ def test_bad_input_ends_with_one_line(options: str, part: str, capsys: pytest.Ca
     assert part in shown.err
     assert len(shown.err.strip().splitlines()) == 1
     assert not shown.out
-
-
-def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    times = iter([(0.0, 100.0, 10.0), (10.0, 134.0, 16.0)])  # 34 s of work in 10 s of four cores, 6 of them ours
-    monkeypatch.setattr(ContentionMonitor, "_times", lambda self: next(times))
-    watch = ContentionMonitor(CPU)
-    assert watch.warnings() == [
-        "load average 64.0 on 4 cores at the start",
-        "other processes used 70 % of 4 cores during the measurement",
-    ]
-
-
-def test_a_quiet_machine_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 1.0, 1.0))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    times = iter([(0.0, 100.0, 10.0), (10.0, 120.0, 29.5)])
-    monkeypatch.setattr(ContentionMonitor, "_times", lambda self: next(times))
-    assert ContentionMonitor(CPU).warnings() == []
-
-
-def test_bandwidth_counts_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.5, 0.25, 1.0])
-    monkeypatch.setattr("dlplora.bench.hardware.time_call", lambda call, device: next(times))
-    assert measure_bandwidth(CPU, nbytes=1000, repeats=3) == 2 * 1000 / 0.25
