@@ -158,9 +158,10 @@ def validation_loss(options: argparse.Namespace, folder: Path) -> float:
 
     losses = []
     for name, encoded in _encoded(options, "validation", options.num_validation).items():
-        model = PeftModel.from_pretrained(load_frozen(options.backbone, options.dtype), str(folder / name)).eval()
+        frozen = load_frozen(options.backbone, options.dtype)
+        model = PeftModel.from_pretrained(frozen, str(folder / name)).to(options.device).eval()
         batch = collate(encoded.items, 0)
-        losses.append(float(model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss))
+        losses.append(float(model(**{key: batch[key].to(options.device) for key in ("input_ids", "attention_mask", "labels")}).loss))
     return sum(losses) / len(losses)
 
 

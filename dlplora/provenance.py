@@ -43,11 +43,12 @@ def changed_files() -> list[Path] | None:
 def git_state() -> dict[str, Any]:
     """Commit, whether files that can change a result differ from it (None outside a git clone of this project), and hashes of these.
 
-    The library has a hash of its own: a record of one method does not depend on the files of other methods and their presets.
+    In a copy without ``.git``, as batch systems make it, the environment variable ``DLPLORA_COMMIT`` names the commit. The library has a
+    hash of its own: a record of one method does not depend on the files of other methods and their presets.
     """
     changed = changed_files()
     if changed is None:
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("DLPLORA_COMMIT") or None, "dirty": None}
     state = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
     library = [path for path in changed if path.is_relative_to(PACKAGE_ROOT.resolve())]
     return {**state, "changes": {"library": _content_hash(library), "all": _content_hash(changed)}} if changed else state

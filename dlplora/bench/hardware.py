@@ -14,23 +14,24 @@ from torch import nn
 from dlplora.bench.timing import synchronize, time_call
 from dlplora.errors import ConfigError
 
-COPY_BYTES = 1 << 28
-"""Size of the copied block, 256 MiB: far beyond every cache."""
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+"""Size of the copied block by kind of device: far beyond every cache, and on a GPU also so large that starting the copy takes no time."""
 OTHERS_LIMIT = 0.05
 """Share of all cores that other processes may use before a measurement counts as disturbed."""
 FOREIGN_GPU_BYTES = 2 << 30
 """Memory on a GPU that this process did not allocate; its own context takes less."""
 
 
-def measure_bandwidth(device: torch.device, *, nbytes: int = COPY_BYTES, repeats: int = 5) -> float:
+def measure_bandwidth(device: torch.device, *, nbytes: int | None = None, repeats: int = 5) -> float:
     """Bytes per second that the memory moves in a large copy, reading and writing counted; the fastest of a few.
 
     Args:
         device: Whose memory.
-        nbytes: Size of the block.
+        nbytes: Size of the block; None is ``COPY_BYTES``.
         repeats: Copies.
     """
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    nbytes = nbytes or COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()  # some devices move zeros faster
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * nbytes / min(time_call(lambda: target.copy_(source), device) for _ in range(repeats))
@@ -125,10 +126,11 @@ class ContentionMonitor:
 
     Args:
         device: Measured on.
+        others_wait: Other benchmark processes hold memory on the device, but wait for their turn: their memory is no disturbance.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, others_wait: bool = False) -> None:
+        self.device, self.others_wait = device, others_wait
         self.cores = os.cpu_count() or 1
         self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         self._start = self._times()
@@ -154,7 +156,7 @@ class ContentionMonitor:
             others = (busy - own) / max(wall * self.cores, 1e-9)
             if others > OTHERS_LIMIT:
                 found.append(f"other processes used {100 * others:.0f} % of {self.cores} cores during the measurement")
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.others_wait:
             free, total = torch.cuda.mem_get_info(self.device)
             foreign = total - free - torch.cuda.memory_reserved(self.device)
             if foreign > FOREIGN_GPU_BYTES:

@@ -17,7 +17,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from dlplora.bench.setup import BenchSystem, Workload
-from dlplora.bench.timing import time_call, time_generation
+from dlplora.bench.timing import DeviceClock, time_call, time_generation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +108,18 @@ def _router_s(system: BenchSystem, workload: Workload, device: torch.device) -> 
 def time_once(system: BenchSystem, workload: Workload) -> tuple[float, float]:
     """(TTFT, TPOT) of one generation, s."""
     prompts = workload.prompts
+    return time_generation(_generation(system, workload), prompts.input_ids.shape[1] + workload.new_tokens, prompts.input_ids.device)
+
+
+def device_seconds(system: BenchSystem, workload: Workload) -> float | None:
+    """Kernel time of a token after the first, s; None where there is no GPU to ask."""
+    if workload.prompts.input_ids.device.type != "cuda":
+        return None
+    clock = DeviceClock(workload.new_tokens)
+    _generation(system, workload)(stopping_criteria=StoppingCriteriaList([clock]))
+    return clock.seconds or None
+
+
+def _generation(system: BenchSystem, workload: Workload) -> Callable[..., torch.Tensor]:
     options: Mapping[str, Any] = {"cache_implementation": "static"} if system.entry.compiled else {}
-
-    def generate(stopping_criteria: StoppingCriteriaList) -> torch.Tensor:
-        return system.generate(workload, stopping_criteria=stopping_criteria, **options)
-
-    return time_generation(generate, prompts.input_ids.shape[1] + workload.new_tokens, prompts.input_ids.device)
+    return lambda stopping_criteria: system.generate(workload, stopping_criteria=stopping_criteria, **options)

@@ -6,6 +6,7 @@ first. Memory is measured in a separate, untimed round.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import tempfile
@@ -20,15 +21,11 @@ import torch
 from dlplora.adapters.pool import load_pool
 from dlplora.bench.hardware import ContentionMonitor, measure_bandwidth, require_memory, resident_bytes, step_bytes, transient_bytes
 from dlplora.bench.model_shapes import LORA, load_shape, needed_bytes, random_bank
-from dlplora.bench.rounds import round_orders, take_turns, time_once
+from dlplora.bench.rounds import device_seconds, round_orders, take_turns, time_once
 from dlplora.bench.settings import EXPERTS, BenchConfig, Group
 from dlplora.bench.setup import BenchSetup, BenchSystem, Entry, Workload
-from dlplora.bench.systems import (
-    POOL_FREE,
-    build_system,
-    facts,
-    make_workload,
-)
+from dlplora.bench.systems import POOL_FREE, build_system, facts, make_workload
+from dlplora.bench.turns import Turns
 from dlplora.errors import ConfigError, DLPLoRAError, one_line
 from dlplora.inference.loading import method_asset, resolve_dtype
 from dlplora.inference.shapes import find_shape
@@ -42,7 +39,10 @@ POOL_TEXT = f"rank {LORA.rank}, alpha {LORA.lora_alpha}, {' and '.join(LORA.targ
 
 
 def run_bench(
-    config: BenchConfig, progress: Progress = log.info, after_group: Callable[[LatencyRecord], object] | None = None
+    config: BenchConfig,
+    progress: Progress = log.info,
+    after_group: Callable[[LatencyRecord], object] | None = None,
+    turns: Turns | None = None,
 ) -> LatencyRecord:
     """Measure everything.
 
@@ -50,6 +50,7 @@ def run_bench(
         config: What to measure.
         progress: Told what happens next.
         after_group: Receives the record so far after every group, so that an interrupted run keeps its results.
+        turns: How it takes turns with other processes on the device; None: there are none.
 
     Raises:
         ConfigError: If dtype or device do not exist here, or the weights do not fit into memory.
@@ -60,8 +61,7 @@ def run_bench(
     _check_memory(config, max(entry.experts for listed in entries.values() for entry in listed), device)
     if any(entry.compiled for listed in entries.values() for entry in listed):
         _allow_compilation(device)
-    watch = ContentionMonitor(device)
-    bandwidth = measure_bandwidth(device)
+    turns = turns or Turns()
     model, tokenizer = load_shape(config.shape, config.dtype, device)
     record = LatencyRecord(
         shape=config.shape,
@@ -70,7 +70,7 @@ def run_bench(
         adapters={},
         dtype=config.dtype,
         device=str(device),
-        bandwidth_bytes_per_s=bandwidth,
+        bandwidth_bytes_per_s=0.0,
         measurements=[],
         skipped={},
         warnings=[],
@@ -84,10 +84,14 @@ def run_bench(
                 setup = build_setup(config, model, tokenizer, max(entry.experts for entry in entries[name]), Path(folder))
                 source = "random" if setup.asset is None else "shipped" if config.runs is None else "trained"
                 record.adapters[name] = f"{source}, {POOL_TEXT if config.runs is None else f'rank {setup.bank.rank}'}"
-                record.measurements.extend(
-                    _Session(name, group, setup, bandwidth, config.seed, record.skipped, progress).measure(entries[name])
-                )
-            record.warnings[:] = watch.warnings()
+                session = _Session(name, group, setup, config.seed, record.skipped, progress, turns)
+                systems = session.prepare(entries[name])
+                with turns.timing():
+                    watch = ContentionMonitor(device, others_wait=turns.shared)
+                    if not record.bandwidth_bytes_per_s:
+                        record = replace(record, bandwidth_bytes_per_s=measure_bandwidth(device))
+                    record.measurements.extend(session.measure(systems, record.bandwidth_bytes_per_s))
+                    record.warnings.extend(text for text in watch.warnings() if text not in record.warnings)
             record.summary[:] = summarize(record)
             if after_group is not None:
                 after_group(record)
@@ -147,15 +151,18 @@ class _Session:
     name: str
     group: Group
     setup: BenchSetup
-    bandwidth: float
     seed: int
     skipped: dict[str, str]
     progress: Progress
+    turns: Turns
 
-    def measure(self, entries: Sequence[Entry]) -> list[Measurement]:
-        """Build the systems, then time them under every workload."""
+    def prepare(self, entries: Sequence[Entry]) -> list[BenchSystem]:
+        """Build the systems, and compile those that are to be timed compiled."""
         systems: list[BenchSystem] = []
         for entry in entries:
+            if self.turns.late:
+                self.skipped[f"{self.name}: {entry.label}"] = f"not prepared within {self.turns.prepare_seconds:.0f} s"
+                continue
             self.progress(f"{self.name}: building {entry.label}")
             try:
                 system = build_system(self.setup, entry)
@@ -165,16 +172,31 @@ class _Session:
             if entry.compiled and not system.compilable:
                 self.skipped[f"{self.name}: {entry.label}"] = "its decoding step is not compiled"
                 continue
+            if entry.compiled and self.turns.shared:
+                self._compile(system)
             systems.append(system)
+        return systems
+
+    def _compile(self, system: BenchSystem) -> None:
+        """Run the first workload once; an error comes again, and is told, when the system is warmed up."""
+        workload = self._workload(self.group.batch[0], self.group.prompt[0])
+        with contextlib.suppress(Exception):
+            time_once(system, workload)
+
+    def _workload(self, batch_size: int, prompt_tokens: int) -> Workload:
+        return make_workload(self.setup.tokenizer, self.setup.model.device, batch_size, prompt_tokens, self.group.new_tokens)
+
+    def measure(self, systems: Sequence[BenchSystem], bandwidth: float) -> list[Measurement]:
+        """Time the systems under every workload; ``bandwidth`` (bytes per second) gives the floor."""
         measured = []
         for batch_size in self.group.batch:
             for prompt_tokens in self.group.prompt:
-                measured += self._rounds(systems, batch_size, prompt_tokens)
+                measured += self._rounds(systems, batch_size, prompt_tokens, bandwidth)
         return measured
 
-    def _rounds(self, systems: Sequence[BenchSystem], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    def _rounds(self, systems: Sequence[BenchSystem], batch_size: int, prompt_tokens: int, bandwidth: float) -> list[Measurement]:
         group, device = self.group, self.setup.model.device
-        workload = make_workload(self.setup.tokenizer, device, batch_size, prompt_tokens, group.new_tokens)
+        workload = self._workload(batch_size, prompt_tokens)
         able = [one for one in systems if one.max_batch is None or batch_size <= one.max_batch]
         for one in systems:
             if one not in able:
@@ -189,16 +211,24 @@ class _Session:
 
         samples = take_turns(able, workload, orders, device, before, time_once, failed.__setitem__)
         self.skipped.update({f"{self.name}: {able[index].entry.label}, {told}": _reason(error) for index, error in failed.items()})
-        floor_s = step_bytes(self.setup.model, batch_size, prompt_tokens + group.new_tokens // 2) / self.bandwidth
+        floor_s = step_bytes(self.setup.model, batch_size, prompt_tokens + group.new_tokens // 2) / bandwidth
         return [
             Measurement(
                 **facts(one, workload),
                 group=self.name, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=group.new_tokens, warmup=group.warmup,
                 **vars(samples[index]),
                 resident_bytes=resident_bytes(*one.modules), transient_bytes=transient[index], floor_s=floor_s,
+                device_s=self._device_seconds(one, workload),
             )
             for index, one in enumerate(able) if index not in failed
         ]  # fmt: skip
+
+    def _device_seconds(self, system: BenchSystem, workload: Workload) -> float | None:
+        try:
+            return device_seconds(system, workload)
+        except Exception as error:  # noqa: BLE001  # a profiler may not be allowed to look
+            self.progress(f"{self.name}: no kernel times of {system.entry.label}: {_reason(error)}")
+            return None
 
     def _warm(self, systems: Sequence[BenchSystem], workload: Workload) -> tuple[list[BenchSystem], list[int | None]]:
         """Warm-up rounds, then one for the memory; a system that cannot serve the workload is dropped with its reason."""

@@ -50,6 +50,33 @@ def time_generation(generate: Callable[..., Tensor], expected_width: int, device
     return clock.stamps[0] - start, (clock.stamps[-1] - clock.stamps[0]) / (len(clock.stamps) - 1)
 
 
+class DeviceClock(StoppingCriteria):
+    """Time that the kernels of all tokens after the first took on a GPU, from torch's profiler; never stops.
+
+    The profiler slows the host down, not the kernels, so this says what a step costs when the host does not keep the device waiting.
+
+    Args:
+        new_tokens: Tokens that will be generated, the first included.
+    """
+
+    def __init__(self, new_tokens: int) -> None:
+        self.new_tokens, self._seen = new_tokens, 0
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        self._seen += 1
+        if self._seen in {1, self.new_tokens}:
+            torch.cuda.synchronize(input_ids.device)
+            self._profiler.start() if self._seen == 1 else self._profiler.stop()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def seconds(self) -> float:
+        """Per token, s."""
+        busy_us = sum(event.self_device_time_total for event in self._profiler.key_averages())
+        return float(busy_us) / 1e6 / (self.new_tokens - 1)
+
+
 def time_call(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, until the device has finished."""
     synchronize(device)

@@ -78,6 +78,8 @@ class Measurement:
     """Time in which the memory moves what a decode step of the bare base model must read."""
     positions: list[int] = field(default_factory=list)
     """The place in the order of each round, from 0; empty in records made before orders were random."""
+    device_s: float | None = None
+    """Time of a GPU's kernels per token after the first, from the profiler, s; None on other devices and in older records."""
 
     @property
     def workload(self) -> tuple[str, int, int, int, bool]:
@@ -87,7 +89,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyRecord:
-    """Everything measured in one process."""
+    """Everything measured in one process, or in processes that took turns; what a group compares is from one process."""
 
     shape: str
     parameters: int
@@ -215,6 +217,39 @@ def summarize(record: LatencyRecord) -> list[dict[str, Any]]:
         row["tpot_over_floor"] = statistics.median(one.tpot_s) / one.floor_s
         rows.append(row)
     return rows
+
+
+def merge_latency(parts: Sequence[LatencyRecord]) -> LatencyRecord:
+    """One record of the groups that several processes timed one after the other on one device.
+
+    Args:
+        parts: At least one, in the order of the groups.
+
+    Raises:
+        RecordError: If they are of different base models, devices, seeds or code.
+    """
+    first, *others = [_origin(one) for one in parts]
+    for one in others:
+        for name, value in one.items():
+            if value != first[name]:
+                raise RecordError(f"records of different {name} cannot be merged: {first[name]} and {value}.")
+    merged = dataclasses.replace(
+        parts[0],
+        bandwidth_bytes_per_s=statistics.median(one.bandwidth_bytes_per_s for one in parts),
+        adapters={name: text for one in parts for name, text in one.adapters.items()},
+        measurements=[measurement for one in parts for measurement in one.measurements],
+        skipped={name: text for one in parts for name, text in one.skipped.items()},
+        warnings=list(dict.fromkeys(text for one in parts for text in one.warnings)),
+        created=min(one.created for one in parts),
+    )
+    return dataclasses.replace(merged, summary=summarize(merged))
+
+
+def _origin(record: LatencyRecord) -> dict[str, Any]:
+    """What records of one run have in common. The memory of a virtual machine may grow while it runs."""
+    facts, hardware = record.provenance, record.provenance["hardware"]
+    own = {name: getattr(record, name) for name in ("shape", "dtype", "device", "seed", "weights")}
+    return {**own, "code": facts["git"], "versions": facts["versions"], "processor": hardware["cpu"], "GPU": hardware["gpu"]}
 
 
 def iqr(samples: Sequence[float]) -> float:

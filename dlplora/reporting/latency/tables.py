@@ -26,6 +26,8 @@ TITLES = (
     "system", "experts", "kept", "TTFT ms (IQR)", "TPOT ms (IQR)", "TTFT ÷ one LoRA", "TPOT ÷ one LoRA [95 %]", "TPOT ÷ base",
     "router ms", "re-route ÷ step", "TPOT ÷ floor", "memory MB", "+ transient MB",
 )  # fmt: skip
+DEVICE_TITLES = ("kernels ms per token", "kernels ÷ base", "kernels ÷ floor")
+"""Of groups timed on a GPU."""
 
 
 def _milliseconds(samples: Sequence[float]) -> str:
@@ -74,6 +76,17 @@ def _row(record: LatencyRecord, one: Measurement) -> list[str]:
     ]
 
 
+def _device_cells(one: Measurement, rows: Sequence[Measurement]) -> list[str]:
+    if one.device_s is None:
+        return [""] * len(DEVICE_TITLES)
+    base = next((other.device_s for other in rows if other.contender == BASE and other.compiled == one.compiled), None)
+    return [
+        f"{1e3 * one.device_s:.3f}",
+        "" if base is None else f"{one.device_s / base:.3f}",
+        f"{one.device_s / one.floor_s:.2f}",
+    ]
+
+
 def markdown(record: LatencyRecord) -> str:
     """One table per group and workload, under a line that says what was measured, and what was skipped or disturbed."""
     first = (
@@ -90,7 +103,9 @@ def markdown(record: LatencyRecord) -> str:
             f"{group}: batch {batch_size}, prompt {prompt_tokens}, {rows[0].new_tokens} new tokens, {len(rows[0].tpot_s)} rounds, adapters "
             f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms per step"
         )
-        parts.append(table(TITLES, [_row(record, one) for one in rows]))
+        timed = any(one.device_s is not None for one in rows)
+        cells = [[*_row(record, one), *(_device_cells(one, rows) if timed else ())] for one in rows]
+        parts.append(table((*TITLES, *(DEVICE_TITLES if timed else ())), cells))
     if record.skipped:
         parts.append("Not measured:\n" + "\n".join(f"* {what}: {why}" for what, why in record.skipped.items()))
     return "\n\n".join(parts)
