@@ -152,6 +152,7 @@ def run_in_processes(configs: Sequence[BenchConfig], arguments: argparse.Namespa
         except KeyboardInterrupt:
             print("warning: cut off; finished groups are kept", file=sys.stderr)
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` signals the whole process group, and then this process once more
             pool.stop()
         for _, path in sorted(targets.items()):
             print(f"wrote {path}", file=sys.stderr)

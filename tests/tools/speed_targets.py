@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dlplora.documents import read_json
 from dlplora.reporting.latency.records import (
+    BASE,
     SINGLE,
     LatencyRecord,
     Measurement,
@@ -109,6 +110,12 @@ def over_floor(record: LatencyRecord | None) -> str:
     return "" if one is None else f"{statistics.median(one.tpot_s) / one.floor_s:.2f}"
 
 
+def compiled_over_base(record: LatencyRecord | None) -> str:
+    """Compiled decode of ``dlp`` with 32 rows over the base model's."""
+    one = find(record, "dlp", 32, compiled=True)
+    return "" if record is None or one is None else _text(ratio_to(record, one, BASE, "tpot_s"))
+
+
 def evaluation_speed(folder: Path) -> str:
     """Whole evaluations over stock lm-eval, smallest to largest over methods, with and without the report that stock prints."""
     path = folder / "evaluation_speed.json"
@@ -139,6 +146,7 @@ def rows(folder: Path) -> Iterator[Row]:
             yield f"{what} ({shape}, CPU)", read(record), wanted
     for shape in GPU_SHAPES:
         yield f"decode, dlp, batch 1, compiled ÷ bandwidth floor ({shape}, GPU)", over_floor(newest(records, shape, "cuda")), "<= 1.4"
+        yield f"decode, dlp, batch 32, compiled ÷ base ({shape}, GPU)", compiled_over_base(newest(records, shape, "cuda")), "<= 1.15"
     yield "evaluation of the 26 nano tasks ÷ stock lm_eval with PEFT, a method", evaluation_speed(folder), "<= 0.5"
     for device in ("cpu", "cuda"):
         training = newest_trainings(folder).get((device, "nano", "float32"))

@@ -110,7 +110,7 @@ def test_a_summary_holds_medians_and_ratios() -> None:
 
 def test_targets_come_from_records_and_missing_ones_are_empty(tmp_path: Path) -> None:
     empty = list(speed_targets.rows(tmp_path))
-    assert len(empty) == 17
+    assert len(empty) == 19
     assert {measured for _, measured, _ in empty} == {""}
     save_bench(dataclasses.replace(whole(), created="2025-01-01T00:00:00+00:00", measurements=[]), tmp_path / "latency-old.json")
     save_bench(whole(), tmp_path / "latency-new.json")
