@@ -3,10 +3,10 @@
 Each is a file of ``configs/bench`` (or a path), writes one record, by default under ``results/bench``, and prints its table.
 ``dlplora bench latency`` does the same for one file or for options given on the command line.
 
-``--processes N`` measures the groups of all files in processes of their own: up to N prepare at the same time (compiling a decode step
-keeps one core busy and leaves a GPU idle), and one at a time is timed, compiled groups first. The record of a file is written anew
-whenever one of its groups is finished, so a run that is cut off keeps its finished groups. Nothing is timed while another process holds
-the lock file of ``--turn`` (``flock --shared FILE COMMAND``).
+``--processes N`` measures the groups of all files in processes of their own. N of them prepare at the same time (compiling a decode step
+keeps one core busy and leaves a GPU idle) and are then timed one after the other; then come the next N. Compiled groups come first, and the
+first groups of all files before the second ones. The record of a file is written anew whenever one of its groups is finished, so a run that
+is cut off keeps its finished groups. Nothing is timed while another process holds the lock file of ``--turn``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run_group(config: BenchConfig, group: str, target: Path, turns: Turns) -> No
 
 
 class Pool:
-    """Child processes, one a group, at most so many at a time.
+    """Child processes, one a group, so many at a time.
 
     Args:
         names: Configurations, as given on the command line.
@@ -88,25 +88,21 @@ class Pool:
                 self.waiting.append(
                     (index, group, [*command, "--turn", turn or str(folder / "turn"), "--record", str(self._path(index, group))])
                 )
-        self.waiting.sort(key=lambda job: not self._compiled(job))
+        self.waiting.sort(key=lambda job: (not self._compiled(job), list(configs[job[0]].groups).index(job[1])))
 
     def _compiled(self, job: tuple[int, str, Any]) -> bool:
         return True in self.configs[job[0]].groups[job[1]].compile
-
-    @property
-    def _num_compiled(self) -> int:
-        return sum(self._compiled((*key, None)) for key in self.running)
 
     def _path(self, index: int, group: str) -> Path:
         return self._folder / f"{index}-{group}.json"
 
     def step(self, processes: int) -> list[int]:
         """Start what may start; the indices of configurations with a group that has just finished."""
-        while self.waiting and len(self.running) < processes:
-            if self._num_compiled and not self._compiled(self.waiting[0]):
-                break  # what is not compiled is ready at once, and would have its turn first
-            index, group, command = self.waiting.pop(0)
-            self.running[index, group] = subprocess.Popen(command)
+        if not self.running and self.waiting:  # whoever starts later would keep those that are ready from their turn
+            kind = self._compiled(self.waiting[0])
+            while self.waiting and len(self.running) < processes and self._compiled(self.waiting[0]) == kind:
+                index, group, command = self.waiting.pop(0)
+                self.running[index, group] = subprocess.Popen(command)
         done = [key for key, child in self.running.items() if child.poll() is not None]
         for index, group in done:
             code = self.running.pop((index, group)).returncode

@@ -10,6 +10,7 @@ from typing import Any
 from dlplora.config import config_label
 from dlplora.evaluation.protocol import fitted_to_suite, load_protocol, require_rows_read
 from dlplora.evaluation.runner import Artifacts, execute, prepare
+from dlplora.inference.arguments import require_folders, require_mapping, require_whole
 from dlplora.reporting.schema import Record
 
 
@@ -24,7 +25,7 @@ def evaluate(
     method_params: Mapping[str, Any] | None = None,
     protocol: str = "nano",
     suite: str | None = None,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     data_root: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -42,7 +43,7 @@ def evaluate(
         method_params: Overrides of the method's parameters.
         protocol: Name of a protocol, or path of its YAML.
         suite: Suite of tasks (``nano``, ``local:TASK,TASK``); None takes the protocol's.
-        tasks: Some tasks of the suite; None takes all that the protocol names.
+        tasks: One task of the suite, or some; None takes all that the protocol names.
         data_root: Folder of the rows of local tasks; None reads ``DLPLORA_DATA``.
         limit: Questions per task; None takes all.
         seed: Seed of methods that draw random numbers.
@@ -56,10 +57,17 @@ def evaluate(
     Raises:
         DLPLoRAError: For an unknown name, a folder that does not exist or does not fit, or an impossible setting.
     """
+    require_folders({"pretrained": pretrained, "pool": pool, "router": router, "multitask": multitask, "data_root": data_root, "out": out})
+    require_mapping("artifacts", artifacts)
+    require_mapping("method_params", method_params)
+    require_folders(artifacts or {})
+    require_whole("seed", seed, 0)
+    if limit is not None:
+        require_whole("limit", limit, 1)
     given = {"backbone": pretrained, "suite": suite, "data_root": data_root, "dtype": dtype}
     overrides: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}
     if tasks is not None:
-        overrides["tasks"] = list(tasks)
+        overrides["tasks"] = [tasks] if isinstance(tasks, str) else list(tasks)
     settings = load_protocol(protocol, overrides)
     require_rows_read(settings.suite, overrides.get("data_root"))
     if suite is not None and tasks is None:  # the protocol's list of tasks was written for its own suite

@@ -50,6 +50,29 @@ def require_folders(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} must be the name or path of a folder, got {type(value).__name__}.{hint}")
 
 
+def require_folder(name: str, value: Any) -> None:
+    """Refuse what names no folder to write to, None included.
+
+    Raises:
+        ConfigError: Naming the argument.
+    """
+    require_folders({name: "" if value is None else value})
+    if value is None or not str(value):
+        raise ConfigError(f"{name} must be the path of a folder, got {'None' if value is None else 'an empty text'}.")
+
+
+def require_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Refuse what is no whole number, or one below ``least``.
+
+    Raises:
+        ConfigError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a whole number, got {value!r}.")
+    if least is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}.")
+
+
 def require_mapping(name: str, value: Any) -> None:
     """Refuse what is neither a mapping nor None.
 

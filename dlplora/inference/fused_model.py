@@ -20,6 +20,7 @@ from dlplora.errors import GenerationError, RoutingError
 from dlplora.inference import saving
 from dlplora.inference.arguments import (
     chosen_method,
+    require_folder,
     require_folders,
     require_keywords,
     require_mapping,
@@ -381,6 +382,7 @@ class FusedCausalLM(BaseModelFacts, TextGeneration, nn.Module):
         Raises:
             ConfigError: If the folder is not empty, or the bank was not loaded from adapter folders.
         """
+        require_folder("folder", folder)
         pretrained = self._source.get("pretrained") or (None if self._source else self.model.config.name_or_path)
         saving.save(
             Path(folder),

@@ -102,17 +102,19 @@ def test_kernel_times_are_shown_beside_wall_times() -> None:
     assert next(line for line in lines if line.startswith("| `dlp`")).endswith("| 6.000 | 2.000 | 3.00 |")
 
 
-def test_compiled_groups_come_first_and_alone(tmp_path: Path) -> None:
-    groups = {
-        "eager": Group(systems=("base",), **SMALL),  # type: ignore[arg-type]
-        "graphs": Group(systems=("base",), compile=(True,), **SMALL),  # type: ignore[arg-type]
-    }
-    pool = Pool(["a"], [BenchConfig(shape="tiny", groups=groups)], 10.0, tmp_path, None)
-    assert [group for _, group, _ in pool.waiting] == ["graphs", "eager"]
+def test_compiled_groups_come_first_and_nobody_starts_while_others_are_ready(tmp_path: Path) -> None:
+    compiled, eager = (Group(systems=("base",), compile=(how,), **SMALL) for how in (True, False))  # type: ignore[arg-type]
+    config = BenchConfig(shape="tiny", groups={"eager": eager, "one": compiled, "two": compiled})
+    pool = Pool(["a", "b"], [config, config], 10.0, tmp_path, None)
+    order = [(0, "one"), (1, "one"), (0, "two"), (1, "two"), (0, "eager"), (1, "eager")]
+    assert [(index, group) for index, group, _ in pool.waiting] == order
     pool.waiting = [(index, group, [sys.executable, "-c", "input()"]) for index, group, _ in pool.waiting]
-    pool.step(8)
-    assert list(pool.running) == [(0, "graphs")]
-    pool.stop()
+    for wave in (order[:3], order[3:4], order[4:]):
+        pool.step(3)
+        pool.step(3)
+        assert list(pool.running) == wave
+        pool.stop()
+        pool.running.clear()
     assert pool.record(0) is None
 
 

@@ -237,7 +237,40 @@ def test_evaluate_returns_the_record_and_writes_only_when_asked(tmp_path: Path, 
     (file,) = (tmp_path / "mine").rglob("*.json")
     assert read_record(file).cell == kept.cell == record.cell
     assert read_record(file).tasks == record.tasks
+    assert evaluate("oracle", tasks="shelf_sorting", limit=3).tasks == record.tasks
     with pytest.raises(DLPLoRAError, match="unknown device 'gpuu'"):
         evaluate("oracle", limit=1, device="gpuu")
     with pytest.raises(DLPLoRAError, match="unknown dtype 'float8'"):
         evaluate("oracle", limit=1, dtype="float8")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limit": "x"}, "limit must be a whole number, got 'x'"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"pool": 3}, "pool must be the name or path of a folder, got int"),
+        ({"artifacts": ["a"]}, "artifacts must be a mapping, got list"),
+        ({"artifacts": {"trained": 1}}, "trained must be the name or path of a folder, got int"),
+        ({"method_params": "x"}, "method_params must be a mapping, got str"),
+    ],
+)
+def test_evaluate_names_the_argument_that_does_not_fit(given: dict[str, Any], message: str) -> None:
+    from dlplora import evaluate
+
+    with pytest.raises(DLPLoRAError, match=message):
+        evaluate("oracle", **given)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [(None, "got None"), ("", "got an empty text"), (3, "folder must be the name or path of a folder, got int")]
+)
+def test_saving_needs_a_folder(folder: Any, message: str, tiny_llama: Any, tiny_tokenizer: Any, tiny_pool: Path) -> None:
+    from dlplora import AdapterBank, FusedCausalLM
+    from dlplora.methods.registry import build_method
+
+    fused = FusedCausalLM(tiny_llama, tiny_tokenizer, AdapterBank.from_pool(tiny_pool), build_method("avg_delta"))
+    with pytest.raises(DLPLoRAError, match=message):
+        fused.save_pretrained(folder)
