@@ -129,7 +129,9 @@ class TextGeneration:
             return prompt_tensors(self.tokenizer, self.device, None, None, None, prompts)[2]
         return prompt_tensors(self.tokenizer, self.device, prompts, None, None, None)[2]
 
-    def stream_text(self, prompt: str | Conversation, *, max_new_tokens: int | None = None, **kwargs: Any) -> Iterator[str]:
+    def stream_text(
+        self, prompt: str | Conversation, *, max_new_tokens: int | None = None, task_names: str | None = None, **kwargs: Any
+    ) -> Iterator[str]:
         """The text that the model adds to one prompt, piece by piece, while another thread generates it.
 
         Any number of streams may be interleaved. Closing or dropping the iterator ends its generation at the next token.
@@ -137,6 +139,7 @@ class TextGeneration:
         Args:
             prompt: Text, or a conversation, as for ``generate_text``.
             max_new_tokens: Maximum number of new tokens; None takes the generation configuration's, else 256.
+            task_names: The prompt's task, for methods that need it (``oracle``).
             kwargs: Other options of ``generate`` for one sequence.
 
         Raises:
@@ -144,11 +147,13 @@ class TextGeneration:
         """
         if not (isinstance(prompt, str) or is_conversation(prompt)) or kwargs.keys() & {"streamer", "prompts", "input_ids"}:
             raise GenerationError("stream_text takes one prompt, as text or as a conversation, and has its own streamer.")
+        if task_names is not None and not isinstance(task_names, str):
+            raise GenerationError(f"task_names must be the name of a task, got {type(task_names).__name__}.")
         bound = self.slot.state
         if bound is not None and not self.request_router.is_gated:
             kwargs.setdefault("routing", bound.weights.clone())  # the block may end before the answer does
         kwargs["max_new_tokens"] = self._text_tokens(max_new_tokens, kwargs)
-        kwargs["prompts"] = prompt_batch([prompt], self.tokenizer, device=self.device)
+        kwargs["prompts"] = prompt_batch([prompt], self.tokenizer, device=self.device, task_names=[task_names])
         return stream(self.generate, self.tokenizer, kwargs)
 
     def _text_tokens(self, asked: int | None, kwargs: Mapping[str, Any]) -> int:

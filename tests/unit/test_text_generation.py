@@ -115,6 +115,9 @@ def test_other_refusals(fused: Any) -> None:
 def test_task_names_reach_the_oracle(tiny_llama_folder: Path, one_pool: Path, adapted: Any, tokenizer: Any) -> None:
     fused = FusedCausalLM.from_pretrained(tiny_llama_folder, pool=one_pool, method="oracle", device="cpu")
     assert fused.generate_text(PROMPTS, task_names="alpha", **GREEDY) == [continued(adapted, tokenizer, text) for text in PROMPTS]
+    assert "".join(fused.stream_text(PROMPTS[0], task_names="alpha", **GREEDY)) == continued(adapted, tokenizer, PROMPTS[0])
+    with pytest.raises(GenerationError, match="task_names must be the name of a task, got list"):
+        fused.stream_text(PROMPTS[0], task_names=["alpha"], **GREEDY)
 
 
 @pytest.mark.filterwarnings("ignore")
