@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one unattended call of less than nine minutes (every part has a limit, 520 s together):
 #   benchmarks/gpu.sh [FOLDER]        records go to FOLDER (default: results/bench)
-# The shapes of Qwen-2 1.5B and LLaMA-3 8B in bfloat16 are compiled in processes of their own, six at a time, which takes minutes (half a minute to a minute a system) and leaves
-# the GPU idle. Meanwhile the tests marked "gpu" run, the training of a pool of 26 adapters is timed, and the constants of `auto` are measured
-# (written to FOLDER/cost_model-cuda.json); those processes hold a shared lock, and no decoding is timed before they have ended. Then comes what
-# is wanted most: decoding compiled with batch 1, 32 and 8, then with gates, then prefill, eager decoding, and the backends. The tables come last.
+# The shapes of Qwen-2 1.5B and LLaMA-3 8B in bfloat16 are compiled in processes of their own, six at a time, which takes minutes (half a minute
+# to a minute a system) and leaves the GPU idle. Meanwhile the tests marked "gpu" run, the training of a pool of 26 adapters is timed, and the
+# constants of `auto` are measured (written to FOLDER/cost_model-cuda.json); those processes hold a shared lock, and no decoding is timed before
+# they have ended. Then comes what is wanted most: decoding compiled with batch 1, 32 and 8, then with gates, then prefill, eager decoding, and
+# the backends. The tables come last.
 # DLPLORA_GPU_SMOKE=1 runs the same steps with tiny shapes on a CPU, so that this script is tried wherever the tests run.
 # PYTHON names the interpreter (default: .venv/bin/python, else python3). DLPLORA_COMMIT names the commit in a copy without .git.
 set -euo pipefail

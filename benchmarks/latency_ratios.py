@@ -38,10 +38,10 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _report(record: LatencyRecord, out: str | None) -> None:
+def _report(record: LatencyRecord, path: Path) -> None:
     for warning in record.warnings:
         print(f"warning: {record.shape}: {warning}; the times are not those of a quiet machine.", file=sys.stderr)
-    print(f"wrote {target_path(out, record)}", file=sys.stderr)
+    print(f"wrote {path}", file=sys.stderr)
     print(markdown(record) + "\n")
 
 
@@ -53,7 +53,8 @@ def run(configs: Sequence[BenchConfig], out: str | None) -> None:
         out: Folder; None is the default of ``dlplora bench latency``.
     """
     for config in configs:
-        _report(run_bench(config, _tell, after_group=lambda record: save_bench(record, target_path(out, record))), out)
+        record = run_bench(config, _tell, after_group=lambda record: save_bench(record, target_path(out, record)))
+        _report(record, target_path(out, record))
 
 
 def run_group(config: BenchConfig, group: str, target: Path, turns: Turns) -> None:
@@ -62,7 +63,7 @@ def run_group(config: BenchConfig, group: str, target: Path, turns: Turns) -> No
     save_bench(run_bench(only, lambda text: _tell(f"{config.shape} {text}"), turns=turns), target)
 
 
-class Pool:
+class GroupProcesses:
     """Child processes, one a group, so many at a time.
 
     Args:
@@ -135,12 +136,12 @@ def run_in_processes(configs: Sequence[BenchConfig], arguments: argparse.Namespa
     signal.signal(signal.SIGTERM, on_signal)
     targets: dict[int, Path] = {}
     with tempfile.TemporaryDirectory() as folder:
-        pool = Pool(arguments.configs, configs, arguments.prepare_seconds, Path(folder), arguments.turn)
+        children = GroupProcesses(arguments.configs, configs, arguments.prepare_seconds, Path(folder), arguments.turn)
         whole = sum(len(config.groups) for config in configs)
         try:
-            while pool.waiting or pool.running:
-                for index in pool.step(arguments.processes):
-                    record = pool.record(index)
+            while children.waiting or children.running:
+                for index in children.step(arguments.processes):
+                    record = children.record(index)
                     if record is not None:
                         # the groups finish in any order, and the earliest names the file
                         save_bench(record, targets.setdefault(index, target_path(out, record)))
@@ -149,11 +150,10 @@ def run_in_processes(configs: Sequence[BenchConfig], arguments: argparse.Namespa
             print("warning: cut off; finished groups are kept", file=sys.stderr)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` signals the whole process group, and then this process once more
-            pool.stop()
+            children.stop()
         for _, path in sorted(targets.items()):
-            print(f"wrote {path}", file=sys.stderr)
-            print(markdown(read_latency(path)) + "\n")
-        return len(pool.finished) == whole
+            _report(read_latency(path), path)
+        return len(children.finished) == whole
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -56,9 +56,9 @@ def require_folder(name: str, value: Any) -> None:
     Raises:
         ConfigError: Naming the argument.
     """
-    require_folders({name: "" if value is None else value})
-    if value is None or not str(value):
+    if value is None or value == "":
         raise ConfigError(f"{name} must be the path of a folder, got {'None' if value is None else 'an empty text'}.")
+    require_folders({name: value})
 
 
 def require_whole(name: str, value: Any, least: int | None = None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.latency_ratios import Pool
+from benchmarks.latency_ratios import GroupProcesses
 from dlplora.bench.session import run_bench
 from dlplora.bench.settings import BenchConfig, Group
 from dlplora.bench.turns import Turns
@@ -105,17 +105,17 @@ def test_kernel_times_are_shown_beside_wall_times() -> None:
 def test_compiled_groups_come_first_and_nobody_starts_while_others_are_ready(tmp_path: Path) -> None:
     compiled, eager = (Group(systems=("base",), compile=(how,), **SMALL) for how in (True, False))  # type: ignore[arg-type]
     config = BenchConfig(shape="tiny", groups={"eager": eager, "one": compiled, "two": compiled})
-    pool = Pool(["a", "b"], [config, config], 10.0, tmp_path, None)
+    children = GroupProcesses(["a", "b"], [config, config], 10.0, tmp_path, None)
     order = [(0, "one"), (1, "one"), (0, "two"), (1, "two"), (0, "eager"), (1, "eager")]
-    assert [(index, group) for index, group, _ in pool.waiting] == order
-    pool.waiting = [(index, group, [sys.executable, "-c", "input()"]) for index, group, _ in pool.waiting]
+    assert [(index, group) for index, group, _ in children.waiting] == order
+    children.waiting = [(index, group, [sys.executable, "-c", "input()"]) for index, group, _ in children.waiting]
     for wave in (order[:3], order[3:4], order[4:]):
-        pool.step(3)
-        pool.step(3)
-        assert list(pool.running) == wave
-        pool.stop()
-        pool.running.clear()
-    assert pool.record(0) is None
+        children.step(3)
+        children.step(3)
+        assert list(children.running) == wave
+        children.stop()
+        children.running.clear()
+    assert children.record(0) is None
 
 
 def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from dlplora.reporting.latency.records import (
     iqr,
     latency_records,
     ratio_to,
+    reference_of,
     reroute_cost,
 )
 from dlplora.reporting.latency.training import newest_trainings
@@ -76,13 +77,13 @@ def _row(record: LatencyRecord, one: Measurement) -> list[str]:
     ]
 
 
-def _device_cells(one: Measurement, rows: Sequence[Measurement]) -> list[str]:
+def _device_cells(record: LatencyRecord, one: Measurement) -> list[str]:
     if one.device_s is None:
         return [""] * len(DEVICE_TITLES)
-    base = next((other.device_s for other in rows if other.contender == BASE and other.compiled == one.compiled), None)
+    base = reference_of(record, one, BASE)
     return [
         f"{1e3 * one.device_s:.3f}",
-        "" if base is None else f"{one.device_s / base:.3f}",
+        "" if base is None or base.device_s is None else f"{one.device_s / base.device_s:.3f}",
         f"{one.device_s / one.floor_s:.2f}",
     ]
 
@@ -104,7 +105,7 @@ def markdown(record: LatencyRecord) -> str:
             f"{record.adapters[group]}, floor {1e3 * rows[0].floor_s:.3f} ms per step"
         )
         timed = any(one.device_s is not None for one in rows)
-        cells = [[*_row(record, one), *(_device_cells(one, rows) if timed else ())] for one in rows]
+        cells = [[*_row(record, one), *(_device_cells(record, one) if timed else ())] for one in rows]
         parts.append(table((*TITLES, *(DEVICE_TITLES if timed else ())), cells))
     if record.skipped:
         parts.append("Not measured:\n" + "\n".join(f"* {what}: {why}" for what, why in record.skipped.items()))
